@@ -1,0 +1,14 @@
+"""Esoteric language models in JAX: any-order diffusion language models with an exact key-value cache.
+
+    import eso_jax
+    model = eso_jax.load("W")        # a work directory, trained or imported
+    model.sample(4, steps=64, alpha_0=0.25)
+    model.log_likelihood(tokens, orders)
+
+Underneath are pure functions of parameters; start with eso_jax/transformer.py and eso_jax/families.
+"""
+
+from eso_jax.config import Config, DataConfig, EsoError, FamilyConfig, ModelConfig, TrainConfig
+from eso_jax.workdir import Model, Samples, load
+
+__all__ = ["Config", "DataConfig", "EsoError", "FamilyConfig", "Model", "ModelConfig", "Samples", "TrainConfig", "load"]

@@ -1,0 +1,224 @@
+"""The command line: `eso-jax COMMAND`, the same as `python -m eso_jax COMMAND`.
+
+People read stderr; machines read the file named by --out. A mistake in the input is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eso_jax.config import FAMILIES, EsoError, require
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except EsoError as error:
+        print(f"eso-jax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eso-jax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from eso_jax import config
+    from eso_jax.train import train
+
+    train(config.from_file(arguments.experiment).override(*arguments.overrides), Path(arguments.workdir))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    import jax
+    import numpy as np
+
+    from eso_jax import load
+    from eso_jax.data import windows_of
+    from eso_jax.data.pipeline import eval_batches
+    from eso_jax.evaluation import perplexity
+
+    _check_out(arguments.out)
+    model = load(arguments.workdir, ema=not arguments.raw)
+    if model.tokenizer is None:
+        raise EsoError(f"--workdir = {arguments.workdir!r}: its vocabulary of {model.config.model.vocab_size} fits no "
+                       "tokenizer; use eso-jax score with --tokens")
+    alpha_0 = model.config.family.alpha_0 if arguments.alpha_0 is None else arguments.alpha_0
+    require(0 <= alpha_0 <= 1, "--alpha-0", alpha_0, "must be in [0, 1]")
+    for name in ("num_windows", "samples"):
+        require(getattr(arguments, name) >= 1, f"--{name.replace('_', '-')}", getattr(arguments, name),
+                "must be at least 1")
+    windows = windows_of(model.config, arguments.split, arguments.source)
+    windows = np.concatenate(list(eval_batches(windows, 64, arguments.num_windows)))
+    found = perplexity.nelbo(model.weights, model.config, windows, model.tokenizer, alpha_0,
+                             jax.random.key(arguments.seed), samples=arguments.samples)
+    _say(f"{model.config.family.name} at step {model.step}, alpha_0 = {alpha_0}, {found.windows} windows of "
+         f"{model.config.model.length} tokens ({arguments.split})")
+    for term, nats in found.terms.items():
+        _say(f"  {term:<12} {nats:.4f} nats per token")
+    kind = "NLL  " if model.config.family.name == "ar" else "NELBO"
+    _say(f"  {kind}        {found.nats_per_token:.4f} +- {found.standard_error:.4f} nats per token"
+         f" = {found.bits_per_byte:.4f} bits per byte = PPL {found.perplexity:.3f}")
+    _write_json(arguments.out, {"alpha_0": alpha_0, "step": model.step, "split": arguments.split, **found.to_json()})
+
+
+def score(arguments: argparse.Namespace) -> None:
+    import jax
+    import numpy as np
+
+    from eso_jax import likelihood, load, order
+
+    _check_out(arguments.out)
+    model = load(arguments.workdir, ema=not arguments.raw)
+    tokens = _read_npy(arguments.tokens, "--tokens")
+    likelihood.check_tokens(tokens, model.config)
+    if arguments.orders:
+        orders = _read_npy(arguments.orders, "--orders")
+    else:
+        alpha_0 = model.config.family.alpha_0 if arguments.alpha_0 is None else arguments.alpha_0
+        if model.config.family.name == "ar":
+            alpha_0 = 0.0
+        require(0 <= alpha_0 <= 1, "--alpha-0", alpha_0, "must be in [0, 1]")
+        require(arguments.num_orders >= 1, "--num-orders", arguments.num_orders, "must be at least 1")
+        orders = np.asarray(order.likelihood_orders(jax.random.key(arguments.seed), arguments.num_orders, *tokens.shape,
+                                                    alpha_0))
+    logp = model.log_likelihood(tokens, orders)
+    bound, error = likelihood.iw_bound(logp)
+    np.savez(_out(arguments.out), logp_per_order=logp, iw_bound=bound, iw_bound_standard_error=error)
+    _say(f"{len(tokens)} sequences, {len(orders)} orders each: log p >= {bound.mean():.4f} nats on average "
+         f"({-bound.mean() / tokens.shape[1]:.4f} nats per token)")
+    _say(f"wrote {arguments.out}")
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from eso_jax import load
+
+    _check_out(arguments.out)
+    model = load(arguments.workdir, ema=not arguments.raw)
+    found = model.sample(arguments.num_samples, arguments.steps, arguments.alpha_0, arguments.top_p,
+                         arguments.temperature, arguments.seed, arguments.batch_size)
+    text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
+    extra: dict[str, Any] = {"text": np.array(text)} if text else {}
+    np.savez(_out(arguments.out), tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step, **extra)
+    for index, sequence in enumerate(text[:arguments.show]):
+        _say(f"--- sample {index}\n{sequence}")
+    running = found.seconds - found.compile_seconds
+    _say(f"NFE {len(found.tokens_per_step)} per batch; {found.tokens.size} tokens in {found.seconds:.2f} s: "
+         f"{found.tokens.size / found.seconds:.0f} tokens/s with compilation, "
+         f"{found.tokens.size / running:.0f} without its {found.compile_seconds:.2f} s")
+    _say(f"wrote {arguments.out}")
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    from eso_jax import workdir
+    from eso_jax.reference import import_checkpoint
+
+    config, params = import_checkpoint(Path(arguments.src), arguments.config, arguments.family)
+    workdir.create(Path(arguments.out), config, params)
+    _say(f"{config.family.name}: {len(params)} tensors, {sum(x.size for x in params.values()):,} parameters, "
+         f"in {arguments.out}")
+
+
+def _check_out(out: str) -> None:
+    """Before any long work: the folder of --out is there."""
+    folder = Path(out).absolute().parent
+    require(folder.is_dir(), "--out", out, f"the folder {str(folder)!r} does not exist")
+
+
+def _out(path: str) -> Any:
+    return open(path, "wb")  # np.savez adds .npz to a name, but not to an open file
+
+
+def _read_npy(path: str, flag: str) -> Any:
+    import numpy as np
+
+    try:
+        array = np.load(path)
+    except (OSError, ValueError) as error:
+        raise EsoError(f"{flag} = {path!r}: not a readable .npy file ({error})") from error
+    require(isinstance(array, np.ndarray), flag, path, "must be a .npy file of one array")
+    return array
+
+
+def _write_json(path: str | None, values: dict[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(values, indent=1) + "\n")
+        _say(f"wrote {path}")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="eso-jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+        added.set_defaults(run=run)
+        return added
+
+    def model(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--workdir", required=True, help="a work directory, trained or imported")
+        added.add_argument("--raw", action="store_true", help="use the raw parameters, not their moving average")
+        added.add_argument("--seed", type=int, default=0, help="of all randomness (%(default)s)")
+        added.add_argument("--alpha-0", type=float, help="share of tokens left to diffusion (the training value)")
+
+    added = command("train", train, "Train an experiment, or go on training it.",
+                    "eso-jax train experiments/quickstart.py --workdir /tmp/w train.steps=100")
+    added.add_argument("experiment", help="a Python file that defines `config`, or a config.json")
+    added.add_argument("--workdir", required=True, help="made, or resumed from if it holds this run")
+    added.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
+
+    added = command("eval", evaluate, "The NELBO on held-out text, with its standard error.",
+                    "eso-jax eval --workdir /tmp/w --alpha-0 0.25 --out eval.json")
+    model(added)
+    added.add_argument("--split", default="validation", choices=["train", "validation", "test"])
+    added.add_argument("--source", help="other text than the training data's: a folder, a file or a glob")
+    added.add_argument("--num-windows", type=int, default=512, help="windows, evenly spaced (%(default)s)")
+    added.add_argument("--samples", type=int, default=1, help="Monte Carlo samples per window (%(default)s)")
+    added.add_argument("--out", default="eval.json", help="JSON (%(default)s)")
+
+    added = command("score", score, "Exact log-likelihood given orders, and the importance-weighted bound.",
+                    "eso-jax score --workdir /tmp/w --tokens x.npy --num-orders 16 --alpha-0 0.25 --out s.npz")
+    model(added)
+    added.add_argument("--tokens", required=True, help=".npy, int [B, L]")
+    added.add_argument("--orders", help=".npy, int [K, B, L]; drawn if absent")
+    added.add_argument("--num-orders", type=int, default=1, help="K, orders to draw per sequence (%(default)s)")
+    added.add_argument("--out", required=True,
+                       help=".npz with logp_per_order [K, B], iw_bound [B], iw_bound_standard_error [B], in nats")
+
+    added = command("sample", sample, "Generate sequences.",
+                    "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz")
+    model(added)
+    added.add_argument("--num-samples", type=int, default=1)
+    added.add_argument("--steps", type=int, default=128, help="T, diffusion steps (%(default)s)")
+    added.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; 1 keeps all (%(default)s)")
+    added.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
+    added.add_argument("--batch-size", type=int, default=64, help="sequences decoded together (%(default)s)")
+    added.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
+    added.add_argument("--out", required=True, help=".npz with tokens [N, L], order [N, L], tokens_per_step, text")
+
+    added = command("import", import_, "Make a work directory from the authors' weights.",
+                    "eso-jax import eso.safetensors --config sizes.json --out /tmp/w")
+    added.add_argument("src", metavar="SRC", help="a .safetensors file")
+    added.add_argument("--out", required=True, help="the new work directory; an existing one is refused")
+    added.add_argument("--family", default="esolm", choices=FAMILIES)
+    added.add_argument("--config", help="JSON of the sizes: hidden_size, n_heads, n_blocks, cond_dim, length, vocab_size")
+    return parser

@@ -1,0 +1,278 @@
+"""What a run is: frozen dataclasses that check themselves.
+
+An experiment is a Python file that holds one `config = Config(...)`. Fields are overridden on the command line as
+`section.field=value`, and the whole is kept as JSON beside the checkpoints. Every error names the field, its value and
+the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+
+class EsoError(ValueError):
+    """A mistake in the input that the user can mend. The command line prints it as one line and exits with 2."""
+
+
+def require(condition: bool, name: str, value: Any, remedy: str) -> None:
+    """Raises an EsoError `name = value: remedy` unless `condition` holds."""
+    if not condition:
+        raise EsoError(f"{name} = {value!r}: {remedy}")
+
+
+FAMILIES = ("esolm", "esolm_a", "mdlm", "bd3lm", "ar")
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(width=256, layers=8, heads=8),
+    "small": dict(width=768, layers=12, heads=12),  # the paper's
+    "medium": dict(width=1024, layers=24, heads=16),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The denoiser, a transformer shared by all families (DESIGN: a DiT whose modulation is constant)."""
+
+    length: int = 128  # L, tokens in a sequence
+    vocab_size: int = 258  # V, the mask included
+    mask_id: int | None = None  # None: the last id
+    width: int = 768  # D
+    layers: int = 12  # N
+    heads: int = 12  # H; the head size K is width / heads
+    cond_dim: int = 128  # width of the AdaLN conditioning; 0: no AdaLN (the plain AR baseline)
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("length", "width", "layers", "heads"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        require(self.vocab_size >= 2, "model.vocab_size", self.vocab_size, "must hold a token and the mask, so >= 2")
+        require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width = {self.width}")
+        require(self.head_size % 2 == 0, "model.heads", self.heads,
+                f"the head size {self.head_size} must be even for rotary positions; choose another model.width")
+        require(self.cond_dim >= 0, "model.cond_dim", self.cond_dim, "must be >= 0 (0 turns AdaLN off)")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+        require(0 <= self.mask < self.vocab_size, "model.mask_id", self.mask_id, f"must be in [0, {self.vocab_size})")
+
+    @property
+    def mask(self) -> int:
+        """Id of the mask token."""
+        return self.vocab_size - 1 if self.mask_id is None else self.mask_id
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @staticmethod
+    def of_size(size: str, **fields: Any) -> ModelConfig:
+        """A named size ("tiny", "small", "medium"), other fields as given."""
+        require(size in SIZES, "size", size, f"choose one of {', '.join(SIZES)}")
+        return ModelConfig(**{**SIZES[size], **fields})
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """Which language model the denoiser is trained as; see eso_jax/families."""
+
+    name: str = "esolm"
+    alpha_0: float = 1.0  # share of tokens left to diffusion (Eso-LM); 1: all diffusion, 0: all sequential
+    kappa: float | None = None  # share of the batch on the diffusion loss; None: 1 at alpha_0 = 1, 0 at 0, else 1/2
+    loss_weight: str = "elbo"  # training weight of the diffusion term: "elbo", or "low_var" (w = 1)
+    block_size: int = 16  # BD3-LM's L'
+    t_range: tuple[float, float] = (1e-3, 1.0)  # BD3-LM's clipped training range of t; evaluation uses (1e-3, 1)
+    start_id: int | None = None  # AR's token before the first; None: the mask id
+
+    def __post_init__(self) -> None:
+        require(self.name in FAMILIES, "family.name", self.name, f"choose one of {', '.join(FAMILIES)}")
+        require(0 <= self.alpha_0 <= 1, "family.alpha_0", self.alpha_0, "must be in [0, 1]")
+        require(self.name.startswith("esolm") or self.alpha_0 == 1, "family.alpha_0", self.alpha_0,
+                f"only Eso-LMs have it; leave it at 1 for family.name = {self.name!r}")
+        require(self.kappa is None or 0 <= self.kappa <= 1, "family.kappa", self.kappa, "must be in [0, 1]")
+        require(self.kappa is None or (0 < self.kappa < 1) == (0 < self.alpha_0 < 1), "family.kappa", self.kappa,
+                f"alpha_0 = {self.alpha_0} needs {'both' if 0 < self.alpha_0 < 1 else 'one of the'} losses; "
+                "leave family.kappa unset")
+        require(self.loss_weight in ("elbo", "low_var"), "family.loss_weight", self.loss_weight,
+                "choose elbo or low_var")
+        require(self.block_size >= 1, "family.block_size", self.block_size, "must be at least 1")
+        low, high = self.t_range
+        require(0 < low < high <= 1, "family.t_range", self.t_range, "must satisfy 0 < low < high <= 1")
+
+    @property
+    def split(self) -> Fraction:
+        """kappa as a fraction with a small denominator, so that a batch divides into equal groups."""
+        if self.kappa is not None:
+            return Fraction(self.kappa).limit_denominator(64)
+        return Fraction(self.alpha_0) if self.alpha_0 in (0, 1) else Fraction(1, 2)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from; see eso_jax/data."""
+
+    source: str = "stdlib"  # "stdlib": Python's own source text; or a folder, a file, or a glob of text files
+    tokenizer: str = "bytes"
+    seed: int = 0  # of the shuffle
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "data.source", self.source, "give 'stdlib', a folder, a file or a glob")
+        require(self.tokenizer == "bytes", "data.tokenizer", self.tokenizer, "choose bytes")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimizer and the loop. Defaults are the paper's (its appendix C.3 and the authors' configs)."""
+
+    steps: int = 1_000_000
+    batch_size: int = 512  # global, over all devices
+    accumulate: int = 1  # micro-batches per step
+    learning_rate: float = 3e-4
+    warmup: int = 2500  # steps of linear warm-up; constant after
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema: float = 0.9999  # decay of the averaged weights that evaluation uses, ramped as (1 + n) / (10 + n)
+    compute_dtype: str = "bfloat16"  # of activations; parameters, optimizer and loss are float32
+    seed: int = 1
+    log_every: int = 50
+    eval_every: int = 5000
+    eval_windows: int = 512  # validation windows per evaluation
+    save_every: int = 1000
+    keep: int = 3  # checkpoints kept
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_windows", "save_every",
+                     "keep"):
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        for name in ("warmup", "weight_decay", "seed"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be >= 0")
+        for name in ("learning_rate", "eps", "clip_norm"):
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
+        for name in ("beta1", "beta2", "ema"):
+            require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "must be in [0, 1)")
+        require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate,
+                f"must divide train.batch_size = {self.batch_size}")
+        require(self.compute_dtype in ("float32", "bfloat16"), "train.compute_dtype", self.compute_dtype,
+                "choose float32 or bfloat16")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    family: FamilyConfig = field(default_factory=FamilyConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        require(self.family.name != "bd3lm" or self.model.length % self.family.block_size == 0,
+                "family.block_size", self.family.block_size, f"must divide model.length = {self.model.length}")
+        groups = self.train.accumulate * self.family.split.denominator
+        require(self.train.batch_size % groups == 0, "train.batch_size", self.train.batch_size,
+                f"must be a multiple of {groups} (train.accumulate x the denominator of kappa = {self.family.split})")
+        start = self.family.start_id
+        require(start is None or 0 <= start < self.model.vocab_size, "family.start_id", start,
+                f"must be in [0, {self.model.vocab_size})")
+
+    def override(self, *assignments: str) -> Config:
+        """A copy with `section.field=value` assignments applied, values read by the field's type.
+
+        Assignments take effect together, so that fields which must agree can change in one call.
+        """
+        values = dataclasses.asdict(self)
+        for assignment in assignments:
+            path, separator, text = assignment.partition("=")
+            if not separator:
+                raise EsoError(f"{assignment!r}: write an override as section.field=value, e.g. train.steps=1000")
+            section, _, name = path.strip().partition(".")
+            _check_field(path, section, name)
+            kind = typing.get_type_hints(_SECTIONS[section])[name]
+            values[section][name] = _parse(path, text.strip(), kind)
+        return from_dict(values)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+_SECTIONS: dict[str, type] = {"model": ModelConfig, "family": FamilyConfig, "data": DataConfig, "train": TrainConfig}
+
+
+def from_dict(values: dict[str, dict[str, Any]]) -> Config:
+    """The Config of a nested dict such as `json.loads(config.to_json())`; unknown fields are errors."""
+    sections = {}
+    for section, given in values.items():
+        for name, value in given.items():
+            path = f"{section}.{name}"
+            _check_field(path, section, name)
+            kind = typing.get_type_hints(_SECTIONS[section])[name]
+            require(_fits(value, kind), path, value, f"must be of type {_type_name(kind)}")
+        sections[section] = _SECTIONS[section](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    return Config(**sections)
+
+
+def from_file(path: str | Path) -> Config:
+    """The `config` of an experiment file (Python), or of a saved config.json."""
+    path = Path(path)
+    require(path.is_file(), "config", str(path), "no such file; give an experiment such as experiments/quickstart.py")
+    if path.suffix == ".json":
+        try:
+            return from_dict(json.loads(path.read_text()))
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise EsoError(f"config = {str(path)!r}: not a config in JSON ({error})") from error
+    import runpy
+
+    config = runpy.run_path(str(path)).get("config")
+    require(isinstance(config, Config), "config", str(path), "the file must define config = eso_jax.Config(...)")
+    return typing.cast(Config, config)
+
+
+def _check_field(path: str, section: str, name: str) -> None:
+    known = [f"{s}.{f.name}" for s, kind in _SECTIONS.items() for f in dataclasses.fields(kind)]
+    if section in _SECTIONS and path in known:
+        return
+    close = difflib.get_close_matches(path, known, n=1) or [k for k in known if name and k.endswith(f".{name}")]
+    hint = f"did you mean {close[0]}?" if close else f"sections are {', '.join(_SECTIONS)}"
+    raise EsoError(f"{path}: unknown config field; {hint}")
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _type_name(kind: Any) -> str:
+    return " or ".join("None" if k is type(None) else getattr(k, "__name__", str(k)) for k in _kinds(kind))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    for option in _kinds(kind):
+        if typing.get_origin(option) is tuple:
+            parts = typing.get_args(option)
+            if isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_fits, value, parts)):
+                return True
+        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return True
+        elif isinstance(value, option) and isinstance(value, bool) == (option is bool):
+            return True
+    return False
+
+
+def _parse(path: str, text: str, kind: Any) -> Any:
+    if str in _kinds(kind):
+        return text
+    try:
+        value = json.loads(text.replace("None", "null").replace("(", "[").replace(")", "]").replace("_", ""))
+    except json.JSONDecodeError:
+        value = text
+    if isinstance(value, float) and value == int(value) and int in _kinds(kind):
+        value = int(value)  # train.steps=1e6
+    require(_fits(value, kind), path, text, f"must be of type {_type_name(kind)}")
+    return value

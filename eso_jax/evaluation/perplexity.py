@@ -1,0 +1,69 @@
+"""The NELBO of a model on held-out windows, with its standard error."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from eso_jax import families
+from eso_jax.config import Config, require
+from eso_jax.data import ByteTokenizer
+from eso_jax.noise import Draws
+from eso_jax.transformer import Weights
+
+
+class Perplexity(NamedTuple):
+    """A bound on the negative log-likelihood (for AR the thing itself).
+
+    Attributes:
+      nats_per_token: mean over tokens.
+      standard_error: of nats_per_token, over windows and their Monte Carlo draws. Times are spread evenly over a
+        batch, which the estimate ignores: it is an upper one.
+      terms: nats per token by term.
+      bits_per_byte: total bits over the bytes of the text (separators cost bits and are no bytes).
+      perplexity: exp(nats_per_token).
+      windows: how many.
+    """
+
+    nats_per_token: float
+    standard_error: float
+    terms: dict[str, float]
+    bits_per_byte: float
+    perplexity: float
+    windows: int
+
+    def to_json(self) -> dict[str, Any]:
+        return self._asdict()
+
+
+def nelbo(weights: Weights, config: Config, windows: np.ndarray, tokenizer: ByteTokenizer, alpha_0: float,
+          key: Key[Array, ""], rows: int = 64, samples: int = 1) -> Perplexity:
+    """The NELBO on windows [M, L] at any alpha_0, `samples` Monte Carlo draws per window."""
+    require(len(windows) > 0, "windows", 0, "nothing to evaluate")
+    totals: list[dict[str, np.ndarray]] = []
+    for low in range(0, len(windows), rows):
+        tokens = jnp.asarray(windows[low:low + rows], jnp.int32)
+        estimates = [_per_row(weights, config, tokens, alpha_0, jax.random.fold_in(jax.random.fold_in(key, low), sample))
+                     for sample in range(samples)]
+        totals.append({term: np.mean([np.asarray(e[term], np.float64) for e in estimates], axis=0)
+                       for term in estimates[0]})
+    by_term = {term: np.concatenate([total[term] for total in totals]) / config.model.length for term in totals[0]}
+    per_window = np.sum(list(by_term.values()), axis=0)
+    mean = float(per_window.mean())
+    error = float(per_window.std(ddof=1) / math.sqrt(len(windows))) if len(windows) > 1 else math.nan
+    bits = mean * windows.size / math.log(2) / tokenizer.num_bytes(windows)
+    return Perplexity(mean, error, {term: float(x.mean()) for term, x in by_term.items()}, bits, math.exp(mean),
+                      len(windows))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "alpha_0"))
+def _per_row(weights: Weights, config: Config, tokens: Int[Array, "B L"], alpha_0: float,
+             key: Key[Array, ""]) -> dict[str, Float[Array, " B"]]:
+    draws = Draws(key, jnp.arange(len(tokens)), len(tokens))
+    return families.get(config).nelbo(weights, config, tokens, draws, alpha_0)

@@ -1,0 +1,63 @@
+"""AR: the causal language model, with AdaLN (the paper's fair baseline) or without (model.cond_dim = 0).
+
+The input is the sequence shifted by one behind a start token (family.start_id; the mask by default, which AR has no
+other use for), so that all L tokens have a likelihood.
+
+Axes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from eso_jax import masks, transformer
+from eso_jax.attention import single_stream
+from eso_jax.config import Config, require
+from eso_jax.noise import Draws
+from eso_jax.sampling import loop
+from eso_jax.sampling.categorical import Rule
+from eso_jax.sampling.plan import Plan, left_to_right
+from eso_jax.transformer import Weights
+
+
+def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws) -> dict[str, Float[Array, ""]]:
+    dropout = transformer.dropout_of(config.model, draws, train=True)
+    return {"sequential": jnp.mean(next_token_nll(weights, config, shift(config, tokens), tokens, dropout))}
+
+
+def nelbo(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
+          alpha_0: float = 1.0) -> dict[str, Float[Array, " B"]]:
+    """-log p itself. AR has no alpha_0, whose value here is ignored."""
+    return {"sequential": next_token_nll(weights, config, shift(config, tokens), tokens).sum(1)}
+
+
+def shift(config: Config, tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """The inputs: the start token, then all tokens but the last."""
+    start = config.model.mask if config.family.start_id is None else config.family.start_id
+    return jnp.concatenate([jnp.full_like(tokens[:, :1], start), tokens[:, :-1]], axis=1)
+
+
+def next_token_nll(weights: Weights, config: Config, inputs: Int[Array, "B L"], targets: Int[Array, "B L"],
+                   dropout: transformer.Dropout = None) -> Float[Array, "B L"]:
+    """-log p(targets[i] | inputs[<= i])."""
+    positions = transformer.natural_positions(inputs)
+    hidden, _ = transformer.trunk(weights, inputs, positions, single_stream(masks.causal), dropout=dropout)
+    return transformer.nll(weights, hidden, targets, config.model.mask)
+
+
+def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                   order: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """log p(x_i | x_<i); the order must be the natural one (checked by eso_jax/likelihood.py)."""
+    return -next_token_nll(weights, config, shift(config, tokens), tokens)
+
+
+def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0) -> Plan:
+    """Left to right, one token per step: AR has no choice, and `steps` and `alpha_0` are ignored."""
+    return left_to_right(batch, config.model.length)
+
+
+def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule,
+           first_row: int = 0) -> Int[Array, "B L"]:
+    require(plan.nfe == config.model.length, "plan", plan.nfe, "AR decodes one token per step, left to right")
+    return loop.sample(weights, config.model, "ar", plan, key, rule, first_row, config.family.start_id)

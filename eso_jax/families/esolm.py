@@ -1,0 +1,139 @@
+"""Eso-LM (B), "Eso-LM" in the paper, and its ablation Eso-LM (A): diffusion, then sequential, in one transformer.
+
+A share alpha_0 of the tokens is decoded by diffusion, in random order and in parallel; the rest left to right, one at a
+time. Both passes attend along an order, clean tokens first, so that keys and values can be cached. (A) lets the clean
+tokens see each other, which trains better and caches less. Paper, eqs. 7 and 24-32 for (B), 35-41 for (A).
+
+Axes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+
+from eso_jax import masks, noise, transformer
+from eso_jax.attention import single_stream, two_streams
+from eso_jax.config import Config, EsoError
+from eso_jax.noise import Draws
+from eso_jax.order import clean_first, sort
+from eso_jax.sampling import loop
+from eso_jax.sampling.categorical import Rule
+from eso_jax.sampling.plan import Plan, binomial
+from eso_jax.transformer import Weights
+
+
+def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws) -> dict[str, Float[Array, ""]]:
+    """Both halves of the hybrid loss, each over its own share of the batch and its own tokens (paper, Algorithm 1)."""
+    kappa, alpha_0 = config.family.split, config.family.alpha_0
+    terms = {}
+    if kappa > 0:
+        rows, row_draws = _share(tokens, 0, kappa), _share_draws(draws, 0, kappa)
+        # Times are spread over the diffusion rows alone.
+        rank = draws.index // kappa.denominator * kappa.numerator + draws.index % kappa.denominator
+        time_draws = Draws(draws.key, _share(rank, 0, kappa), int(draws.total * kappa))
+        t = noise.draw_times(time_draws)
+        weight = noise.elbo_weight(t, alpha_0) if config.family.loss_weight == "elbo" else jnp.ones_like(t)
+        terms["diffusion"] = jnp.mean(weight[:, None] * _diffusion(weights, config, rows, row_draws, t, alpha_0, True))
+    if kappa < 1:
+        rows, row_draws = _share(tokens, kappa, 1), _share_draws(draws, kappa, 1)
+        terms["sequential"] = jnp.mean(_sequential(weights, config, rows, row_draws, alpha_0, True))
+    return terms
+
+
+def nelbo(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
+          alpha_0: float) -> dict[str, Float[Array, " B"]]:
+    """Both terms of eq. 7 for every row, at any alpha_0."""
+    terms = {}
+    if alpha_0 > 0:
+        t = noise.draw_times(draws)
+        terms["diffusion"] = noise.elbo_weight(t, alpha_0) * _diffusion(weights, config, tokens, draws, t, alpha_0,
+                                                                        False).sum(1)
+    if alpha_0 < 1:
+        terms["sequential"] = _sequential(weights, config, tokens, draws, alpha_0, False).sum(1)
+    return terms
+
+
+def _diffusion(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, t: Float[Array, " B"],
+               alpha_0: float, train: bool) -> Float[Array, "B L"]:
+    masked = noise.draw_masked(draws.per_example(noise.MASK), noise.alpha(t, alpha_0)[:, None], tokens.shape[1])
+    order = clean_first(draws.per_example(noise.ORDER), masked, shuffle_clean=True, shuffle_masked=True)
+    return diffusion_nll(weights, config, tokens, masked, order, transformer.dropout_of(config.model, draws, train))
+
+
+def _sequential(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, alpha_0: float,
+                train: bool) -> Float[Array, "B L"]:
+    keep = jnp.full((tokens.shape[0], 1), alpha_0)
+    masked = noise.draw_masked(draws.per_example(noise.MASK_0), keep, tokens.shape[1])
+    order = clean_first(draws.per_example(noise.ORDER_0), masked, shuffle_clean=config.family.name == "esolm",
+                        shuffle_masked=False)
+    return sequential_nll(weights, config, tokens, masked, order, transformer.dropout_of(config.model, draws, train))
+
+
+def diffusion_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
+                  order: Int[Array, "B L"], dropout: transformer.Dropout = None) -> Float[Array, "B L"]:
+    """-log p of the masked tokens in one diffusion pass, unweighted and along the order; 0 on clean tokens.
+
+    A masked token sees the clean ones, the masked ones before it in the order, and itself.
+    """
+    x, hidden_from = sort(tokens, order), sort(masked, order)
+    if config.family.name == "esolm_a":
+        clean = (~masked).sum(1)[:, None, None]
+        attend = single_stream(lambda query, key: masks.prefix(query, key, clean))
+    else:
+        attend = single_stream(masks.causal)
+    zt = jnp.where(hidden_from, config.model.mask, x)
+    hidden, _ = transformer.trunk(weights, zt, order, attend, dropout=dropout)
+    return jnp.where(hidden_from, transformer.nll(weights, hidden, x, config.model.mask), 0)
+
+
+def sequential_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
+                   order: Int[Array, "B L"], dropout: transformer.Dropout = None) -> Float[Array, "B L"]:
+    """-log p of each masked token given the tokens before it in the order, along the order; 0 on clean tokens.
+
+    Two streams, z_0 and x: the z_0 copy of a token sees itself and the x copies before it. No shift by one.
+    """
+    x, hidden_from = sort(tokens, order), sort(masked, order)
+    z0 = jnp.where(hidden_from, config.model.mask, x)
+    clean = (~masked).sum(1) if config.family.name == "esolm_a" else None
+    hidden, _ = transformer.trunk(weights, jnp.concatenate([z0, x], 1), jnp.concatenate([order, order], 1),
+                                  two_streams(1, clean), dropout=dropout)
+    return jnp.where(hidden_from, transformer.nll(weights, hidden[:, :x.shape[1]], x, config.model.mask), 0)
+
+
+def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                   order: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """log p(x_order[i] | x_order[<i]), exact, in one pass with everything masked (paper, section 5.2).
+
+    (A) sees clean tokens in both directions, so its passes do not chain into the likelihood of a random order; along
+    the natural order (alpha_0 = 0) they do.
+    """
+    return -sequential_nll(weights, config, tokens, jnp.ones_like(tokens, bool), order)
+
+
+def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float) -> Plan:
+    return binomial(key, batch, config.model.length, steps, alpha_0)
+
+
+def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule,
+           first_row: int = 0) -> Int[Array, "B L"]:
+    """The cached sampler of both phases, for (B)."""
+    if config.family.name == "esolm_a":
+        raise EsoError("family.name = 'esolm_a': there is no sampler for Eso-LM (A) yet; sample an Eso-LM (B), 'esolm'")
+    return loop.sample(weights, config.model, "esolm", plan, key, rule, first_row)
+
+
+def _share(x: Shaped[Array, "B *s"], low: Fraction | int, high: Fraction | int) -> Shaped[Array, "_ *s"]:
+    """Rows low to high (fractions of the batch), the same share of every few consecutive rows.
+
+    With kappa = 1/2, rows 0, 2, 4, ... and 1, 3, 5, ...: no row leaves the device that holds it.
+    """
+    groups = max(Fraction(low).denominator, Fraction(high).denominator)
+    grouped = x.reshape(-1, groups, *x.shape[1:])
+    return grouped[:, int(low * groups):int(high * groups)].reshape(-1, *x.shape[1:])
+
+
+def _share_draws(draws: Draws, low: Fraction | int, high: Fraction | int) -> Draws:
+    return draws.replace(index=_share(draws.index, low, high))

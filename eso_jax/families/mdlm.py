@@ -1,0 +1,69 @@
+"""MDLM: masked diffusion, where every token sees every other one. No cache is possible.
+
+Sahoo et al. 2024, arXiv 2406.07524; the paper's main baseline.
+
+Axes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from eso_jax import masks, noise, transformer
+from eso_jax.attention import single_stream
+from eso_jax.config import Config, EsoError, require
+from eso_jax.noise import Draws
+from eso_jax.sampling import loop
+from eso_jax.sampling.categorical import Rule
+from eso_jax.sampling.plan import Plan, binomial
+from eso_jax.transformer import Weights
+
+
+def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws) -> dict[str, Float[Array, ""]]:
+    low_var = config.family.loss_weight == "low_var"
+    return {"diffusion": jnp.mean(_weighted_nll(weights, config, tokens, draws, low_var, train=True))}
+
+
+def nelbo(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
+          alpha_0: float = 1.0) -> dict[str, Float[Array, " B"]]:
+    require(alpha_0 == 1, "alpha_0", alpha_0, "MDLM is all diffusion; leave alpha_0 at 1")
+    return {"diffusion": _weighted_nll(weights, config, tokens, draws, low_var=False, train=False).sum(1)}
+
+
+def _weighted_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, low_var: bool,
+                  train: bool) -> Float[Array, "B L"]:
+    t = noise.draw_times(draws)
+    masked = noise.draw_masked(draws.per_example(noise.MASK), noise.alpha(t, 1.0)[:, None], tokens.shape[1])
+    weight = jnp.ones_like(t) if low_var else noise.elbo_weight(t, 1.0)
+    return weight[:, None] * masked_nll(weights, config, tokens, masked,
+                                        transformer.dropout_of(config.model, draws, train))
+
+
+def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
+               dropout: transformer.Dropout = None) -> Float[Array, "B L"]:
+    """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens."""
+    zt = jnp.where(masked, config.model.mask, tokens)
+    positions = transformer.natural_positions(tokens)
+    hidden, _ = transformer.trunk(weights, zt, positions, single_stream(masks.everyone), dropout=dropout)
+    return jnp.where(masked, transformer.nll(weights, hidden, tokens, config.model.mask), 0)
+
+
+def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                   order: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    raise EsoError("family.name = 'mdlm': the likelihood of an order takes L passes and is not available; "
+                   "use eso-jax eval for the NELBO")
+
+
+def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0) -> Plan:
+    require(alpha_0 == 1, "alpha_0", alpha_0, "MDLM is all diffusion; leave alpha_0 at 1")
+    return binomial(key, batch, config.model.length, steps, 1.0)
+
+
+def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule,
+           first_row: int = 0) -> Int[Array, "B L"]:
+    """The ancestral sampler, factored: which tokens are decoded at each step is the plan's (the ancestral law, with
+    steps that decode nothing dropped, as they change nothing), and then each takes its token from p(x | z_t). A joint
+    draw over tokens and mask has the same law, and float32 Gumbel noise gets its tail wrong. Counts are shared by the
+    batch. Each step is a pass over all L tokens."""
+    return loop.sample(weights, config.model, "mdlm", plan, key, rule, first_row)

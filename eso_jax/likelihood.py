@@ -1,0 +1,84 @@
+"""Exact likelihoods given an order, and importance-weighted bounds from several.
+
+-log p(x) <= -E[logsumexp_k log p(x | order_k) - log K], a bound that tightens with K (paper, section 5.2).
+
+Axes: B batch, L length, O orders (the paper's K).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from eso_jax import families
+from eso_jax.config import Config, EsoError, require
+from eso_jax.order import check_permutations
+from eso_jax.transformer import Weights
+
+
+def log_prob(weights: Weights, config: Config, tokens: np.ndarray, orders: np.ndarray,
+             rows: int = 64) -> Float[np.ndarray, "O B"]:
+    """log p(tokens[b] | orders[o, b]) in nats, exact for decoding one token at a time.
+
+    Args:
+      tokens: int [B, L], no masks.
+      orders: int [O, B, L], permutations.
+      rows: sequences per forward pass.
+
+    Raises:
+      EsoError: for tokens or orders that do not fit the model, or a family that has no such likelihood.
+    """
+    tokens, orders = np.asarray(tokens), np.asarray(orders)
+    check_tokens(tokens, config)
+    require(orders.ndim == 3 and orders.shape[1:] == tokens.shape, "orders", orders.shape,
+            f"must have shape [K, {tokens.shape[0]}, {tokens.shape[1]}]")
+    check_permutations(orders, config.model.length)
+    name = config.family.name
+    if name in ("ar", "esolm_a") and (np.diff(orders, axis=-1) != 1).any():
+        raise EsoError(f"family.name = {name!r}: only the natural order 0..L-1 has an exact likelihood "
+                       "(for importance-weighted scores use alpha_0 = 0, or an Eso-LM (B))")
+    out = np.zeros(orders.shape[:2], np.float32)
+    for index, batch_orders in enumerate(orders):
+        for low in range(0, len(tokens), rows):
+            part = slice(low, low + rows)
+            out[index, part] = _sum_log_prob(weights, config, jnp.asarray(tokens[part], jnp.int32),
+                                             jnp.asarray(batch_orders[part], jnp.int32))
+    return out
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _sum_log_prob(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                  order: Int[Array, "B L"]) -> Float[Array, " B"]:
+    return families.get(config).log_likelihood(weights, config, tokens, order).sum(axis=1)
+
+
+def iw_bound(logp_per_order: Float[np.ndarray, "O B"]) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
+    """The importance-weighted lower bound of log p(x) in nats, and its standard error (nan for one order).
+
+    The error is the delta method's: the relative standard error of the mean likelihood over orders.
+    """
+    count = len(logp_per_order)
+    wide = logp_per_order.astype(np.float64)
+    top = wide.max(0)
+    likelihood = np.exp(wide - top)
+    mean = likelihood.mean(0)
+    error = likelihood.std(0, ddof=1) / np.sqrt(count) / mean if count > 1 else np.full(top.shape, np.nan)
+    return (top + np.log(mean)).astype(np.float32), error.astype(np.float32)
+
+
+def check_tokens(tokens: np.ndarray, config: Config) -> None:
+    """Raises an EsoError unless tokens are int [B, L] of this model, without masks."""
+    model = config.model
+    require(tokens.ndim == 2 and np.issubdtype(tokens.dtype, np.integer), "tokens", f"{tokens.dtype} {tokens.shape}",
+            "must be integers [B, L]")
+    require(tokens.shape[1] == model.length, "tokens", tokens.shape,
+            f"the model has length {model.length}; cut or pack the text to it")
+    bad = (tokens < 0) | (tokens >= model.vocab_size) | (tokens == model.mask)
+    if bad.any():
+        row, column = np.argwhere(bad)[0].tolist()
+        raise EsoError(f"tokens[{row}, {column}] = {tokens[row, column]}: ids must be in [0, {model.vocab_size}) and not "
+                       f"the mask {model.mask}")

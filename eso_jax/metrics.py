@@ -1,0 +1,79 @@
+"""What a run reports: JSON lines in `W/metrics.jsonl`, a progress bar or plain lines, and a picture of the loss."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends JSON lines, each with its step. Resuming at a step drops the lines a killed run wrote beyond it."""
+
+    def __init__(self, workdir: Path, resume_step: int) -> None:
+        self.path = workdir / FILE
+        kept = [line for line in read(workdir) if line["step"] <= resume_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, step: int, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a work directory's metrics; one cut short by a kill is left out."""
+    path = workdir / FILE
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def say(message: str) -> None:
+    """A line for people, on stderr, above any progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def progress(steps: Iterable[int], total: int, initial: int, label: str) -> tqdm:
+    """A progress bar on a terminal, silent elsewhere."""
+    return tqdm(steps, total=total, initial=initial, desc=label, unit="step", disable=None, file=sys.stderr,
+                dynamic_ncols=True)
+
+
+def plot_loss(workdir: Path, baselines: dict[str, float] | None = None) -> Path:
+    """Draws `W/loss.png`: training terms, and validation bits per byte beside named baselines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = read(workdir)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in ("loss", "diffusion", "sequential"):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            left.plot(*zip(*points, strict=True), label=name, linewidth=1)
+    left.set(xlabel="step", ylabel="nats per token", title="training loss and its terms")
+    points = [(line["step"], line["validation_bits_per_byte"]) for line in lines if "validation_bits_per_byte" in line]
+    if points:
+        right.plot(*zip(*points, strict=True), "o-", label="model (NELBO)")
+    for name, value in (baselines or {}).items():
+        right.axhline(value, linestyle="--", color="grey", label=name)
+    right.set(xlabel="step", ylabel="bits per byte", title="validation")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    path = workdir / "loss.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,66 @@
+"""The noise schedule, the corruption, and the random keys that drive them.
+
+Every draw is keyed by (seed, step, global example index), so a loss curve does not depend on the number of devices,
+hosts or micro-batches.
+
+Axes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+T_MIN = 1e-3  # t is drawn from [T_MIN, 1], and alpha falls to alpha_0 * T_MIN at t = 1
+
+
+@struct.dataclass
+class Draws:
+    """Where the randomness of one batch comes from.
+
+    Attributes:
+      key: one key for the whole step, the same on every device and in every micro-batch.
+      index: int [B], each row's index in the global batch.
+      total: rows in the global batch.
+    """
+
+    key: Key[Array, ""]
+    index: Int[Array, " B"]
+    total: int = struct.field(pytree_node=False)
+
+    def per_example(self, purpose: int) -> Key[Array, " B"]:
+        """One key per row and purpose (a small constant, below)."""
+        key = jax.random.fold_in(self.key, purpose)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, self.index)
+
+
+TIME, MASK, ORDER, MASK_0, ORDER_0, DROPOUT = range(6)  # purposes; _0: of the sequential pass
+
+
+def alpha(t: Float[Array, "*s"], alpha_0: float) -> Float[Array, "*s"]:
+    """Probability that a token is still clean at time t in [0, 1]: alpha_0 (1 - (1 - T_MIN) t)."""
+    return alpha_0 * (1 - (1 - T_MIN) * t)
+
+
+def elbo_weight(t: Float[Array, "*s"], alpha_0: float) -> Float[Array, "*s"]:
+    """Weight of -log p on a masked token in the NELBO, -alpha'_t / (1 - alpha_t) (paper, eq. 7)."""
+    return alpha_0 * (1 - T_MIN) / (1 - alpha(t, alpha_0))
+
+
+def draw_times(draws: Draws, low: float = T_MIN, high: float = 1.0) -> Float[Array, " B"]:
+    """One time per row in [low, high], evenly spread over the global batch: ((u + i) / N) mod 1, scaled."""
+    u = jax.random.uniform(jax.random.fold_in(draws.key, TIME))
+    return low + (high - low) * ((u + draws.index) / draws.total % 1)
+
+
+def draw_masked(keys: Key[Array, " B"], keep: Float[Array, "B #L"], length: int) -> Bool[Array, "B L"]:
+    """Which tokens become masks: each stays clean with probability `keep`, by its own draw."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys) >= keep
+
+
+def dropout(x: Float[Array, "B S D"], rate: float, keys: UInt[Array, " B"] | Key[Array, " B"]) -> Float[Array, "B S D"]:
+    """Drops each entry with probability `rate` and rescales the rest, by one key per row."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)

@@ -1,0 +1,81 @@
+"""Drawing tokens from logits, exactly to float32.
+
+`jax.random.categorical` adds Gumbel noise to every vocabulary entry: slow, and its 24-bit uniforms cut off the tail of
+a joint draw over tokens and masks. Positions are drawn first here (the plan), and a token takes two uniforms: one finds
+the block of the vocabulary, the other the entry in it, each by inverting a cumulative sum.
+
+Axes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from eso_jax.config import require
+
+
+@struct.dataclass
+class Rule:
+    """How tokens are drawn.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the most likely token.
+      top_p: nucleus mass in (0, 1]; 1 keeps every token.
+    """
+
+    temperature: float = struct.field(pytree_node=False, default=1.0)
+    top_p: float = struct.field(pytree_node=False, default=1.0)
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, "temperature", self.temperature, "must be >= 0 (0 is greedy)")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]; 1 turns the nucleus off")
+
+
+def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rule) -> Int[Array, "*s"]:
+    """One token id per row of float32 logits, from two uniforms in [0, 1) per row."""
+    if rule.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    scaled = logits / rule.temperature
+    mass = jnp.exp(scaled - scaled.max(-1, keepdims=True))
+    if rule.top_p < 1:
+        mass = jnp.where(nucleus(mass, rule.top_p), mass, 0)
+    size = max(1, math.isqrt(mass.shape[-1]))
+    blocks = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -mass.shape[-1] % size)])
+    blocks = blocks.reshape(*mass.shape[:-1], -1, size)
+    block = _invert(blocks.sum(-1), uniforms[..., 0])
+    chosen = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return block * size + _invert(chosen, uniforms[..., 1])
+
+
+def _invert(mass: Float[Array, "*s M"], u: Float[Array, "*s"]) -> Int[Array, "*s"]:
+    """The first index whose cumulative mass exceeds u times the total; never one without mass."""
+    cumulative = jnp.cumsum(mass, axis=-1)
+    beyond = (cumulative > u[..., None] * cumulative[..., -1:]) & (mass > 0)
+    # Rounding may leave nothing beyond: then the last index with mass is meant.
+    last = mass.shape[-1] - 1 - jnp.argmax(mass[..., ::-1] > 0, axis=-1)
+    return jnp.where(beyond.any(-1), jnp.argmax(beyond, axis=-1), last)
+
+
+def nucleus(mass: Float[Array, "*s V"], top_p: float) -> Bool[Array, "*s V"]:
+    """The smallest set of largest masses that exceeds `top_p` of the total (ties at its edge are all kept).
+
+    A token is kept if the tokens above it hold at most top_p of the mass. The threshold is found by bisection over
+    the bit patterns of non-negative floats, which are ordered as integers: exact, and no sort of V entries.
+    """
+    budget = top_p * mass.sum(-1)
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # the mass above `high` fits the budget
+        middle = low + (high - low) // 2
+        threshold = jax.lax.bitcast_convert_type(middle, jnp.float32)[..., None]
+        fits = jnp.where(mass > threshold, mass, 0).sum(-1) <= budget
+        return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
+
+    top = jax.lax.bitcast_convert_type(mass.max(-1), jnp.int32)
+    _, threshold = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top), top))
+    return mass >= jax.lax.bitcast_convert_type(threshold, jnp.float32)[..., None]

@@ -1,0 +1,39 @@
+"""Wall time, with compilation apart."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax.monitoring
+
+_COMPILE_EVENTS = {f"/jax/core/compile/{stage}_duration"
+                   for stage in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")}
+
+
+class Stopwatch:
+    """A context manager that times its block.
+
+    Attributes:
+      seconds: wall time of the block.
+      compile_seconds: the part of it that JAX spent tracing, lowering or compiling.
+    """
+
+    def __enter__(self) -> Stopwatch:
+        self._compiling: list[tuple[float, float]] = []
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.seconds = time.perf_counter() - self._begin
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+        self.compile_seconds, covered = 0.0, self._begin
+        for low, high in sorted(self._compiling):  # a trace may hold another: count each moment once
+            self.compile_seconds += max(0.0, high - max(low, covered))
+            covered = max(covered, high)
+
+    def _listen(self, event: str, duration: float, **_: Any) -> None:
+        if event in _COMPILE_EVENTS:
+            now = time.perf_counter()
+            self._compiling.append((now - duration, now))

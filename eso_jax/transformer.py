@@ -1,0 +1,239 @@
+"""The denoiser: a diffusion transformer whose modulation is constant.
+
+One axis legend for the whole project:
+  B batch   L length   S slots of a pass (L, 2L with two streams, a few when sampling)   V vocabulary, mask included
+  D width   H heads    K head size   N layers   T diffusion steps   O orders   C slots of the cache
+
+Parameters live in a Flax Linen module, `Denoiser`; everything else is a function. AdaLN is conditioned on the
+embedding of sigma = 0 always (the paper turns time conditioning off), so its shifts, scales and gates are the same for
+every token: `Denoiser.apply` folds them into the layer norms and the output projections, and returns *weights*, a plain
+dict that `trunk` and `head` take. Training folds in every step (it costs as much as a few rows of the batch) and the
+gradient flows through; inference folds once, at load.
+
+Weights (stacked over layers, or unstacked into a tuple by `unstack`):
+  embedding [V, D]
+  blocks    norm1, norm2: scale, bias [N, D];  qkv [N, D, 3, H, K];  out [N, H, K, D]
+            mlp_in: kernel [N, D, 4D], bias [N, 4D];  mlp_out: kernel [N, 4D, D], bias [N, D]
+  head      norm: scale, bias [D];  kernel [D, V];  bias [V]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
+
+from eso_jax import noise
+from eso_jax.attention import Attend
+from eso_jax.config import ModelConfig
+
+Params = dict[str, Any]
+Weights = dict[str, Any]
+Dropout = tuple[float, Key[Array, " B"]] | None  # the rate, and one key per row
+
+MASK_LOGIT = -1e6
+FREQUENCIES = 256  # width of the timestep embedding, the authors'
+
+
+class Denoiser(nn.Module):
+    """Declares the parameters (float32) and folds the modulation: apply({"params": params}) -> weights.
+
+    Initialized as the authors': uniform in +-1/sqrt(fan-in), with zero AdaLN and, where there is AdaLN, a zero head.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Weights:
+        c = self.config
+        n, d, h, k, v = c.layers, c.width, c.heads, c.head_size, c.vocab_size
+        head_init = nn.initializers.zeros if c.cond_dim else _uniform(d)
+        blocks = {
+            "norm1": {"scale": self.param("norm1", nn.initializers.ones, (n, d))},
+            "norm2": {"scale": self.param("norm2", nn.initializers.ones, (n, d))},
+            "qkv": self.param("qkv", _uniform(d), (n, d, 3, h, k)),
+            "out": self.param("out", _uniform(d), (n, h, k, d)),
+            "mlp_in": {"kernel": self.param("mlp_in_kernel", _uniform(d), (n, d, 4 * d)),
+                       "bias": self.param("mlp_in_bias", _uniform(d), (n, 4 * d))},
+            "mlp_out": {"kernel": self.param("mlp_out_kernel", _uniform(4 * d), (n, 4 * d, d)),
+                        "bias": self.param("mlp_out_bias", _uniform(4 * d), (n, d))},
+        }
+        embedding = self.param("embedding", _uniform(d), (v, d))
+        head = {"norm": {"scale": self.param("head_norm", nn.initializers.ones, (d,))},
+                "kernel": self.param("head_kernel", head_init, (d, v)),
+                "bias": self.param("head_bias", head_init, (v,))}
+        if c.cond_dim:
+            zeros = nn.initializers.zeros
+            condition = self._condition()
+            modulation = jnp.einsum("c,ncmd->mnd", condition, self.param("adaln_kernel", zeros, (n, c.cond_dim, 6, d)))
+            modulation += jnp.swapaxes(self.param("adaln_bias", zeros, (n, 6, d)), 0, 1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+            blocks["norm1"] = _modulate(blocks["norm1"]["scale"], shift1, scale1)
+            blocks["norm2"] = _modulate(blocks["norm2"]["scale"], shift2, scale2)
+            blocks["out"] *= gate1[:, None, None, :]
+            blocks["mlp_out"] = {"kernel": blocks["mlp_out"]["kernel"] * gate2[:, None, :],
+                                 "bias": blocks["mlp_out"]["bias"] * gate2}
+            shift, scale = jnp.einsum("c,cmd->md", condition, self.param("head_adaln_kernel", zeros, (c.cond_dim, 2, d)))\
+                + self.param("head_adaln_bias", zeros, (2, d))
+            head["norm"] = _modulate(head["norm"]["scale"], shift, scale)
+        else:
+            for norm in (blocks["norm1"], blocks["norm2"], head["norm"]):
+                norm["bias"] = jnp.zeros_like(norm["scale"])
+        return {"embedding": embedding, "blocks": blocks, "head": head}
+
+    def _condition(self) -> Float[Array, " C"]:
+        """The conditioning vector: the embedding of sigma = 0, cosines (all 1) then sines (all 0), through an MLP."""
+        c = self.config.cond_dim
+        sigma = jnp.concatenate([jnp.ones(FREQUENCIES // 2), jnp.zeros(FREQUENCIES // 2)])
+        hidden = sigma @ self.param("sigma_in_kernel", _uniform(FREQUENCIES), (FREQUENCIES, c))
+        hidden = nn.silu(hidden + self.param("sigma_in_bias", _uniform(FREQUENCIES), (c,)))
+        out = hidden @ self.param("sigma_out_kernel", _uniform(c), (c, c)) + self.param("sigma_out_bias", _uniform(c), (c,))
+        return nn.silu(out)
+
+
+def _uniform(fan_in: int) -> nn.initializers.Initializer:
+    """Uniform in +-1/sqrt(fan_in), PyTorch's default for linear layers."""
+
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -1, 1) * fan_in**-0.5
+
+    return init
+
+
+def _modulate(norm: Array, shift: Array, scale: Array) -> dict[str, Array]:
+    return {"scale": norm * (1 + scale), "bias": shift}
+
+
+def init(config: ModelConfig, key: Key[Array, ""]) -> Params:
+    """Fresh float32 parameters."""
+    return Denoiser(config).init(key)["params"]
+
+
+def fold(config: ModelConfig, params: Params, dtype: Any = jnp.float32) -> Weights:
+    """The weights of `params`, cast to the compute type; see the top of this file."""
+    weights = Denoiser(config).apply({"params": params})
+    return jax.tree.map(lambda w: w.astype(dtype), weights)
+
+
+def unstack(weights: Weights) -> Weights:
+    """Weights whose blocks are a tuple of N dicts: the layers are then unrolled, as the cached pass wants them."""
+    count = weights["blocks"]["qkv"].shape[0]
+    return {**weights, "blocks": tuple(jax.tree.map(lambda w: w[i], weights["blocks"]) for i in range(count))}
+
+
+def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], attend: Attend,
+          cache: Any = None, dropout: Dropout = None) -> tuple[Float[Array, "B S D"], Any]:
+    """Everything but the head.
+
+    Args:
+      weights: of `fold`, stacked or unstacked.
+      tokens: ids in [0, V).
+      positions: natural positions in [0, L), for the rotary embedding.
+      attend: who sees whom; see eso_jax/attention.py.
+      cache: whatever `attend` carries through the layers (None, or a KVCache; the latter needs unstacked weights).
+      dropout: rate, and one key per row.
+
+    Returns:
+      The hidden states after the last normalization, and the cache.
+    """
+    head_size = weights["blocks"][0]["qkv"].shape[-1] if isinstance(weights["blocks"], tuple) \
+        else weights["blocks"]["qkv"].shape[-1]
+    rotary = rotary_table(positions, head_size)
+
+    def drop(x: Array, layer: Any, site: int) -> Array:
+        if dropout is None:
+            return x
+        rate, keys = dropout
+        return noise.dropout(x, rate, jax.vmap(lambda key: jax.random.fold_in(key, 2 * layer + site))(keys))
+
+    def block(carry: tuple[Array, Any], scanned: tuple[Any, Any]) -> tuple[tuple[Array, Any], None]:
+        (x, cache), (layer, w) = carry, scanned
+        qkv = linear(_layer_norm(x, w["norm1"]), w["qkv"])
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        out, cache = attend(rotate(q, rotary), rotate(k, rotary), v, cache, layer)
+        x = x + drop(linear(out, w["out"], axes=2), layer, 0)
+        hidden = linear(_layer_norm(x, w["norm2"]), w["mlp_in"]["kernel"]) + w["mlp_in"]["bias"]
+        hidden = nn.gelu(hidden, approximate=True)
+        x = x + drop(linear(hidden, w["mlp_out"]["kernel"]) + w["mlp_out"]["bias"], layer, 1)
+        return (x, cache), None
+
+    carry = (weights["embedding"][tokens], cache)
+    if isinstance(weights["blocks"], tuple):
+        for scanned in enumerate(weights["blocks"]):
+            carry, _ = block(carry, scanned)
+    else:
+        layers = jnp.arange(weights["blocks"]["qkv"].shape[0])
+        # Unrolled, a step is 30-60% faster on CPU; scanned, it compiles in half the time on TPU.
+        carry, _ = jax.lax.scan(block, carry, (layers, weights["blocks"]), unroll=jax.default_backend() == "cpu")
+    x, cache = carry
+    return _layer_norm(x, weights["head"]["norm"]), cache
+
+
+def head(weights: Weights, hidden: Float[Array, "*s D"], mask_id: int) -> Float[Array, "*s V"]:
+    """Float32 logits of hidden states, the mask's set to MASK_LOGIT."""
+    logits = linear(hidden, weights["head"]["kernel"], dtype=jnp.float32) + weights["head"]["bias"].astype(jnp.float32)
+    return jnp.where(jnp.arange(logits.shape[-1]) == mask_id, MASK_LOGIT, logits)
+
+
+def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"],
+        mask_id: int) -> Float[Array, "B L"]:
+    """-log p of the targets, in nats. Logits are made and dropped in chunks along L, at most 2^27 at a time."""
+    length, vocab = hidden.shape[1], weights["head"]["kernel"].shape[1]
+    chunks = next(n for n in range(1, length + 1) if length % n == 0 and hidden.shape[0] * length // n * vocab <= 2**27
+                  or n == length)
+
+    def chunk_nll(chunk: tuple[Array, Array]) -> Array:
+        logits = head(weights, chunk[0], mask_id)
+        picked = jnp.take_along_axis(logits, chunk[1][..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+    if chunks == 1:
+        return chunk_nll((hidden, targets))
+    split = [jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0) for x in (hidden, targets)]
+    return jnp.moveaxis(jax.lax.map(jax.checkpoint(chunk_nll), tuple(split)), 0, 1).reshape(targets.shape)
+
+
+def linear(x: Float[Array, "*rows"], w: Float[Array, "*w"], axes: int = 1, dtype: Any = None) -> Float[Array, "*out"]:
+    """Contracts the last `axes` axes of x with the first of w.
+
+    Rows are flattened first: on CPU the gradient of a product with one row axis is 2.5 times as fast as with two.
+    """
+    rows = x.shape[:x.ndim - axes]
+    out = jnp.tensordot(x.reshape(-1, *x.shape[x.ndim - axes:]), w, axes, preferred_element_type=dtype)
+    return out.reshape(*rows, *w.shape[axes:])
+
+
+def dropout_of(config: ModelConfig, draws: noise.Draws, train: bool) -> Dropout:
+    """The dropout of a training pass; None otherwise."""
+    return (config.dropout, draws.per_example(noise.DROPOUT)) if train and config.dropout else None
+
+
+def natural_positions(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """0..L-1 in every row."""
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+
+def rotary_table(positions: Int[Array, "B S"], head_size: int) -> tuple[Float[Array, "B S 1 J"], Float[Array, "B S 1 J"]]:
+    """Cosines and sines of position x frequency, base 10^4, float32; J = K / 2."""
+    frequencies = 1e4 ** -(np.arange(0, head_size, 2, dtype=np.float32) / head_size)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B S H K"], rotary: tuple[Array, Array]) -> Float[Array, "B S H K"]:
+    """Rotates the pairs (x_j, x_{j + K/2}) by their angles, in float32."""
+    cos, sin = rotary
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _layer_norm(x: Float[Array, "B S D"], norm: dict[str, Array]) -> Float[Array, "B S D"]:
+    """Layer normalization in float32, epsilon 1e-5."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
+    return (normal * norm["scale"] + norm["bias"]).astype(x.dtype)

@@ -1,0 +1,364 @@
+"""Corpora, tokenizers, packing, the training pipeline and the bigram baseline."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from orbax.checkpoint import v1 as ocp
+
+from eso_jax.config import EsoError
+from eso_jax.data import SPLITS, Bigram, ByteTokenizer, documents, get_tokenizer, pack
+from eso_jax.data.corpora import split_of
+from eso_jax.data.pipeline import batches, eval_batches
+
+BYTES = ByteTokenizer()
+
+
+def write(folder: Path, **files: bytes) -> str:
+    """Makes files (`__` in a name is a slash, `_dot_` a dot) below `folder`, which is returned."""
+    for name, content in files.items():
+        path = folder / name.replace("_dot_", ".").replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return str(folder)
+
+
+def everything(source: str) -> dict[str, bytes]:
+    """The documents of all splits, which must not share any, each split in order."""
+    splits = [documents(source, split) for split in SPLITS]
+    assert all(names == sorted(names) for names in ([name for name, _ in found] for found in splits))
+    found = [document for split in splits for document in split]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 files, 40 of them in a folder, and things that are no documents."""
+    root = tmp_path_factory.mktemp("corpus") / "text"
+    write(root, **{f"{i:03d}": b"document %d\0\xff" % i for i in range(80)})
+    write(root, **{f"sub__{i:03d}": b"below %d" % i for i in range(40)})
+    write(root, empty=b"", _dot_hidden=b"x", _dot_git__config=b"x", sub___dot_hidden=b"x")
+    write(root.parent, elsewhere__a=b"behind a link")
+    (root / "linked").symlink_to(root.parent / "elsewhere")
+    (root / "loop").symlink_to(root)
+    os.mkfifo(root / "pipe")
+    return root
+
+
+EXPECTED = {f"{i:03d}": b"document %d\0\xff" % i for i in range(80)}
+EXPECTED |= {f"sub/{i:03d}": b"below %d" % i for i in range(40)}
+
+
+# Corpora
+
+
+def test_splits_of_a_folder_are_disjoint_and_complete(folder: Path) -> None:
+    assert everything(str(folder)) == EXPECTED
+
+
+def test_splits_are_stable() -> None:
+    names = [f"{i:03d}.py" for i in range(1000)]
+    heldout = {name[:3]: split_of(name) for name in names[:60] if split_of(name) != "train"}
+    assert heldout == {"003": "test", "006": "test", "007": "test", "013": "validation",
+                       "016": "test", "036": "test", "049": "validation"}
+    share = {split: sum(split_of(name) == split for name in names) / 1000 for split in SPLITS}
+    assert share == pytest.approx(dict(train=0.9, validation=0.05, test=0.05), abs=0.02)
+
+
+def test_adding_files_moves_none(folder: Path, tmp_path: Path) -> None:
+    names = [f"{i:03d}" for i in range(80)]
+    write(tmp_path, **{name: EXPECTED[name] for name in names})
+    for split in SPLITS:
+        assert documents(str(tmp_path), split) == [d for d in documents(str(folder), split) if d[0] in names]
+
+
+def test_glob(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert everything(f"{folder}/**") == EXPECTED
+    below = {name: content for name, content in EXPECTED.items() if name.startswith("sub/")}
+    assert everything(f"{folder}/s*/*") == below
+    monkeypatch.chdir(folder)
+    assert everything("s*/[0-9]??") == below
+    assert everything("0*") == {name: content for name, content in EXPECTED.items() if "/" not in name}
+
+
+def test_home_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert documents("~/text", "test") == documents(str(folder), "test")
+
+
+@pytest.mark.parametrize("alone", ["file", "folder", "glob"])
+def test_one_file_is_cut(tmp_path: Path, alone: str) -> None:
+    content = bytes(range(210))
+    write(tmp_path, **{"[x__a": content, "[x__b": b""})
+    source = {"file": tmp_path / "[x" / "a", "folder": tmp_path / "[x", "glob": tmp_path / "*" / "a"}[alone]
+    name = "[x/a" if alone == "glob" else "a"
+    parts = [documents(str(source), split) for split in SPLITS]
+    assert parts == [[(name, content[:189])], [(name, content[189:199])], [(name, content[199:])]]
+
+
+def test_stdlib() -> None:
+    found = everything("stdlib")
+    assert len(found) > 300 and sum(map(len, found.values())) > 5e6
+    assert {"argparse.py", "json/decoder.py"} <= set(found)
+    parts = {part for name in found for part in name.split("/")}
+    assert not parts & {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    assert all(name.endswith(".py") for name in found)
+    assert found["argparse.py"] == Path(__import__("argparse").__file__).read_bytes()
+
+
+def test_corpus_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def message(source: str, split: str = "train") -> str:
+        with pytest.raises(EsoError) as error:
+            documents(source, split)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert message("stdlib", "valid") == "split = 'valid': choose one of train, validation, test"
+    gone = str(tmp_path / "gone")
+    assert message(gone) == (f"data.source = {gone!r}: no such file or folder; "
+                             "give 'stdlib', a folder, a file or a glob")
+    empty = write(tmp_path / "empty", a=b"", _dot_hidden=b"text")
+    for source in (empty, f"{empty}/*", f"{empty}/a", f"{gone}/*.txt"):
+        assert message(source) == (f"data.source = {source!r}: holds no text (no files, or only empty or hidden ones); "
+                                   "give 'stdlib', a folder, a file or a glob")
+    few = write(tmp_path / "few", a=b"one", b=b"two", c=b"three")
+    assert [split_of(name) for name in "abc"] == ["train"] * 3
+    assert message(few, "test") == (
+        f"data.source = {few!r}: its test split is empty (3 file(s), split by a hash of their paths, or by bytes if "
+        "there is one); give more files, or join them into one")
+    short = write(tmp_path / "short", a=b"x" * 10)
+    assert "validation split is empty (1 file(s)" in message(short, "validation")
+    (tmp_path / "few" / "broken").symlink_to(gone)
+    for source in (few, f"{few}/*"):
+        assert message(source) == (f"data.source = {source!r}: cannot read {few + '/broken'!r} "
+                                   "(No such file or directory); make it readable or remove it")
+    (tmp_path / "few" / "broken").unlink()
+
+    def refuse(path: object, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        assert f"cannot read {few + '/a'!r} (Permission denied)" in message(few)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)  # a folder that can't be listed isn't passed over
+        assert f"cannot read {few!r} (Permission denied)" in message(few)
+
+
+# Tokenizers
+
+
+@given(st.binary())
+def test_bytes_round_trip(content: bytes) -> None:
+    tokens = BYTES.encode(content)
+    assert tokens.dtype == np.uint16 and tokens.shape == (len(content),)
+    assert bytes(tokens.tolist()) == content
+    assert BYTES.decode(tokens) == content.decode("utf-8", errors="replace")
+    assert BYTES.num_bytes(tokens) == len(content)
+
+
+@given(st.text())
+def test_text_round_trip(text: str) -> None:
+    assert BYTES.decode(BYTES.encode(text)) == text
+
+
+def test_special_tokens() -> None:
+    assert (BYTES.vocab_size, BYTES.separator_id, BYTES.mask_id) == (258, 256, 257)
+    tokens = np.array([104, 257, 195, 169, 256, 195, 257])  # the last two: half of an é, and a mask
+    assert BYTES.decode(tokens) == "h▒é\n\f\n\ufffd▒"
+    assert BYTES.num_bytes(tokens) == BYTES.num_bytes(tokens[None]) == 4
+    assert BYTES.decode([]) == ""
+
+
+@pytest.mark.parametrize("token", [-1, 258])
+def test_decode_refuses_other_ids(token: int) -> None:
+    with pytest.raises(EsoError, match=rf"^token id = {token}: must be in \[0, 258\) for tokenizer 'bytes'$"):
+        BYTES.decode([0, token, 257])
+
+
+def test_get_tokenizer() -> None:
+    assert isinstance(get_tokenizer("bytes"), ByteTokenizer)
+    with pytest.raises(EsoError, match="^data.tokenizer = 'gpt2': choose bytes$"):
+        get_tokenizer("gpt2")
+
+
+# Packing
+
+
+def test_pack_token_for_token() -> None:
+    windows = pack([("x", b"abcd"), ("y", b"e"), ("z", b"fghi")], BYTES, 3)
+    assert windows.dtype == np.uint16
+    assert windows.tolist() == [[97, 98, 99], [100, 256, 101], [256, 102, 103], [104, 105, 256]]
+
+
+@given(st.lists(st.binary(), max_size=5), st.integers(1, 7))
+def test_pack_loses_only_the_remainder(contents: list[bytes], length: int) -> None:
+    stream = [token for content in contents for token in [*content, 256]]
+    if len(stream) < length:
+        with pytest.raises(EsoError):
+            pack([("", content) for content in contents], BYTES, length)
+        return
+    windows = pack((("", content) for content in contents), BYTES, length)
+    assert windows.shape == (len(stream) // length, length)
+    assert windows.ravel().tolist() == stream[:windows.size]
+
+
+def test_pack_error() -> None:
+    with pytest.raises(EsoError, match="^data.source: holds 6 tokens in this split, fewer than one window of "
+                                       "model.length = 7; give more text, or a smaller model.length$"):
+        pack([("x", b"abc"), ("y", b"d")], BYTES, 7)
+    assert pack([("x", b"abc"), ("y", b"d")], BYTES, 6).shape == (1, 6)
+
+
+# The pipeline
+
+
+def numbered(count: int) -> np.ndarray:
+    """Windows [count, 2] whose first token is their number and whose second is 1000 more."""
+    return (np.arange(count)[:, None] + [0, 1000]).astype(np.uint16)
+
+
+def draw(iterator: object, steps: int) -> np.ndarray:
+    return np.array([next(iterator) for _ in range(steps)])  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 21, 50])  # 4 and 50 don't divide an epoch; 50 is more than two
+def test_every_epoch_holds_each_window_once_in_a_new_order(batch_size: int) -> None:
+    drawn = draw(batches(numbered(21), batch_size, seed=3), 4 * 21 // batch_size + 1)
+    assert drawn.dtype == np.int32 and drawn.shape[1:] == (batch_size, 2)
+    rows = drawn.reshape(-1, 2)
+    assert (rows[:, 1] == rows[:, 0] + 1000).all()
+    epochs = rows[:3 * 21, 0].reshape(3, 21)
+    assert (np.sort(epochs, axis=1) == np.arange(21)).all()
+    orders = {tuple(epoch) for epoch in [*epochs.tolist(), range(21)]}
+    assert len(orders) == 4  # each epoch's own, and none the order of the source
+
+
+def test_seed_decides_the_order() -> None:
+    first, again, other = (draw(batches(numbered(50), 10, seed), 5) for seed in (0, 0, 1))
+    assert (first == again).all() and (first != other).any()
+
+
+def test_shuffle_is_global() -> None:
+    order = draw(batches(numbered(1000), 1000, 0), 1)[0, :, 0]
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
+    assert np.mean(np.abs(order - np.arange(1000))) == pytest.approx(1000 / 3, rel=0.1)
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_small_corpora_repeat(count: int) -> None:
+    drawn = draw(batches(numbered(count), 8, 0), 3)[..., 0].ravel()
+    assert drawn.shape == (24,)
+    assert len(set(drawn[:count])) == min(count, 24)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_processes_share_out_the_global_batch(processes: int) -> None:
+    whole = draw(batches(numbered(21), 8, 0), 9)
+    parts = [draw(batches(numbered(21), 8, 0, p, processes), 9) for p in range(processes)]
+    assert (np.concatenate(parts, axis=1) == whole).all()
+
+
+def test_a_process_reads_only_its_own_rows() -> None:
+    class Counting:
+        read: list[int] = []
+
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> np.ndarray:
+            self.read.append(index)
+            return numbered(64)[index]
+
+    iterator = batches(Counting(), 8, 0, 1, 4)  # type: ignore[arg-type]
+    own = draw(iterator, 8)[..., 0].ravel()
+    iterator.close()
+    assert Counting.read[:own.size] == own.tolist()
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 20])
+def test_resumes_with_the_exact_next_batch(step: int) -> None:
+    whole = draw(batches(numbered(21), 8, 0), 25)
+    iterator = batches(numbered(21), 8, 0)
+    draw(iterator, step)
+    state = iterator.get_state()
+    assert state == {"next_index": step}  # read-ahead doesn't count
+    draw(iterator, 3)
+    iterator.set_state(state)
+    assert (draw(iterator, 5) == whole[step:step + 5]).all()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2)])
+def test_resumes_on_another_process_count(before: int, after: int) -> None:
+    whole = draw(batches(numbered(21), 8, 0), 9)
+    first = batches(numbered(21), 8, 0, before - 1, before)
+    draw(first, 4)
+    parts = []
+    for p in range(after):
+        iterator = batches(numbered(21), 8, 0, p, after)
+        iterator.set_state(first.get_state())
+        parts.append(draw(iterator, 5))
+    assert (np.concatenate(parts, axis=1) == whole[4:]).all()
+
+
+def test_orbax_saves_and_restores_the_iterator(tmp_path: Path) -> None:
+    iterator = batches(numbered(21), 8, 0)
+    draw(iterator, 4)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save_checkpointables(4, dict(data=iterator))
+    expected = draw(iterator, 5)
+    fresh = batches(numbered(21), 8, 0)
+    draw(fresh, 2)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.load_checkpointables(4, dict(data=fresh))
+    assert (draw(fresh, 5) == expected).all()
+
+
+def test_pipeline_errors() -> None:
+    with pytest.raises(EsoError, match="^train.batch_size = 10: must be a multiple of the 4 processes$"):
+        batches(numbered(20), 10, 0, 0, 4)
+    with pytest.raises(EsoError, match=r"^data.seed = -1: must be in \[0, 2\*\*32\)$"):
+        batches(numbered(20), 10, -1)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(4, [[0, 2, 5], [7]]), (1, [[0]]), (3, [[0, 3, 6]]),
+                                                 (99, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]])])
+def test_eval_batches(limit: int, expected: list[list[int]]) -> None:
+    found = list(eval_batches(numbered(10), 3, limit))
+    assert [batch[:, 0].tolist() for batch in found] == expected
+    assert all(batch.dtype == np.int32 and (batch[:, 1] == batch[:, 0] + 1000).all() for batch in found)
+
+
+# The bigram baseline
+
+
+def test_bigram_by_hand() -> None:
+    model = Bigram(np.array([[0, 1, 0], [1, 1, 0]], np.uint16), vocab_size=3, smoothing=0.5)
+    # 0 is seen 3 times and 1 too; pairs: 01, 10, 11, 10, and none across windows.
+    assert np.exp(model.log_first) == pytest.approx([3.5 / 7.5, 3.5 / 7.5, 0.5 / 7.5])
+    assert np.exp(model.log_next) == pytest.approx(
+        np.array([[0.5 / 2.5, 1.5 / 2.5, 0.5 / 2.5], [2.5 / 4.5, 1.5 / 4.5, 0.5 / 4.5], [1 / 3, 1 / 3, 1 / 3]]))
+    expected = -math.log(3.5 / 7.5 * 1.5 / 4.5) - math.log(0.5 / 7.5 * 1 / 3)  # windows 11 and 20
+    assert model.nats(np.array([[1, 1], [2, 0]], np.uint16)) == pytest.approx(expected)
+
+
+def test_bigram_of_all_bytes_does_not_overflow() -> None:
+    windows = np.array([[255, 257], [257, 256]], np.uint16)  # 257 * 258 + 256 is more than a uint16 holds
+    model = Bigram(windows, vocab_size=258)
+    assert model.log_next[255].argmax() == 257 and model.log_next[257].argmax() == 256
+    assert np.exp(model.log_next).sum(axis=1) == pytest.approx(np.ones(258))
+    assert np.exp(model.log_first[256]) == pytest.approx(1.1 / (4 + 25.8))
+
+
+def test_package_needs_no_grain() -> None:
+    subprocess.run([sys.executable, "-c", "import sys, eso_jax.data; assert 'grain' not in sys.modules"], check=True,
+                   cwd=Path(__file__).parents[1])
