@@ -10,6 +10,7 @@ Axes: N layers, B batch, C slots of the cache, S slots of a pass, H heads, K hea
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -54,8 +55,8 @@ def cached(offset: Int[Array, ""] | int, live: int | None = None) -> Attend:
         width = keys.shape[1] if live is None else live
         mask = masks.causal(offset + jnp.arange(q.shape[1])[:, None], jnp.arange(width)[None, :])
         out = dense(q, keys[:, :width].astype(q.dtype), values[:, :width].astype(q.dtype), mask[None])
-        replaced = cache.replace(keys=cache.keys[:layer] + (keys,) + cache.keys[layer + 1:],
-                                 values=cache.values[:layer] + (values,) + cache.values[layer + 1:])
+        replaced = dataclasses.replace(cache, keys=cache.keys[:layer] + (keys,) + cache.keys[layer + 1:],
+                                       values=cache.values[:layer] + (values,) + cache.values[layer + 1:])
         return out, replaced
 
     return attend

@@ -86,8 +86,8 @@ def score(arguments: argparse.Namespace) -> None:
             alpha_0 = 0.0
         require(0 <= alpha_0 <= 1, "--alpha-0", alpha_0, "must be in [0, 1]")
         require(arguments.num_orders >= 1, "--num-orders", arguments.num_orders, "must be at least 1")
-        orders = np.asarray(order.likelihood_orders(jax.random.key(arguments.seed), arguments.num_orders, *tokens.shape,
-                                                    alpha_0))
+        orders = np.asarray(order.likelihood_orders(jax.random.key(arguments.seed), arguments.num_orders, len(tokens),
+                                                    model.config.model.length, alpha_0))
     logp = model.log_likelihood(tokens, orders)
     bound, error = likelihood.iw_bound(logp)
     np.savez(_out(arguments.out), logp_per_order=logp, iw_bound=bound, iw_bound_standard_error=error)
@@ -107,7 +107,8 @@ def sample(arguments: argparse.Namespace) -> None:
                          arguments.temperature, arguments.seed, arguments.batch_size)
     text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
     extra: dict[str, Any] = {"text": np.array(text)} if text else {}
-    np.savez(_out(arguments.out), tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step, **extra)
+    np.savez(_out(arguments.out), tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
+             **extra)
     for index, sequence in enumerate(text[:arguments.show]):
         _say(f"--- sample {index}\n{sequence}")
     running = found.seconds - found.compile_seconds
@@ -220,5 +221,6 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("src", metavar="SRC", help="a .safetensors file")
     added.add_argument("--out", required=True, help="the new work directory; an existing one is refused")
     added.add_argument("--family", default="esolm", choices=FAMILIES)
-    added.add_argument("--config", help="JSON of the sizes: hidden_size, n_heads, n_blocks, cond_dim, length, vocab_size")
+    added.add_argument("--config", help="JSON of the sizes: hidden_size, n_heads, n_blocks, cond_dim, length, "
+                                        "vocab_size, mask_id, and block_size for BD3-LM")
     return parser

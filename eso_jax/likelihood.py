@@ -80,5 +80,5 @@ def check_tokens(tokens: np.ndarray, config: Config) -> None:
     bad = (tokens < 0) | (tokens >= model.vocab_size) | (tokens == model.mask)
     if bad.any():
         row, column = np.argwhere(bad)[0].tolist()
-        raise EsoError(f"tokens[{row}, {column}] = {tokens[row, column]}: ids must be in [0, {model.vocab_size}) and not "
-                       f"the mask {model.mask}")
+        raise EsoError(f"tokens[{row}, {column}] = {tokens[row, column]}: ids must be in [0, {model.vocab_size}) and "
+                       f"not the mask {model.mask}")

@@ -19,6 +19,6 @@ def optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
 
 def update_ema(ema: Params, params: Params, updates: Int[Array, ""], decay: float) -> Params:
-    """Exponential moving average with the authors' ramp: after n updates the decay is min(decay, (1 + n) / (10 + n))."""
+    """Moving average with the authors' ramp: after n updates the decay is min(decay, (1 + n) / (10 + n))."""
     ramped = jnp.minimum(decay, (1 + updates) / (10 + updates))
     return jax.tree.map(lambda old, new: ramped * old + (1 - ramped) * new, ema, params)

@@ -10,8 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from eso_jax import transformer
 from eso_jax.config import Config, EsoError, FamilyConfig, ModelConfig, require
 from eso_jax.transformer import FREQUENCIES, Params
 
@@ -64,14 +67,15 @@ def import_checkpoint(src: Path, sizes: str | None, family: str) -> tuple[Config
     if sizes is None:
         raise EsoError("--config: the sizes are needed; give a JSON with " + ", ".join(SIZES.values()))
     model, block_size = read_sizes(Path(sizes), tensors)
-    block = {"block_size": block_size} if family == "bd3lm" and block_size else {}
-    return Config(model=model, family=FamilyConfig(name=family, **block)), to_params(tensors, model, str(src))
+    block = block_size if family == "bd3lm" and block_size else FamilyConfig.block_size
+    return Config(model=model, family=FamilyConfig(name=family, block_size=block)), to_params(tensors, model, str(src))
 
 
 def to_params(tensors: dict[str, np.ndarray], config: ModelConfig, source: str) -> Params:
     """Our parameters from the authors' tensors (float32 arrays, names with the `backbone.` prefix)."""
     whole, layer = _tables(config)
-    expected = {PREFIX + name: (ours, shape, None) for name, (ours, shape) in whole.items()}
+    expected: dict[str, tuple[str, tuple[int, ...], int | None]] = {
+        PREFIX + name: (ours, shape, None) for name, (ours, shape) in whole.items()}
     expected |= {f"{PREFIX}blocks.{i}.{name}": (ours, shape, i)
                  for i in range(config.layers) for name, (ours, shape) in layer.items()}
     given = {name: t for name, t in tensors.items() if name.removeprefix(PREFIX) not in IGNORED}
@@ -84,8 +88,8 @@ def to_params(tensors: dict[str, np.ndarray], config: ModelConfig, source: str) 
         target = shapes[ours] if index is None else shapes[ours][1:]
         ours_first = tensor if ours == "embedding" else tensor.T
         stacks.setdefault(ours, []).append(np.asarray(ours_first.reshape(target), np.float32))
-    return {ours: parts[0] if ours in {o for o, _ in whole.values()} else np.stack(parts)
-            for ours, parts in stacks.items()}
+    single = {ours for ours, _ in whole.values()}
+    return {ours: jnp.asarray(parts[0] if ours in single else np.stack(parts)) for ours, parts in stacks.items()}
 
 
 def _same_names(given: set[str], expected: set[str], source: str) -> None:
@@ -97,10 +101,6 @@ def _same_names(given: set[str], expected: set[str], source: str) -> None:
 
 def abstract_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Our parameter names and shapes."""
-    import jax
-
-    from eso_jax import transformer
-
     params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
     return {name: array.shape for name, array in params.items()}
 

@@ -33,7 +33,7 @@ class Stopwatch:
             self.compile_seconds += max(0.0, high - max(low, covered))
             covered = max(covered, high)
 
-    def _listen(self, event: str, duration: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event in _COMPILE_EVENTS:
             now = time.perf_counter()
-            self._compiling.append((now - duration, now))
+            self._compiling.append((now - duration_secs, now))

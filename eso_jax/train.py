@@ -28,7 +28,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from eso_jax import checkpoint, families, metrics, sharding, transformer, workdir
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config, EsoError
 from eso_jax.data import get_tokenizer, windows_of
 from eso_jax.evaluation import perplexity
 from eso_jax.noise import Draws

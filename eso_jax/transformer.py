@@ -69,16 +69,18 @@ class Denoiser(nn.Module):
         if c.cond_dim:
             zeros = nn.initializers.zeros
             condition = self._condition()
-            modulation = jnp.einsum("c,ncmd->mnd", condition, self.param("adaln_kernel", zeros, (n, c.cond_dim, 6, d)))
-            modulation += jnp.swapaxes(self.param("adaln_bias", zeros, (n, 6, d)), 0, 1)
+            kernel = self.param("adaln_kernel", zeros, (n, c.cond_dim, 6, d))
+            bias = self.param("adaln_bias", zeros, (n, 6, d))
+            modulation = jnp.einsum("c,ncmd->mnd", condition, kernel) + jnp.swapaxes(bias, 0, 1)
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation
             blocks["norm1"] = _modulate(blocks["norm1"]["scale"], shift1, scale1)
             blocks["norm2"] = _modulate(blocks["norm2"]["scale"], shift2, scale2)
             blocks["out"] *= gate1[:, None, None, :]
             blocks["mlp_out"] = {"kernel": blocks["mlp_out"]["kernel"] * gate2[:, None, :],
                                  "bias": blocks["mlp_out"]["bias"] * gate2}
-            shift, scale = jnp.einsum("c,cmd->md", condition, self.param("head_adaln_kernel", zeros, (c.cond_dim, 2, d)))\
-                + self.param("head_adaln_bias", zeros, (2, d))
+            kernel = self.param("head_adaln_kernel", zeros, (c.cond_dim, 2, d))
+            bias = self.param("head_adaln_bias", zeros, (2, d))
+            shift, scale = jnp.einsum("c,cmd->md", condition, kernel) + bias
             head["norm"] = _modulate(head["norm"]["scale"], shift, scale)
         else:
             for norm in (blocks["norm1"], blocks["norm2"], head["norm"]):
@@ -91,8 +93,8 @@ class Denoiser(nn.Module):
         sigma = jnp.concatenate([jnp.ones(FREQUENCIES // 2), jnp.zeros(FREQUENCIES // 2)])
         hidden = sigma @ self.param("sigma_in_kernel", _uniform(FREQUENCIES), (FREQUENCIES, c))
         hidden = nn.silu(hidden + self.param("sigma_in_bias", _uniform(FREQUENCIES), (c,)))
-        out = hidden @ self.param("sigma_out_kernel", _uniform(c), (c, c)) + self.param("sigma_out_bias", _uniform(c), (c,))
-        return nn.silu(out)
+        hidden = hidden @ self.param("sigma_out_kernel", _uniform(c), (c, c))
+        return nn.silu(hidden + self.param("sigma_out_bias", _uniform(c), (c,)))
 
 
 def _uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -217,7 +219,8 @@ def natural_positions(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
 
-def rotary_table(positions: Int[Array, "B S"], head_size: int) -> tuple[Float[Array, "B S 1 J"], Float[Array, "B S 1 J"]]:
+def rotary_table(positions: Int[Array, "B S"],
+                 head_size: int) -> tuple[Float[Array, "B S 1 J"], Float[Array, "B S 1 J"]]:
     """Cosines and sines of position x frequency, base 10^4, float32; J = K / 2."""
     frequencies = 1e4 ** -(np.arange(0, head_size, 2, dtype=np.float32) / head_size)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies

@@ -49,8 +49,8 @@ def nelbo(weights: Weights, config: Config, windows: np.ndarray, tokenizer: Byte
     totals: list[dict[str, np.ndarray]] = []
     for low in range(0, len(windows), rows):
         tokens = jnp.asarray(windows[low:low + rows], jnp.int32)
-        estimates = [_per_row(weights, config, tokens, alpha_0, jax.random.fold_in(jax.random.fold_in(key, low), sample))
-                     for sample in range(samples)]
+        keys = jax.random.split(jax.random.fold_in(key, low), samples)
+        estimates = [_per_row(weights, config, tokens, alpha_0, draw) for draw in keys]
         totals.append({term: np.mean([np.asarray(e[term], np.float64) for e in estimates], axis=0)
                        for term in estimates[0]})
     by_term = {term: np.concatenate([total[term] for total in totals]) / config.model.length for term in totals[0]}

@@ -5,8 +5,8 @@ A family is one module with these functions, pure functions of `weights` (see es
   loss(weights, config, tokens [B, L], draws) -> {term: scalar}
       The training loss in nats per token, by term; their sum is minimized.
   nelbo(weights, config, tokens [B, L], draws, alpha_0) -> {term: [B]}
-      One Monte Carlo estimate per row, in nats per sequence; the sum over terms is unbiased for an upper bound of -log p
-      (for AR it is -log p itself). Never weighted by anything but the bound's own weights, no dropout.
+      One Monte Carlo estimate per row, in nats per sequence; the sum over terms is unbiased for an upper bound of
+      -log p (for AR it is -log p itself). The bound's own weights always, no dropout.
   log_likelihood(weights, config, tokens [B, L], order [B, L]) -> [B, L]
       log p of each token given those before it in the order, in the order; exact for the family's one-token-at-a-time
       sampler.
@@ -20,7 +20,7 @@ A family that lacks one raises an EsoError that says so. To add a family: write 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, Key
 
@@ -32,6 +32,7 @@ from eso_jax.sampling.plan import Plan
 from eso_jax.transformer import Weights
 
 
+@runtime_checkable
 class Family(Protocol):
     """The signatures of the functions above."""
 

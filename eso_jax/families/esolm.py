@@ -9,6 +9,7 @@ Axes: B batch, L length.
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 
 import jax.numpy as jnp
@@ -136,4 +137,4 @@ def _share(x: Shaped[Array, "B *s"], low: Fraction | int, high: Fraction | int) 
 
 
 def _share_draws(draws: Draws, low: Fraction | int, high: Fraction | int) -> Draws:
-    return draws.replace(index=_share(draws.index, low, high))
+    return dataclasses.replace(draws, index=_share(draws.index, low, high))

@@ -10,6 +10,7 @@ Axes: V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def nucleus(mass: Float[Array, "*s V"], top_p: float) -> Bool[Array, "*s V"]:
     """
     budget = top_p * mass.sum(-1)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # the mass above `high` fits the budget
         middle = low + (high - low) // 2
         threshold = jax.lax.bitcast_convert_type(middle, jnp.float32)[..., None]

@@ -9,20 +9,22 @@ slots: it runs the denoiser over the window, takes the logits of this step's slo
   MDLM      all                                            everyone, no cache  its own mask
 
 Windows have as many widths as the plan has step sizes, but a compiled loop has one. `schedule` therefore cuts the plan
-into runs of consecutive steps that share a width rounded up to a power of two and a bound on the live cache; each run is
-one compiled scan over its steps, compiled once per shape and reused by later runs and plans (the bounds of the loop are
-data). A window that is too wide begins earlier or ends later than needed: earlier slots are recomputed to the same
-values, later ones cannot be seen and are overwritten, so rounding up costs time and changes nothing.
+into runs of consecutive steps that share a width rounded up to a power of two and a bound on the live cache. A run is
+one compiled scan over its steps, compiled once per shape and reused by later runs and plans (it is a `fori_loop`, whose
+bounds are data where a `lax.scan`'s length is shape). A window that is too wide begins earlier or ends later than
+needed: earlier slots are recomputed to the same values, later ones cannot be seen and are overwritten, so rounding up
+costs time and changes nothing.
 
 Axes: B batch, L length, S steps, W slots of a window, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,31 +64,36 @@ class State:
 
 @struct.dataclass
 class Step:
-    """One step in numbers (or S steps, as arrays): it decodes `count` slots from slot `first`, by a window from `start`.
+    """One step in numbers (or S steps, as arrays): it decodes `count` slots from `first`, by a window from `start`.
 
     The slots' logits are the window's rows from `first - start`.
     """
 
-    start: Int[Array, ""]
-    first: Int[Array, ""]
-    count: Int[Array, ""]
+    start: Int[Array, "*S"]
+    first: Int[Array, "*S"]
+    count: Int[Array, "*S"]
 
 
-@dataclass(frozen=True)
-class Run:
-    """Consecutive steps low..high - 1 that share their static shapes.
+class Shape(NamedTuple):
+    """What a compiled step depends on.
 
     Attributes:
-      window: W, slots in a pass.
-      width: rows whose logits are computed, >= count.
+      window: slots in a pass.
+      width: rows whose logits are computed, at least the step's count.
       live: cache slots that are read.
     """
 
-    low: int
-    high: int
     window: int
     width: int
     live: int
+
+
+class Run(NamedTuple):
+    """Consecutive steps low..high - 1 of one shape."""
+
+    low: int
+    high: int
+    shape: Shape
 
 
 def sample(weights: Weights, config: ModelConfig, kind: Kind, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),
@@ -103,8 +110,7 @@ def sample(weights: Weights, config: ModelConfig, kind: Kind, plan: Plan, key: K
     state = start(weights, config, kind, plan.order, start_id)
     keys = row_keys(key, first_row, len(plan.order))
     for run in runs:
-        state = decode_run(weights, state, steps, run.low, run.high, keys, config, kind, rule, run.window, run.width,
-                           run.live)
+        state = decode_run(weights, state, steps, run.low, run.high, keys, config, kind, rule, run.shape)
     return unsort(state.tokens[:, 1:] if kind == "ar" else state.tokens, plan.order)
 
 
@@ -126,69 +132,68 @@ def schedule(tokens_per_step: Int[np.ndarray, " S"], kind: Kind) -> tuple[Step, 
     first = np.cumsum(counts) - counts
     length = int(counts.sum())
     if kind == "mdlm":
-        begin, window = np.zeros_like(first), np.full_like(first, length)
+        begin, needed = np.zeros_like(first), np.full_like(first, length)
     elif kind == "ar":
-        begin, window = first, counts
+        begin, needed = first, counts
     else:
         begin = np.concatenate([[0], first[:-1]])
-        window = first + counts - begin
-    width = _power_of_two(counts, length)
-    window = _power_of_two(window, length)
+        needed = first + counts - begin
+    window = _power_of_two(needed, length)
     begin = np.minimum(begin, length - window)  # a rounded window may not run over the end
     part = -(-length // LIVE_PARTS)
     live = np.minimum(length, -(-(begin + window) // part) * part)
-    shapes = np.stack([window, np.minimum(width, window), live], axis=1)
-    edges = [0, *(np.flatnonzero((shapes[1:] != shapes[:-1]).any(axis=1)) + 1).tolist(), len(counts)]
-    runs = [Run(low, high, *shapes[low].tolist()) for low, high in zip(edges, edges[1:], strict=False)]
+    shapes = np.stack([window, np.minimum(_power_of_two(counts, length), window), live], axis=1)
+    changes = np.flatnonzero((shapes[1:] != shapes[:-1]).any(axis=1)) + 1
+    runs = [Run(low, high, Shape(*shapes[low].tolist()))
+            for low, high in itertools.pairwise([0, *changes.tolist(), len(counts)])]
     return Step(*(jnp.asarray(x, jnp.int32) for x in (begin, first, counts))), runs
 
 
-def _power_of_two(n: np.ndarray, most: int) -> np.ndarray:
+def _power_of_two(n: Int[np.ndarray, " S"], most: int) -> Int[np.ndarray, " S"]:
     return np.minimum(2 ** np.ceil(np.log2(n)).astype(np.int64), most)
 
 
-@functools.partial(jax.jit, donate_argnums=1,
-                   static_argnames=("config", "kind", "rule", "window", "width", "live"))
-def decode_run(weights: Weights, state: State, steps: Step, low: int, high: int,
-               keys: Key[Array, " B"], config: ModelConfig, kind: Kind, rule: Rule, window: int, width: int, live: int) -> State:
+@functools.partial(jax.jit, donate_argnames="state", static_argnames=("config", "kind", "rule", "shape"))
+def decode_run(weights: Weights, state: State, steps: Step, low: Int[Array, ""] | int, high: Int[Array, ""] | int,
+               keys: Key[Array, " B"], config: ModelConfig, kind: Kind, rule: Rule, shape: Shape) -> State:
     """Steps low..high - 1 in one compiled loop; the state is donated and updated in place."""
 
     def body(index: Array, state: State) -> State:
         step = jax.tree.map(lambda x: x[index], steps)
-        logits, cache = logits_of(weights, state, step, config, kind, window, width, live)
-        return write(state.replace(cache=cache), step, logits, keys, kind, rule, window)
+        logits, cache = logits_of(weights, state, step, config, kind, shape)
+        return write(dataclasses.replace(state, cache=cache), step, logits, keys, kind, rule, shape)
 
     return jax.lax.fori_loop(low, high, body, state)
 
 
-def logits_of(weights: Weights, state: State, step: Step, config: ModelConfig, kind: Kind, window: int, width: int,
-              live: int) -> tuple[Float[Array, "B _ V"], kv.KVCache | None]:
-    """The logits of `width` slots, from slot `_begin(step, ...)`, and the cache with the window written."""
-    tokens = jax.lax.dynamic_slice_in_dim(state.tokens, step.start, window, axis=1)
-    positions = jax.lax.dynamic_slice_in_dim(state.positions, step.start, window, axis=1)
-    attend = single_stream(masks.everyone) if kind == "mdlm" else kv.cached(step.start, live)
+def logits_of(weights: Weights, state: State, step: Step, config: ModelConfig, kind: Kind,
+              shape: Shape) -> tuple[Float[Array, "B W V"], kv.KVCache | None]:
+    """The logits of shape.width slots, from slot `taken_from(step, shape)`, and the cache with the window written."""
+    tokens = jax.lax.dynamic_slice_in_dim(state.tokens, step.start, shape.window, axis=1)
+    positions = jax.lax.dynamic_slice_in_dim(state.positions, step.start, shape.window, axis=1)
+    attend = single_stream(masks.everyone) if kind == "mdlm" else kv.cached(step.start, shape.live)
     hidden, cache = transformer.trunk(weights, tokens, positions, attend, state.cache)
-    rows = jax.lax.dynamic_slice_in_dim(hidden, _begin(step, window, width) - step.start, width, axis=1)
+    rows = jax.lax.dynamic_slice_in_dim(hidden, taken_from(step, shape) - step.start, shape.width, axis=1)
     return transformer.head(weights, rows, config.mask), cache
 
 
 def write(state: State, step: Step, logits: Float[Array, "B W V"], keys: Key[Array, " B"], kind: Kind, rule: Rule,
-          window: int) -> State:
+          shape: Shape) -> State:
     """Draws this step's tokens from their logits and writes them into the state."""
-    width = logits.shape[1]
-    begin = _begin(step, window, width)
-    slots = begin + jnp.arange(width)
+    begin = taken_from(step, shape)
+    slots = begin + jnp.arange(shape.width)
     drawn = categorical.draw(logits, _uniforms(keys, slots), rule)
     mine = (slots >= step.first) & (slots < step.first + step.count)
     target = begin + 1 if kind == "ar" else begin
-    old = jax.lax.dynamic_slice_in_dim(state.tokens, target, width, axis=1)
+    old = jax.lax.dynamic_slice_in_dim(state.tokens, target, shape.width, axis=1)
     new = jnp.where(mine, drawn.astype(state.tokens.dtype), old)
-    return state.replace(tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, new, target, axis=1))
+    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, new, target, axis=1)
+    return dataclasses.replace(state, tokens=tokens)
 
 
-def _begin(step: Step, window: int, width: int) -> Int[Array, ""]:
-    """First slot of the `width` rows taken: `step.first`, or earlier where they would run over the window's end."""
-    return jnp.minimum(step.first, step.start + window - width)
+def taken_from(step: Step, shape: Shape) -> Int[Array, ""]:
+    """First slot whose logits are taken: `step.first`, or earlier where the rows would run over the window's end."""
+    return jnp.minimum(step.first, step.start + shape.window - shape.width)
 
 
 def row_keys(key: Key[Array, ""], first_row: int, rows: int) -> Key[Array, " B"]:
@@ -202,9 +207,42 @@ def _uniforms(keys: Key[Array, " B"], slots: Int[Array, " W"]) -> Float[Array, "
     return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(by_slot)
 
 
-def stepwise(plan: Plan, kind: Kind) -> Iterator[tuple[Step, Run]]:
-    """The plan's steps one by one, each with its run's shapes: for plain Python loops in tests and viewers."""
+def forced_logits(weights: Weights, config: ModelConfig, kind: Kind, plan: Plan,
+                  x: Int[Array, "B L"]) -> Iterator[Float[Array, "B _ V"]]:
+    """The logits that each step's tokens would be drawn from, if every token drawn were that of `x` (by slot).
+
+    Runs the sampler's own steps, one by one, to compare them with `uncached_logits`.
+    """
     steps, runs = schedule(plan.tokens_per_step, kind)
+    state = start(weights, config, kind, plan.order)
     for run in runs:
         for index in range(run.low, run.high):
-            yield jax.tree.map(lambda x, i=index: x[i], steps), run
+            step = jax.tree.map(lambda field, i=index: field[i], steps)
+            logits, cache = _logits_of(weights, state, step, config, kind, run.shape)
+            first, count, skip = int(step.first), int(step.count), int(step.first - taken_from(step, run.shape))
+            yield logits[:, skip:skip + count]
+            target = slice(first + (kind == "ar"), first + count + (kind == "ar"))
+            tokens = state.tokens.at[:, target].set(x[:, first:first + count])
+            state = dataclasses.replace(state, tokens=tokens, cache=cache)
+
+
+def uncached_logits(weights: Weights, config: ModelConfig, kind: Kind, plan: Plan,
+                    x: Int[Array, "B L"]) -> Iterator[Float[Array, "B _ V"]]:
+    """What `forced_logits` must equal: each step by one pass over the whole sequence, without a cache."""
+    begin = start(weights, config, kind, plan.order)
+    inputs = jnp.concatenate([begin.tokens[:, :1], x], axis=1)[:, :-1] if kind == "ar" else x
+    first = 0
+    for count in plan.tokens_per_step.tolist():
+        known = jnp.arange(x.shape[1]) < first + (kind == "ar")
+        yield _pass(weights, jnp.where(known, inputs, config.mask), plan.order, config, kind)[:, first:first + count]
+        first += count
+
+
+_logits_of = jax.jit(logits_of, static_argnames=("config", "kind", "shape"))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def _pass(weights: Weights, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], config: ModelConfig,
+          kind: Kind) -> Float[Array, "B L V"]:
+    attend = single_stream(masks.everyone if kind == "mdlm" else masks.causal)
+    return transformer.head(weights, transformer.trunk(weights, tokens, positions, attend)[0], config.mask)

@@ -1,0 +1,62 @@
+"""What the tests share: small random models and the golden ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eso_jax import transformer
+from eso_jax.config import Config, FamilyConfig, ModelConfig
+from eso_jax.reference import import_checkpoint
+from eso_jax.transformer import Weights
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+class Golden(NamedTuple):
+    """An imported golden model: its config and its weights, stacked and unstacked."""
+
+    config: Config
+    weights: Weights
+    unstacked: Weights
+
+
+def golden(file: str, family: str) -> Golden:
+    config, params = import_checkpoint(GOLDENS / f"{file}_tiny.safetensors", str(GOLDENS / "config.json"), family)
+    weights = transformer.fold(config.model, params)
+    return Golden(config, weights, transformer.unstack(weights))
+
+
+@pytest.fixture(scope="session")
+def cases() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDENS / "cases.npz"))
+
+
+def tiny_config(family: str = "esolm", length: int = 12, vocab_size: int = 9, **fields: object) -> Config:
+    """A model of two small layers."""
+    model = ModelConfig(length=length, vocab_size=vocab_size, width=16, layers=2, heads=2, cond_dim=8, dropout=0.0)
+    return Config(model=model, family=FamilyConfig(name=family, **fields))  # type: ignore[arg-type]
+
+
+def random_params(model: ModelConfig, seed: int = 0, scale: float = 0.3) -> transformer.Params:
+    """Parameters that leave nothing at its initial zero, so that every path matters."""
+    params = transformer.init(model, jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [x + scale * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def random_weights(model: ModelConfig, seed: int = 0, scale: float = 0.3) -> Weights:
+    return transformer.unstack(transformer.fold(model, random_params(model, seed, scale)))
+
+
+def random_tokens(config: Config, batch: int, seed: int = 0) -> jax.Array:
+    """Clean tokens: the mask is the last id."""
+    shape = (batch, config.model.length)
+    return jax.random.randint(jax.random.key(seed), shape, 0, config.model.vocab_size - 1).astype(jnp.int32)
