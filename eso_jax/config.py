@@ -210,12 +210,16 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     """The Config of a nested dict such as `json.loads(config.to_json())`; unknown fields are errors."""
     sections = {}
     for section, given in values.items():
+        fields = {}
         for name, value in given.items():
             path = f"{section}.{name}"
             _check_field(path, section, name)
             kind = typing.get_type_hints(_SECTIONS[section])[name]
             require(_fits(value, kind), path, value, f"must be of type {_type_name(kind)}")
-        sections[section] = _SECTIONS[section](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+            if float in _kinds(kind) and value is not None:
+                value = float(value)
+            fields[name] = tuple(value) if isinstance(value, list) else value
+        sections[section] = _SECTIONS[section](**fields)
     return Config(**sections)
 
 

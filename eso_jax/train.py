@@ -81,7 +81,7 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     new = TrainState(step, params, update_ema(state.ema, params, step, config.train.ema), opt_state)
-    return new, {"loss": mean_loss, **terms, "gradient_norm": optax.global_norm(gradients)}
+    return new, {"loss": mean_loss, **terms, "gradient_norm": optax.tree.norm(gradients)}
 
 
 def _split(config: Config, x: Array) -> Array:

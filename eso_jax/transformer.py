@@ -36,6 +36,7 @@ Weights = dict[str, Any]
 Dropout = tuple[float, Key[Array, " B"]] | None  # the rate, and one key per row
 
 MASK_LOGIT = -1e6
+LOGITS_AT_ONCE = 2**27  # per chunk of the loss: half a gigabyte in float32
 FREQUENCIES = 256  # width of the timestep embedding, the authors'
 
 
@@ -183,10 +184,10 @@ def head(weights: Weights, hidden: Float[Array, "*s D"], mask_id: int) -> Float[
 
 def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"],
         mask_id: int) -> Float[Array, "B L"]:
-    """-log p of the targets, in nats. Logits are made and dropped in chunks along L, at most 2^27 at a time."""
+    """-log p of the targets, in nats. Logits are made and dropped in chunks along L."""
     length, vocab = hidden.shape[1], weights["head"]["kernel"].shape[1]
-    chunks = next(n for n in range(1, length + 1) if length % n == 0 and hidden.shape[0] * length // n * vocab <= 2**27
-                  or n == length)
+    logits = hidden.shape[0] * length * vocab
+    chunks = next(n for n in range(1, length + 1) if n == length or length % n == 0 and logits <= n * LOGITS_AT_ONCE)
 
     def chunk_nll(chunk: tuple[Array, Array]) -> Array:
         logits = head(weights, chunk[0], mask_id)

@@ -141,7 +141,9 @@ def load(directory: str | Path, ema: bool = True) -> Model:
     directory = Path(directory)
     require((directory / CONFIG).is_file(), "--workdir", str(directory), f"not a work directory (no {CONFIG})")
     config = configs.from_file(directory / CONFIG)
-    abstract = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+                            jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0))))
     step, params = checkpoint.load_params(directory, abstract, ema)
     return Model(config, step, params, transformer.unstack(transformer.fold(config.model, params)))
 

@@ -64,9 +64,15 @@ def test_sizes() -> None:
     (dict(), Fraction(1)), (dict(alpha_0=0.0), Fraction(0)), (dict(alpha_0=0.125), Fraction(1, 2)),
     (dict(alpha_0=0.5, kappa=0.75), Fraction(3, 4)), (dict(alpha_0=0.5, kappa=0.1), Fraction(1, 10)),
     (dict(alpha_0=0.5, kappa=1 / 3), Fraction(1, 3)),
-    pytest.param(dict(alpha_0=0.5, kappa=0.005), Fraction(1, 200), marks=BUG), (dict(name="ar"), Fraction(1))])
+    (dict(name="ar"), Fraction(1))])
 def test_split_is_a_small_fraction(fields: dict, split: Fraction) -> None:
     assert FamilyConfig(**fields).split == split
+
+
+@BUG
+@pytest.mark.parametrize("kappa", [0.005, 0.997])
+def test_split_never_drops_a_loss(kappa: float) -> None:
+    assert 0 < FamilyConfig(alpha_0=0.5, kappa=kappa).split < 1
 
 
 ERRORS = {  # assignments -> what the message must hold: the field and its value, and the remedy
@@ -128,7 +134,7 @@ def test_error_names_field_value_and_remedy(assignments: tuple[str, ...]) -> Non
 @BUG
 @pytest.mark.parametrize("assignment", ["train.steps=NaN", "train.eps=NaN", "train.steps=1e400"])
 def test_numbers_that_are_not_finite(assignment: str) -> None:
-    with pytest.raises(EsoError, match=assignment.replace("=", " = '?")):
+    with pytest.raises(EsoError, match=assignment.partition("=")[0]):
         Config().override(assignment)
 
 

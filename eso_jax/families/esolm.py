@@ -33,9 +33,7 @@ def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Dra
     if kappa > 0:
         rows, row_draws = _share(tokens, 0, kappa), _share_draws(draws, 0, kappa)
         # Times are spread over the diffusion rows alone.
-        rank = draws.index // kappa.denominator * kappa.numerator + draws.index % kappa.denominator
-        time_draws = Draws(draws.key, _share(rank, 0, kappa), int(draws.total * kappa))
-        t = noise.draw_times(time_draws)
+        t = noise.draw_times(Draws(draws.key, diffusion_rank(row_draws.index, kappa), int(draws.total * kappa)))
         weight = noise.elbo_weight(t, alpha_0) if config.family.loss_weight == "elbo" else jnp.ones_like(t)
         terms["diffusion"] = jnp.mean(weight[:, None] * _diffusion(weights, config, rows, row_draws, t, alpha_0, True))
     if kappa < 1:
@@ -124,6 +122,11 @@ def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], ru
     if config.family.name == "esolm_a":
         raise EsoError("family.name = 'esolm_a': there is no sampler for Eso-LM (A) yet; sample an Eso-LM (B), 'esolm'")
     return loop.sample(weights, config.model, "esolm", plan, key, rule, first_row)
+
+
+def diffusion_rank(index: Int[Array, " B"], kappa: Fraction) -> Int[Array, " B"]:
+    """Which of the global batch's diffusion rows a row is, from its index in the batch."""
+    return index // kappa.denominator * kappa.numerator + index % kappa.denominator
 
 
 def _share(x: Shaped[Array, "B *s"], low: Fraction | int, high: Fraction | int) -> Shaped[Array, "_ *s"]:

@@ -1,0 +1,74 @@
+"""Draws the README's picture from the code itself: a decoding plan, and who sees whom in each family.
+
+Command:   python experiments/picture.py      (seconds, any machine)
+Writes experiments/figures/how_it_works.png.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+
+from eso_jax import masks
+from eso_jax.order import random_then_ascending
+from eso_jax.sampling.plan import Plan
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import ListedColormap  # noqa: E402
+
+LENGTH, PARALLEL_STEPS = 16, [2, 1, 3, 2]  # then one token per step
+COLOURS = ListedColormap(["#e8e8e8", "#f4a261", "#2a9d8f", "#9fc5e8"])
+MASKED, PARALLEL, SEQUENTIAL, CACHED = range(4)
+OUT = Path(__file__).parent / "figures" / "how_it_works.png"
+
+
+def decoding(axes: Axes, plan: Plan) -> None:
+    """One row per forward pass, one column per position: what is decoded, cached or still masked."""
+    order, in_parallel = np.asarray(plan.order[0]), sum(PARALLEL_STEPS)
+    grid = np.full((plan.nfe, LENGTH), MASKED)
+    first = 0
+    for step, count in enumerate(plan.tokens_per_step):
+        grid[step, order[:first]] = CACHED
+        grid[step, order[first:first + count]] = PARALLEL if first < in_parallel else SEQUENTIAL
+        first += count
+    axes.imshow(grid, cmap=COLOURS, vmin=0, vmax=3, aspect="auto")
+    axes.set(title=f"Eso-LM decodes {LENGTH} tokens in {plan.nfe} passes", xlabel="position", ylabel="forward pass")
+    labels = ["masked, not computed", "decoded in parallel (diffusion)", "decoded left to right", "clean, in the cache"]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS(i)) for i in range(4)]
+    axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False)
+
+
+def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:
+    axes.imshow(mask, cmap=ListedColormap(["white", "#2a9d8f"]), vmin=0, vmax=1)
+    axes.set(title=title, xticks=[], yticks=[], xlabel="key, by order", ylabel="query")
+    axes.title.set_fontsize(9)
+
+
+def main() -> None:
+    figure = plt.figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
+    order = random_then_ascending(jax.random.key(4), LENGTH, sum(PARALLEL_STEPS))
+    counts = PARALLEL_STEPS + [1] * (LENGTH - sum(PARALLEL_STEPS))
+    decoding(left.subplots(), Plan(order[None], np.array(counts)))
+    slots = np.arange(8)
+    query, key = slots[:, None], slots[None, :]
+    both = np.zeros((16, 16), bool)
+    both[:8, :8], both[:8, 8:] = masks.own_block(query, key, 1), masks.blocks_before(query, key, 1)
+    both[8:, 8:] = masks.causal(query, key)
+    grid = right.subplots(2, 2)
+    pattern(grid[0, 0], "MDLM: everyone, no cache", np.asarray(masks.everyone(query, key)))
+    pattern(grid[0, 1], "Eso-LM, diffusion: causal\nalong the order, exact cache", np.asarray(masks.causal(query, key)))
+    pattern(grid[1, 0], "Eso-LM (A), diffusion:\nclean prefix sees itself", np.asarray(masks.prefix(query, key, 4)))
+    pattern(grid[1, 1], "Eso-LM, sequential:\nmasked copy, then clean copy", both)
+    OUT.parent.mkdir(exist_ok=True)
+    figure.savefig(OUT, dpi=110)
+    print(f"wrote {OUT}")
+
+
+if __name__ == "__main__":
+    main()

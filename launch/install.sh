@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes or reuses a virtual environment and installs the project in it, editable. Used by the other scripts.
+#   bash launch/install.sh [EXTRAS]     EXTRAS: cpu (default), cuda, tpu, test, ...; commas between several
+# VENV=DIR is the environment (.venv), PYTHON=COMMAND the interpreter it is made with (the newest of 3.11 and above).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+extras=${1:-cpu}
+
+if [ ! -x "$venv/bin/python" ]; then
+  for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 none}; do
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+  done
+  if [ "$python" = none ]; then
+    echo "install.sh: error: no Python >= 3.11 on PATH; install one, or set PYTHON=COMMAND" >&2
+    exit 2
+  fi
+  if ! "$python" -m venv "$venv" >&2; then
+    rm -rf "$venv"
+    echo "install.sh: error: '$python -m venv' failed; on Debian and Ubuntu install python3-venv" >&2
+    exit 2
+  fi
+fi
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"

@@ -1,0 +1,233 @@
+"""The command line: each command on a real work directory, and each mistake as one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import eso_jax
+from conftest import GOLDENS
+from eso_jax import train as training
+from eso_jax.cli import main
+from test_train import BASE
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process and returns its stderr; `code` is the exit code it must have."""
+
+    def call(*arguments: object, code: int = 0) -> str:
+        try:
+            found = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's own
+            found = int(stop.code or 0)
+        printed = capsys.readouterr()
+        assert found == code, printed.err
+        if code == 2:
+            assert len(printed.err.splitlines()) == 1 and "error: " in printed.err, printed.err
+        return printed.err + printed.out
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.py").write_text("x = 1\nprint(x)\n" * 300)
+    training.train(BASE.override(f"data.source={folder / 'text.py'}", "train.steps=4"), folder / "w")
+    return folder / "w"
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("imported") / "w"
+    assert main(["import", str(GOLDENS / "eso_tiny.safetensors"), "--config", str(GOLDENS / "config.json"),
+                 "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["score"], ["sample"], ["import"]])
+def test_help(command: list[str], run: Run) -> None:
+    text = run(*command, "--help")
+    assert "eso-jax" in text and (not command or "example: eso-jax" in text)
+
+
+def test_the_two_names_of_the_command_are_one() -> None:
+    outputs = [subprocess.run([*name, "--help"], capture_output=True, text=True, check=True).stdout
+               for name in (["eso-jax"], [sys.executable, "-m", "eso_jax"])
+               if shutil.which(name[0]) or (name := [str(Path(sys.executable).parent / "eso-jax")])]
+    assert outputs[0] == outputs[1]
+
+
+def test_train_then_eval(tmp_path: Path, run: Run, trained: Path) -> None:
+    (tmp_path / "experiment.py").write_text((trained / "config.json").read_text())  # not Python
+    config = json.loads((trained / "config.json").read_text())
+    (tmp_path / "experiment.py").write_text(
+        f"from eso_jax import *\nconfig = Config().override('data.source={config['data']['source']}')\n")
+    settings = [f"{section}.{name}={value}" for section in ("model", "family", "train")
+                for name, value in config[section].items() if not isinstance(value, list)]
+    run("train", tmp_path / "experiment.py", "--workdir", tmp_path / "w", *settings, "train.steps=1")
+    assert eso_jax.load(tmp_path / "w").step == 1
+    text = run("eval", "--workdir", tmp_path / "w", "--num-windows", 8, "--alpha-0", 0.25, "--out", tmp_path / "e.json")
+    values = json.loads((tmp_path / "e.json").read_text())
+    assert values["windows"] == 8 and values["alpha_0"] == 0.25 and set(values["terms"]) == {"diffusion", "sequential"}
+    assert f"{values['bits_per_byte']:.4f} bits per byte" in text
+    bits = values["nats_per_token"] / np.log(2)
+    assert values["bits_per_byte"] == pytest.approx(bits, rel=0.01)  # all tokens but a separator are bytes
+    assert values["perplexity"] == pytest.approx(np.exp(values["nats_per_token"]))
+
+
+def test_eval_of_another_text(tmp_path: Path, run: Run, trained: Path) -> None:
+    (tmp_path / "other.txt").write_text("quite another text, " * 100)
+    out = tmp_path / "e.json"
+    run("eval", "--workdir", trained, "--source", tmp_path / "other.txt", "--split", "test", "--out", out)
+    assert json.loads(out.read_text())["windows"] == 2000 // 20 // 16
+
+
+def test_sample_writes_the_contract(tmp_path: Path, run: Run, trained: Path) -> None:
+    out = tmp_path / "samples.npz"
+    text = run("sample", "--workdir", trained, "--num-samples", 5, "--steps", 4, "--alpha-0", 0.5, "--top-p", 0.9,
+               "--seed", 3, "--out", out, "--batch-size", 2)
+    found = np.load(out)
+    length = BASE.model.length
+    assert found["tokens"].shape == found["order"].shape == (5, length)
+    assert found["tokens"].max() < 257 and found["tokens_per_step"].sum() == length
+    assert (np.sort(found["order"], axis=1) == np.arange(length)).all()
+    assert found["text"].shape == (5,)
+    assert f"NFE {len(found['tokens_per_step'])} per batch; {5 * length} tokens" in text and "without its" in text
+    run("sample", "--workdir", trained, "--num-samples", 5, "--steps", 4, "--alpha-0", 0.5, "--top-p", 0.9,
+        "--seed", 3, "--out", tmp_path / "again.npz")
+    np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "again.npz")["tokens"])
+
+
+def test_import_then_score_gives_the_golden_bound(tmp_path: Path, run: Run, imported: Path) -> None:
+    cases = np.load(GOLDENS / "cases.npz")
+    np.save(tmp_path / "x.npy", cases["x0"])
+    np.save(tmp_path / "o.npy", cases["exact/orders"])
+    out = tmp_path / "s.npz"
+    run("score", "--workdir", imported, "--tokens", tmp_path / "x.npy", "--orders", tmp_path / "o.npy", "--out", out)
+    found = np.load(out)
+    np.testing.assert_allclose(found["logp_per_order"], cases["exact/logp_per_order"], rtol=1e-4)
+    np.testing.assert_allclose(found["iw_bound"], cases["exact/iw_bound"], rtol=1e-4)
+    assert found["iw_bound_standard_error"].shape == (4,) and (found["iw_bound_standard_error"] > 0).all()
+    run("score", "--workdir", imported, "--tokens", tmp_path / "x.npy", "--num-orders", 3, "--alpha-0", 0.25,
+        "--out", out)
+    assert np.load(out)["logp_per_order"].shape == (3, 4)
+
+
+def test_an_imported_model_samples_without_a_tokenizer(tmp_path: Path, run: Run, imported: Path) -> None:
+    run("sample", "--workdir", imported, "--num-samples", 2, "--steps", 4, "--out", tmp_path / "s.npz")
+    assert "text" not in np.load(tmp_path / "s.npz")
+    assert "fits no tokenizer" in run("eval", "--workdir", imported, "--out", tmp_path / "e.json", code=2)
+
+
+@pytest.mark.parametrize("family", ["esolm", "esolm_a", "mdlm", "bd3lm", "ar"])
+def test_import_of_every_family(family: str, tmp_path: Path, run: Run) -> None:
+    file = {"ar": "ar", "bd3lm": "bd3lm"}.get(family, "eso")
+    run("import", GOLDENS / f"{file}_tiny.safetensors", "--config", GOLDENS / "config.json", "--family", family,
+        "--out", tmp_path / "w")
+    config = eso_jax.load(tmp_path / "w").config
+    assert config.family.name == family and (config.model.cond_dim == 0) == (family == "ar")
+
+
+def test_import_mistakes(tmp_path: Path, run: Run) -> None:
+    """A missing, unknown or misshapen tensor, or a damaged file, is named and leaves nothing behind."""
+    good, sizes = GOLDENS / "eso_tiny.safetensors", GOLDENS / "config.json"
+    tensors = load_file(good)
+    name = "backbone.blocks.1.attn_out.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "missing.safetensors")
+    save_file(tensors | {"backbone.extra": tensors[name]}, tmp_path / "unknown.safetensors")
+    save_file(tensors | {name: tensors[name][:-1].copy()}, tmp_path / "shape.safetensors")
+    (tmp_path / "truncated.safetensors").write_bytes(good.read_bytes()[:100_000])
+    (tmp_path / "corrupt.safetensors").write_bytes(b"\xff" * 1000)
+    for file, message in (("missing", f"tensor {name} is missing"), ("unknown", "unknown tensor backbone.extra"),
+                          ("shape", f"{name} = (47, 48)"), ("truncated", "not a readable safetensors file"),
+                          ("corrupt", "not a readable safetensors file"), ("absent", "no such file")):
+        text = run("import", tmp_path / f"{file}.safetensors", "--config", sizes, "--out", tmp_path / "w", code=2)
+        assert message in text
+    assert "--config" in run("import", good, "--out", tmp_path / "w", code=2)
+    assert "must be a .safetensors file" in run("import", tmp_path / "x.bin", "--out", tmp_path / "w", code=2)
+    (tmp_path / "sizes.json").write_text('{"hidden_size": 48}')
+    assert "n_blocks" in run("import", good, "--config", tmp_path / "sizes.json", "--out", tmp_path / "w", code=2)
+    assert not (tmp_path / "w").exists()
+    (tmp_path / "w").mkdir()
+    assert "exists already" in run("import", good, "--config", sizes, "--out", tmp_path / "w", code=2)
+    assert list((tmp_path / "w").iterdir()) == []
+
+
+def test_training_mistakes(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "e.json").write_text(BASE.to_json())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text("abc" * 30)
+    for override, message in (
+            ("model.widht=3", "model.widht: unknown config field; did you mean model.width?"),
+            ("family.alpha_0=1.5", "family.alpha_0 = 1.5: must be in [0, 1]"),
+            ("model.heads=3", "model.heads = 3: must divide model.width = 16"),
+            ("train.steps=many", "train.steps = 'many': must be of type int"),
+            ("train.steps", "write an override as section.field=value"),
+            (f"data.source={tmp_path / 'empty'}", "holds no text"),
+            (f"data.source={tmp_path / 'nowhere'}", "no such file or folder"),
+            (f"data.source={tmp_path / 'short.txt'}", "fewer than one window of model.length = 16"),
+            ("model.vocab_size=100", "model.vocab_size = 100: data.tokenizer = 'bytes' needs 258")):
+        text = run("train", tmp_path / "e.json", "--workdir", tmp_path / "w", override, code=2)
+        assert message in text, text
+        assert not (tmp_path / "w").exists(), override
+    assert "no such file" in run("train", tmp_path / "absent.py", "--workdir", tmp_path / "w", code=2)
+
+
+def test_a_work_directory_with_another_config_is_refused(tmp_path: Path, run: Run, trained: Path) -> None:
+    text = run("train", trained / "config.json", "--workdir", trained, "model.layers=3", code=2)
+    assert "model.layers = 3" in text and "holds a run with 2" in text
+
+
+def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path) -> None:
+    tokens = np.load(GOLDENS / "cases.npz")["x0"]
+    orders = np.tile(np.arange(16), (2, 4, 1))
+    arrays = {"good": tokens, "short": tokens[:, :8], "range": np.where(tokens == tokens[0, 3], 99, tokens),
+              "mask": np.full_like(tokens, 32), "float": tokens.astype(float), "orders": orders,
+              "twice": np.where(orders == 5, 4, orders), "few": orders[:, :2]}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    (tmp_path / "text.npy").write_text("not an array")
+    score = ["score", "--workdir", imported, "--out", tmp_path / "s.npz", "--tokens"]
+    for name, message in (("short", "the model has length 16"), ("range", "= 99: ids must be in [0, 33)"),
+                          ("mask", "= 32: ids must be"), ("float", "must be integers"),
+                          ("absent", "not a readable .npy"), ("text", "not a readable .npy")):
+        assert message in run(*score, tmp_path / f"{name}.npy", code=2)
+    for name, message in (("twice", "orders[0, 0]: not a permutation of 0..15"), ("few", "must have shape [K, 4, 16]")):
+        assert message in run(*score, tmp_path / "good.npy", "--orders", tmp_path / f"{name}.npy", code=2)
+    assert "--num-orders = 0" in run(*score, tmp_path / "good.npy", "--num-orders", 0, code=2)
+
+    sample = ["sample", "--workdir", imported, "--out", tmp_path / "s.npz"]
+    for flag, value, message in (("--top-p", 0, "top_p = 0.0: must be in (0, 1]"),
+                                 ("--steps", 0, "steps = 0: T must be"),
+                                 ("--alpha-0", 1.5, "alpha_0 = 1.5"), ("--num-samples", 0, "num_samples = 0"),
+                                 ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value")):
+        assert message in run(*sample, flag, value, code=2)
+    assert "does not exist" in run(*sample[:3], "--out", tmp_path / "no" / "s.npz", code=2)
+    assert "not a work directory" in run("sample", "--workdir", tmp_path, "--out", tmp_path / "s.npz", code=2)
+    assert not (tmp_path / "s.npz").exists()
+
+
+def test_a_work_directory_without_a_checkpoint(tmp_path: Path, run: Run, trained: Path) -> None:
+    (tmp_path / "w").mkdir()
+    shutil.copy(trained / "config.json", tmp_path / "w")
+    assert "holds no checkpoint" in run("sample", "--workdir", tmp_path / "w", "--out", tmp_path / "s.npz", code=2)
+
+
+def test_import_is_light() -> None:
+    """`import eso_jax` needs jax and flax; data, checkpoints and plots come when they are used."""
+    code = ("import sys, eso_jax; bad = {'grain', 'orbax', 'optax', 'tensorflow', 'tensorflow_datasets', 'matplotlib', "
+            "'safetensors', 'tqdm'} & set(sys.modules); sys.exit(', '.join(bad))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,278 @@
+"""The losses and bounds: their limits, their laws on models small enough to enumerate, and what they are keyed by."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import random_params, random_tokens, random_weights, tiny_config
+from eso_jax import families, likelihood, noise, transformer
+from eso_jax.config import FAMILIES, Config, EsoError
+from eso_jax.families import bd3lm, esolm, mdlm
+from eso_jax.noise import Draws
+from eso_jax.order import likelihood_orders
+from eso_jax.sampling.categorical import Rule
+
+
+def draws(batch: int, seed: int = 0) -> Draws:
+    return Draws(jax.random.key(seed), jnp.arange(batch), batch)
+
+
+def config_of(family: str, **fields: object) -> Config:
+    if family.startswith("esolm"):
+        fields = {"alpha_0": 0.5} | fields
+    return tiny_config(family, **({"block_size": 4} if family == "bd3lm" else {}), **fields)
+
+
+def test_every_family_is_named() -> None:
+    assert set(families.BY_NAME) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_is_the_bound_per_token_on_average(family: str) -> None:
+    """With elbo weights, the training loss (over many draws) is the NELBO per token of the same tokens."""
+    config = config_of(family)
+    weights, row = random_weights(config.model), random_tokens(config, 1)
+    many = 4096
+    tokens = jnp.tile(row, (many, 1))
+    loss = families.get(config).loss(weights, config, tokens, draws(many, 1))
+    bound = families.get(config).nelbo(weights, config, tokens, draws(many, 2), config.family.alpha_0)
+    assert loss.keys() == bound.keys()
+    for term in loss:
+        per_token = np.asarray(bound[term], np.float64) / config.model.length
+        error = per_token.std() / np.sqrt(many) * 2  # the loss has half the rows of it
+        assert float(loss[term]) == pytest.approx(per_token.mean(), abs=4 * error + 1e-5), term
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_depends_on_the_global_index_alone(family: str) -> None:
+    """Micro-batches of a batch see the draws they would have in it, so their losses average to the whole's."""
+    config = config_of(family)
+    weights, tokens = random_weights(config.model), random_tokens(config, 8)
+    whole = families.get(config).loss(weights, config, tokens, draws(8))
+    parts = [families.get(config).loss(weights, config, tokens[low:low + 4],
+                                       Draws(jax.random.key(0), jnp.arange(low, low + 4), 8)) for low in (0, 4)]
+    for term in whole:
+        np.testing.assert_allclose(whole[term], (parts[0][term] + parts[1][term]) / 2, rtol=1e-5)
+
+
+def test_alpha_0_limits() -> None:
+    """alpha_0 = 1 is diffusion alone; alpha_0 = 0 is left to right alone and the exact likelihood of that order."""
+    one, zero = config_of("esolm", alpha_0=1.0), config_of("esolm", alpha_0=0.0)
+    weights, tokens = random_weights(one.model), random_tokens(one, 4)
+    assert set(esolm.loss(weights, one, tokens, draws(4))) == {"diffusion"}
+    assert set(esolm.loss(weights, zero, tokens, draws(4))) == {"sequential"}
+    assert set(esolm.nelbo(weights, one, tokens, draws(4), 1.0)) == {"diffusion"}
+    natural = jnp.tile(jnp.arange(one.model.length), (4, 1))
+    exact = -esolm.log_likelihood(weights, zero, tokens, natural).sum(1)
+    np.testing.assert_allclose(esolm.nelbo(weights, zero, tokens, draws(4), 0.0)["sequential"], exact, rtol=1e-5)
+    assert float(esolm.loss(weights, zero, tokens, draws(4))["sequential"]) == pytest.approx(
+        float(exact.mean()) / one.model.length, rel=1e-5)
+
+
+def test_a_and_b_differ_only_among_clean_tokens() -> None:
+    """Along the natural order with nothing clean, (A) and (B) are one model; with clean tokens they are not."""
+    b, a = config_of("esolm"), config_of("esolm_a")
+    weights, tokens = random_weights(b.model), random_tokens(b, 4)
+    natural = jnp.tile(jnp.arange(b.model.length), (4, 1))
+    nothing_clean = jnp.ones_like(tokens, bool)
+    half = jnp.arange(b.model.length) >= 6
+    for nll in (esolm.sequential_nll, esolm.diffusion_nll):
+        pair = [nll(weights, config, tokens, nothing_clean, natural) for config in (a, b)]
+        np.testing.assert_allclose(*pair, rtol=1e-5)
+        pair = [nll(weights, config, tokens, jnp.tile(half, (4, 1)), natural) for config in (a, b)]
+        assert float(jnp.abs(pair[0] - pair[1]).max()) > 1e-3
+
+
+def test_low_var_training_weighs_masked_tokens_alike() -> None:
+    """w = 1: the loss is the plain sum over masked tokens, over all tokens."""
+    config = config_of("mdlm", loss_weight="low_var")
+    weights, tokens = random_weights(config.model), random_tokens(config, 8)
+    t = noise.draw_times(draws(8))
+    masked = noise.draw_masked(draws(8).per_example(noise.MASK), noise.alpha(t, 1.0)[:, None], config.model.length)
+    expected = mdlm.masked_nll(weights, config, tokens, masked).mean()
+    np.testing.assert_allclose(mdlm.loss(weights, config, tokens, draws(8))["diffusion"], expected, rtol=1e-5)
+
+
+def test_kappa_shares_rows() -> None:
+    """kappa = 3/4 gives three rows of four to diffusion, whose times are spread over those rows."""
+    config = config_of("esolm", kappa=0.75)
+    assert esolm._share(jnp.arange(8), 0, config.family.split).tolist() == [0, 1, 2, 4, 5, 6]
+    assert esolm._share(jnp.arange(8), config.family.split, 1).tolist() == [3, 7]
+    rank = esolm.diffusion_rank(jnp.array([0, 1, 2, 4, 5, 6]), config.family.split)
+    assert rank.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_bd3lm_block_times_are_spread_in_rows_and_columns() -> None:
+    t = bd3lm.block_times(draws(8), 4, 0.0, 1.0)
+    for column in t.T:
+        assert sorted((np.asarray(column) * 8).astype(int)) == list(range(8))
+    for row in t:
+        assert sorted((np.asarray(row) * 4).astype(int)) == list(range(4))
+    clipped = bd3lm.block_times(draws(8), 4, 0.3, 0.8)
+    assert float(clipped.min()) >= 0.3 and float(clipped.max()) <= 0.8
+
+
+def toy(family: str, **fields: object) -> tuple[Config, transformer.Weights, jax.Array]:
+    """Three tokens over a vocabulary of three and the mask; all 27 sequences."""
+    config = tiny_config(family, length=3, vocab_size=4, **fields)
+    everything = jnp.array(list(itertools.product(range(3), repeat=3)), jnp.int32)
+    return config, random_weights(config.model, scale=0.2), everything
+
+
+def test_exact_likelihood_is_normalized_for_every_order() -> None:
+    config, weights, everything = toy("esolm")
+    for order in itertools.permutations(range(3)):
+        logp = esolm.log_likelihood(weights, config, everything, jnp.tile(jnp.array(order), (27, 1))).sum(1)
+        assert float(jnp.exp(logp).sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_ar_is_normalized() -> None:
+    config, weights, everything = toy("ar")
+    nll = families.get(config).nelbo(weights, config, everything, draws(27), 1.0)["sequential"]
+    assert float(jnp.exp(-nll).sum()) == pytest.approx(1, abs=1e-5)
+
+
+def true_nll(config: Config, weights: transformer.Weights, everything: jax.Array) -> np.ndarray:
+    """-log E_order p(x | order), orders uniform, by enumeration: the law of decoding in random order."""
+    orders = np.array(list(itertools.permutations(range(3))))
+    if config.family.name == "esolm":
+        logp = likelihood.log_prob(weights, config, np.asarray(everything),
+                                   np.repeat(orders[:, None], len(everything), axis=1))
+    else:  # MDLM: one pass per token
+        logp = np.zeros((len(orders), len(everything)))
+        for index, order in enumerate(orders):
+            for i in range(3):
+                masked = jnp.isin(jnp.arange(3), order[i:])
+                nll = mdlm.masked_nll(weights, config, everything, jnp.tile(masked, (len(everything), 1)))
+                logp[index] -= np.asarray(nll)[:, order[i]]
+    return -(np.logaddexp.reduce(logp, axis=0) - np.log(len(orders)))
+
+
+def test_mdlm_nelbo_is_above_the_true_nll() -> None:
+    config, weights, everything = toy("mdlm")
+    truth = true_nll(config, weights, everything)
+    assert np.exp(-truth).sum() == pytest.approx(1, abs=1e-4)
+    rows = 2048
+    bound = np.array([np.asarray(mdlm.nelbo(weights, config, jnp.tile(x, (rows, 1)), draws(rows), 1.0)["diffusion"])
+                      for x in everything], np.float64)
+    error = bound.std(1) / np.sqrt(rows)
+    assert (bound.mean(1) > truth - 3 * error).all()
+    assert (bound.mean(1) - truth).mean() > 3 * np.sqrt((error**2).mean() / len(error))  # and not by luck
+
+
+@pytest.mark.parametrize("alpha_0", [0.5, 1.0])
+def test_importance_weighted_bound_falls_to_the_truth(alpha_0: float) -> None:
+    """-E[bound] decreases in K, stays above the enumerated -log p, and comes near it."""
+    config, weights, everything = toy("esolm", alpha_0=alpha_0)
+    trials, most = 400, 64
+    row = everything[5]
+    orders = likelihood_orders(jax.random.key(1), most, trials, 3, alpha_0)
+    logp = likelihood.log_prob(weights, config, np.tile(row, (trials, 1)), np.asarray(orders), rows=trials)
+    bounds = {count: -likelihood.iw_bound(logp[:count])[0] for count in (1, 2, 4, 16, 64)}
+    means = [bound.mean() for bound in bounds.values()]
+    assert all(more > less for more, less in itertools.pairwise(means))
+    many = likelihood_orders(jax.random.key(2), 4096, 1, 3, alpha_0)
+    truth = -likelihood.iw_bound(likelihood.log_prob(weights, config, np.asarray(row)[None], np.asarray(many)))[0]
+    assert means[-1] > truth - 1e-3 and means[-1] == pytest.approx(float(truth[0]), abs=0.02)
+    if alpha_0 == 1:
+        assert float(truth[0]) == pytest.approx(true_nll(config, weights, row[None])[0], abs=0.02)
+
+
+def test_iw_bound_standard_error() -> None:
+    """The delta method's error matches the spread over repetitions."""
+    rng = np.random.default_rng(0)
+    logp = rng.normal(-50, 0.5, (200, 2000)).astype(np.float32)
+    bound, error = likelihood.iw_bound(logp)
+    assert error.mean() == pytest.approx(bound.std(), rel=0.1)
+    assert np.isnan(likelihood.iw_bound(logp[:1])[1]).all()
+
+
+def test_esolm_sampler_follows_the_exact_law() -> None:
+    """alpha_0 = 0 is decoded left to right: empirical frequencies of all 27 sequences against exact probabilities.
+
+    Chi-square with 26 degrees of freedom at a fixed seed; above 54 by chance once in 1,000 seeds.
+    """
+    config, weights, everything = toy("esolm", alpha_0=0.0)
+    natural = jnp.tile(jnp.arange(3), (27, 1))
+    p = np.exp(np.asarray(esolm.log_likelihood(weights, config, everything, natural).sum(1), np.float64))
+    count = 20000
+    plan = esolm.plan(jax.random.key(0), config, count, 1, 0.0)
+    tokens = np.asarray(esolm.sample(weights, config, plan, jax.random.key(1), Rule()))
+    seen = np.bincount(tokens @ np.array([9, 3, 1]), minlength=27)
+    assert ((seen - count * p) ** 2 / (count * p)).sum() < 54
+
+
+def test_gradients_reach_every_parameter() -> None:
+    """AdaLN is folded, not lost: the conditioning MLP and each modulation get gradients."""
+    config = config_of("esolm")
+    params, tokens = random_params(config.model), random_tokens(config, 4)
+
+    def loss(params: transformer.Params) -> jax.Array:
+        terms = esolm.loss(transformer.fold(config.model, params), config, tokens, draws(4))
+        return terms["diffusion"] + terms["sequential"]
+
+    for name, gradient in jax.grad(loss)(params).items():
+        assert float(jnp.abs(gradient).max()) > 1e-6, name
+
+
+def test_dropout_changes_training_and_not_bounds() -> None:
+    dry = config_of("esolm")
+    wet = dataclasses.replace(dry, model=dataclasses.replace(dry.model, dropout=0.5))
+    weights, tokens = random_weights(dry.model), random_tokens(dry, 4)
+    assert esolm.loss(weights, dry, tokens, draws(4)) != esolm.loss(weights, wet, tokens, draws(4))
+    for term, value in esolm.nelbo(weights, dry, tokens, draws(4), 0.5).items():
+        np.testing.assert_array_equal(value, esolm.nelbo(weights, wet, tokens, draws(4), 0.5)[term])
+
+
+@pytest.mark.parametrize(("family", "call", "message"), [
+    ("mdlm", lambda f, w, c, x: f.log_likelihood(w, c, x, x), "L passes"),
+    ("bd3lm", lambda f, w, c, x: f.plan(jax.random.key(0), c, 1, 1), "no sampler for BD3-LM"),
+    ("esolm_a", lambda f, w, c, x: f.sample(w, c, f.plan(jax.random.key(0), c, 1, 1, 1.0), jax.random.key(0), Rule()),
+     "no sampler for Eso-LM"),
+    ("mdlm", lambda f, w, c, x: f.nelbo(w, c, x, draws(1), 0.5), "alpha_0 = 0.5"),
+])
+def test_what_a_family_lacks_is_said(family: str, call: object, message: str) -> None:
+    config = config_of(family)
+    weights, tokens = random_weights(config.model), random_tokens(config, 1)
+    with pytest.raises(EsoError, match=message):
+        call(families.get(config), weights, config, tokens)  # type: ignore[operator]
+
+
+def test_only_natural_orders_are_scored_where_others_have_no_meaning() -> None:
+    config = config_of("esolm_a")
+    weights, tokens = random_weights(config.model), np.asarray(random_tokens(config, 2))
+    natural = np.tile(np.arange(config.model.length), (1, 2, 1))
+    assert np.isfinite(likelihood.log_prob(weights, config, tokens, natural)).all()
+    with pytest.raises(EsoError, match="only the natural order"):
+        likelihood.log_prob(weights, config, tokens, natural[:, :, ::-1])
+
+
+def test_nll_in_chunks_equals_nll_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("ar")
+    weights, tokens = random_weights(config.model), random_tokens(config, 4)
+    hidden = jax.random.normal(jax.random.key(0), (4, config.model.length, config.model.width))
+
+    def gradient(hidden: jax.Array) -> jax.Array:
+        return jax.grad(lambda h: transformer.nll(weights, h, tokens, config.model.mask).sum())(hidden)
+
+    whole = transformer.nll(weights, hidden, tokens, config.model.mask), gradient(hidden)
+    monkeypatch.setattr(transformer, "LOGITS_AT_ONCE", 4 * 2 * config.model.vocab_size)
+    parts = transformer.nll(weights, hidden, tokens, config.model.mask), gradient(hidden)
+    for ours, theirs in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_close_to_float32(family: str) -> None:
+    config = config_of(family)
+    params, tokens = random_params(config.model, scale=0.1), random_tokens(config, 8)
+    losses = [sum(families.get(config).loss(transformer.fold(config.model, params, dtype), config, tokens,
+                                            draws(8)).values()) for dtype in (jnp.float32, jnp.bfloat16)]
+    assert losses[0].dtype == losses[1].dtype == jnp.float32
+    np.testing.assert_allclose(*losses, rtol=2e-2)

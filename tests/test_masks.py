@@ -1,0 +1,200 @@
+"""Who sees whom: the truth tables of masks.py, and the same patterns read off the gradients of every attention."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import random_weights
+from eso_jax import attention, cache, masks, transformer
+from eso_jax.config import ModelConfig
+
+TABLES: dict[str, list[dict[str, int]]] = {  # function -> the arguments of the tables in its docstring, left to right
+    "everyone": [{}], "causal": [{}], "prefix": [{"clean": 2}], "blocks_up_to": [{"block": 2}],
+    "blocks_before": [{"block": 2}, {"block": 1}], "own_block": [{"block": 2}, {"block": 1}],
+}
+L = 8
+CLEAN = np.array([0, 3, 8])  # clean tokens in each row, for the prefix
+
+
+def docstring_tables(function: Callable) -> list[list[list[int]]]:
+    """The tables of 0s and 1s, which stand side by side, four spaces or more apart."""
+    rows = [line.strip() for line in inspect.getdoc(function).splitlines() if re.fullmatch(r"[01 ]*[01]", line.strip())]
+    tables = zip(*([[int(c) for c in part.split()] for part in re.split(r" {4,}", row)] for row in rows), strict=True)
+    return list(map(list, tables))
+
+
+def pattern(name: str, length: int, **arguments: int) -> np.ndarray:
+    slots = jnp.arange(length)
+    arguments = {k: jnp.asarray(v) if k == "clean" else v for k, v in arguments.items()}
+    return np.asarray(getattr(masks, name)(slots[:, None], slots[None, :], **arguments))
+
+
+def test_every_mask_has_its_table() -> None:
+    functions = {name for name, f in inspect.getmembers(masks, inspect.isfunction) if f.__module__ == masks.__name__}
+    assert functions == set(TABLES)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_mask_is_the_table_in_its_docstring(name: str) -> None:
+    tables = docstring_tables(getattr(masks, name))
+    assert [np.shape(table) for table in tables] == [(4, 4)] * len(TABLES[name])
+    for table, arguments in zip(tables, TABLES[name], strict=True):
+        np.testing.assert_array_equal(pattern(name, 4, **arguments), np.array(table, bool))
+
+
+def test_relations_between_masks() -> None:
+    """At 12 slots, where a table of four is blind: blocks of 3, and the equalities that the docstrings claim."""
+    for block in (1, 3, 4, 12):
+        before, own, up_to = (pattern(n, 12, block=block) for n in ("blocks_before", "own_block", "blocks_up_to"))
+        np.testing.assert_array_equal(before | own, up_to)
+        assert not (before & own).any()
+        np.testing.assert_array_equal(own, np.kron(np.eye(12 // block), np.ones((block, block))).astype(bool))
+        np.testing.assert_array_equal(up_to, np.kron(np.tri(12 // block), np.ones((block, block))).astype(bool))
+    np.testing.assert_array_equal(pattern("blocks_up_to", 12, block=1), pattern("causal", 12))
+    np.testing.assert_array_equal(pattern("prefix", 12, clean=0), pattern("causal", 12))
+    np.testing.assert_array_equal(pattern("prefix", 12, clean=12), pattern("everyone", 12))
+
+
+def two_stream_mask(block: int, clean: int | None) -> np.ndarray:
+    """[2L, 2L] for slots [noisy copy, clean copy], put together from the masks."""
+    up_to = pattern("blocks_up_to", L, block=block) if clean is None else pattern("prefix", L, clean=clean)
+    return np.block([[pattern("own_block", L, block=block), pattern("blocks_before", L, block=block)],
+                     [np.zeros((L, L), bool), up_to]])
+
+
+def per_row(mask: np.ndarray) -> np.ndarray:
+    return np.stack([mask] * len(CLEAN))
+
+
+ATTENDS: dict[str, tuple[attention.Attend, np.ndarray]] = {  # what runs, and the mask [B, S, S] that it must obey
+    "everyone": (attention.single_stream(masks.everyone), per_row(np.ones((L, L), bool))),
+    "causal": (attention.single_stream(masks.causal), per_row(np.tri(L, dtype=bool))),
+    "prefix": (attention.single_stream(lambda q, k: masks.prefix(q, k, jnp.asarray(CLEAN)[:, None, None])),
+               np.stack([pattern("prefix", L, clean=c) for c in CLEAN])),
+    "blocks": (attention.single_stream(lambda q, k: masks.blocks_up_to(q, k, 4)),
+               per_row(pattern("blocks_up_to", L, block=4))),
+    **{f"two_streams-{block}": (attention.two_streams(block), per_row(two_stream_mask(block, None)))
+       for block in (1, 2, 4)},
+    "two_streams-A": (attention.two_streams(1, jnp.asarray(CLEAN)), np.stack([two_stream_mask(1, c) for c in CLEAN])),
+}
+
+
+def random_qkv(slots: int, seed: int = 0) -> jax.Array:
+    """q, k and v: [3, B, S, H, K]."""
+    return jax.random.normal(jax.random.key(seed), (3, len(CLEAN), slots, 2, 4))
+
+
+def sensitivity(f: Callable[..., jax.Array], *xs: jax.Array) -> list[np.ndarray]:
+    """For each argument x: how f [B, S, ...] depends on it, |df / dx| [B, S, slots] over all features."""
+    jacobians = jax.jit(jax.jacrev(lambda *xs: f(*xs).sum((-2, -1)), range(len(xs))))(*xs)
+    rows = np.arange(len(xs[0]))
+    return [np.abs(np.asarray(jacobian)[rows, :, rows]).sum((-2, -1)) for jacobian in jacobians]
+
+
+@pytest.mark.parametrize("name", ATTENDS)
+def test_attention_depends_on_exactly_what_the_mask_shows(name: str) -> None:
+    attend, mask = ATTENDS[name]
+    q, k, v = random_qkv(mask.shape[-1])
+    by_key, by_value = sensitivity(lambda k, v: attend(q, k, v, None, 0)[0], k, v)
+    np.testing.assert_array_equal(by_value > 0, mask)
+    # A key that is seen alone has weight 1 whatever it is.
+    compared = mask & (mask.sum(-1, keepdims=True) > 1)
+    np.testing.assert_array_equal(by_key[compared] > 1e-6, True)
+    np.testing.assert_array_equal(by_key[~mask], 0)
+
+
+@pytest.mark.parametrize("name", ATTENDS)
+def test_attention_equals_a_plain_softmax_under_the_mask(name: str) -> None:
+    """In float64 numpy; large scores, so that a softmax taken over each part alone would show."""
+    attend, mask = ATTENDS[name]
+    q, k, v = random_qkv(mask.shape[-1], seed=1) * 3
+    scores = np.einsum("bshk,blhk->bhsl", *(np.asarray(x, np.float64) for x in (q, k))) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * mask[:, None]
+    expected = np.einsum("bhsl,blhk->bshk", weights / weights.sum(-1, keepdims=True), np.asarray(v, np.float64))
+    out, kept = attend(q, k, v, "the cache", 0)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    assert kept == "the cache"
+
+
+@pytest.mark.parametrize("offset, slots, live", [(0, 3, None), (4, 3, 7), (2, 1, 3)])
+def test_cached_sees_what_precedes_its_window_and_is_causal_within(offset: int, slots: int, live: int | None) -> None:
+    """The cache holds numbers everywhere: what lies in or beyond the window must not be read."""
+    (q, k, v), (_, old_k, old_v) = random_qkv(slots), random_qkv(L, seed=1)
+    attend = cache.cached(offset, live)
+
+    def run(k: jax.Array, v: jax.Array, old_k: jax.Array, old_v: jax.Array) -> jax.Array:
+        return attend(q, k, v, cache.KVCache((old_v, old_k), (old_k, old_v)), 1)[0]
+
+    before = np.broadcast_to(np.arange(L) < offset, (len(CLEAN), slots, L))
+    within = per_row(np.tri(slots, dtype=bool))
+    by_key, by_value, by_old_key, by_old_value = sensitivity(run, k, v, old_k, old_v)
+    np.testing.assert_array_equal(by_old_value > 0, before)
+    np.testing.assert_array_equal(by_value > 0, within)
+    np.testing.assert_array_equal(by_old_key > 1e-6, before)
+    alone = (offset == 0) & (np.arange(slots) == 0)[:, None]
+    np.testing.assert_array_equal(by_key > 1e-6, within & ~alone)
+
+
+def test_cached_writes_its_window_of_its_layer_and_nothing_else() -> None:
+    (q, k, v), (_, old_k, old_v) = random_qkv(3), random_qkv(L, seed=1)
+    _, kept = cache.cached(4, 7)(q, k, v, cache.KVCache((old_k, old_k), (old_v, old_v)), 0)
+    for arrays, old, new in ((kept.keys, old_k, k), (kept.values, old_v, v)):
+        np.testing.assert_array_equal(arrays[0], np.concatenate([old[:, :4], new, old[:, 7:]], axis=1))
+        np.testing.assert_array_equal(arrays[1], old)
+
+
+MODEL = ModelConfig(length=L, vocab_size=2 * L, width=16, layers=2, heads=2, cond_dim=8)
+
+
+@functools.cache
+def weights() -> transformer.Weights:
+    return jax.jit(lambda: random_weights(MODEL))()
+
+
+def trunk_sensitivity(attend: Callable[[jax.Array], attention.Attend], slots: int, arguments: object = (0,),
+                      **options: object) -> np.ndarray:
+    """For each of `arguments` to `attend`: how the hidden states of two random layers depend on the embedded inputs.
+
+    Token j is slot j, so that the inputs are the embedding table.
+    """
+    slot = jnp.arange(slots)[None]
+    features = jnp.cos(jnp.arange(16.0))  # the plain sum over a normalized vector's features would tell nothing
+
+    def hidden(embedding: jax.Array, argument: jax.Array) -> jax.Array:
+        table = {**weights(), "embedding": embedding}
+        return transformer.trunk(table, slot, slot, attend(argument), **options)[0][0] @ features
+
+    jacobians = jax.jit(jax.vmap(jax.jacrev(hidden), (None, 0)))
+    return np.abs(jacobians(weights()["embedding"][:slots], jnp.asarray(arguments))).sum(-1)
+
+
+@pytest.mark.parametrize("name", ["causal", "blocks", "two_streams-1", "two_streams-2"])
+def test_trunk_depends_on_exactly_what_the_mask_shows(name: str) -> None:
+    """However deep: these masks are transitive."""
+    attend, masks_of_rows = ATTENDS[name]
+    mask = masks_of_rows[0]
+    np.testing.assert_array_equal(mask.astype(int) @ mask > 0, mask)
+    np.testing.assert_array_equal(trunk_sensitivity(lambda _: attend, len(mask))[0] > 0, mask)
+
+
+def test_trunk_of_eso_lm_a_reveals_nothing_later_to_tokens_after_the_prefix() -> None:
+    """A noisy token within the prefix sees earlier clean ones, and through these the whole prefix, itself included: it
+    bears no loss. For those after the prefix the mask is transitive."""
+    found = trunk_sensitivity(lambda clean: attention.two_streams(1, clean[None]), 2 * L, CLEAN) > 0
+    for clean, reached in zip(CLEAN.tolist(), found, strict=True):
+        one_layer = two_stream_mask(1, clean)
+        np.testing.assert_array_equal(reached, one_layer.astype(int) @ one_layer > 0)
+        np.testing.assert_array_equal(reached[clean:L], one_layer[clean:L])
+
+
+def test_trunk_through_the_cache_is_causal() -> None:
+    found = trunk_sensitivity(lambda _: cache.cached(0), L, cache=cache.empty(MODEL, 1, L))
+    np.testing.assert_array_equal(found[0] > 0, np.tri(L, dtype=bool))

@@ -1,0 +1,199 @@
+"""Training: it learns, it resumes to the bit, and it stops cleanly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eso_jax
+from conftest import random_tokens, tiny_config
+from eso_jax import metrics
+from eso_jax import train as training
+from eso_jax.config import FAMILIES, Config, EsoError
+from eso_jax.optim import optimizer, update_ema
+
+BASE = Config().override(
+    "model.length=16", "model.width=16", "model.layers=2", "model.heads=2", "model.cond_dim=8", "model.dropout=0.1",
+    "family.alpha_0=0.5", "train.batch_size=8", "train.steps=8", "train.warmup=2", "train.learning_rate=0.01",
+    "train.log_every=1", "train.eval_every=4", "train.eval_windows=16", "train.save_every=3",
+    "train.compute_dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("corpus") / "text.py"
+    path.write_text("for i in range(10):\n    print(i)\n" * 200)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(corpus: str) -> Config:
+    return BASE.override(f"data.source={corpus}")
+
+
+def step_lines(workdir: Path) -> list[dict[str, float]]:
+    lines = [line for line in metrics.read(workdir) if "loss" in line]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def test_it_learns_logs_and_draws(base: Config, tmp_path: Path) -> None:
+    run = base.override("train.steps=60", "train.eval_every=30", "train.log_every=10")
+    training.train(run, tmp_path / "w", {"a baseline": 3.0})
+    lines = metrics.read(tmp_path / "w")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 1
+    assert {"loss", "diffusion", "sequential", "gradient_norm", "tokens_per_second", "step"} == set(lines[0])
+    found = [line for line in lines if "validation_bits_per_byte" in line]
+    assert [line["step"] for line in found] == [30, 60]
+    assert found[1]["validation_nats_per_token"] < found[0]["validation_nats_per_token"]
+    assert found[0]["validation_standard_error"] > 0 and found[0]["validation_perplexity"] > 1
+    assert (tmp_path / "w" / "loss.png").stat().st_size > 5000
+    assert eso_jax.load(tmp_path / "w").step == 60
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains(family: str, base: Config, tmp_path: Path) -> None:
+    run = base.override(f"family.name={family}", f"family.alpha_0={0.5 if 'eso' in family else 1}",
+                        "family.block_size=4", "train.steps=2")
+    state = training.train(run, tmp_path / "w")
+    assert int(state.step) == 2 and np.isfinite(optax.tree.norm(state.params))
+
+
+def test_resumed_run_is_the_uninterrupted_one_to_the_bit(base: Config, tmp_path: Path) -> None:
+    """8 steps equal 3 + 5: parameters, averages, optimizer, data and logged losses."""
+    whole = training.train(base, tmp_path / "whole")
+    training.train(base.override("train.steps=3"), tmp_path / "parts")
+    resumed = training.train(base, tmp_path / "parts")
+    chex.assert_trees_all_equal(whole, resumed)
+    assert step_lines(tmp_path / "whole") == step_lines(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("when", ["step 4", "step 6"])
+def test_kill_9_and_rerun(when: str, base: Config, tmp_path: Path) -> None:
+    """Killed after a step was logged, the same command goes on from the last whole checkpoint to the same end."""
+    (tmp_path / "run.json").write_text(base.to_json())
+    command = [sys.executable, "-m", "eso_jax", "train", str(tmp_path / "run.json"), "--workdir", str(tmp_path / "w")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    reached = int(when.split()[1])
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= reached for line in metrics.read(tmp_path / "w")):
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    subprocess.run(command, check=True, capture_output=True)
+    whole = training.train(base, tmp_path / "whole")
+    np.testing.assert_equal(step_lines(tmp_path / "w"), step_lines(tmp_path / "whole"))
+    chex.assert_trees_all_equal(eso_jax.load(tmp_path / "w").params, jax.device_get(whole.ema))
+
+
+def test_a_torn_metrics_line_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / metrics.FILE).write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    log = metrics.MetricsLog(tmp_path, 5)
+    log.write(3, loss=1.0)
+    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 3]
+
+
+def test_accumulation_changes_nothing() -> None:
+    """One batch of 8 and four micro-batches of 2 take the same step."""
+    one, four = (BASE.override(f"train.accumulate={count}") for count in (1, 4))
+    tokens = random_tokens(one, 8)
+    states = [jax.jit(training.train_step, static_argnums=0)(run, training.init_state(run), tokens)
+              for run in (one, four)]
+    chex.assert_trees_all_close(*[values for _, values in states], rtol=1e-5)
+    for run, (state, _) in zip((one, four), states, strict=True):
+        states = [jax.jit(training.train_step, static_argnums=0)(run, state, tokens)[1] for run in (one, four)]
+        chex.assert_trees_all_close(*states, rtol=1e-5)
+
+
+def test_first_step_matches_recorded_numbers() -> None:
+    """A golden single step. If you changed the model, the noise or the optimizer on purpose, record the new numbers;
+    if you did not, you have just learned something."""
+    run = tiny_config("esolm", alpha_0=0.5)
+    state = training.init_state(run)
+    _, values = jax.jit(training.train_step, static_argnums=0)(
+        run.override("train.batch_size=8", "train.compute_dtype=float32"), state, random_tokens(run, 8))
+    # Zero-initialized head: all logits are equal, so the loss is (terms' weights) x log 8 exactly; noise decides them.
+    recorded = {"diffusion": 0.0, "gradient_norm": 0.0, "loss": 0.0, "sequential": 0.0}
+    assert {name: float(value) for name, value in values.items()} == pytest.approx(recorded, rel=1e-5)
+
+
+def test_non_finite_loss_stops_and_names_the_last_checkpoint(base: Config, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.train_step
+
+    def poisoned(config: Config, state: training.TrainState, tokens: jax.Array) -> tuple:
+        state, values = real(config, state, tokens)
+        return state, values | {"loss": jnp.where(state.step == 5, jnp.nan, values["loss"])}
+
+    monkeypatch.setattr(training, "train_step", poisoned)
+    with pytest.raises(EsoError, match=r"loss = nan at step 5 \(train.seed = 1, data.seed = 0\).*checkpoint is step 3"):
+        training.train(base, tmp_path / "w")
+    monkeypatch.undo()
+    assert eso_jax.load(tmp_path / "w").step == 3
+    assert int(training.train(base, tmp_path / "w").step) == 8
+
+
+def test_a_work_directory_is_of_one_run(base: Config, tmp_path: Path) -> None:
+    training.train(base.override("train.steps=1"), tmp_path / "w")
+    before = (tmp_path / "w" / "config.json").read_text()
+    with pytest.raises(EsoError, match=r"model.width = 32: --workdir .* holds a run with 16"):
+        training.train(base.override("model.width=32"), tmp_path / "w")
+    assert (tmp_path / "w" / "config.json").read_text() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("precious")
+    with pytest.raises(EsoError, match="is not a run's"):
+        training.train(base, tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_eight_devices_take_the_same_steps(base: Config, tmp_path: Path) -> None:
+    """The loss does not depend on the number of devices (here eight emulated ones)."""
+    (tmp_path / "run.json").write_text(base.override("train.steps=4").to_json())
+    flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-m", "eso_jax", "train", str(tmp_path / "run.json"), "--workdir",
+                    str(tmp_path / "eight")], check=True, capture_output=True, env=flags)
+    training.train(base.override("train.steps=4"), tmp_path / "one")
+    one, eight = (np.array([line["loss"] for line in step_lines(tmp_path / name)]) for name in ("one", "eight"))
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+
+
+def test_ema_ramp_and_warm_up() -> None:
+    zeros, ones = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+    for updates, decay in ((1, 2 / 11), (90, 0.91), (10**7, 0.9999)):
+        np.testing.assert_allclose(update_ema(zeros, ones, jnp.int32(updates), 0.9999)["w"], 1 - decay, rtol=1e-3)
+    tx = optimizer(BASE.override("train.warmup=4", "train.learning_rate=1").train)
+    state, rates = tx.init(ones), []
+    for _ in range(6):  # Adam's step with a constant gradient is its rate
+        updates, state = tx.update(ones, state, ones)
+        rates.append(-float(updates["w"][0]))
+    np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.75, 1, 1], atol=1e-5)
+
+
+def test_gradients_are_clipped_by_their_global_norm() -> None:
+    tx = optimizer(BASE.override("train.clip_norm=0.5", "train.beta1=0", "train.beta2=0", "train.eps=1").train)
+    params = {"w": jnp.zeros(1)}
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    _, state = tx.update(params, state, params)  # past the two warm-up steps
+    updates, _ = tx.update({"w": jnp.full(1, 100.0)}, state, params)
+    assert float(updates["w"][0]) == pytest.approx(-0.01 * 0.5 / 1.5, rel=1e-4)
+
+
+def test_config_is_kept_as_text(base: Config, tmp_path: Path) -> None:
+    training.train(base.override("train.steps=1"), tmp_path / "w")
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["model"]["width"] == 16
