@@ -16,7 +16,12 @@ from eso_jax.config import FAMILIES, EsoError, require
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse cannot mix options with an open list of arguments, so train's overrides are what is left over.
+    if rest and (arguments.run is not train or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = rest
     try:
         arguments.run(arguments)
     except EsoError as error:
@@ -90,10 +95,9 @@ def score(arguments: argparse.Namespace) -> None:
                                                     model.config.model.length, alpha_0))
     logp = model.log_likelihood(tokens, orders)
     bound, error = likelihood.iw_bound(logp)
-    np.savez(_out(arguments.out), logp_per_order=logp, iw_bound=bound, iw_bound_standard_error=error)
     _say(f"{len(tokens)} sequences, {len(orders)} orders each: log p >= {bound.mean():.4f} nats on average "
          f"({-bound.mean() / tokens.shape[1]:.4f} nats per token)")
-    _say(f"wrote {arguments.out}")
+    _write_npz(arguments.out, logp_per_order=logp, iw_bound=bound, iw_bound_standard_error=error)
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -107,15 +111,13 @@ def sample(arguments: argparse.Namespace) -> None:
                          arguments.temperature, arguments.seed, arguments.batch_size)
     text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
     extra: dict[str, Any] = {"text": np.array(text)} if text else {}
-    np.savez(_out(arguments.out), tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
-             **extra)
+    _write_npz(arguments.out, tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step, **extra)
     for index, sequence in enumerate(text[:arguments.show]):
         _say(f"--- sample {index}\n{sequence}")
     running = found.seconds - found.compile_seconds
     _say(f"NFE {len(found.tokens_per_step)} per batch; {found.tokens.size} tokens in {found.seconds:.2f} s: "
          f"{found.tokens.size / found.seconds:.0f} tokens/s with compilation, "
          f"{found.tokens.size / running:.0f} without its {found.compile_seconds:.2f} s")
-    _say(f"wrote {arguments.out}")
 
 
 def import_(arguments: argparse.Namespace) -> None:
@@ -134,8 +136,12 @@ def _check_out(out: str) -> None:
     require(folder.is_dir(), "--out", out, f"the folder {str(folder)!r} does not exist")
 
 
-def _out(path: str) -> Any:
-    return open(path, "wb")  # np.savez adds .npz to a name, but not to an open file
+def _write_npz(path: str, **arrays: Any) -> None:
+    import numpy as np
+
+    with open(path, "wb") as file:  # np.savez would add .npz to a name
+        np.savez(file, **arrays)
+    _say(f"wrote {path}")
 
 
 def _read_npy(path: str, flag: str) -> Any:
@@ -170,8 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="eso-jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+    def command(name: str, run: Any, summary: str, example: str, usage: str | None = None) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}", usage=usage)
         added.set_defaults(run=run)
         return added
 
@@ -182,10 +188,10 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--alpha-0", type=float, help="share of tokens left to diffusion (the training value)")
 
     added = command("train", train, "Train an experiment, or go on training it.",
-                    "eso-jax train experiments/quickstart.py --workdir /tmp/w train.steps=100")
+                    "eso-jax train experiments/quickstart.py --workdir /tmp/w train.steps=100",
+                    usage="%(prog)s [-h] experiment --workdir WORKDIR [section.field=value ...]")
     added.add_argument("experiment", help="a Python file that defines `config`, or a config.json")
     added.add_argument("--workdir", required=True, help="made, or resumed from if it holds this run")
-    added.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
 
     added = command("eval", evaluate, "The NELBO on held-out text, with its standard error.",
                     "eso-jax eval --workdir /tmp/w --alpha-0 0.25 --out eval.json")

@@ -41,7 +41,7 @@ def causal(query: Int[Array, "*#s"], key: Int[Array, "*#s"]) -> Bool[Array, "*s"
     return key <= query
 
 
-def prefix(query: Int[Array, "*#s"], key: Int[Array, "*#s"], clean: Int[Array, "*#s"]) -> Bool[Array, "*s"]:
+def prefix(query: Int[Array, "*#s"], key: Int[Array, "*#s"], clean: Int[Array, "*#s"] | int) -> Bool[Array, "*s"]:
     """The first `clean` slots see each other; the rest is causal. With clean = 2:
 
         1 1 0 0

@@ -102,12 +102,12 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     from eso_jax.data.pipeline import batches, eval_batches
 
     settings = config.train
-    workdir.claim(directory, config)
     tokenizer = get_tokenizer(config.data.tokenizer)
     mesh = sharding.mesh(settings.batch_size)
     iterator = batches(windows_of(config, "train"), settings.batch_size, config.data.seed, jax.process_index(),
                        jax.process_count())
     validation = np.concatenate(list(eval_batches(windows_of(config, "validation"), 64, settings.eval_windows)))
+    workdir.claim(directory, config)  # once the data is known to be there
     state = jax.jit(functools.partial(init_state, config), out_shardings=sharding.replicated(mesh))()
     step_fn = jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
@@ -133,9 +133,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 meter.restart_clock()
             if step % settings.save_every == 0 or step == settings.steps:
                 meter.flush()  # a state is saved only once its loss is known to be finite
-                checkpoints.save_checkpointables_async(step, {
-                    "params": state.params, "ema": state.ema, "optimizer": state.optimizer,
-                    "step": {"step": state.step}, "data": iterator})
+                checkpoints.save_checkpointables_async(step, {**_parts(state), "data": iterator})
                 meter.restart_clock()
     metrics.plot_loss(directory, baselines)
     return state
@@ -145,11 +143,14 @@ def _restore(checkpoints: Any, state: TrainState, iterator: Any) -> TrainState:
     """The newest checkpoint's state, and the iterator moved to its position; the given ones where there is none."""
     if checkpoints.latest is None:
         return state
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    loaded = checkpoints.load_checkpointables(checkpoints.latest.step, {
-        "params": abstract.params, "ema": abstract.ema, "optimizer": abstract.optimizer,
-        "step": {"step": abstract.step}, "data": iterator})
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _parts(state))
+    loaded = checkpoints.load_checkpointables(checkpoints.latest.step, {**abstract, "data": iterator})
     return TrainState(loaded["step"]["step"], loaded["params"], loaded["ema"], loaded["optimizer"])
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The state as a checkpoint's named parts, each of which must be a tree."""
+    return {"step": {"step": state.step}, "params": state.params, "ema": state.ema, "optimizer": state.optimizer}
 
 
 class _Meter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
@@ -51,11 +52,11 @@ def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:
 
 def main() -> None:
     figure = plt.figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
+    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1], squeeze=False)[0]
     order = random_then_ascending(jax.random.key(4), LENGTH, sum(PARALLEL_STEPS))
     counts = PARALLEL_STEPS + [1] * (LENGTH - sum(PARALLEL_STEPS))
     decoding(left.subplots(), Plan(order[None], np.array(counts)))
-    slots = np.arange(8)
+    slots = jnp.arange(8)
     query, key = slots[:, None], slots[None, :]
     both = np.zeros((16, 16), bool)
     both[:8, :8], both[:8, 8:] = masks.own_block(query, key, 1), masks.blocks_before(query, key, 1)

@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     run = config.override(*arguments.overrides)
 
     validation = windows_of(run, "validation")

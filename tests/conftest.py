@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
+# Tests compile the same small programs again and again, in many processes: share them. Before jax is imported.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "eso-jax-test-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from eso_jax import transformer
-from eso_jax.config import Config, FamilyConfig, ModelConfig
-from eso_jax.reference import import_checkpoint
-from eso_jax.transformer import Weights
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from eso_jax import transformer  # noqa: E402
+from eso_jax.config import Config, FamilyConfig, ModelConfig  # noqa: E402
+from eso_jax.reference import import_checkpoint  # noqa: E402
+from eso_jax.transformer import Weights  # noqa: E402
 
 GOLDENS = Path(__file__).parent / "goldens"
 

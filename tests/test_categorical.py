@@ -102,6 +102,21 @@ def test_last_token_with_mass_is_reached_at_the_end_of_every_block() -> None:
         assert int(draw(logits, jnp.zeros(2), PLAIN)) == 1
 
 
+def test_inversion_survives_rounding() -> None:
+    """XLA's cumulative sum may rise by a rounding error over an entry without mass, and sink. With u at every such edge,
+    and even at 1, the entry found has mass."""
+    rng = np.random.default_rng(0)
+    mass = (rng.exponential(size=(300, 65)) * (rng.random((300, 65)) < 0.3)).astype(np.float32)
+    mass[:, 0], mass[:, -1] = 0.1, 0
+    cumulative = np.asarray(jnp.cumsum(jnp.asarray(mass), axis=-1))
+    edges = np.append(cumulative / cumulative[:, -1:], np.ones((300, 1)), axis=1).astype(np.float32)
+    edges = np.concatenate([edges, np.nextafter(edges, np.float32(0))], axis=1)
+    found = np.asarray(jax.jit(jax.vmap(categorical._invert, (None, 1), 1))(jnp.asarray(mass), jnp.asarray(edges)))
+    assert (np.take_along_axis(mass, found, axis=1) > 0).all()
+    last = mass.shape[1] - 1 - (mass[:, ::-1] > 0).argmax(axis=1)
+    np.testing.assert_array_equal(found[:, mass.shape[1]], last)  # u = 1
+
+
 def plain_nucleus(mass: np.ndarray, top_p: float) -> np.ndarray:
     """By sorting one row in float64: a token stays if the mass strictly above it is at most top_p of the total."""
     mass = mass.astype(np.float64)
@@ -167,29 +182,29 @@ def tail_z(tokens: np.ndarray, positions: int, below: float) -> float:
 
 
 def test_tail_is_exact() -> None:
-    """Positions first, then their tokens: 20 M positions, 310,000 tokens, within 4 standard errors (a false alarm in
-    1 of 15,000 seeds per check), that is to 1.2% of the mass of the tokens of p < 1e-4 and to 3.3% of those of 3e-6."""
+    """Positions first, then their tokens: 20 M positions, 310,000 tokens, within 3.5 standard errors (a false alarm in
+    1 of 2,000 seeds per check), that is to 1.1% of the mass of the tokens of p < 1e-4 and to 2.9% of those of 3e-6."""
     positions = 20_000_000
     unmasked = int((jax.random.uniform(jax.random.key(0), (positions,)) < 1 / T).sum())
     tokens = np.asarray(many(jax.random.key(1), jnp.log(ZIPF), unmasked))
     for below in (1e-4, RARE, 3e-6):
-        assert abs(tail_z(tokens, positions, below)) < 4
+        assert abs(tail_z(tokens, positions, below)) < 3.5
     surprisal, entropy = -np.log(ZIPF[tokens]), -(ZIPF * np.log(ZIPF)).sum()
-    assert abs(surprisal.mean() - entropy) < 4 * surprisal.std() / np.sqrt(unmasked)
+    assert abs(surprisal.mean() - entropy) < 3.5 * surprisal.std() / np.sqrt(unmasked)
 
 
 def test_tail_of_a_joint_float32_gumbel_draw_is_not() -> None:
     """The trap that positions-first avoids. A token or the mask in one draw, as ancestral samplers do it, loses over
     half of the tokens with p < 1e-5, which hold 15% of the mass (and a third of those with p < 1e-4, 36%). Of 32,000
-    positions 77 should get one, and some 34 do: near 5 standard errors short, so that the check above, at 4, fails."""
+    positions 77 should get one, and some 34 do: near 5 standard errors short, so the check above, at 3.5, fails."""
     positions, rows = 32_000, 16
     logits = jnp.log(np.append(ZIPF / T, 1 - 1 / T))
     first_rare = int((ZIPF >= RARE).sum())
 
     @jax.jit
     def group(key: jax.Array) -> jax.Array:
-        """0 common, 1 rare, 2 mask: where jax.random.categorical finds the largest score (to look for the exact place
-        takes as long as the noise)."""
+        """0 common, 1 rare, 2 mask: where jax.random.categorical finds the largest score. (To look for the exact place
+        takes as long as the noise.)"""
         scores = jax.random.gumbel(key, (rows, V + 1)) + logits
         return jnp.stack([scores[:, :first_rare].max(-1), scores[:, first_rare:-1].max(-1), scores[:, -1]]).argmax(0)
 
@@ -197,4 +212,4 @@ def test_tail_of_a_joint_float32_gumbel_draw_is_not() -> None:
     groups = np.concatenate([group(key) for key in keys])
     exact = np.concatenate([jax.random.categorical(key, logits, shape=(rows,)) for key in keys[:8]])
     np.testing.assert_array_equal(groups[:exact.size], np.digitize(exact, [first_rare, V]))
-    assert tail_z(np.full((groups == 1).sum(), first_rare), positions, RARE) < -4
+    assert tail_z(np.full((groups == 1).sum(), first_rare), positions, RARE) < -3.5

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import random_weights
 from eso_jax import attention, cache, masks, transformer
 from eso_jax.config import ModelConfig
 
@@ -156,7 +155,11 @@ MODEL = ModelConfig(length=L, vocab_size=2 * L, width=16, layers=2, heads=2, con
 
 @functools.cache
 def weights() -> transformer.Weights:
-    return jax.jit(lambda: random_weights(MODEL))()
+    """Random, drawn by numpy: compiling an initialization would take longer than all that is tested here."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: transformer.init(MODEL, jax.random.key(0)))
+    params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), shapes)
+    return transformer.unstack(jax.jit(lambda params: transformer.fold(MODEL, params))(params))
 
 
 def trunk_sensitivity(attend: Callable[[jax.Array], attention.Attend], slots: int, arguments: object = (0,),

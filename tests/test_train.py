@@ -127,9 +127,11 @@ def test_first_step_matches_recorded_numbers() -> None:
     state = training.init_state(run)
     _, values = jax.jit(training.train_step, static_argnums=0)(
         run.override("train.batch_size=8", "train.compute_dtype=float32"), state, random_tokens(run, 8))
-    # Zero-initialized head: all logits are equal, so the loss is (terms' weights) x log 8 exactly; noise decides them.
-    recorded = {"diffusion": 0.0, "gradient_norm": 0.0, "loss": 0.0, "sequential": 0.0}
+    recorded = {"diffusion": 1.003919, "gradient_norm": 0.3849035, "loss": 2.086961, "sequential": 1.083042}
     assert {name: float(value) for name, value in values.items()} == pytest.approx(recorded, rel=1e-5)
+    # The head begins at zero, so a masked token costs log 8 exactly: the sequential share of masks is a whole number.
+    masks = recorded["sequential"] / np.log(8) * 4 * run.model.length
+    assert masks == pytest.approx(round(masks), abs=1e-3)
 
 
 def test_non_finite_loss_stops_and_names_the_last_checkpoint(base: Config, tmp_path: Path,
