@@ -98,6 +98,8 @@ class FamilyConfig:
         require(self.kappa is None or (0 < self.kappa < 1) == (0 < self.alpha_0 < 1), "family.kappa", self.kappa,
                 f"alpha_0 = {self.alpha_0} needs {'both' if 0 < self.alpha_0 < 1 else 'one of the'} losses; "
                 "leave family.kappa unset")
+        require(0 < self.split < 1 or self.alpha_0 in (0, 1), "family.kappa", self.kappa,
+                "must leave each loss at least a 64th of the batch")
         require(self.loss_weight in ("elbo", "low_var"), "family.loss_weight", self.loss_weight,
                 "choose elbo or low_var")
         require(self.block_size >= 1, "family.block_size", self.block_size, "must be at least 1")
@@ -210,15 +212,15 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     """The Config of a nested dict such as `json.loads(config.to_json())`; unknown fields are errors."""
     sections = {}
     for section, given in values.items():
+        if section not in _SECTIONS:
+            raise EsoError(f"{'.'.join([section, *list(given)[:1]])}: unknown; sections are {', '.join(_SECTIONS)}")
         fields = {}
         for name, value in given.items():
             path = f"{section}.{name}"
             _check_field(path, section, name)
             kind = typing.get_type_hints(_SECTIONS[section])[name]
             require(_fits(value, kind), path, value, f"must be of type {_type_name(kind)}")
-            if float in _kinds(kind) and value is not None:
-                value = float(value)
-            fields[name] = tuple(value) if isinstance(value, list) else value
+            fields[name] = _as_floats(value) if "float" in str(kind) else value
         sections[section] = _SECTIONS[section](**fields)
     return Config(**sections)
 
@@ -229,9 +231,12 @@ def from_file(path: str | Path) -> Config:
     require(path.is_file(), "config", str(path), "no such file; give an experiment such as experiments/quickstart.py")
     if path.suffix == ".json":
         try:
-            return from_dict(json.loads(path.read_text()))
-        except (json.JSONDecodeError, AttributeError) as error:
+            values = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
             raise EsoError(f"config = {str(path)!r}: not a config in JSON ({error})") from error
+        sections = isinstance(values, dict) and all(isinstance(fields, dict) for fields in values.values())
+        require(sections, "config", str(path), "not a config in JSON (an object of sections of fields)")
+        return from_dict(values)
     import runpy
 
     config = runpy.run_path(str(path)).get("config")
@@ -243,7 +248,7 @@ def _check_field(path: str, section: str, name: str) -> None:
     known = [f"{s}.{f.name}" for s, kind in _SECTIONS.items() for f in dataclasses.fields(kind)]
     if section in _SECTIONS and path in known:
         return
-    close = difflib.get_close_matches(path, known, n=1) or [k for k in known if name and k.endswith(f".{name}")]
+    close = difflib.get_close_matches(path, known, n=1) or [k for k in known if k.endswith(f".{name or path}")]
     hint = f"did you mean {close[0]}?" if close else f"sections are {', '.join(_SECTIONS)}"
     raise EsoError(f"{path}: unknown config field; {hint}")
 
@@ -269,6 +274,13 @@ def _fits(value: Any, kind: Any) -> bool:
     return False
 
 
+def _as_floats(value: Any) -> Any:
+    """Whole numbers given for floats, as floats; lists as tuples."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_as_floats, value))
+    return None if value is None else float(value)
+
+
 def _parse(path: str, text: str, kind: Any) -> Any:
     if str in _kinds(kind):
         return text
@@ -276,7 +288,7 @@ def _parse(path: str, text: str, kind: Any) -> Any:
         value = json.loads(text.replace("None", "null").replace("(", "[").replace(")", "]").replace("_", ""))
     except json.JSONDecodeError:
         value = text
-    if isinstance(value, float) and value == int(value) and int in _kinds(kind):
+    if int in _kinds(kind) and isinstance(value, float) and value.is_integer():
         value = int(value)  # train.steps=1e6
     require(_fits(value, kind), path, text, f"must be of type {_type_name(kind)}")
     return value

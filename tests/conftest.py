@@ -51,11 +51,10 @@ def tiny_config(family: str = "esolm", length: int = 12, vocab_size: int = 9, **
 
 def random_params(model: ModelConfig, seed: int = 0, scale: float = 0.3) -> transformer.Params:
     """Parameters that leave nothing at its initial zero, so that every path matters."""
-    params = transformer.init(model, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [x + scale * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    return {name: jnp.asarray(("norm" in name) + scale * rng.standard_normal(x.shape), jnp.float32)
+            for name, x in shapes.items()}
 
 
 def random_weights(model: ModelConfig, seed: int = 0, scale: float = 0.3) -> Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from eso_jax.config import require
 
 
-def batches(windows: np.ndarray, batch_size: int, seed: int, process_index: int = 0,
+def batches(windows: Any, batch_size: int, seed: int, process_index: int = 0,
             process_count: int = 1) -> grain.DatasetIterator[np.ndarray]:
     """An endless iterator over this process's rows of the training batches, int32 [batch_size / process_count, length].
 
@@ -23,7 +24,7 @@ def batches(windows: np.ndarray, batch_size: int, seed: int, process_index: int 
     process count, use `set_state` with the step.
 
     Args:
-      windows: integers [windows, length], windows >= 1; may be memory-mapped.
+      windows: integers [windows, length], windows >= 1; an array, or anything that is indexed by row.
       batch_size: rows over all processes.
       seed: of the shuffle, in [0, 2**32).
 
