@@ -122,7 +122,7 @@ def toy(family: str, **fields: object) -> tuple[Config, transformer.Weights, jax
     """Three tokens over a vocabulary of three and the mask; all 27 sequences."""
     config = tiny_config(family, length=3, vocab_size=4, **fields)
     everything = jnp.array(list(itertools.product(range(3), repeat=3)), jnp.int32)
-    return config, random_weights(config.model, scale=0.2), everything
+    return config, random_weights(config.model, scale=0.3), everything
 
 
 def test_exact_likelihood_is_normalized_for_every_order() -> None:
