@@ -33,8 +33,8 @@ from eso_jax.workdir import Model
 config = Config(
     model=ModelConfig(length=128, width=128, layers=4, heads=2, cond_dim=32, dropout=0.0),
     family=FamilyConfig(name="esolm", alpha_0=0.25),
-    train=TrainConfig(steps=700, batch_size=32, learning_rate=3e-3, warmup=100, log_every=20, eval_every=100,
-                      eval_windows=512, save_every=100,
+    train=TrainConfig(steps=900, batch_size=32, learning_rate=3e-3, warmup=100, log_every=20, eval_every=150,
+                      eval_windows=512, save_every=150,
                       compute_dtype="float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 ORDERS = 16  # of the importance-weighted bound

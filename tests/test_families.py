@@ -178,10 +178,11 @@ def test_importance_weighted_bound_falls_to_the_truth(alpha_0: float) -> None:
     means = [bound.mean() for bound in bounds.values()]
     assert all(more > less for more, less in itertools.pairwise(means))
     many = likelihood_orders(jax.random.key(2), 4096, 1, 3, alpha_0)
-    truth = -likelihood.iw_bound(likelihood.log_prob(weights, config, np.asarray(row)[None], np.asarray(many)))[0]
-    assert means[-1] > truth - 1e-3 and means[-1] == pytest.approx(float(truth[0]), abs=0.02)
-    if alpha_0 == 1:
-        assert float(truth[0]) == pytest.approx(true_nll(config, weights, row[None])[0], abs=0.02)
+    [estimate], [error] = likelihood.iw_bound(likelihood.log_prob(weights, config, np.asarray(row)[None],
+                                                                  np.asarray(many)))
+    truth = true_nll(config, weights, row[None])[0] if alpha_0 == 1 else -estimate
+    assert -estimate == pytest.approx(truth, abs=4 * float(error))
+    assert truth - 4 * error < means[-1] < truth + 0.1 * (means[0] - truth)
 
 
 def test_iw_bound_standard_error() -> None:

@@ -1,0 +1,39 @@
+"""What the compiled sampler does with memory: the cache is updated in place, never copied."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+from conftest import random_weights, tiny_config
+from eso_jax.sampling import loop
+from eso_jax.sampling.categorical import Rule
+from eso_jax.sampling.plan import Plan, left_to_right
+
+BATCH, LENGTH = 3, 40
+
+
+@pytest.mark.parametrize("kind", ["esolm", "ar"])
+def test_no_copy_the_size_of_the_cache(kind: loop.Kind, request: pytest.FixtureRequest) -> None:
+    config = tiny_config(length=LENGTH)
+    plan: Plan = left_to_right(BATCH, LENGTH)
+    steps, runs = loop.schedule(plan.tokens_per_step, kind)
+    state = loop.start(random_weights(config.model), config.model, kind, plan.order)
+    keys = loop.row_keys(jax.random.key(0), 0, BATCH)
+    run = max(runs, key=lambda run: run.high - run.low)
+    jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts descriptions where arrays belong
+    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
+    compiled = loop.decode_run.lower(random_weights(config.model), state, steps, run.low, run.high, keys, config.model,
+                                     kind, Rule(), run.shape).compile()
+    text = compiled.as_text()
+    cache = f"f32[{BATCH},{LENGTH},{config.model.heads},{config.model.head_size}]"
+    assert cache in text  # or the search below finds nothing for the wrong reason
+    copies = re.findall(rf"= {re.escape(cache)}\S* (copy|copy-start)\(", text)
+    assert not copies
+    aliased = compiled.memory_analysis().alias_size_in_bytes
+    assert aliased >= sum(x.nbytes for x in jax.tree.leaves(state.cache)), "the state is not donated"
+    assert isinstance(state.tokens, jax.Array) and state.tokens.dtype == jnp.int32
