@@ -5,10 +5,11 @@ here make one for each kind of pass, so that the transformer is the same for all
 
   single_stream(visible)     one sequence and a pattern of eso_jax.masks
   two_streams(block, clean)  a noisy and a clean copy of the sequence (sequential pass, exact likelihood, BD3-LM)
-  cached(offset)             the next few tokens against a key-value cache (eso_jax/cache.py)
+
+and in eso_jax/cache.py, cached(offset): the next few tokens against a key-value cache.
 
 Scores and softmax are float32 whatever the compute type. `dense` is the slow, plain path that the others are tested
-against.
+against (so far there are no others).
 
 Axes: B batch, S query slots, L key slots (or the length), H heads, K head size.
 """
@@ -41,7 +42,7 @@ def scores(q: Float[Array, "B S H K"], k: Float[Array, "B L H K"],
            mask: Bool[Array, "#B S L"]) -> Float[Array, "B H S L"]:
     """Masked q.k / sqrt(K), in float32."""
     scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    raw = jnp.einsum("bshk,blhk->bhsl", scaled, k, preferred_element_type=jnp.float32)
+    raw = jnp.einsum("bshk,blhk->bhsl", scaled, k, precision="highest", preferred_element_type=jnp.float32)
     return jnp.where(mask[:, None], raw, HIDDEN)
 
 
@@ -53,7 +54,8 @@ def joint_softmax(*parts: Float[Array, "B H S _"]) -> tuple[list[Float[Array, "B
 
 
 def weigh(weights: Float[Array, "B H S L"], v: Float[Array, "B L H K"]) -> Float[Array, "B S H K"]:
-    return jnp.einsum("bhsl,blhk->bshk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return jnp.einsum("bhsl,blhk->bshk", weights.astype(v.dtype), v, precision="highest",
+                      preferred_element_type=jnp.float32)
 
 
 def normalize(out: Float[Array, "B S H K"], total: Float[Array, "B H S"], dtype: Any) -> Float[Array, "B S H K"]:

@@ -1,7 +1,8 @@
 """Checkpoints, by Orbax: `W/checkpoints/STEP/`, written in the background, whole or not at all.
 
-A checkpoint holds named parts that can be read apart: `params`, `ema`, `optimizer`, `step` and `data` (the position of
-the data iterator). An imported model has `params` alone, or `params` and `ema`.
+A checkpoint holds named parts that can be read apart: `params`, `ema`, `optimizer`, `step` (the step and the model's
+length, which no parameter shows) and `data` (the position of the data iterator). An imported model has `params` and
+`step` alone, at step 0.
 """
 
 from __future__ import annotations
@@ -10,34 +11,63 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from eso_jax.config import EsoError
+from eso_jax.config import EsoError, ModelConfig, require
 
 
-def open_checkpoints(workdir: Path, keep: int = 1) -> Any:
+def open_checkpoints(workdir: Path, keep: int | None = None) -> Any:
     """An Orbax Checkpointer of a work directory, a context manager; `.latest` is the newest step, or None.
 
-    Keeps the last `keep` steps. What a killed process left half-written is ignored and removed.
+    With `keep`, for writing: the last `keep` steps are kept, and what a killed process left half-written is removed.
+    Without, for reading: nothing is touched, so that a run in progress can be read.
     """
     from orbax.checkpoint import v1 as ocp
 
     policies = ocp.training.preservation_policies
     return ocp.training.Checkpointer(
-        (workdir / "checkpoints").absolute(), preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True,
+        (workdir / "checkpoints").absolute(), cleanup_tmp_directories=keep is not None,
+        preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
 
 
-def load_params(workdir: Path, abstract: Any, ema: bool) -> tuple[int, Any]:
-    """(step, parameters) of the newest checkpoint: the averaged ones if asked for and there, else the raw ones."""
+def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, Any]) -> dict[str, Any]:
+    """The newest checkpoint's parts, as `parts` describes them, and its `step`.
+
+    Raises:
+      EsoError: it is damaged, lacks a part, or is of another model.
+    """
+    step = checkpoints.latest.step
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    try:
+        loaded = checkpoints.load_checkpointables(step, {**parts, "step": {"step": scalar, "length": scalar}})
+    except Exception as error:  # Orbax raises what its storage layers raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise EsoError(f"--workdir = {str(workdir)!r}: checkpoint {step} is damaged, not of this config, or lacks one "
+                       f"of {', '.join(parts)} ({reason}); remove checkpoints/{step} to use the one before") from error
+    length = int(loaded["step"]["length"])
+    require(length == config.length, "model.length", config.length, f"the checkpoint in {workdir} has length {length}")
+    return {**loaded, "step": int(loaded["step"]["step"])}
+
+
+def load_params(workdir: Path, config: ModelConfig, abstract: Any, ema: bool) -> tuple[int, Any]:
+    """(step, parameters) of the newest checkpoint: the averaged ones if asked for, which only a trained one has."""
+    missing = EsoError(f"--workdir = {str(workdir)!r}: holds no checkpoint; train or import a model first")
+    if not (workdir / "checkpoints").is_dir():
+        raise missing
     with open_checkpoints(workdir) as checkpoints:
         if checkpoints.latest is None:
-            raise EsoError(f"--workdir = {str(workdir)!r}: holds no checkpoint; train or import a model first")
-        step = checkpoints.latest.step
-        part = "ema" if ema and (workdir / "checkpoints" / str(step) / "ema").exists() else "params"
-        return step, checkpoints.load_checkpointables(step, {part: abstract})[part]
+            raise missing
+        part = "ema" if ema and checkpoints.latest.step > 0 else "params"
+        loaded = load(checkpoints, workdir, config, {part: abstract})
+        return loaded["step"], loaded[part]
 
 
-def save_params(workdir: Path, params: Any) -> None:
+def step_part(step: jax.Array | int, config: ModelConfig) -> dict[str, Any]:
+    return {"step": jnp.int32(step), "length": jnp.int32(config.length)}
+
+
+def save_params(workdir: Path, config: ModelConfig, params: Any) -> None:
     """A checkpoint of parameters alone, at step 0."""
-    with open_checkpoints(workdir) as checkpoints:
-        checkpoints.save_checkpointables(0, {"params": jax.tree.map(jax.numpy.asarray, params)})
+    with open_checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save_checkpointables(0, {"params": jax.tree.map(jnp.asarray, params), "step": step_part(0, config)})

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,13 +24,19 @@ def main(argv: list[str] | None = None) -> int:
     if rest and (arguments.run is not train or any(argument.startswith("-") for argument in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
+    return guarded(lambda: arguments.run(arguments))
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Runs an action; the exit code, with the user's mistakes and interruptions said in a line."""
     try:
-        arguments.run(arguments)
+        action()
     except EsoError as error:
         print(f"eso-jax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("eso-jax: interrupted", file=sys.stderr)
+        print("eso-jax: interrupted; a training run goes on from its last checkpoint by the same command",
+              file=sys.stderr)
         return 130
     return 0
 
@@ -59,18 +67,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
     for name in ("num_windows", "samples"):
         require(getattr(arguments, name) >= 1, f"--{name.replace('_', '-')}", getattr(arguments, name),
                 "must be at least 1")
-    windows = windows_of(model.config, arguments.split, arguments.source)
+    split = arguments.split or ("all" if arguments.source else "validation")
+    windows = windows_of(model.config, split, arguments.source)
     windows = np.concatenate(list(eval_batches(windows, 64, arguments.num_windows)))
     found = perplexity.nelbo(model.weights, model.config, windows, model.tokenizer, alpha_0,
                              jax.random.key(arguments.seed), samples=arguments.samples)
     _say(f"{model.config.family.name} at step {model.step}, alpha_0 = {alpha_0}, {found.windows} windows of "
-         f"{model.config.model.length} tokens ({arguments.split})")
+         f"{model.config.model.length} tokens ({split})")
     for term, nats in found.terms.items():
         _say(f"  {term:<12} {nats:.4f} nats per token")
     kind = "NLL  " if model.config.family.name == "ar" else "NELBO"
     _say(f"  {kind}        {found.nats_per_token:.4f} +- {found.standard_error:.4f} nats per token"
          f" = {found.bits_per_byte:.4f} bits per byte = PPL {found.perplexity:.3f}")
-    _write_json(arguments.out, {"alpha_0": alpha_0, "step": model.step, "split": arguments.split, **found.to_json()})
+    _write_json(arguments.out, {"alpha_0": alpha_0, "step": model.step, "split": split, **found.to_json()})
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -84,14 +93,17 @@ def score(arguments: argparse.Namespace) -> None:
     tokens = _read_npy(arguments.tokens, "--tokens")
     likelihood.check_tokens(tokens, model.config)
     if arguments.orders:
+        require(arguments.num_orders is None and arguments.alpha_0 is None, "--orders", arguments.orders,
+                "give orders, or --num-orders and --alpha-0 to draw them, not both")
         orders = _read_npy(arguments.orders, "--orders")
     else:
         alpha_0 = model.config.family.alpha_0 if arguments.alpha_0 is None else arguments.alpha_0
         if model.config.family.name == "ar":
             alpha_0 = 0.0
         require(0 <= alpha_0 <= 1, "--alpha-0", alpha_0, "must be in [0, 1]")
-        require(arguments.num_orders >= 1, "--num-orders", arguments.num_orders, "must be at least 1")
-        orders = np.asarray(order.likelihood_orders(jax.random.key(arguments.seed), arguments.num_orders, len(tokens),
+        count = 1 if arguments.num_orders is None else arguments.num_orders
+        require(count >= 1, "--num-orders", count, "must be at least 1")
+        orders = np.asarray(order.likelihood_orders(jax.random.key(arguments.seed), count, len(tokens),
                                                     model.config.model.length, alpha_0))
     logp = model.log_likelihood(tokens, orders)
     bound, error = likelihood.iw_bound(logp)
@@ -124,16 +136,19 @@ def import_(arguments: argparse.Namespace) -> None:
     from eso_jax import workdir
     from eso_jax.reference import import_checkpoint
 
-    config, params = import_checkpoint(Path(arguments.src), arguments.config, arguments.family)
+    config, params = import_checkpoint(Path(arguments.src), arguments.config, arguments.family, arguments.alpha_0,
+                                       arguments.start_id)
     workdir.create(Path(arguments.out), config, params)
     _say(f"{config.family.name}: {len(params)} tensors, {sum(x.size for x in params.values()):,} parameters, "
          f"in {arguments.out}")
 
 
 def _check_out(out: str) -> None:
-    """Before any long work: the folder of --out is there."""
-    folder = Path(out).absolute().parent
-    require(folder.is_dir(), "--out", out, f"the folder {str(folder)!r} does not exist")
+    """Before any long work: --out can be written."""
+    path = Path(out).absolute()
+    require(path.parent.is_dir(), "--out", out, f"the folder {str(path.parent)!r} does not exist")
+    require(not path.is_dir(), "--out", out, "is a folder; give the name of a file")
+    require(os.access(path if path.exists() else path.parent, os.W_OK), "--out", out, "cannot be written")
 
 
 def _write_npz(path: str, **arrays: Any) -> None:
@@ -145,11 +160,13 @@ def _write_npz(path: str, **arrays: Any) -> None:
 
 
 def _read_npy(path: str, flag: str) -> Any:
+    import zipfile
+
     import numpy as np
 
     try:
         array = np.load(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise EsoError(f"{flag} = {path!r}: not a readable .npy file ({error})") from error
     require(isinstance(array, np.ndarray), flag, path, "must be a .npy file of one array")
     return array
@@ -163,6 +180,12 @@ def _write_json(path: str | None, values: dict[str, Any]) -> None:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: must be in [0, 2**32)")
+    return int(text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -184,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     def model(added: argparse.ArgumentParser) -> None:
         added.add_argument("--workdir", required=True, help="a work directory, trained or imported")
         added.add_argument("--raw", action="store_true", help="use the raw parameters, not their moving average")
-        added.add_argument("--seed", type=int, default=0, help="of all randomness (%(default)s)")
+        added.add_argument("--seed", type=_seed, default=0, help="of all randomness (%(default)s)")
         added.add_argument("--alpha-0", type=float, help="share of tokens left to diffusion (the training value)")
 
     added = command("train", train, "Train an experiment, or go on training it.",
@@ -196,7 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     added = command("eval", evaluate, "The NELBO on held-out text, with its standard error.",
                     "eso-jax eval --workdir /tmp/w --alpha-0 0.25 --out eval.json")
     model(added)
-    added.add_argument("--split", default="validation", choices=["train", "validation", "test"])
+    added.add_argument("--split", choices=["train", "validation", "test", "all"],
+                       help="part of the text (validation; with --source, all)")
     added.add_argument("--source", help="other text than the training data's: a folder, a file or a glob")
     added.add_argument("--num-windows", type=int, default=512, help="windows, evenly spaced (%(default)s)")
     added.add_argument("--samples", type=int, default=1, help="Monte Carlo samples per window (%(default)s)")
@@ -207,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     model(added)
     added.add_argument("--tokens", required=True, help=".npy, int [B, L]")
     added.add_argument("--orders", help=".npy, int [K, B, L]; drawn if absent")
-    added.add_argument("--num-orders", type=int, default=1, help="K, orders to draw per sequence (%(default)s)")
+    added.add_argument("--num-orders", type=int, help="K, orders to draw per sequence (1)")
     added.add_argument("--out", required=True,
                        help=".npz with logp_per_order [K, B], iw_bound [B], iw_bound_standard_error [B], in nats")
 
@@ -229,4 +253,6 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--family", default="esolm", choices=FAMILIES)
     added.add_argument("--config", help="JSON of the sizes: hidden_size, n_heads, n_blocks, cond_dim, length, "
                                         "vocab_size, mask_id, and block_size for BD3-LM")
+    added.add_argument("--alpha-0", type=float, default=1.0, help="an Eso-LM's training value (%(default)s)")
+    added.add_argument("--start-id", type=int, help="AR: the token it was trained to begin with (the mask)")
     return parser

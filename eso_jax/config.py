@@ -8,8 +8,10 @@ the remedy.
 from __future__ import annotations
 
 import dataclasses
+import ast
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -51,6 +53,7 @@ class ModelConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        _check_types("model", self)
         for name in ("length", "width", "layers", "heads"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(self.vocab_size >= 2, "model.vocab_size", self.vocab_size, "must hold a token and the mask, so >= 2")
@@ -90,18 +93,24 @@ class FamilyConfig:
     start_id: int | None = None  # AR's token before the first; None: the mask id
 
     def __post_init__(self) -> None:
+        _check_types("family", self)
         require(self.name in FAMILIES, "family.name", self.name, f"choose one of {', '.join(FAMILIES)}")
         require(0 <= self.alpha_0 <= 1, "family.alpha_0", self.alpha_0, "must be in [0, 1]")
         require(self.name.startswith("esolm") or self.alpha_0 == 1, "family.alpha_0", self.alpha_0,
                 f"only Eso-LMs have it; leave it at 1 for family.name = {self.name!r}")
         require(self.kappa is None or 0 <= self.kappa <= 1, "family.kappa", self.kappa, "must be in [0, 1]")
-        require(self.kappa is None or (0 < self.kappa < 1) == (0 < self.alpha_0 < 1), "family.kappa", self.kappa,
-                f"alpha_0 = {self.alpha_0} needs {'both' if 0 < self.alpha_0 < 1 else 'one of the'} losses; "
+        require(self.kappa is None or self.name.startswith("esolm"), "family.kappa", self.kappa,
+                f"only Eso-LMs have it; leave it unset for family.name = {self.name!r}")
+        both = 0 < self.alpha_0 < 1
+        require(self.kappa is None or (0 < self.kappa < 1 if both else self.kappa == self.alpha_0), "family.kappa",
+                self.kappa, f"alpha_0 = {self.alpha_0} needs {'both losses' if both else 'its one loss'}; "
                 "leave family.kappa unset")
         require(0 < self.split < 1 or self.alpha_0 in (0, 1), "family.kappa", self.kappa,
                 "must leave each loss at least a 64th of the batch")
         require(self.loss_weight in ("elbo", "low_var"), "family.loss_weight", self.loss_weight,
                 "choose elbo or low_var")
+        require(self.loss_weight == "elbo" or self.name not in ("ar", "bd3lm"), "family.loss_weight", self.loss_weight,
+                f"family.name = {self.name!r} has no other weight than elbo")
         require(self.block_size >= 1, "family.block_size", self.block_size, "must be at least 1")
         low, high = self.t_range
         require(0 < low < high <= 1, "family.t_range", self.t_range, "must satisfy 0 < low < high <= 1")
@@ -123,6 +132,8 @@ class DataConfig:
     seed: int = 0  # of the shuffle
 
     def __post_init__(self) -> None:
+        _check_types("data", self)
+        require(0 <= self.seed < 2**32, "data.seed", self.seed, "must be in [0, 2**32)")
         require(bool(self.source), "data.source", self.source, "give 'stdlib', a folder, a file or a glob")
         require(self.tokenizer == "bytes", "data.tokenizer", self.tokenizer, "choose bytes")
 
@@ -151,13 +162,16 @@ class TrainConfig:
     keep: int = 3  # checkpoints kept
 
     def __post_init__(self) -> None:
+        _check_types("train", self)
+        require(0 <= self.seed < 2**32, "train.seed", self.seed, "must be in [0, 2**32)")
         for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_windows", "save_every",
                      "keep"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        for name in ("warmup", "weight_decay", "seed"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be >= 0")
+        for name in ("warmup", "weight_decay"):
+            require(0 <= getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "must be >= 0")
         for name in ("learning_rate", "eps", "clip_norm"):
-            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
+            require(0 < getattr(self, name) < math.inf, f"train.{name}", getattr(self, name),
+                    "must be positive and finite")
         for name in ("beta1", "beta2", "ema"):
             require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "must be in [0, 1)")
         require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate,
@@ -232,16 +246,29 @@ def from_file(path: str | Path) -> Config:
     if path.suffix == ".json":
         try:
             values = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not text
             raise EsoError(f"config = {str(path)!r}: not a config in JSON ({error})") from error
         sections = isinstance(values, dict) and all(isinstance(fields, dict) for fields in values.values())
         require(sections, "config", str(path), "not a config in JSON (an object of sections of fields)")
         return from_dict(values)
     import runpy
 
-    config = runpy.run_path(str(path)).get("config")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except EsoError:
+        raise
+    except Exception as error:  # whatever the user's Python raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise EsoError(f"config = {str(path)!r}: running it failed ({reason})") from error
     require(isinstance(config, Config), "config", str(path), "the file must define config = eso_jax.Config(...)")
     return typing.cast(Config, config)
+
+
+def _check_types(section: str, config: Any) -> None:
+    """Every field of a section holds its type, also when it was made in Python."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        require(_fits(value, kind), f"{section}.{name}", value, f"must be of type {_type_name(kind)}")
 
 
 def _check_field(path: str, section: str, name: str) -> None:
@@ -285,9 +312,9 @@ def _parse(path: str, text: str, kind: Any) -> Any:
     if str in _kinds(kind):
         return text
     try:
-        value = json.loads(text.replace("None", "null").replace("(", "[").replace(")", "]").replace("_", ""))
-    except json.JSONDecodeError:
-        value = text
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = float(text) if text.lower() in ("nan", "inf", "infinity") else text
     if int in _kinds(kind) and isinstance(value, float) and value.is_integer():
         value = int(value)  # train.steps=1e6
     require(_fits(value, kind), path, text, f"must be of type {_type_name(kind)}")

@@ -1,6 +1,9 @@
 """Exact likelihoods given an order, and importance-weighted bounds from several.
 
--log p(x) <= -E[logsumexp_k log p(x | order_k) - log K], a bound that tightens with K (paper, section 5.2).
+-log p(x) <= -E[logsumexp_k log p(x | order_k) - log K], a bound that tightens with K (paper, section 5.2). Here p is
+the law of decoding one token at a time: a masked token sees the clean ones and itself. In the diffusion pass behind the
+NELBO, and when several tokens are decoded at once, it sees earlier masks as well, so for an Eso-LM the NELBO bounds the
+likelihood of a slightly different law and may lie on either side of the K = 1 value (the paper's tables show it too).
 
 Axes: B batch, L length, O orders (the paper's K).
 """
@@ -34,7 +37,7 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, orders: np.nd
     """
     tokens, orders = np.asarray(tokens), np.asarray(orders)
     check_tokens(tokens, config)
-    require(orders.ndim == 3 and orders.shape[1:] == tokens.shape, "orders", orders.shape,
+    require(orders.ndim == 3 and len(orders) >= 1 and orders.shape[1:] == tokens.shape, "orders", orders.shape,
             f"must have shape [K, {tokens.shape[0]}, {tokens.shape[1]}]")
     check_permutations(orders, config.model.length)
     name = config.family.name
@@ -77,6 +80,7 @@ def check_tokens(tokens: np.ndarray, config: Config) -> None:
             "must be integers [B, L]")
     require(tokens.shape[1] == model.length, "tokens", tokens.shape,
             f"the model has length {model.length}; cut or pack the text to it")
+    require(len(tokens) >= 1, "tokens", tokens.shape, "there is nothing to score")
     bad = (tokens < 0) | (tokens >= model.vocab_size) | (tokens == model.mask)
     if bad.any():
         row, column = np.argwhere(bad)[0].tolist()

@@ -19,7 +19,9 @@ class MetricsLog:
     def __init__(self, workdir: Path, resume_step: int) -> None:
         self.path = workdir / FILE
         kept = [line for line in read(workdir) if line["step"] <= resume_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self.path)
 
     def write(self, step: int, **values: Any) -> None:
         with self.path.open("a") as file:
@@ -32,9 +34,11 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            values = json.loads(line)
         except json.JSONDecodeError:
             break
+        if isinstance(values, dict) and "step" in values:
+            lines.append(values)
     return lines
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eso_jax import transformer
-from eso_jax.config import Config, EsoError, FamilyConfig, ModelConfig, require
+from eso_jax.config import Config, EsoError, FamilyConfig, ModelConfig, from_dict, require
 from eso_jax.transformer import FREQUENCIES, Params
 
 PREFIX = "backbone."
@@ -51,13 +51,16 @@ def _tables(c: ModelConfig) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dic
     return whole, layer
 
 
-def import_checkpoint(src: Path, sizes: str | None, family: str) -> tuple[Config, Params]:
+def import_checkpoint(src: Path, sizes: str | None, family: str, alpha_0: float = 1.0,
+                      start_id: int | None = None) -> tuple[Config, Params]:
     """The config and parameters of a reference checkpoint.
 
     Args:
       src: a .safetensors file.
       sizes: path of the sizes JSON.
       family: the family it was trained as; its file does not say.
+      alpha_0: an Eso-LM's training value, which sampling and evaluation take where none is given.
+      start_id: the token an AR model was trained to begin with.
 
     Raises:
       EsoError: the file cannot be read, or a tensor is missing, unknown or of another shape.
@@ -68,7 +71,8 @@ def import_checkpoint(src: Path, sizes: str | None, family: str) -> tuple[Config
         raise EsoError("--config: the sizes are needed; give a JSON with " + ", ".join(SIZES.values()))
     model, block_size = read_sizes(Path(sizes), tensors)
     block = block_size if family == "bd3lm" and block_size else FamilyConfig.block_size
-    return Config(model=model, family=FamilyConfig(name=family, block_size=block)), to_params(tensors, model, str(src))
+    config = Config(model=model, family=FamilyConfig(name=family, alpha_0=alpha_0, block_size=block, start_id=start_id))
+    return config, to_params(tensors, model, str(src))
 
 
 def to_params(tensors: dict[str, np.ndarray], config: ModelConfig, source: str) -> Params:
@@ -85,6 +89,7 @@ def to_params(tensors: dict[str, np.ndarray], config: ModelConfig, source: str) 
     for name, (ours, shape, index) in expected.items():
         tensor = given[name]
         require(tensor.shape == shape, name, tensor.shape, f"{source} should hold shape {shape}; check --config")
+        require(bool(np.isfinite(tensor).all()), name, "nan or inf", f"{source} is damaged, or was never trained")
         target = shapes[ours] if index is None else shapes[ours][1:]
         ours_first = tensor if ours == "embedding" else tensor.T
         stacks.setdefault(ours, []).append(np.asarray(ours_first.reshape(target), np.float32))
@@ -123,9 +128,9 @@ def read_sizes(path: Path, tensors: dict[str, np.ndarray]) -> tuple[ModelConfig,
     try:
         sizes: dict[str, Any] = json.loads(path.read_text())
         fields = {ours: sizes[theirs] for ours, theirs in SIZES.items()}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise EsoError(f"--config = {str(path)!r}: must be a JSON object with {', '.join(SIZES.values())} "
                        f"({error!r})") from error
     if not any("adaLN" in name for name in tensors):
         fields["cond_dim"] = 0
-    return ModelConfig(**fields, dropout=0.0), sizes.get("block_size")
+    return from_dict({"model": {**fields, "dropout": 0.0}}).model, sizes.get("block_size")

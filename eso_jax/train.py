@@ -6,7 +6,7 @@
   W/loss.png        drawn at the end
 
 The same command resumes from the last whole checkpoint, and N steps are the same N steps, bit for bit, however often
-the run was interrupted.
+the run was interrupted. (Logged losses are means since the line before, or since the resumed step.)
 
 Axes: B global batch, A micro-batches, L length.
 """
@@ -14,7 +14,6 @@ Axes: B global batch, A micro-batches, L length.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from eso_jax import checkpoint, families, metrics, sharding, transformer, workdir
-from eso_jax.config import Config, EsoError
+from eso_jax.config import Config, EsoError, require
 from eso_jax.data import get_tokenizer, windows_of
 from eso_jax.evaluation import perplexity
 from eso_jax.noise import Draws
@@ -59,7 +58,10 @@ def init_state(config: Config) -> TrainState:
 
 
 def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> tuple[TrainState, dict[str, Array]]:
-    """One update on a global batch; metrics are float32 scalars: loss, its terms, gradient norm."""
+    """One update on a global batch.
+
+    Metrics are scalars: loss, its terms, gradient norm, and whether these and the new parameters are finite.
+    """
     draws_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), 1), state.step)
 
     def loss(params: Params, rows: tuple[Array, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -81,7 +83,9 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     new = TrainState(step, params, update_ema(state.ema, params, step, config.train.ema), opt_state)
-    return new, {"loss": mean_loss, **terms, "gradient_norm": optax.tree.norm(gradients)}
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(mean_loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
+    return new, {"loss": mean_loss, **terms, "gradient_norm": norm, "finite": finite}
 
 
 def _split(config: Config, x: Array) -> Array:
@@ -112,8 +116,10 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     step_fn = jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
     with checkpoint.open_checkpoints(directory, settings.keep) as checkpoints, jax.set_mesh(mesh):
-        state = _restore(checkpoints, state, iterator)
+        state = _restore(checkpoints, directory, config, state, iterator)
         first = int(state.step)
+        require(first <= settings.steps, "train.steps", settings.steps, f"{directory} is at step {first} already")
+        workdir.save_config(directory, config)
         log = metrics.MetricsLog(directory, first)
         count = sum(x.size for x in jax.tree.leaves(state.params))
         metrics.say(f"{config.family.name}: {count:,} parameters, {jax.device_count()} {jax.default_backend()} "
@@ -132,25 +138,26 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 metrics.say(f"step {step}: validation {found.bits_per_byte:.3f} bits per byte")
                 meter.restart_clock()
             if step % settings.save_every == 0 or step == settings.steps:
-                meter.flush()  # a state is saved only once its loss is known to be finite
-                checkpoints.save_checkpointables_async(step, {**_parts(state), "data": iterator})
+                meter.flush()  # a state is saved only once it is known to be finite
+                checkpoints.save_checkpointables_async(step, {**_parts(state), "data": iterator,
+                                                              "step": checkpoint.step_part(step, config.model)})
                 meter.restart_clock()
     metrics.plot_loss(directory, baselines)
     return state
 
 
-def _restore(checkpoints: Any, state: TrainState, iterator: Any) -> TrainState:
+def _restore(checkpoints: Any, directory: Path, config: Config, state: TrainState, iterator: Any) -> TrainState:
     """The newest checkpoint's state, and the iterator moved to its position; the given ones where there is none."""
     if checkpoints.latest is None:
         return state
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _parts(state))
-    loaded = checkpoints.load_checkpointables(checkpoints.latest.step, {**abstract, "data": iterator})
-    return TrainState(loaded["step"]["step"], loaded["params"], loaded["ema"], loaded["optimizer"])
+    loaded = checkpoint.load(checkpoints, directory, config.model, {**abstract, "data": iterator})
+    step = jax.device_put(jnp.int32(loaded["step"]), state.step.sharding)
+    return TrainState(step, loaded["params"], loaded["ema"], loaded["optimizer"])
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """The state as a checkpoint's named parts, each of which must be a tree."""
-    return {"step": {"step": state.step}, "params": state.params, "ema": state.ema, "optimizer": state.optimizer}
+    return {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
 
 
 class _Meter:
@@ -160,6 +167,7 @@ class _Meter:
         self.config, self.log, self.latest = config, log, latest
         self.pending: tuple[int, dict[str, Array]] | None = None
         self.seen: list[dict[str, float]] = []
+        self.started = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -175,17 +183,24 @@ class _Meter:
             return
         (step, values), self.pending = self.pending, None
         now = {name: float(value) for name, value in values.items()}
-        if not math.isfinite(now["loss"]):
+        if not now.pop("finite"):
             latest = self.latest()
             good = f"the last good checkpoint is step {latest.step}" if latest else "there is no checkpoint yet"
-            raise EsoError(f"loss = {now['loss']} at step {step} (train.seed = {self.config.train.seed}, data.seed = "
-                           f"{self.config.data.seed}): {good}; lower train.learning_rate or train.clip_norm and rerun")
+            seeds = f"train.seed = {self.config.train.seed}, data.seed = {self.config.data.seed}"
+            raise EsoError(f"loss = {now['loss']}, gradient_norm = {now['gradient_norm']} at step {step}: the update "
+                           f"is not finite ({seeds}); {good}; rerun in a new --workdir with a lower "
+                           "train.learning_rate or train.clip_norm")
         self.seen.append(now)
-        self.clocked += 1
+        if not self.started:  # the first step compiled
+            self.started = True
+            self.restart_clock()
+        else:
+            self.clocked += 1
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             seconds = time.perf_counter() - self.clock
             tokens = self.clocked * self.config.train.batch_size * self.config.model.length
             means = {name: float(np.mean([s[name] for s in self.seen])) for name in self.seen[0]}
-            self.log.write(step, **means, tokens_per_second=tokens / seconds)
+            speed = {"tokens_per_second": tokens / seconds} if tokens else {}
+            self.log.write(step, **means, **speed)
             self.seen = []
             self.restart_clock()

@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eso_jax import config as configs
@@ -31,7 +33,7 @@ MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_windows", "save_every", 
 
 
 def claim(directory: Path, config: Config) -> None:
-    """Makes a work directory for a config, or checks that the one there is of the same run.
+    """Makes a work directory with a config, or checks that the one there is of the same run.
 
     Raises:
       EsoError: the directory holds another config, or things that are not a run's.
@@ -44,12 +46,22 @@ def claim(directory: Path, config: Config) -> None:
                 same = there[section][name] == value or (section == "train" and name in MAY_CHANGE)
                 require(same, f"{section}.{name}", value,
                         f"--workdir {directory} holds a run with {there[section][name]!r}; give another --workdir")
-    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise EsoError(f"--workdir = {str(directory)!r}: exists and is not a run's (no {CONFIG}); give another one")
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+        return
+    try:
+        ours = not directory.exists() or directory.is_dir() and all(p.suffix == ".partial" for p in directory.iterdir())
+        if not ours:
+            raise EsoError(f"--workdir = {str(directory)!r}: exists and is not a run's (no {CONFIG}); give another one")
+        directory.mkdir(parents=True, exist_ok=True)
+        save_config(directory, config)
+    except OSError as error:
+        raise EsoError(f"--workdir = {str(directory)!r}: cannot be written ({error.strerror})") from error
+
+
+def save_config(directory: Path, config: Config) -> None:
+    """Writes config.json, whole or not at all."""
+    partial = directory / (CONFIG + ".partial")
     partial.write_text(config.to_json())
-    partial.replace(path)  # whole or not at all
+    partial.replace(directory / CONFIG)
 
 
 class Samples(NamedTuple):
@@ -59,7 +71,7 @@ class Samples(NamedTuple):
       tokens: int32 [N, L].
       order: int32 [N, L], each sample's decoding order.
       tokens_per_step: int [steps], decoded in each step.
-      seconds: wall time of the whole, compilation included.
+      seconds: wall time of decoding, compilation included.
       compile_seconds: of these, spent on tracing and compiling.
     """
 
@@ -109,6 +121,7 @@ class Model:
         require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
         require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
         require(steps >= 1, "steps", steps, "T must be at least 1")
+        require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
         alpha_0 = self.config.family.alpha_0 if alpha_0 is None else alpha_0
         require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
         rule = Rule(temperature, top_p)
@@ -116,13 +129,18 @@ class Model:
         plan_key, draw_key = jax.random.split(jax.random.key(seed))
         plan = family.plan(plan_key, self.config, num_samples, steps, alpha_0)
 
+        # Batches of one size, so that they share one compilation; rows beyond the last sample are padding.
+        batches = -(-num_samples // batch_size)
+        rows = -(-num_samples // batches)
+        orders = jnp.pad(plan.order, [(0, batches * rows - num_samples), (0, 0)], mode="wrap")
+
         def decode(low: int) -> np.ndarray:
-            part = Plan(plan.order[low:low + batch_size], plan.tokens_per_step)
+            part = Plan(orders[low:low + rows], plan.tokens_per_step)
             return np.asarray(family.sample(self.weights, self.config, part, draw_key, rule, low))
 
         with Stopwatch() as watch:
-            batches = [decode(low) for low in range(0, num_samples, batch_size)]
-        return Samples(np.concatenate(batches), np.asarray(plan.order), plan.tokens_per_step, watch.seconds,
+            tokens = np.concatenate([decode(low) for low in range(0, batches * rows, rows)])[:num_samples]
+        return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, watch.seconds,
                        watch.compile_seconds)
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
@@ -144,7 +162,7 @@ def load(directory: str | Path, ema: bool = True) -> Model:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
                             jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0))))
-    step, params = checkpoint.load_params(directory, abstract, ema)
+    step, params = checkpoint.load_params(directory, config.model, abstract, ema)
     return Model(config, step, params, transformer.unstack(transformer.fold(config.model, params)))
 
 
@@ -153,5 +171,8 @@ def create(directory: Path, config: Config, params: Params) -> None:
     from eso_jax import checkpoint
 
     require(not directory.exists(), "--out", str(directory), "exists already; nothing was written")
-    claim(directory, config)
-    checkpoint.save_params(directory, params)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    claim(partial, config)
+    checkpoint.save_params(partial, config.model, params)
+    partial.rename(directory)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Tests compile the same small programs again and again, in many processes: share them. Before jax is imported.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "eso-jax-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

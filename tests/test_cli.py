@@ -92,6 +92,8 @@ def test_eval_of_another_text(tmp_path: Path, run: Run, trained: Path) -> None:
     out = tmp_path / "e.json"
     run("eval", "--workdir", trained, "--source", tmp_path / "other.txt", "--split", "test", "--out", out)
     assert json.loads(out.read_text())["windows"] == 2000 // 20 // 16
+    run("eval", "--workdir", trained, "--source", tmp_path / "other.txt", "--out", out)
+    assert json.loads(out.read_text())["windows"] == 2003 // 16  # all of it
 
 
 def test_sample_writes_the_contract(tmp_path: Path, run: Run, trained: Path) -> None:
@@ -148,11 +150,13 @@ def test_import_mistakes(tmp_path: Path, run: Run) -> None:
     save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "missing.safetensors")
     save_file(tensors | {"backbone.extra": tensors[name]}, tmp_path / "unknown.safetensors")
     save_file(tensors | {name: tensors[name][:-1].copy()}, tmp_path / "shape.safetensors")
+    save_file(tensors | {name: tensors[name] * np.float32("nan")}, tmp_path / "nan.safetensors")
     (tmp_path / "truncated.safetensors").write_bytes(good.read_bytes()[:100_000])
     (tmp_path / "corrupt.safetensors").write_bytes(b"\xff" * 1000)
+    damaged = "not a readable safetensors file"
     for file, message in (("missing", f"tensor {name} is missing"), ("unknown", "unknown tensor backbone.extra"),
-                          ("shape", f"{name} = (47, 48)"), ("truncated", "not a readable safetensors file"),
-                          ("corrupt", "not a readable safetensors file"), ("absent", "no such file")):
+                          ("shape", f"{name} = (47, 48)"), ("nan", f"{name} = 'nan or inf'"), ("truncated", damaged),
+                          ("corrupt", damaged), ("absent", "no such file")):
         text = run("import", tmp_path / f"{file}.safetensors", "--config", sizes, "--out", tmp_path / "w", code=2)
         assert message in text
     assert "--config" in run("import", good, "--out", tmp_path / "w", code=2)
@@ -214,9 +218,55 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
                                  ("--alpha-0", 1.5, "alpha_0 = 1.5"), ("--num-samples", 0, "num_samples = 0"),
                                  ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value")):
         assert message in run(*sample, flag, value, code=2)
+    assert "is a folder" in run(*sample[:3], "--out", tmp_path, code=2)
+    assert "--seed: -1: must be in [0, 2**32)" in run(*sample, "--seed", -1, code=2)
+    assert "not both" in run(*score, tmp_path / "good.npy", "--orders", tmp_path / "orders.npy", "--num-orders", 2,
+                             code=2)
     assert "does not exist" in run(*sample[:3], "--out", tmp_path / "no" / "s.npz", code=2)
     assert "not a work directory" in run("sample", "--workdir", tmp_path, "--out", tmp_path / "s.npz", code=2)
     assert not (tmp_path / "s.npz").exists()
+
+
+def test_an_experiment_that_does_not_run(tmp_path: Path, run: Run) -> None:
+    for text, message in (("config = (", "SyntaxError"), ("x = 1 / 0", "ZeroDivisionError"),
+                          ("import eso_jax\nconfig = eso_jax.ModelConfig(heads=5)", "model.heads = 5")):
+        (tmp_path / "e.py").write_text(text)
+        assert message in run("train", tmp_path / "e.py", "--workdir", tmp_path / "w", code=2)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops its other reads
+def test_damaged_and_foreign_checkpoints(tmp_path: Path, run: Run, trained: Path) -> None:
+    """Another length, another width, a truncated or a missing part: each one line, and nothing is sampled."""
+    config = (trained / "config.json").read_text()
+    sample = ["sample", "--workdir", tmp_path / "w", "--out", tmp_path / "s.npz"]
+    for old, new, message in (('"length": 16', '"length": 8', "model.length = 8: the checkpoint in"),
+                              ('"width": 16', '"width": 32', "not of this config"), ('"heads"', '"haeds"', "unknown")):
+        shutil.copytree(trained, tmp_path / "w", dirs_exist_ok=True)
+        assert old in config
+        (tmp_path / "w" / "config.json").write_text(config.replace(old, new))
+        assert message in run(*sample, code=2)
+    for damage in ("truncated", "missing"):
+        shutil.rmtree(tmp_path / "w")
+        shutil.copytree(trained, tmp_path / "w")
+        if damage == "missing":
+            shutil.rmtree(tmp_path / "w" / "checkpoints" / "4" / "ema")
+        else:
+            for path in (tmp_path / "w" / "checkpoints" / "4" / "ema").rglob("*"):
+                if path.is_file():
+                    path.write_bytes(path.read_bytes()[:10])
+        assert "checkpoint 4 is damaged" in run(*sample, code=2)
+        shutil.rmtree(tmp_path / "w" / "checkpoints" / "4")
+        run(*sample)  # the remedy named
+    assert eso_jax.load(tmp_path / "w").step == 3
+
+
+def test_reading_touches_nothing(tmp_path: Path, run: Run, trained: Path) -> None:
+    """A sample beside a running training leaves its half-written checkpoint alone."""
+    shutil.copytree(trained, tmp_path / "w")
+    (tmp_path / "w" / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+    before = sorted(tmp_path.joinpath("w").rglob("*"))
+    run("sample", "--workdir", tmp_path / "w", "--out", tmp_path / "s.npz")
+    assert sorted(tmp_path.joinpath("w").rglob("*")) == before
 
 
 def test_a_work_directory_without_a_checkpoint(tmp_path: Path, run: Run, trained: Path) -> None:

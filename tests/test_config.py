@@ -142,6 +142,16 @@ def test_field_without_its_section_is_recognized() -> None:
         Config().override("kappa=0.5")
 
 
+@pytest.mark.parametrize("fields, message", [
+    (dict(alpha_0=1.0, kappa=0.0), "family.kappa = 0.0: alpha_0 = 1.0 needs its one loss"),
+    (dict(alpha_0=0.0, kappa=1.0), "family.kappa = 1.0: alpha_0 = 0.0 needs its one loss"),
+    (dict(name="mdlm", kappa=0.5), "only Eso-LMs have it"),
+    (dict(name="ar", loss_weight="low_var"), "family.loss_weight = 'low_var'")])
+def test_settings_that_would_train_on_nothing(fields: dict, message: str) -> None:
+    with pytest.raises(EsoError, match=message):
+        FamilyConfig(**fields)
+
+
 def test_direct_construction_checks_as_well() -> None:
     with pytest.raises(EsoError, match=r"train.batch_size = 3: must be a multiple of 2"):
         Config(family=FamilyConfig(alpha_0=0.5), train=TrainConfig(batch_size=3))

@@ -122,7 +122,7 @@ def test_corpus_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert message("stdlib", "valid") == "split = 'valid': choose one of train, validation, test"
+    assert message("stdlib", "valid") == "split = 'valid': choose one of train, validation, test or all"
     gone = str(tmp_path / "gone")
     assert message(gone) == (f"data.source = {gone!r}: no such file or folder; "
                              "give 'stdlib', a folder, a file or a glob")
@@ -133,10 +133,10 @@ def test_corpus_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = write(tmp_path / "few", a=b"one", b=b"two", c=b"three")
     assert [split_of(name) for name in "abc"] == ["train"] * 3
     assert message(few, "test") == (
-        f"data.source = {few!r}: its test split is empty (3 file(s), split by a hash of their paths, or by bytes if "
+        f"data.source = {few!r}: its test split is empty (files are split by a hash of their paths, or by bytes if "
         "there is one); give more files, or join them into one")
     short = write(tmp_path / "short", a=b"x" * 10)
-    assert "validation split is empty (1 file(s)" in message(short, "validation")
+    assert "validation split is empty (files" in message(short, "validation")
     (tmp_path / "few" / "broken").symlink_to(gone)
     for source in (few, f"{few}/*"):
         assert message(source) == (f"data.source = {source!r}: cannot read {few + '/broken'!r} "

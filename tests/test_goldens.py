@@ -12,7 +12,7 @@ from conftest import Golden, golden
 from eso_jax import attention, families, likelihood, masks, noise, transformer
 from eso_jax.families import ar, bd3lm, esolm, mdlm
 from eso_jax.order import sort
-from eso_jax.sampling import categorical, loop
+from eso_jax.sampling import categorical, check
 from eso_jax.sampling.plan import Plan
 
 Cases = dict[str, np.ndarray]
@@ -120,7 +120,7 @@ def test_cached_sampler_forced_to_x0(per_step: str, eso: Golden, cases: Cases) -
         order, expected = cases["exact/orders"][0], cases["sampler/one_token_per_step_logits_in_order"]
         counts = np.ones(order.shape[1], np.int64)
     plan, x = Plan(jnp.asarray(order), counts), sort(jnp.asarray(cases["x0"]), jnp.asarray(order))
-    logits = np.concatenate([step for step in loop.forced_logits(eso.unstacked, eso.config.model, "esolm", plan, x)], 1)
+    logits = np.concatenate(list(check.forced_logits(eso.unstacked, eso.config.model, "esolm", plan, x)), axis=1)
     logits_close(logits, expected)
     if per_step == "one":
         logp = logits - np.logaddexp.reduce(logits, -1, keepdims=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conftest import random_tokens, random_weights, tiny_config
 from eso_jax import families
 from eso_jax.order import random_then_ascending, sort
-from eso_jax.sampling import categorical, loop
+from eso_jax.sampling import categorical, check, loop
 from eso_jax.sampling.categorical import Rule
 from eso_jax.sampling.plan import Plan, binomial, left_to_right
 
@@ -46,8 +46,8 @@ def any_counts() -> st.SearchStrategy[list[int]]:
 def test_cached_logits_equal_uncached(counts: list[int], batch: int, alpha_0: float, seed: int) -> None:
     plan = random_plan(seed, batch, alpha_0, counts)
     x = sort(random_tokens(CONFIG, batch, seed), plan.order)
-    pairs = zip(loop.forced_logits(WEIGHTS, CONFIG.model, "esolm", plan, x),
-                loop.uncached_logits(WEIGHTS, CONFIG.model, "esolm", plan, x), strict=True)
+    pairs = zip(check.forced_logits(WEIGHTS, CONFIG.model, "esolm", plan, x),
+                check.uncached_logits(WEIGHTS, CONFIG.model, "esolm", plan, x), strict=True)
     for step, (cached, uncached) in enumerate(pairs):
         assert cached.shape == (batch, counts[step], CONFIG.model.vocab_size)
         np.testing.assert_allclose(cached, uncached, atol=1e-5, rtol=1e-5)
@@ -57,8 +57,8 @@ def test_cached_logits_equal_uncached(counts: list[int], batch: int, alpha_0: fl
 def test_ar_and_mdlm_steps_equal_whole_passes(kind: loop.Kind) -> None:
     plan = left_to_right(3, LENGTH) if kind == "ar" else random_plan(0, 3, 1.0)
     x = sort(random_tokens(CONFIG, 3), plan.order)
-    for ours, theirs in zip(loop.forced_logits(WEIGHTS, CONFIG.model, kind, plan, x),
-                            loop.uncached_logits(WEIGHTS, CONFIG.model, kind, plan, x), strict=True):
+    for ours, theirs in zip(check.forced_logits(WEIGHTS, CONFIG.model, kind, plan, x),
+                            check.uncached_logits(WEIGHTS, CONFIG.model, kind, plan, x), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_one_token_per_step_chains_into_the_exact_likelihood() -> None:
     plan = random_plan(1, 4, 1.0, [1] * LENGTH)
     tokens = random_tokens(CONFIG, 4)
     x = sort(tokens, plan.order)
-    logits = jnp.concatenate(list(loop.forced_logits(WEIGHTS, CONFIG.model, "esolm", plan, x)), axis=1)
+    logits = jnp.concatenate(list(check.forced_logits(WEIGHTS, CONFIG.model, "esolm", plan, x)), axis=1)
     stepwise = jnp.take_along_axis(jax.nn.log_softmax(logits), x[..., None], -1)[..., 0]
     exact = families.get(CONFIG).log_likelihood(WEIGHTS, CONFIG, tokens, plan.order)
     np.testing.assert_allclose(stepwise, exact, atol=1e-5, rtol=1e-5)
@@ -80,7 +80,7 @@ def python_loop(kind: loop.Kind, plan: Plan, key: jax.Array, rule: Rule) -> np.n
     keys = [jax.random.fold_in(key, row) for row in range(len(x))]
     first = 0
     for step, count in enumerate(plan.tokens_per_step.tolist()):
-        passes = loop.uncached_logits(WEIGHTS, CONFIG.model, kind, plan, jnp.asarray(x))
+        passes = check.uncached_logits(WEIGHTS, CONFIG.model, kind, plan, jnp.asarray(x))
         logits = next(logits for index, logits in enumerate(passes) if index == step)
         for row, slot in np.ndindex(len(x), count):
             uniforms = jax.random.uniform(jax.random.fold_in(keys[row], first + slot), (2,))
@@ -131,12 +131,23 @@ def test_schedule_covers_every_step(counts: list[int], kind: loop.Kind) -> None:
             first += counts[index]
 
 
+def test_plans_share_their_programs() -> None:
+    """Compilation is per shape: many plans, of other numbers of steps, need few programs between them."""
+    key, before = jax.random.key(0), loop.decode_run._cache_size()
+    plans = [random_plan(seed, 3, 0.5) for seed in range(12)]
+    assert len({plan.nfe for plan in plans}) > 3
+    for plan in plans:
+        loop.sample(WEIGHTS, CONFIG.model, "esolm", plan, key, Rule(temperature=0.9))
+    shapes = {run.shape for plan in plans for run in loop.schedule(plan.tokens_per_step, "esolm")[1]}
+    assert loop.decode_run._cache_size() - before == len(shapes) <= 10
+
+
 def test_positions_matter_not_slots() -> None:
     """The same tokens in the same order at other positions give other logits: rotary angles follow the order."""
     x = random_tokens(CONFIG, 1)
     natural = Plan(jnp.arange(LENGTH)[None], np.ones(LENGTH, int))
     reversed_ = Plan(natural.order[:, ::-1], natural.tokens_per_step)
-    logits = [list(loop.forced_logits(WEIGHTS, CONFIG.model, "esolm", plan, x)) for plan in (natural, reversed_)]
+    logits = [list(check.forced_logits(WEIGHTS, CONFIG.model, "esolm", plan, x)) for plan in (natural, reversed_)]
     assert float(jnp.abs(logits[0][3] - logits[1][3]).max()) > 1e-2
 
 

@@ -71,31 +71,33 @@ def test_every_family_trains(family: str, base: Config, tmp_path: Path) -> None:
     assert int(state.step) == 2 and np.isfinite(optax.tree.norm(state.params))
 
 
-def test_resumed_run_is_the_uninterrupted_one_to_the_bit(base: Config, tmp_path: Path) -> None:
+def test_resumed_run_is_the_uninterrupted_one_to_the_bit(base: Config, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
     """8 steps equal 3 + 5: parameters, averages, optimizer, data and logged losses."""
     whole = training.train(base, tmp_path / "whole")
     training.train(base.override("train.steps=3"), tmp_path / "parts")
+    capsys.readouterr()
     resumed = training.train(base, tmp_path / "parts")
+    assert "step 3 of 8" in capsys.readouterr().err  # it did not start over
     chex.assert_trees_all_equal(whole, resumed)
     assert step_lines(tmp_path / "whole") == step_lines(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("when", ["step 4", "step 6"])
-def test_kill_9_and_rerun(when: str, base: Config, tmp_path: Path) -> None:
-    """Killed after a step was logged, the same command goes on from the last whole checkpoint to the same end."""
+def test_kill_9_and_rerun(base: Config, tmp_path: Path) -> None:
+    """Killed once a checkpoint is whole, the same command goes on from there to the same end."""
     (tmp_path / "run.json").write_text(base.to_json())
     command = [sys.executable, "-m", "eso_jax", "train", str(tmp_path / "run.json"), "--workdir", str(tmp_path / "w")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    reached = int(when.split()[1])
     deadline = time.monotonic() + 120
-    while not any(line["step"] >= reached for line in metrics.read(tmp_path / "w")):
+    while not (tmp_path / "w" / "checkpoints" / "3").is_dir():
         assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
-    subprocess.run(command, check=True, capture_output=True)
+    rerun = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "step 3 of 8" in rerun.stderr or "step 6 of 8" in rerun.stderr  # it did not start over
     whole = training.train(base, tmp_path / "whole")
     np.testing.assert_equal(step_lines(tmp_path / "w"), step_lines(tmp_path / "whole"))
     chex.assert_trees_all_equal(eso_jax.load(tmp_path / "w").params, jax.device_get(whole.ema))
@@ -110,7 +112,7 @@ def test_a_torn_metrics_line_is_dropped(tmp_path: Path) -> None:
 
 def test_accumulation_changes_nothing() -> None:
     """One batch of 8 and four micro-batches of 2 take the same step."""
-    one, four = (BASE.override(f"train.accumulate={count}") for count in (1, 4))
+    one, four = (BASE.override(f"train.accumulate={count}", "model.dropout=0.1") for count in (1, 4))
     tokens = random_tokens(one, 8)
     states = [jax.jit(training.train_step, static_argnums=0)(run, training.init_state(run), tokens)
               for run in (one, four)]
@@ -128,26 +130,46 @@ def test_first_step_matches_recorded_numbers() -> None:
     _, values = jax.jit(training.train_step, static_argnums=0)(
         run.override("train.batch_size=8", "train.compute_dtype=float32"), state, random_tokens(run, 8))
     recorded = {"diffusion": 1.003919, "gradient_norm": 0.3849035, "loss": 2.086961, "sequential": 1.083042}
+    assert values.pop("finite")
     assert {name: float(value) for name, value in values.items()} == pytest.approx(recorded, rel=1e-5)
     # The head begins at zero, so a masked token costs log 8 exactly: the sequential share of masks is a whole number.
     masks = recorded["sequential"] / np.log(8) * 4 * run.model.length
     assert masks == pytest.approx(round(masks), abs=1e-3)
 
 
-def test_non_finite_loss_stops_and_names_the_last_checkpoint(base: Config, tmp_path: Path,
+def test_non_finite_step_stops_and_names_the_last_checkpoint(base: Config, tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    what, bad = "finite", False
     real = training.train_step
 
     def poisoned(config: Config, state: training.TrainState, tokens: jax.Array) -> tuple:
         state, values = real(config, state, tokens)
-        return state, values | {"loss": jnp.where(state.step == 5, jnp.nan, values["loss"])}
+        return state, values | {what: jnp.where(state.step == 6, bad, values[what])}
 
     monkeypatch.setattr(training, "train_step", poisoned)
-    with pytest.raises(EsoError, match=r"loss = nan at step 5 \(train.seed = 1, data.seed = 0\).*checkpoint is step 3"):
+    with pytest.raises(EsoError, match=r"at step 6: .*train.seed = 1, data.seed = 0.*checkpoint is step 3;"):
         training.train(base, tmp_path / "w")
     monkeypatch.undo()
     assert eso_jax.load(tmp_path / "w").step == 3
     assert int(training.train(base, tmp_path / "w").step) == 8
+
+
+@pytest.mark.parametrize("override", ["train.learning_rate=1e38", "train.learning_rate=1e30"])
+def test_an_exploding_run_is_not_saved(override: str, base: Config, tmp_path: Path) -> None:
+    """The update is looked at, not only the loss before it."""
+    with pytest.raises(EsoError, match="is not finite"):
+        training.train(base.override(override, "train.warmup=0", "train.save_every=1"), tmp_path / "w")
+    for path in (tmp_path / "w" / "checkpoints").iterdir():
+        assert path.name.isdigit()
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(eso_jax.load(tmp_path / "w", ema=False).params))
+
+
+def test_a_work_directory_beyond_the_asked_steps_is_left_alone(base: Config, tmp_path: Path) -> None:
+    training.train(base.override("train.steps=2"), tmp_path / "w")
+    before = (tmp_path / "w" / "config.json").read_text()
+    with pytest.raises(EsoError, match="train.steps = 1: .* is at step 2 already"):
+        training.train(base.override("train.steps=1"), tmp_path / "w")
+    assert (tmp_path / "w" / "config.json").read_text() == before
 
 
 def test_a_work_directory_is_of_one_run(base: Config, tmp_path: Path) -> None:

@@ -28,27 +28,32 @@ def documents(source: str, split: str) -> list[tuple[str, bytes]]:
 
     Args:
       source: "stdlib", the Python files of the standard library without its tests; or a folder, a file or a glob.
-      split: one of SPLITS.
+      split: one of SPLITS, or "all".
 
     Raises:
       EsoError: the source is missing, holds no text, cannot be read, or has nothing for this split.
     """
-    require(split in SPLITS, "split", split, f"choose one of {', '.join(SPLITS)}")
+    if split == "all":
+        return sorted(document for part in SPLITS for document in _documents(source, part))
+    require(split in SPLITS, "split", split, f"choose one of {', '.join(SPLITS)} or all")
+    found = _documents(source, split)
+    require(bool(found), "data.source", source, f"its {split} split is empty (files are split by a hash of their "
+            "paths, or by bytes if there is one); give more files, or join them into one")
+    return found
+
+
+def _documents(source: str, split: str) -> list[tuple[str, bytes]]:
     try:
         files = {name: path for name, path in sorted(_files(source).items()) if path.stat().st_size}
         require(bool(files), "data.source", source, "holds no text (no files, or only empty or hidden ones); "
                 "give 'stdlib', a folder, a file or a glob")
         if len(files) == 1:
             [(name, path)] = files.items()
-            found = [(name, part) for part in [_cut(path.read_bytes(), split)] if part]
-        else:
-            found = [(name, path.read_bytes()) for name, path in files.items() if split_of(name) == split]
+            return [(name, part) for part in [_cut(path.read_bytes(), split)] if part]
+        return [(name, path.read_bytes()) for name, path in files.items() if split_of(name) == split]
     except OSError as error:
         raise EsoError(f"data.source = {source!r}: cannot read {str(error.filename or source)!r} ({error.strerror}); "
                        "make it readable or remove it") from error
-    require(bool(found), "data.source", source, f"its {split} split is empty ({len(files)} file(s), split by a hash of "
-            "their paths, or by bytes if there is one); give more files, or join them into one")
-    return found
 
 
 def split_of(name: str) -> str:
@@ -64,7 +69,7 @@ def _cut(content: bytes, split: str) -> bytes:
 
 def _files(source: str) -> dict[str, Path]:
     """Path of each file of the source, by its relative path."""
-    given = Path(source).expanduser()
+    given = Path(os.path.expanduser(source))
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         paths = [path for path in _walk(root, _NOT_STDLIB) if path.suffix == ".py"]

@@ -27,7 +27,7 @@ class Perplexity(NamedTuple):
         batch, which the estimate ignores: it is an upper one.
       terms: nats per token by term.
       bits_per_byte: total bits over the bytes of the text (separators cost bits and are no bytes).
-      perplexity: exp(nats_per_token).
+      perplexity: exp(nats_per_token), at most exp(700).
       windows: how many.
     """
 
@@ -58,8 +58,8 @@ def nelbo(weights: Weights, config: Config, windows: np.ndarray, tokenizer: Byte
     mean = float(per_window.mean())
     error = float(per_window.std(ddof=1) / math.sqrt(len(windows))) if len(windows) > 1 else math.nan
     bits = mean * windows.size / math.log(2) / tokenizer.num_bytes(windows)
-    return Perplexity(mean, error, {term: float(x.mean()) for term, x in by_term.items()}, bits, math.exp(mean),
-                      len(windows))
+    terms = {term: float(x.mean()) for term, x in by_term.items()}
+    return Perplexity(mean, error, terms, bits, math.exp(min(mean, 700)), len(windows))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "alpha_0"))

@@ -5,8 +5,9 @@ A family is one module with these functions, pure functions of `weights` (see es
   loss(weights, config, tokens [B, L], draws) -> {term: scalar}
       The training loss in nats per token, by term; their sum is minimized.
   nelbo(weights, config, tokens [B, L], draws, alpha_0) -> {term: [B]}
-      One Monte Carlo estimate per row, in nats per sequence; the sum over terms is unbiased for an upper bound of
-      -log p (for AR it is -log p itself). The bound's own weights always, no dropout.
+      One Monte Carlo estimate per row, in nats per sequence; the sum over terms is unbiased for the NELBO, an upper
+      bound of -log p (for AR, and for an Eso-LM at alpha_0 = 0, -log p itself). The bound's own weights always, no
+      dropout. For other alpha_0 see the note on the law behind it in eso_jax/likelihood.py.
   log_likelihood(weights, config, tokens [B, L], order [B, L]) -> [B, L]
       log p of each token given those before it in the order, in the order; exact for the family's one-token-at-a-time
       sampler.
@@ -14,8 +15,8 @@ A family is one module with these functions, pure functions of `weights` (see es
   sample(weights, config, plan, key, rule, first_row) -> tokens [B, L]
       Row b draws as row first_row + b, so that a large sample can be decoded batch by batch.
 
-A family that lacks one raises an EsoError that says so. To add a family: write its module, name it in `BY_NAME` and in
-`config.FAMILIES`, and the tests in tests/test_families.py and tests/conformance apply to it.
+A family that lacks one raises an EsoError that says so. To add a family: write its module and name it in `BY_NAME` and
+in `config.FAMILIES`; tests/test_families.py and tests/test_train.py then apply to it.
 """
 
 from __future__ import annotations

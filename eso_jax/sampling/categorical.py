@@ -33,7 +33,8 @@ class Rule:
     top_p: float = struct.field(pytree_node=False, default=1.0)
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, "temperature", self.temperature, "must be >= 0 (0 is greedy)")
+        require(self.temperature == 0 or 1e-4 <= self.temperature <= 100, "temperature", self.temperature,
+                "must be 0 (greedy) or in [1e-4, 100]")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]; 1 turns the nucleus off")
 
 

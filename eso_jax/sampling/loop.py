@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -64,7 +63,7 @@ class State:
 
 @struct.dataclass
 class Step:
-    """One step in numbers (or S steps, as arrays): it decodes `count` slots from `first`, by a window from `start`.
+    """One step in numbers (or several, as arrays): it decodes `count` slots from `first`, by a window from `start`.
 
     The slots' logits are the window's rows from `first - start`.
     """
@@ -122,7 +121,7 @@ def start(weights: Weights, config: ModelConfig, kind: Kind, order: Int[Array, "
     if kind == "ar":
         first = config.mask if start_id is None else start_id
         tokens = jnp.concatenate([jnp.full((batch, 1), first, jnp.int32), tokens], axis=1)
-    cache = None if kind == "mdlm" else kv.empty(config, batch, length, weights["embedding"].dtype)
+    cache = None if kind == "mdlm" else kv.empty(config, batch, length, weights["head"]["kernel"].dtype)
     return State(tokens, jnp.array(order, jnp.int32), cache)
 
 
@@ -131,22 +130,24 @@ def schedule(tokens_per_step: Int[np.ndarray, " S"], kind: Kind) -> tuple[Step, 
     counts = np.asarray(tokens_per_step)
     first = np.cumsum(counts) - counts
     length = int(counts.sum())
+    width = _power_of_two(counts, length)
     if kind == "mdlm":
-        begin, needed = np.zeros_like(first), np.full_like(first, length)
+        begin, window = np.zeros_like(first), np.full_like(first, length)
     elif kind == "ar":
-        begin, needed = first, counts
-    else:
-        begin = np.concatenate([[0], first[:-1]])
-        needed = first + counts - begin
-    window = _power_of_two(needed, length)
+        begin, window = first, width
+    else:  # one width for both halves of the window: few shapes to compile
+        before = np.concatenate([[1], counts[:-1]])
+        width = _power_of_two(np.maximum(before, counts), length)
+        begin, window = np.concatenate([[0], first[:-1]]), np.minimum(2 * width, length)
     begin = np.minimum(begin, length - window)  # a rounded window may not run over the end
     part = -(-length // LIVE_PARTS)
     live = np.minimum(length, -(-(begin + window) // part) * part)
-    shapes = np.stack([window, np.minimum(_power_of_two(counts, length), window), live], axis=1)
+    shapes = np.stack([window, width, live], axis=1)
     changes = np.flatnonzero((shapes[1:] != shapes[:-1]).any(axis=1)) + 1
     runs = [Run(low, high, Shape(*shapes[low].tolist()))
             for low, high in itertools.pairwise([0, *changes.tolist(), len(counts)])]
-    return Step(*(jnp.asarray(x, jnp.int32) for x in (begin, first, counts))), runs
+    # Padded to one size, so that plans of other numbers of steps run the same programs.
+    return Step(*(jnp.asarray(np.pad(x, (0, length - len(x))), jnp.int32) for x in (begin, first, counts))), runs
 
 
 def _power_of_two(n: Int[np.ndarray, " S"], most: int) -> Int[np.ndarray, " S"]:
@@ -205,44 +206,3 @@ def _uniforms(keys: Key[Array, " B"], slots: Int[Array, " W"]) -> Float[Array, "
     """Two uniforms per row and slot."""
     by_slot = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, slots)
     return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(by_slot)
-
-
-def forced_logits(weights: Weights, config: ModelConfig, kind: Kind, plan: Plan,
-                  x: Int[Array, "B L"]) -> Iterator[Float[Array, "B _ V"]]:
-    """The logits that each step's tokens would be drawn from, if every token drawn were that of `x` (by slot).
-
-    Runs the sampler's own steps, one by one, to compare them with `uncached_logits`.
-    """
-    steps, runs = schedule(plan.tokens_per_step, kind)
-    state = start(weights, config, kind, plan.order)
-    for run in runs:
-        for index in range(run.low, run.high):
-            step = jax.tree.map(lambda field, i=index: field[i], steps)
-            logits, cache = _logits_of(weights, state, step, config, kind, run.shape)
-            first, count, skip = int(step.first), int(step.count), int(step.first - taken_from(step, run.shape))
-            yield logits[:, skip:skip + count]
-            target = slice(first + (kind == "ar"), first + count + (kind == "ar"))
-            tokens = state.tokens.at[:, target].set(x[:, first:first + count])
-            state = dataclasses.replace(state, tokens=tokens, cache=cache)
-
-
-def uncached_logits(weights: Weights, config: ModelConfig, kind: Kind, plan: Plan,
-                    x: Int[Array, "B L"]) -> Iterator[Float[Array, "B _ V"]]:
-    """What `forced_logits` must equal: each step by one pass over the whole sequence, without a cache."""
-    begin = start(weights, config, kind, plan.order)
-    inputs = jnp.concatenate([begin.tokens[:, :1], x], axis=1)[:, :-1] if kind == "ar" else x
-    first = 0
-    for count in plan.tokens_per_step.tolist():
-        known = jnp.arange(x.shape[1]) < first + (kind == "ar")
-        yield _pass(weights, jnp.where(known, inputs, config.mask), plan.order, config, kind)[:, first:first + count]
-        first += count
-
-
-_logits_of = jax.jit(logits_of, static_argnames=("config", "kind", "shape"))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "kind"))
-def _pass(weights: Weights, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], config: ModelConfig,
-          kind: Kind) -> Float[Array, "B L V"]:
-    attend = single_stream(masks.everyone if kind == "mdlm" else masks.causal)
-    return transformer.head(weights, transformer.trunk(weights, tokens, positions, attend)[0], config.mask)
