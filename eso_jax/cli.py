@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     # argparse cannot mix options with an open list of arguments, so train's overrides are what is left over.
     if rest and (arguments.run is not train or any(argument.startswith("-") for argument in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; write overrides as section.field=value, without --" if arguments.run is train else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     arguments.overrides = rest
     return guarded(lambda: arguments.run(arguments))
 
@@ -90,12 +91,12 @@ def score(arguments: argparse.Namespace) -> None:
 
     _check_out(arguments.out)
     model = load(arguments.workdir, ema=not arguments.raw)
-    tokens = _read_npy(arguments.tokens, "--tokens")
+    tokens = _read_array(arguments.tokens, "--tokens", "tokens")
     likelihood.check_tokens(tokens, model.config)
     if arguments.orders:
         require(arguments.num_orders is None and arguments.alpha_0 is None, "--orders", arguments.orders,
                 "give orders, or --num-orders and --alpha-0 to draw them, not both")
-        orders = _read_npy(arguments.orders, "--orders")
+        orders = _read_array(arguments.orders, "--orders", "orders")
     else:
         alpha_0 = model.config.family.alpha_0 if arguments.alpha_0 is None else arguments.alpha_0
         if model.config.family.name == "ar":
@@ -159,16 +160,20 @@ def _write_npz(path: str, **arrays: Any) -> None:
     _say(f"wrote {path}")
 
 
-def _read_npy(path: str, flag: str) -> Any:
+def _read_array(path: str, flag: str, key: str) -> Any:
+    """The array of a .npy file, or the one called `key` of a .npz file."""
     import zipfile
 
     import numpy as np
 
     try:
         array = np.load(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise EsoError(f"{flag} = {path!r}: not a readable .npy file ({error})") from error
-    require(isinstance(array, np.ndarray), flag, path, "must be a .npy file of one array")
+        if isinstance(array, np.lib.npyio.NpzFile):
+            array = array[key]
+    except FileNotFoundError as error:
+        raise EsoError(f"{flag} = {path!r}: no such file") from error
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise EsoError(f"{flag} = {path!r}: not a readable .npy file, nor a .npz with {key!r}") from error
     return array
 
 
@@ -229,8 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     added = command("score", score, "Exact log-likelihood given orders, and the importance-weighted bound.",
                     "eso-jax score --workdir /tmp/w --tokens x.npy --num-orders 16 --alpha-0 0.25 --out s.npz")
     model(added)
-    added.add_argument("--tokens", required=True, help=".npy, int [B, L]")
-    added.add_argument("--orders", help=".npy, int [K, B, L]; drawn if absent")
+    added.add_argument("--tokens", required=True, help=".npy, int [B, L], or the .npz of eso-jax sample")
+    added.add_argument("--orders", help=".npy, int [K, B, L], or a .npz with orders; drawn if absent")
     added.add_argument("--num-orders", type=int, help="K, orders to draw per sequence (1)")
     added.add_argument("--out", required=True,
                        help=".npz with logp_per_order [K, B], iw_bound [B], iw_bound_standard_error [B], in nats")
@@ -238,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command("sample", sample, "Generate sequences.",
                     "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz")
     model(added)
-    added.add_argument("--num-samples", type=int, default=1)
+    added.add_argument("--num-samples", type=int, default=1, help="sequences (%(default)s)")
     added.add_argument("--steps", type=int, default=128, help="T, diffusion steps (%(default)s)")
     added.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; 1 keeps all (%(default)s)")
     added.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
@@ -250,7 +255,8 @@ def _parser() -> argparse.ArgumentParser:
                     "eso-jax import eso.safetensors --config sizes.json --out /tmp/w")
     added.add_argument("src", metavar="SRC", help="a .safetensors file")
     added.add_argument("--out", required=True, help="the new work directory; an existing one is refused")
-    added.add_argument("--family", default="esolm", choices=FAMILIES)
+    added.add_argument("--family", default="esolm", choices=FAMILIES,
+                       help="what it was trained as (%(default)s)")
     added.add_argument("--config", help="JSON of the sizes: hidden_size, n_heads, n_blocks, cond_dim, length, "
                                         "vocab_size, mask_id, and block_size for BD3-LM")
     added.add_argument("--alpha-0", type=float, default=1.0, help="an Eso-LM's training value (%(default)s)")

@@ -41,7 +41,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The denoiser, a transformer shared by all families (DESIGN: a DiT whose modulation is constant)."""
+    """The denoiser, a transformer shared by all families (a DiT whose modulation is constant)."""
 
     length: int = 128  # L, tokens in a sequence
     vocab_size: int = 258  # V, the mask included
@@ -97,7 +97,7 @@ class FamilyConfig:
         require(self.name in FAMILIES, "family.name", self.name, f"choose one of {', '.join(FAMILIES)}")
         require(0 <= self.alpha_0 <= 1, "family.alpha_0", self.alpha_0, "must be in [0, 1]")
         require(self.name.startswith("esolm") or self.alpha_0 == 1, "family.alpha_0", self.alpha_0,
-                f"only Eso-LMs have it; leave it at 1 for family.name = {self.name!r}")
+                f"only Eso-LMs have it; set family.alpha_0=1 for family.name = {self.name!r}")
         require(self.kappa is None or 0 <= self.kappa <= 1, "family.kappa", self.kappa, "must be in [0, 1]")
         require(self.kappa is None or self.name.startswith("esolm"), "family.kappa", self.kappa,
                 f"only Eso-LMs have it; leave it unset for family.name = {self.name!r}")

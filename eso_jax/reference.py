@@ -70,6 +70,8 @@ def import_checkpoint(src: Path, sizes: str | None, family: str, alpha_0: float 
     if sizes is None:
         raise EsoError("--config: the sizes are needed; give a JSON with " + ", ".join(SIZES.values()))
     model, block_size = read_sizes(Path(sizes), tensors)
+    require(model.cond_dim > 0 or family == "ar", "--family", family,
+            f"{src} has no AdaLN tensors, so it is an AR model; give --family ar")
     block = block_size if family == "bd3lm" and block_size else FamilyConfig.block_size
     config = Config(model=model, family=FamilyConfig(name=family, alpha_0=alpha_0, block_size=block, start_id=start_id))
     return config, to_params(tensors, model, str(src))

@@ -14,6 +14,7 @@ Axes: B global batch, A micro-batches, L length.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -202,5 +203,8 @@ class _Meter:
             means = {name: float(np.mean([s[name] for s in self.seen])) for name in self.seen[0]}
             speed = {"tokens_per_second": tokens / seconds} if tokens else {}
             self.log.write(step, **means, **speed)
+            if not sys.stderr.isatty():  # a terminal has the progress bar
+                metrics.say(f"step {step} of {self.config.train.steps}: loss {means['loss']:.3f}"
+                            + "".join(f", {tokens_per_second:,.0f} tokens/s" for tokens_per_second in speed.values()))
             self.seen = []
             self.restart_clock()

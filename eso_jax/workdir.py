@@ -45,7 +45,8 @@ def claim(directory: Path, config: Config) -> None:
             for name, value in fields.items():
                 same = there[section][name] == value or (section == "train" and name in MAY_CHANGE)
                 require(same, f"{section}.{name}", value,
-                        f"--workdir {directory} holds a run with {there[section][name]!r}; give another --workdir")
+                        f"--workdir {directory} holds a run with {there[section][name]!r}; repeat that, or give "
+                        "another --workdir")
         return
     try:
         ours = not directory.exists() or directory.is_dir() and all(p.suffix == ".partial" for p in directory.iterdir())

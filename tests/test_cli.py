@@ -106,6 +106,8 @@ def test_sample_writes_the_contract(tmp_path: Path, run: Run, trained: Path) -> 
     assert found["tokens"].max() < 257 and found["tokens_per_step"].sum() == length
     assert (np.sort(found["order"], axis=1) == np.arange(length)).all()
     assert found["text"].shape == (5,)
+    run("score", "--workdir", trained, "--tokens", out, "--num-orders", 2, "--out", tmp_path / "scores.npz")
+    assert np.load(tmp_path / "scores.npz")["logp_per_order"].shape == (2, 5)
     assert f"NFE {len(found['tokens_per_step'])} per batch; {5 * length} tokens" in text and "without its" in text
     run("sample", "--workdir", trained, "--num-samples", 5, "--steps", 4, "--alpha-0", 0.5, "--top-p", 0.9,
         "--seed", 3, "--out", tmp_path / "again.npz")
@@ -159,6 +161,8 @@ def test_import_mistakes(tmp_path: Path, run: Run) -> None:
                           ("corrupt", damaged), ("absent", "no such file")):
         text = run("import", tmp_path / f"{file}.safetensors", "--config", sizes, "--out", tmp_path / "w", code=2)
         assert message in text
+    ar = GOLDENS / "ar_tiny.safetensors"
+    assert "give --family ar" in run("import", ar, "--config", sizes, "--out", tmp_path / "w", code=2)
     assert "--config" in run("import", good, "--out", tmp_path / "w", code=2)
     assert "must be a .safetensors file" in run("import", tmp_path / "x.bin", "--out", tmp_path / "w", code=2)
     (tmp_path / "sizes.json").write_text('{"hidden_size": 48}')
@@ -206,7 +210,7 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
     score = ["score", "--workdir", imported, "--out", tmp_path / "s.npz", "--tokens"]
     for name, message in (("short", "the model has length 16"), ("range", "= 99: ids must be in [0, 33)"),
                           ("mask", "= 32: ids must be"), ("float", "must be integers"),
-                          ("absent", "not a readable .npy"), ("text", "not a readable .npy")):
+                          ("absent", "no such file"), ("text", "not a readable .npy")):
         assert message in run(*score, tmp_path / f"{name}.npy", code=2)
     for name, message in (("twice", "orders[0, 0]: not a permutation of 0..15"), ("few", "must have shape [K, 4, 16]")):
         assert message in run(*score, tmp_path / "good.npy", "--orders", tmp_path / f"{name}.npy", code=2)

@@ -22,7 +22,8 @@ def documents(source: str, split: str) -> list[tuple[str, bytes]]:
     """The documents of one split: (path relative to the source, content), sorted by path.
 
     A file goes to a split by a hash of its relative path, so that adding files moves none: about 90% are for train, 5%
-    for validation and 5% for test. A source of one file is cut instead, at 90% and 95% of its bytes. Hidden files,
+    for validation and 5% for test. Where that would leave a split empty (few files), each file is cut instead, at 90%
+    and 95% of its bytes. Hidden files,
     empty files and folders behind symbolic links are passed over; relative to a glob means to the last folder before
     its first wildcard. Content is bytes as they are: nothing is decoded, and nothing (NUL included) refused.
 
@@ -37,8 +38,7 @@ def documents(source: str, split: str) -> list[tuple[str, bytes]]:
         return sorted(document for part in SPLITS for document in _documents(source, part))
     require(split in SPLITS, "split", split, f"choose one of {', '.join(SPLITS)} or all")
     found = _documents(source, split)
-    require(bool(found), "data.source", source, f"its {split} split is empty (files are split by a hash of their "
-            "paths, or by bytes if there is one); give more files, or join them into one")
+    require(bool(found), "data.source", source, f"holds too little text: its {split} split is empty; give more")
     return found
 
 
@@ -47,9 +47,9 @@ def _documents(source: str, split: str) -> list[tuple[str, bytes]]:
         files = {name: path for name, path in sorted(_files(source).items()) if path.stat().st_size}
         require(bool(files), "data.source", source, "holds no text (no files, or only empty or hidden ones); "
                 "give 'stdlib', a folder, a file or a glob")
-        if len(files) == 1:
-            [(name, path)] = files.items()
-            return [(name, part) for part in [_cut(path.read_bytes(), split)] if part]
+        if {split_of(name) for name in files} != set(SPLITS):
+            parts = [(name, _cut(path.read_bytes(), split)) for name, path in files.items()]
+            return [(name, part) for name, part in parts if part]
         return [(name, path.read_bytes()) for name, path in files.items() if split_of(name) == split]
     except OSError as error:
         raise EsoError(f"data.source = {source!r}: cannot read {str(error.filename or source)!r} ({error.strerror}); "
