@@ -1,6 +1,6 @@
 """Exact likelihoods given an order, and importance-weighted bounds from several.
 
--log p(x) <= -E[logsumexp_k log p(x | order_k) - log K], a bound that tightens with K (paper, section 5.2). Here p is
+-log p(x) <= -E[logsumexp_k log p(x | order_k) - log K], a bound that tightens with K (paper, eq. 9). Here p is
 the law of decoding one token at a time: a masked token sees the clean ones and itself. In the diffusion pass behind the
 NELBO, and when several tokens are decoded at once, it sees earlier masks as well, so for an Eso-LM the NELBO bounds the
 likelihood of a slightly different law and may lie on either side of the K = 1 value (the paper's tables show it too).

@@ -37,7 +37,7 @@ def random_then_ascending(key: Key[Array, ""], length: int, num_random: Int[Arra
 def likelihood_orders(key: Key[Array, ""], num_orders: int, batch: int, length: int,
                       alpha_0: float) -> Int[Array, "O B L"]:
     """Independent orders for the importance-weighted bound: a Binomial(L, alpha_0)-sized random subset in random
-    order, then the rest ascending (paper, section 5.2). Keyed by (order, row)."""
+    order, then the rest ascending (paper, eq. 22). Keyed by (order, row)."""
 
     def one(index: Int[Array, ""], row: Int[Array, ""]) -> Int[Array, " L"]:
         count_key, order_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, index), row))

@@ -104,7 +104,7 @@ def sequential_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], 
 
 def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
                    order: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """log p(x_order[i] | x_order[<i]), exact, in one pass with everything masked (paper, section 5.2).
+    """log p(x_order[i] | x_order[<i]), exact, in one pass with everything masked (paper, eq. 9).
 
     (A) sees clean tokens in both directions, so its passes do not chain into the likelihood of a random order; along
     the natural order (alpha_0 = 0) they do.
