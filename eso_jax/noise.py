@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key
 
 T_MIN = 1e-3  # t is drawn from [T_MIN, 1], and alpha falls to alpha_0 * T_MIN at t = 1
 
@@ -60,7 +60,7 @@ def draw_masked(keys: Key[Array, " B"], keep: Float[Array, "B #L"], length: int)
     return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys) >= keep
 
 
-def dropout(x: Float[Array, "B S D"], rate: float, keys: UInt[Array, " B"] | Key[Array, " B"]) -> Float[Array, "B S D"]:
+def dropout(x: Float[Array, "B S D"], rate: float, keys: Key[Array, " B"]) -> Float[Array, "B S D"]:
     """Drops each entry with probability `rate` and rescales the rest, by one key per row."""
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0)

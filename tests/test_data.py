@@ -145,6 +145,7 @@ def test_corpus_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = write(tmp_path / "few", a=b"one", b=b"two", c=b"three")
     assert [split_of(name) for name in "abc"] == ["train"] * 3
     assert everything_of(few) == {"a": b"one", "b": b"two", "c": b"three"}  # too few for the hash: cut by bytes
+    assert documents(few, "test") == [("a", b"e"), ("b", b"o"), ("c", b"e")]
     short = write(tmp_path / "short", a=b"x" * 10)
     assert message(short, "validation") == (f"data.source = {short!r}: holds too little text: its validation split is "
                                             "empty; give more")
