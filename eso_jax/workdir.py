@@ -137,7 +137,7 @@ class Model:
 
         def decode(low: int) -> np.ndarray:
             part = Plan(orders[low:low + rows], plan.tokens_per_step)
-            return np.asarray(family.sample(self.weights, self.config, part, draw_key, rule, low))
+            return np.asarray(families.sample(self.weights, self.config, part, draw_key, rule, low))
 
         with Stopwatch() as watch:
             tokens = np.concatenate([decode(low) for low in range(0, batches * rows, rows)])[:num_samples]

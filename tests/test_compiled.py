@@ -10,6 +10,7 @@ import jaxtyping
 import pytest
 
 from conftest import random_weights, tiny_config
+from eso_jax import families
 from eso_jax.sampling import loop
 from eso_jax.sampling.categorical import Rule
 from eso_jax.sampling.plan import Plan, left_to_right
@@ -17,23 +18,24 @@ from eso_jax.sampling.plan import Plan, left_to_right
 BATCH, LENGTH = 3, 40
 
 
-@pytest.mark.parametrize("kind", ["esolm", "ar"])
-def test_no_copy_the_size_of_the_cache(kind: loop.Kind, request: pytest.FixtureRequest) -> None:
-    config = tiny_config(length=LENGTH)
+@pytest.mark.parametrize("name", ["esolm", "esolm_a", "ar", "bd3lm"])
+def test_no_copy_the_size_of_the_cache(name: str, request: pytest.FixtureRequest) -> None:
+    config = tiny_config(name, LENGTH, **({"block_size": 4} if name == "bd3lm" else {}))
     plan: Plan = left_to_right(BATCH, LENGTH)
-    steps, runs = loop.schedule(plan.tokens_per_step, kind)
-    state = loop.start(random_weights(config.model), config.model, kind, plan.order)
+    sampler = families.get(config).sampler(config)
+    steps, runs = loop.schedule(plan, sampler)
     keys = loop.row_keys(jax.random.key(0), 0, BATCH)
     run = max(runs, key=lambda run: run.high - run.low)
+    state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan.order), run.shape)
     jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts descriptions where arrays belong
     request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
     compiled = loop.decode_run.lower(random_weights(config.model), state, steps, run.low, run.high, keys, config.model,
-                                     kind, Rule(), run.shape).compile()
+                                     sampler, Rule(), run.shape).compile()
     text = compiled.as_text()
-    cache = f"f32[{BATCH},{LENGTH},{config.model.heads},{config.model.head_size}]"
-    assert cache in text  # or the search below finds nothing for the wrong reason
-    copies = re.findall(rf"= {re.escape(cache)}\S* (copy|copy-start)\(", text)
-    assert not copies
+    heads, size = config.model.heads, config.model.head_size
+    for cache in (f"f32[{BATCH},{heads},{size},{LENGTH}]", f"f32[{BATCH},{heads},{LENGTH},{size}]"):
+        assert cache in text  # or the search below finds nothing for the wrong reason
+        assert not re.findall(rf"= {re.escape(cache)}\S* (copy|copy-start)\(", text)
     aliased = compiled.memory_analysis().alias_size_in_bytes
     assert aliased >= sum(x.nbytes for x in jax.tree.leaves(state.cache)), "the state is not donated"
     assert isinstance(state.tokens, jax.Array) and state.tokens.dtype == jnp.int32

@@ -16,7 +16,6 @@ from eso_jax.config import FAMILIES, Config, EsoError
 from eso_jax.families import bd3lm, esolm, mdlm
 from eso_jax.noise import Draws
 from eso_jax.order import likelihood_orders
-from eso_jax.sampling.categorical import Rule
 
 
 def draws(batch: int, seed: int = 0) -> Draws:
@@ -204,7 +203,7 @@ def test_esolm_sampler_follows_the_exact_law() -> None:
     p = np.exp(np.asarray(esolm.log_likelihood(weights, config, everything, natural).sum(1), np.float64))
     count = 20000
     plan = esolm.plan(jax.random.key(0), config, count, 1, 0.0)
-    tokens = np.asarray(esolm.sample(weights, config, plan, jax.random.key(1), Rule()))
+    tokens = np.asarray(families.sample(weights, config, plan, jax.random.key(1)))
     seen = np.bincount(tokens @ np.array([9, 3, 1]), minlength=27)
     assert ((seen - count * p) ** 2 / (count * p)).sum() < 54
 
@@ -233,9 +232,9 @@ def test_dropout_changes_training_and_not_bounds() -> None:
 
 @pytest.mark.parametrize(("family", "call", "message"), [
     ("mdlm", lambda f, w, c, x: f.log_likelihood(w, c, x, x), "L passes"),
-    ("bd3lm", lambda f, w, c, x: f.plan(jax.random.key(0), c, 1, 1), "no sampler for BD3-LM"),
-    ("esolm_a", lambda f, w, c, x: f.sample(w, c, f.plan(jax.random.key(0), c, 1, 1, 1.0), jax.random.key(0), Rule()),
-     "no sampler for Eso-LM"),
+    ("bd3lm", lambda f, w, c, x: f.log_likelihood(w, c, x, x), "L passes"),
+    ("bd3lm", lambda f, w, c, x: f.plan(jax.random.key(0), c, 1, 4), "give a multiple of 3"),
+    ("ar", lambda f, w, c, x: f.plan(jax.random.key(0), c, 1, 4, 1.0, "balanced"), "left to right; leave it out"),
     ("mdlm", lambda f, w, c, x: f.nelbo(w, c, x, draws(1), 0.5), "alpha_0 = 0.5"),
 ])
 def test_what_a_family_lacks_is_said(family: str, call: object, message: str) -> None:

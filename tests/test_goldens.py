@@ -119,8 +119,9 @@ def test_cached_sampler_forced_to_x0(per_step: str, eso: Golden, cases: Cases) -
     else:
         order, expected = cases["exact/orders"][0], cases["sampler/one_token_per_step_logits_in_order"]
         counts = np.ones(order.shape[1], np.int64)
+    sampler = families.get(eso.config).sampler(eso.config)
     plan, x = Plan(jnp.asarray(order), counts), sort(jnp.asarray(cases["x0"]), jnp.asarray(order))
-    logits = np.concatenate(list(check.forced_logits(eso.unstacked, eso.config.model, "esolm", plan, x)), axis=1)
+    logits = np.concatenate(list(check.forced_logits(eso.unstacked, eso.config.model, sampler, plan, x)), axis=1)
     logits_close(logits, expected)
     if per_step == "one":
         logp = logits - np.logaddexp.reduce(logits, -1, keepdims=True)

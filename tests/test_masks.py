@@ -123,14 +123,19 @@ def test_attention_equals_a_plain_softmax_under_the_mask(name: str) -> None:
     assert kept == "the cache"
 
 
-@pytest.mark.parametrize("offset, slots, live", [(0, 3, None), (4, 3, 7), (2, 1, 3)])
-def test_cached_sees_what_precedes_its_window_and_is_causal_within(offset: int, slots: int, live: int | None) -> None:
+def kept_as(keys: jax.Array, values: jax.Array) -> cache.KVCache:
+    """A cache of two layers, both with these keys and values [B, L, H, K]."""
+    return cache.KVCache((attention.keys_last(keys),) * 2, (attention.heads_first(values),) * 2)
+
+
+@pytest.mark.parametrize("offset, slots", [(0, 3), (4, 3), (2, 1)])
+def test_cached_sees_what_precedes_its_window_and_is_causal_within(offset: int, slots: int) -> None:
     """The cache holds numbers everywhere: what lies in or beyond the window must not be read."""
     (q, k, v), (_, old_k, old_v) = random_qkv(slots), random_qkv(L, seed=1)
-    attend = cache.cached(offset, live)
+    attend = cache.cached(offset, masks.causal)
 
     def run(k: jax.Array, v: jax.Array, old_k: jax.Array, old_v: jax.Array) -> jax.Array:
-        return attend(q, k, v, cache.KVCache((old_v, old_k), (old_k, old_v)), 1)[0]
+        return attend(q, k, v, kept_as(old_k, old_v), 1)[0]
 
     before = np.broadcast_to(np.arange(L) < offset, (len(CLEAN), slots, L))
     within = per_row(np.tri(slots, dtype=bool))
@@ -144,10 +149,21 @@ def test_cached_sees_what_precedes_its_window_and_is_causal_within(offset: int, 
 
 def test_cached_writes_its_window_of_its_layer_and_nothing_else() -> None:
     (q, k, v), (_, old_k, old_v) = random_qkv(3), random_qkv(L, seed=1)
-    _, kept = cache.cached(4, 7)(q, k, v, cache.KVCache((old_k, old_k), (old_v, old_v)), 0)
-    for arrays, old, new in ((kept.keys, old_k, k), (kept.values, old_v, v)):
-        np.testing.assert_array_equal(arrays[0], np.concatenate([old[:, :4], new, old[:, 7:]], axis=1))
-        np.testing.assert_array_equal(arrays[1], old)
+    old = kept_as(old_k, old_v)
+    _, kept = cache.cached(4, masks.causal)(q, k, v, old, 0)
+    new = kept_as(*(jnp.concatenate([x[:, :4], y, x[:, 7:]], axis=1) for x, y in ((old_k, k), (old_v, v))))
+    for arrays, written, untouched in ((kept.keys, new.keys, old.keys), (kept.values, new.values, old.values)):
+        np.testing.assert_array_equal(arrays[0], written[0])
+        np.testing.assert_array_equal(arrays[1], untouched[1])
+
+
+def test_a_grown_cache_holds_what_it_held() -> None:
+    _, k, v = random_qkv(L)
+    old = kept_as(k, v)
+    grown = cache.grown(old, L + 3)
+    for before, after in ((old.keys[1], grown.keys[1][..., :L]), (old.values[1], grown.values[1][:, :, :L])):
+        np.testing.assert_array_equal(before, after)
+    assert grown.keys[0].shape[3] == grown.values[0].shape[2] == L + 3
 
 
 MODEL = ModelConfig(length=L, vocab_size=2 * L, width=16, layers=2, heads=2, cond_dim=8)
@@ -199,5 +215,5 @@ def test_trunk_of_eso_lm_a_reveals_nothing_later_to_tokens_after_the_prefix() ->
 
 
 def test_trunk_through_the_cache_is_causal() -> None:
-    found = trunk_sensitivity(lambda _: cache.cached(0), L, cache=cache.empty(MODEL, 1, L))
+    found = trunk_sensitivity(lambda _: cache.cached(0, masks.causal), L, cache=cache.empty(MODEL, 1, L))
     np.testing.assert_array_equal(found[0] > 0, np.tri(L, dtype=bool))

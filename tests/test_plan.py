@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eso_jax.config import EsoError
-from eso_jax.sampling.plan import Plan, binomial, expected_nfe, left_to_right
+from eso_jax.sampling.plan import Plan, binomial, draw, expected_nfe, left_to_right
 
 L = 1024
 TABLE_13 = [  # alpha_0, T and the NFE that the paper prints, L = 1024
@@ -115,7 +115,7 @@ def test_expected_nfe_by_hand(length: int, steps: int, alpha_0: float, nfe: floa
     (8, 1.5, r"alpha_0 = 1.5: must be in \[0, 1\]"), (8, -0.1, "alpha_0 = -0.1"), (8, float("nan"), "alpha_0 = nan")])
 def test_impossible_plans_are_refused(steps: int, alpha_0: float, message: str) -> None:
     with pytest.raises(EsoError, match=message):
-        binomial(jax.random.key(0), 1, 8, steps, alpha_0)
+        draw("binomial", jax.random.key(0), 1, 8, steps, alpha_0)
 
 
 @pytest.mark.parametrize("counts", [[2, 1], [2, 3], [4, 0], [5, -1]])

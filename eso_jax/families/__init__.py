@@ -11,9 +11,14 @@ A family is one module with these functions, pure functions of `weights` (see es
   log_likelihood(weights, config, tokens [B, L], order [B, L]) -> [B, L]
       log p of each token given those before it in the order, in the order; exact for the family's one-token-at-a-time
       sampler.
-  plan(key, config, batch, steps, alpha_0) -> Plan
-  sample(weights, config, plan, key, rule, first_row) -> tokens [B, L]
-      Row b draws as row first_row + b, so that a large sample can be decoded batch by batch.
+  plan(key, config, batch, steps, alpha_0, policy) -> Plan
+      A plan that the family can follow; see eso_jax/sampling/plan.py.
+  check_plan(config, plan)
+      Raises an EsoError for one that it cannot.
+  sampler(config) -> Sampler
+      What a step's pass covers and who sees whom in it; see eso_jax/sampling/loop.py.
+
+`sample` and `plan_log_prob` below decode and score along a plan by the family's sampler.
 
 A family that lacks one raises an EsoError that says so. To add a family: write its module and name it in `BY_NAME` and
 in `config.FAMILIES`; tests/test_families.py and tests/test_train.py then apply to it.
@@ -28,7 +33,9 @@ from jaxtyping import Array, Float, Int, Key
 from eso_jax.config import Config
 from eso_jax.families import ar, bd3lm, esolm, mdlm
 from eso_jax.noise import Draws
+from eso_jax.sampling import loop
 from eso_jax.sampling.categorical import Rule
+from eso_jax.sampling.loop import Sampler
 from eso_jax.sampling.plan import Plan
 from eso_jax.transformer import Weights
 
@@ -46,10 +53,12 @@ class Family(Protocol):
     def log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
                        order: Int[Array, "B L"]) -> Float[Array, "B L"]: ...
 
-    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float) -> Plan: ...
+    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float,
+             policy: str = "binomial") -> Plan: ...
 
-    def sample(self, weights: Weights, config: Config, plan: Plan, key: Key[Array, ""],
-               rule: Rule, first_row: int = 0) -> Int[Array, "B L"]: ...
+    def check_plan(self, config: Config, plan: Plan) -> None: ...
+
+    def sampler(self, config: Config) -> Sampler: ...
 
 
 BY_NAME: dict[str, Family] = {"esolm": esolm, "esolm_a": esolm, "mdlm": mdlm, "bd3lm": bd3lm, "ar": ar}
@@ -58,3 +67,18 @@ BY_NAME: dict[str, Family] = {"esolm": esolm, "esolm_a": esolm, "mdlm": mdlm, "b
 def get(config: Config) -> Family:
     """The family of a config."""
     return BY_NAME[config.family.name]
+
+
+def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),
+           first_row: int = 0) -> Int[Array, "B L"]:
+    """Decodes a batch along the plan; tokens in natural order. Row b draws as row first_row + b, so that a large sample
+    can be decoded batch by batch."""
+    get(config).check_plan(config, plan)
+    return loop.sample(weights, config.model, get(config).sampler(config), plan, key, rule, first_row)
+
+
+def plan_log_prob(weights: Weights, config: Config, plan: Plan, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """log p of each token, in the order, when `tokens` are decoded along the plan: exact for the sampler that follows
+    the plan, at a pass per step. Their sum is the law of a sample given its plan."""
+    get(config).check_plan(config, plan)
+    return loop.log_prob(weights, config.model, get(config).sampler(config), plan, tokens)

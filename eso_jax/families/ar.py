@@ -9,14 +9,14 @@ Axes: B batch, L length.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import masks, transformer
 from eso_jax.attention import single_stream
 from eso_jax.config import Config, require
 from eso_jax.noise import Draws
-from eso_jax.sampling import loop
-from eso_jax.sampling.categorical import Rule
+from eso_jax.sampling.loop import Sampler, Step
 from eso_jax.sampling.plan import Plan, left_to_right
 from eso_jax.transformer import Weights
 
@@ -34,8 +34,7 @@ def nelbo(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Dr
 
 def shift(config: Config, tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
     """The inputs: the start token, then all tokens but the last."""
-    start = config.model.mask if config.family.start_id is None else config.family.start_id
-    return jnp.concatenate([jnp.full_like(tokens[:, :1], start), tokens[:, :-1]], axis=1)
+    return jnp.concatenate([jnp.full_like(tokens[:, :1], start_id(config)), tokens[:, :-1]], axis=1)
 
 
 def next_token_nll(weights: Weights, config: Config, inputs: Int[Array, "B L"], targets: Int[Array, "B L"],
@@ -52,12 +51,30 @@ def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
     return -next_token_nll(weights, config, shift(config, tokens), tokens)
 
 
-def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0) -> Plan:
+def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+         policy: str = "left-to-right") -> Plan:
     """Left to right, one token per step: AR has no choice, and `steps` and `alpha_0` are ignored."""
+    require(policy in ("binomial", "left-to-right"), "plan", policy, "AR decodes left to right; leave it out")
     return left_to_right(batch, config.model.length)
 
 
-def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule,
-           first_row: int = 0) -> Int[Array, "B L"]:
-    require(plan.nfe == config.model.length, "plan", plan.nfe, "AR decodes one token per step, left to right")
-    return loop.sample(weights, config.model, "ar", plan, key, rule, first_row, config.family.start_id)
+def check_plan(config: Config, plan: Plan) -> None:
+    require(plan.nfe == plan.length and bool((plan.order == jnp.arange(plan.length)).all()), "plan",
+            f"{plan.nfe} steps", "AR decodes one token per step, left to right")
+
+
+def sampler(config: Config) -> Sampler:
+    return Sampler(_window, _causal, start_id=start_id(config))
+
+
+def start_id(config: Config) -> int:
+    return config.model.mask if config.family.start_id is None else config.family.start_id
+
+
+def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+    """The token decoded last: in AR's input it stands in this step's slot."""
+    return plan.first, plan.first + 1
+
+
+def _causal(query: Array, key: Array, step: Step) -> Array:
+    return masks.causal(query, key)

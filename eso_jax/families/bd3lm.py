@@ -8,15 +8,18 @@ Axes: B batch, L length, J blocks of L' tokens.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from eso_jax import noise, transformer
+from eso_jax import masks, noise, transformer
 from eso_jax.attention import two_streams
 from eso_jax.config import Config, EsoError, require
 from eso_jax.noise import Draws
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import Plan
+from eso_jax.sampling.loop import Sampler, Step
+from eso_jax.sampling.plan import Plan, within_blocks
 from eso_jax.transformer import Weights
 
 
@@ -59,14 +62,43 @@ def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], mask
 
 def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
                    order: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    raise EsoError("family.name = 'bd3lm': the likelihood of an order takes a pass per token of a block and is not "
-                   "available; use eso-jax eval for the NELBO")
+    raise EsoError("family.name = 'bd3lm': the likelihood of an order takes L passes; score under a plan of one token "
+                   "per step (eso-jax score --plan), or use eso-jax eval for the NELBO")
 
 
-def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0) -> Plan:
-    raise EsoError("family.name = 'bd3lm': there is no sampler for BD3-LM yet; use eso-jax eval for the NELBO")
+def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+         policy: str = "binomial") -> Plan:
+    """T = `steps` in all, T / J for each of the J blocks; "one-by-one" is the first-hitting sampler."""
+    require(alpha_0 == 1, "alpha_0", alpha_0, "BD3-LM is all diffusion; leave alpha_0 at 1")
+    length, block = config.model.length, config.family.block_size
+    blocks = length // block
+    require(policy == "one-by-one" or steps % blocks == 0 and steps > 0, "steps", steps,
+            f"T is shared by {blocks} blocks; give a multiple of {blocks}")
+    return within_blocks(key, batch, length, block, policy, steps // blocks)
 
 
-def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule,
-           first_row: int = 0) -> Int[Array, "B L"]:
-    raise EsoError("family.name = 'bd3lm': there is no sampler for BD3-LM yet; use eso-jax eval for the NELBO")
+def check_plan(config: Config, plan: Plan) -> None:
+    block = config.family.block_size
+    ends = plan.first + plan.tokens_per_step - 1
+    require(bool((plan.order // block == jnp.arange(plan.length) // block).all())
+            and bool((plan.first // block == ends // block).all()), "plan", f"{plan.nfe} steps",
+            f"BD3-LM decodes blocks of {block} left to right; no step and no order may leave its block")
+
+
+def sampler(config: Config) -> Sampler:
+    return _sampler(config.family.block_size)
+
+
+@functools.cache
+def _sampler(block: int) -> Sampler:
+    def window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+        """This block. In its first step the block before as well, whose last token is only now decoded: no pass is
+        spent on writing the cache alone."""
+        begin = plan.first // block * block
+        fresh = plan.first == begin
+        return np.where(fresh, np.maximum(begin - block, 0), begin), begin + block
+
+    def visible(query: Array, key: Array, step: Step) -> Array:
+        return masks.blocks_up_to(query, key, block)
+
+    return Sampler(window, visible)

@@ -13,16 +13,17 @@ import dataclasses
 from fractions import Fraction
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from eso_jax import masks, noise, transformer
 from eso_jax.attention import single_stream, two_streams
-from eso_jax.config import Config, EsoError
+from eso_jax.config import Config
 from eso_jax.noise import Draws
 from eso_jax.order import clean_first, sort
-from eso_jax.sampling import loop
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import Plan, binomial
+from eso_jax.sampling import plan as plans
+from eso_jax.sampling.loop import Sampler, Step
+from eso_jax.sampling.plan import Plan
 from eso_jax.transformer import Weights
 
 
@@ -112,16 +113,40 @@ def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
     return -sequential_nll(weights, config, tokens, jnp.ones_like(tokens, bool), order)
 
 
-def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float) -> Plan:
-    return binomial(key, batch, config.model.length, steps, alpha_0)
+def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float, policy: str = "binomial") -> Plan:
+    return plans.draw(policy, key, batch, config.model.length, steps, alpha_0)
 
 
-def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule,
-           first_row: int = 0) -> Int[Array, "B L"]:
-    """The cached sampler of both phases, for (B)."""
+def check_plan(config: Config, plan: Plan) -> None:
+    """Any order and any steps will do."""
+
+
+def sampler(config: Config) -> Sampler:
+    """(B) caches in both phases; (A) recomputes the tokens decoded by diffusion in each step of that phase, since they
+    see each other, and caches in the sequential phase (the paper describes it; its code does not have it)."""
     if config.family.name == "esolm_a":
-        raise EsoError("family.name = 'esolm_a': there is no sampler for Eso-LM (A) yet; sample an Eso-LM (B), 'esolm'")
-    return loop.sample(weights, config.model, "esolm", plan, key, rule, first_row)
+        return Sampler(_window_a, _prefix)
+    return Sampler(_window, _causal)
+
+
+def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+    """The tokens decoded last, whose keys and values are still those of masks, then this step's."""
+    first = plan.first
+    return np.concatenate([[0], first[:-1]]), first + plan.tokens_per_step
+
+
+def _window_a(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+    """All tokens from the first, up to and including the first sequential step; then as (B)."""
+    start, stop = _window(plan)
+    return np.where(plan.first <= plan.diffused, 0, start), stop
+
+
+def _causal(query: Array, key: Array, step: Step) -> Array:
+    return masks.causal(query, key)
+
+
+def _prefix(query: Array, key: Array, step: Step) -> Array:
+    return masks.prefix(query, key, step.diffused)
 
 
 def diffusion_rank(index: Int[Array, " B"], kappa: Fraction) -> Int[Array, " B"]:

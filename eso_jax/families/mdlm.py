@@ -8,15 +8,16 @@ Axes: B batch, L length.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import masks, noise, transformer
 from eso_jax.attention import single_stream
 from eso_jax.config import Config, EsoError, require
 from eso_jax.noise import Draws
-from eso_jax.sampling import loop
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import Plan, binomial
+from eso_jax.sampling import plan as plans
+from eso_jax.sampling.loop import Sampler, Step
+from eso_jax.sampling.plan import Plan
 from eso_jax.transformer import Weights
 
 
@@ -51,19 +52,32 @@ def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], mask
 
 def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
                    order: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    raise EsoError("family.name = 'mdlm': the likelihood of an order takes L passes and is not available; "
-                   "use eso-jax eval for the NELBO")
+    raise EsoError("family.name = 'mdlm': the likelihood of an order takes L passes; score under a plan of one token "
+                   "per step (eso-jax score --plan), or use eso-jax eval for the NELBO")
 
 
-def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0) -> Plan:
+def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+         policy: str = "binomial") -> Plan:
+    """The binomial plan is the ancestral sampler, "one-by-one" its first-hitting form."""
     require(alpha_0 == 1, "alpha_0", alpha_0, "MDLM is all diffusion; leave alpha_0 at 1")
-    return binomial(key, batch, config.model.length, steps, 1.0)
+    return plans.draw(policy, key, batch, config.model.length, steps, 1.0)
 
 
-def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule,
-           first_row: int = 0) -> Int[Array, "B L"]:
+def check_plan(config: Config, plan: Plan) -> None:
+    """Any order and any steps will do."""
+
+
+def sampler(config: Config) -> Sampler:
     """The ancestral sampler, factored: which tokens are decoded at each step is the plan's (the ancestral law, with
     steps that decode nothing dropped, as they change nothing), and then each takes its token from p(x | z_t). A joint
     draw over tokens and mask has the same law, and float32 Gumbel noise gets its tail wrong. Counts are shared by the
     batch. Each step is a pass over all L tokens."""
-    return loop.sample(weights, config.model, "mdlm", plan, key, rule, first_row)
+    return Sampler(_window, _everyone, cached=False)
+
+
+def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+    return np.zeros(plan.nfe, np.int64), np.full(plan.nfe, plan.length)
+
+
+def _everyone(query: Array, key: Array, step: Step) -> Array:
+    return masks.everyone(query, key)

@@ -22,20 +22,23 @@ from eso_jax.config import require
 
 @struct.dataclass
 class Rule:
-    """How tokens are drawn.
+    """How tokens are drawn. The nucleus and min_p are taken at the temperature, each from the whole distribution.
 
     Attributes:
       temperature: logits are divided by it; 0 takes the most likely token.
       top_p: nucleus mass in (0, 1]; 1 keeps every token.
+      min_p: tokens less likely than min_p times the most likely one are dropped; 0 keeps every token.
     """
 
     temperature: float = struct.field(pytree_node=False, default=1.0)
     top_p: float = struct.field(pytree_node=False, default=1.0)
+    min_p: float = struct.field(pytree_node=False, default=0.0)
 
     def __post_init__(self) -> None:
         require(self.temperature == 0 or 1e-4 <= self.temperature <= 100, "temperature", self.temperature,
                 "must be 0 (greedy) or in [1e-4, 100]")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]; 1 turns the nucleus off")
+        require(0 <= self.min_p < 1, "min_p", self.min_p, "must be in [0, 1); 0 turns it off")
 
 
 def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rule) -> Int[Array, "*s"]:
@@ -44,8 +47,10 @@ def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rul
         return jnp.argmax(logits, axis=-1)
     scaled = logits / rule.temperature
     mass = jnp.exp(scaled - scaled.max(-1, keepdims=True))
+    kept = mass >= rule.min_p  # of the largest, which is 1
     if rule.top_p < 1:
-        mass = jnp.where(nucleus(mass, rule.top_p), mass, 0)
+        kept &= nucleus(mass, rule.top_p)
+    mass = jnp.where(kept, mass, 0)
     size = max(1, math.isqrt(mass.shape[-1]))
     blocks = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -mass.shape[-1] % size)])
     blocks = blocks.reshape(*mass.shape[:-1], -1, size)

@@ -2,18 +2,23 @@
 
 Tokens are kept in the order in which they are decoded ("slots"), so that each step works on a contiguous window of
 slots: it runs the denoiser over the window, takes the logits of this step's slots, draws their tokens and writes them.
+A family says in a `Sampler` what the window of a step is and who sees whom:
 
-  sampler   window                                         attention           a slot's logits come from
-  Eso-LM    the tokens decoded last, then this step's      cached, causal      its own mask
-  AR        the token decoded last                         cached, causal      the token before it
-  MDLM      all                                            everyone, no cache  its own mask
+  sampler      window                                        who sees whom              a slot's logits come from
+  Eso-LM (B)   the tokens decoded last, then this step's     causal, cached             its own mask
+  Eso-LM (A)   all decoded by diffusion, then this step's;   causal, but the former     its own mask
+               in the sequential phase as (B)                see each other, cached
+  AR           the token decoded last                        causal, cached             the token before it
+  BD3-LM       this block; before it, the last one if it     own block and the blocks   its own mask
+               has not been cached yet                       before, cached
+  MDLM         all                                           everyone, no cache         its own mask
 
 Windows have as many widths as the plan has step sizes, but a compiled loop has one. `schedule` therefore cuts the plan
-into runs of consecutive steps that share a width rounded up to a power of two and a bound on the live cache. A run is
-one compiled scan over its steps, compiled once per shape and reused by later runs and plans (it is a `fori_loop`, whose
-bounds are data where a `lax.scan`'s length is shape). A window that is too wide begins earlier or ends later than
-needed: earlier slots are recomputed to the same values, later ones cannot be seen and are overwritten, so rounding up
-costs time and changes nothing.
+into runs of consecutive steps whose windows, rounded up, are of one shape. A run is one compiled loop over its steps,
+compiled once per shape and reused by later runs and plans (it is a `fori_loop`, whose bounds are data where a
+`lax.scan`'s length is shape). A window that is too wide begins earlier or ends later than needed: earlier slots are
+recomputed to the same values, later ones cannot be seen and are overwritten, so rounding up costs time and changes
+nothing.
 
 Axes: B batch, L length, S steps, W slots of a window, V vocabulary.
 """
@@ -23,27 +28,63 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import cache as kv
-from eso_jax import masks, transformer
+from eso_jax import transformer
 from eso_jax.attention import single_stream
 from eso_jax.config import ModelConfig
-from eso_jax.order import unsort
+from eso_jax.order import sort, unsort
 from eso_jax.sampling import categorical
 from eso_jax.sampling.categorical import Rule
 from eso_jax.sampling.plan import Plan
 from eso_jax.transformer import Weights
 
-Kind = Literal["esolm", "ar", "mdlm"]
+PARTS, PART = 8, 256  # the cache grows by an eighth of the length, but at least by 256 slots
 
-LIVE_PARTS = 4  # the live cache is read up to a multiple of a quarter of the length
+
+@struct.dataclass
+class Step:
+    """One step in numbers (or several, as arrays): it decodes `count` slots from `first`, by a window from `start`.
+
+    Attributes:
+      start, first, count: as above; the slots' logits are the window's rows from `first - start`.
+      diffused: slots before `first` that were decoded by diffusion, not sequentially.
+    """
+
+    start: Int[Array, "*S"]
+    first: Int[Array, "*S"]
+    count: Int[Array, "*S"]
+    diffused: Int[Array, "*S"]
+
+
+class Sampler(NamedTuple):
+    """How a family decodes. Make one per family, once: it is an argument by which programs are compiled.
+
+    Attributes:
+      window: plan -> (start [S], stop [S]), the slots of each step's pass; start never decreases by more than it must.
+      visible: (query slots, key slots, step) -> bool, who sees whom.
+      cached: whether keys and values before the window come from a cache.
+      start_id: the token before the first, if a slot's logits come from the slot before it (AR); None if they come
+        from its own mask.
+    """
+
+    window: Callable[[Plan], tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]]
+    visible: Callable[[Array, Array, Step], Bool[Array, "W _"]]
+    cached: bool = True
+    start_id: int | None = None
+
+    @property
+    def shift(self) -> int:
+        """Tokens in the input before the first slot's own."""
+        return 0 if self.start_id is None else 1
 
 
 @struct.dataclass
@@ -53,24 +94,14 @@ class State:
     Attributes:
       tokens: int [B, L], the input tokens by slot: masks until decoded. AR: [B, L + 1], the start token first.
       positions: int [B, L], the natural position of each slot (the order).
+      logp: float32 [B, L], log p of the decoded tokens by slot where they are given (`log_prob`), else None.
       cache: the key-value cache, or None.
     """
 
     tokens: Int[Array, "B _"]
     positions: Int[Array, "B L"]
+    logp: Float[Array, "B L"] | None
     cache: kv.KVCache | None
-
-
-@struct.dataclass
-class Step:
-    """One step in numbers (or several, as arrays): it decodes `count` slots from `first`, by a window from `start`.
-
-    The slots' logits are the window's rows from `first - start`.
-    """
-
-    start: Int[Array, "*S"]
-    first: Int[Array, "*S"]
-    count: Int[Array, "*S"]
 
 
 class Shape(NamedTuple):
@@ -79,7 +110,7 @@ class Shape(NamedTuple):
     Attributes:
       window: slots in a pass.
       width: rows whose logits are computed, at least the step's count.
-      live: cache slots that are read.
+      live: slots of the cache.
     """
 
     window: int
@@ -95,101 +126,138 @@ class Run(NamedTuple):
     shape: Shape
 
 
-def sample(weights: Weights, config: ModelConfig, kind: Kind, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),
-           first_row: int = 0, start_id: int | None = None) -> Int[Array, "B L"]:
+def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, key: Key[Array, ""],
+           rule: Rule = Rule(), first_row: int = 0) -> Int[Array, "B L"]:
     """Decodes a batch along the plan; returns tokens in natural order.
 
     The draws of row b are keyed by (key, first_row + b, slot) and do not depend on the other rows.
 
     Args:
       weights: of transformer.fold, unstacked.
-      start_id: AR's token before the first.
     """
-    steps, runs = schedule(plan.tokens_per_step, kind)
-    state = start(weights, config, kind, plan.order, start_id)
+    state = start(weights, config, sampler, plan.order)
     keys = row_keys(key, first_row, len(plan.order))
+    tokens = _decode(weights, config, sampler, plan, state, keys, rule).tokens
+    return unsort(tokens[:, sampler.shift:], plan.order)
+
+
+def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan,
+             tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """log p of each token, in the order, if `tokens` [B, L] were decoded along the plan; by the sampler's own steps."""
+    state = start(weights, config, sampler, plan.order)
+    state = dataclasses.replace(state, logp=jnp.zeros(tokens.shape, jnp.float32))
+    logp = _decode(weights, config, sampler, plan, state, sort(tokens, plan.order), Rule()).logp
+    assert logp is not None
+    return logp
+
+
+def _decode(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, state: State,
+            source: Key[Array, " B"] | Int[Array, "B L"], rule: Rule) -> State:
+    steps, runs = schedule(plan, sampler)
     for run in runs:
-        state = decode_run(weights, state, steps, run.low, run.high, keys, config, kind, rule, run.shape)
-    return unsort(state.tokens[:, 1:] if kind == "ar" else state.tokens, plan.order)
+        state = grow(state, run.shape)
+        state = decode_run(weights, state, steps, run.low, run.high, source, config, sampler, rule, run.shape)
+    return state
 
 
-def start(weights: Weights, config: ModelConfig, kind: Kind, order: Int[Array, "B L"],
-          start_id: int | None = None) -> State:
+def start(weights: Weights, config: ModelConfig, sampler: Sampler, order: Int[Array, "B L"]) -> State:
     """The state before the first step: all masks, an empty cache."""
     batch, length = order.shape
     tokens = jnp.full((batch, length), config.mask, jnp.int32)
-    if kind == "ar":
-        first = config.mask if start_id is None else start_id
-        tokens = jnp.concatenate([jnp.full((batch, 1), first, jnp.int32), tokens], axis=1)
-    cache = None if kind == "mdlm" else kv.empty(config, batch, length, weights["head"]["kernel"].dtype)
-    return State(tokens, jnp.array(order, jnp.int32), cache)
+    if sampler.start_id is not None:
+        tokens = jnp.concatenate([jnp.full((batch, 1), sampler.start_id, jnp.int32), tokens], axis=1)
+    cache = kv.empty(config, batch, 0, weights["head"]["kernel"].dtype) if sampler.cached else None
+    return State(tokens, jnp.array(order, jnp.int32), None, cache)
 
 
-def schedule(tokens_per_step: Int[np.ndarray, " S"], kind: Kind) -> tuple[Step, list[Run]]:
+def grow(state: State, shape: Shape) -> State:
+    """The state with room in the cache for a run."""
+    if state.cache is None or state.cache.keys[0].shape[-1] == shape.live:
+        return state
+    return dataclasses.replace(state, cache=_grown(state.cache, shape.live))
+
+
+_grown = jax.jit(kv.grown, static_argnames="slots")
+
+
+def schedule(plan: Plan, sampler: Sampler) -> tuple[Step, list[Run]]:
     """The steps of a plan as numbers, and their runs."""
-    counts = np.asarray(tokens_per_step)
-    first = np.cumsum(counts) - counts
-    length = int(counts.sum())
-    width = _power_of_two(counts, length)
-    if kind == "mdlm":
-        begin, window = np.zeros_like(first), np.full_like(first, length)
-    elif kind == "ar":
-        begin, window = first, width
-    else:  # one width for both halves of the window: few shapes to compile
-        before = np.concatenate([[1], counts[:-1]])
-        width = _power_of_two(np.maximum(before, counts), length)
-        begin, window = np.concatenate([[0], first[:-1]]), np.minimum(2 * width, length)
+    length, counts, first = plan.length, plan.tokens_per_step, plan.first
+    begin, stop = sampler.window(plan)
+    # On CPU a product with a single row takes half as long again as with two.
+    least = min(length, 2 if plan.order.shape[0] == 1 else 1)
+    window, width = _rounded(np.maximum(stop - begin, least), length), _rounded(counts, length)
+    window[:1] = window[:2].max()  # a first step of its own shape would cost a compilation
     begin = np.minimum(begin, length - window)  # a rounded window may not run over the end
-    part = -(-length // LIVE_PARTS)
-    live = np.minimum(length, -(-(begin + window) // part) * part)
+    part = max(PART, -(-length // PARTS))
+    live = np.maximum.accumulate(np.minimum(length, -(-(begin + window) // part) * part))
     shapes = np.stack([window, width, live], axis=1)
     changes = np.flatnonzero((shapes[1:] != shapes[:-1]).any(axis=1)) + 1
     runs = [Run(low, high, Shape(*shapes[low].tolist()))
             for low, high in itertools.pairwise([0, *changes.tolist(), len(counts)])]
     # Padded to one size, so that plans of other numbers of steps run the same programs.
-    return Step(*(jnp.asarray(np.pad(x, (0, length - len(x))), jnp.int32) for x in (begin, first, counts))), runs
+    fields = (begin, first, counts, np.minimum(first, plan.diffused))
+    return Step(*(jnp.asarray(np.pad(x, (0, length - len(x))), jnp.int32) for x in fields)), runs
 
 
-def _power_of_two(n: Int[np.ndarray, " S"], most: int) -> Int[np.ndarray, " S"]:
-    return np.minimum(2 ** np.ceil(np.log2(n)).astype(np.int64), most)
+def _rounded(n: Int[np.ndarray, " S"], length: int) -> Int[np.ndarray, " S"]:
+    """Rounded up to a power of two, or where that is above an eighth of the length to a multiple of an eighth."""
+    power, part = 2 ** np.ceil(np.log2(n)).astype(np.int64), -(-length // 8)
+    return np.minimum(np.where(power <= part, power, -(-n // part) * part), length)
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames=("config", "kind", "rule", "shape"))
+@functools.partial(jax.jit, donate_argnames="state", static_argnames=("config", "sampler", "rule", "shape"))
 def decode_run(weights: Weights, state: State, steps: Step, low: Int[Array, ""] | int, high: Int[Array, ""] | int,
-               keys: Key[Array, " B"], config: ModelConfig, kind: Kind, rule: Rule, shape: Shape) -> State:
-    """Steps low..high - 1 in one compiled loop; the state is donated and updated in place."""
+               source: Key[Array, " B"] | Int[Array, "B L"], config: ModelConfig, sampler: Sampler, rule: Rule,
+               shape: Shape) -> State:
+    """Steps low..high - 1 in one compiled loop; the state is donated and updated in place.
 
-    def body(index: Array, state: State) -> State:
-        step = jax.tree.map(lambda x: x[index], steps)
-        logits, cache = logits_of(weights, state, step, config, kind, shape)
-        return write(dataclasses.replace(state, cache=cache), step, logits, keys, kind, rule, shape)
+    `source` says where tokens come from: one key per row to draw them, or the tokens themselves by slot, to score them.
+    """
+
+    def body(index: Int[Array, ""], state: State) -> State:
+        step = jax.tree.map(lambda field: field[index], steps)
+        logits, cache = logits_of(weights, state, step, config, sampler, shape)
+        return write(dataclasses.replace(state, cache=cache), step, logits, source, sampler, rule, shape)
 
     return jax.lax.fori_loop(low, high, body, state)
 
 
-def logits_of(weights: Weights, state: State, step: Step, config: ModelConfig, kind: Kind,
+def logits_of(weights: Weights, state: State, step: Step, config: ModelConfig, sampler: Sampler,
               shape: Shape) -> tuple[Float[Array, "B W V"], kv.KVCache | None]:
-    """The logits of shape.width slots, from slot `taken_from(step, shape)`, and the cache with the window written."""
-    tokens = jax.lax.dynamic_slice_in_dim(state.tokens, step.start, shape.window, axis=1)
-    positions = jax.lax.dynamic_slice_in_dim(state.positions, step.start, shape.window, axis=1)
-    attend = single_stream(masks.everyone) if kind == "mdlm" else kv.cached(step.start, shape.live)
+    """One pass over the window: the logits of `shape.width` slots, and the cache with the window written."""
+    tokens, positions = (jax.lax.dynamic_slice_in_dim(x, step.start, shape.window, axis=1)
+                         for x in (state.tokens, state.positions))
+
+    def visible(query: Array, key: Array) -> Array:
+        return sampler.visible(query, key, step)
+
+    attend = kv.cached(step.start, visible) if sampler.cached else single_stream(visible)
     hidden, cache = transformer.trunk(weights, tokens, positions, attend, state.cache)
     rows = jax.lax.dynamic_slice_in_dim(hidden, taken_from(step, shape) - step.start, shape.width, axis=1)
     return transformer.head(weights, rows, config.mask), cache
 
 
-def write(state: State, step: Step, logits: Float[Array, "B W V"], keys: Key[Array, " B"], kind: Kind, rule: Rule,
-          shape: Shape) -> State:
-    """Draws this step's tokens from their logits and writes them into the state."""
+def write(state: State, step: Step, logits: Float[Array, "B W V"], source: Key[Array, " B"] | Int[Array, "B L"],
+          sampler: Sampler, rule: Rule, shape: Shape) -> State:
+    """Draws this step's tokens from their logits, or scores the given ones, and writes them into the state."""
     begin = taken_from(step, shape)
     slots = begin + jnp.arange(shape.width)
-    drawn = categorical.draw(logits, _uniforms(keys, slots), rule)
     mine = (slots >= step.first) & (slots < step.first + step.count)
-    target = begin + 1 if kind == "ar" else begin
-    old = jax.lax.dynamic_slice_in_dim(state.tokens, target, shape.width, axis=1)
-    new = jnp.where(mine, drawn.astype(state.tokens.dtype), old)
-    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, new, target, axis=1)
-    return dataclasses.replace(state, tokens=tokens)
+    logp = state.logp
+    if logp is None:
+        chosen = categorical.draw(logits, _uniforms(source, slots), rule).astype(state.tokens.dtype)
+    else:
+        chosen = jax.lax.dynamic_slice_in_dim(source, begin, shape.width, axis=1)
+        found = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[..., None], axis=-1)[..., 0]
+        logp = _replace(logp, begin, mine, found)
+    return dataclasses.replace(state, tokens=_replace(state.tokens, begin + sampler.shift, mine, chosen), logp=logp)
+
+
+def _replace(x: Array, begin: Int[Array, ""], mine: Bool[Array, " W"], new: Array) -> Array:
+    """x [B, L] with new [B, W] from `begin` where `mine`."""
+    old = jax.lax.dynamic_slice_in_dim(x, begin, len(mine), axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(mine, new, old), begin, axis=1)
 
 
 def taken_from(step: Step, shape: Shape) -> Int[Array, ""]:
