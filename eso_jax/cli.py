@@ -6,6 +6,7 @@ People read stderr; machines read the file named by --out. A mistake in the inpu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -14,17 +15,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from eso_jax.config import FAMILIES, EsoError, require
+from eso_jax.sampling.plan import POLICIES
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse cannot mix options with an open list of arguments, so train's overrides are what is left over.
-    if rest and (arguments.run is not train or any(argument.startswith("-") for argument in rest)):
-        hint = "; write overrides as section.field=value, without --" if arguments.run is train else ""
+    # argparse cannot mix options with an open list of arguments, so overrides are what is left over.
+    takes_overrides = arguments.run in (train, bench)
+    if rest and (not takes_overrides or any(argument.startswith("-") for argument in rest)):
+        hint = "; write overrides as section.field=value, without --" if takes_overrides else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     arguments.overrides = rest
+    _keep_compilations()
     return guarded(lambda: arguments.run(arguments))
 
 
@@ -40,6 +44,17 @@ def guarded(action: Callable[[], None]) -> int:
               file=sys.stderr)
         return 130
     return 0
+
+
+def _keep_compilations() -> None:
+    """Compiled programs are kept on disk for the next run, unless the user has said where or whether (JAX's own
+    JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE)."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "eso-jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -93,9 +108,18 @@ def score(arguments: argparse.Namespace) -> None:
     model = load(arguments.workdir, ema=not arguments.raw)
     tokens = _read_array(arguments.tokens, "--tokens", "tokens")
     likelihood.check_tokens(tokens, model.config)
+    given = [name for name in ("orders", "plan") if getattr(arguments, name)]
+    drawn = arguments.num_orders is not None or arguments.alpha_0 is not None
+    if given and (len(given) > 1 or drawn):
+        raise EsoError(f"--{given[0]} = {getattr(arguments, given[0])!r}: give orders, or a plan, or --num-orders and "
+                       "--alpha-0 to draw orders; only one of them")
+    if arguments.plan:
+        logp = model.plan_log_prob(tokens, _read_plan(arguments.plan))
+        _say(f"{len(tokens)} sequences along their plan: log p = {logp.sum(1).mean():.4f} nats on average "
+             f"({-logp.mean():.4f} nats per token)")
+        _write_npz(arguments.out, logp=logp.sum(1), logp_in_order=logp)
+        return
     if arguments.orders:
-        require(arguments.num_orders is None and arguments.alpha_0 is None, "--orders", arguments.orders,
-                "give orders, or --num-orders and --alpha-0 to draw them, not both")
         orders = _read_array(arguments.orders, "--orders", "orders")
     else:
         alpha_0 = model.config.family.alpha_0 if arguments.alpha_0 is None else arguments.alpha_0
@@ -119,18 +143,80 @@ def sample(arguments: argparse.Namespace) -> None:
     from eso_jax import load
 
     _check_out(arguments.out)
-    model = load(arguments.workdir, ema=not arguments.raw)
+    model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor)
+    plan = _read_plan(arguments.plan) if arguments.plan and arguments.plan.endswith(".npz") else arguments.plan
     found = model.sample(arguments.num_samples, arguments.steps, arguments.alpha_0, arguments.top_p,
-                         arguments.temperature, arguments.seed, arguments.batch_size)
+                         arguments.temperature, arguments.seed, arguments.batch_size, min_p=arguments.min_p, plan=plan,
+                         num_tries=arguments.num_tries, min_entropy=arguments.min_entropy)
     text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
     extra: dict[str, Any] = {"text": np.array(text)} if text else {}
-    _write_npz(arguments.out, tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step, **extra)
+    _write_npz(arguments.out, tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
+               diffusion=found.diffusion, tries=found.tries, **extra)
     for index, sequence in enumerate(text[:arguments.show]):
         _say(f"--- sample {index}\n{sequence}")
+    if arguments.num_tries > 1:
+        _say(f"{(found.tries > 1).sum()} of {len(found.tries)} samples drawn again, {found.tries.sum()} draws in all")
     running = found.seconds - found.compile_seconds
     _say(f"NFE {len(found.tokens_per_step)} per batch; {found.tokens.size} tokens in {found.seconds:.2f} s: "
          f"{found.tokens.size / found.seconds:.0f} tokens/s with compilation, "
          f"{found.tokens.size / running:.0f} without its {found.compile_seconds:.2f} s")
+
+
+def check_cache(arguments: argparse.Namespace) -> None:
+    import jax
+    import numpy as np
+
+    from eso_jax import families, load
+    from eso_jax.order import sort
+    from eso_jax.sampling import check
+
+    require(arguments.rows >= 2, "--rows", arguments.rows, "must be at least 2, to compare batch sizes")
+    model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype)
+    exact = load(arguments.workdir, ema=not arguments.raw) if arguments.dtype != "float32" else model
+    family, config = families.get(model.config), model.config.model
+    sampler = family.sampler(model.config)
+    if not sampler.cached:
+        raise EsoError(f"family.name = {model.config.family.name!r}: its sampler has no cache")
+    tolerance = {"float32": 1e-4, "bfloat16": 2e-2}[arguments.dtype]
+    alpha_0 = model.config.family.alpha_0 if arguments.alpha_0 is None else arguments.alpha_0
+    failures = 0
+
+    def report(what: str, found: check.Difference, limit: float | None = tolerance) -> None:
+        nonlocal failures
+        failed = limit is not None and not found.relative <= limit
+        failures += failed
+        _say(f"  {what:<44} {found.worst:.2e}, {found.relative:.1e} of the largest{'  TOO MUCH' if failed else ''}")
+
+    _say(f"{model.config.family.name} at step {model.step}, {arguments.dtype}, {arguments.rows} rows, "
+         f"{jax.devices()[0].device_kind}; worst difference between logits (limit: {tolerance:g} of the largest)")
+    for policy in ("left-to-right",) if model.config.family.name == "ar" else ("binomial", "one-by-one"):
+        keys = jax.random.split(jax.random.key(arguments.seed), 3)
+        plan = family.plan(keys[0], model.config, arguments.rows, config.length, alpha_0, policy)
+        x = sort(families.sample(model.weights, model.config, plan, keys[1]), plan.order)
+        _say(f"{policy} plan, {plan.nfe} passes, on samples of its own")
+        report("cached against uncached", check.cache_error(model.weights, config, sampler, plan, x))
+        for size in sorted({1, arguments.rows // 2}):
+            report(f"batch of {size} against batch of {arguments.rows}",
+                   check.batch_error(model.weights, config, sampler, plan, x, size))
+            few = dataclasses.replace(plan, order=plan.order[:size])
+            same = np.asarray(families.sample(model.weights, model.config, few, keys[1]) ==
+                              families.sample(model.weights, model.config, plan, keys[1])[:size]).mean()
+            _say(f"  {'  the same tokens drawn':<44} {100 * same:.2f}%")
+        if exact is not model:
+            ours, theirs = (check.forced_logits(m.weights, config, sampler, plan, x) for m in (model, exact))
+            report(f"{arguments.dtype} against float32, both cached", check.compare(ours, theirs, config.mask), None)
+    if failures:
+        raise EsoError(f"{failures} of the differences are more than rounding: the cache is not exact on this machine; "
+                       "please report it with this output")
+    _say("the cache is exact to rounding, and results do not depend on the batch size")
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    from eso_jax.evaluation import throughput
+
+    _check_out(arguments.out)
+    throughput.run(arguments.preset, Path(arguments.out), overrides=arguments.overrides, lengths=arguments.lengths,
+                   batches=arguments.batches, repeats=arguments.repeats)
 
 
 def import_(arguments: argparse.Namespace) -> None:
@@ -177,6 +263,23 @@ def _read_array(path: str, flag: str, key: str) -> Any:
     return array
 
 
+def _read_plan(path: str) -> Any:
+    """The plan in the .npz of eso-jax sample, or one with the same `order` and `tokens_per_step`."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from eso_jax.order import check_permutations
+    from eso_jax.sampling.plan import Plan
+
+    order, counts = (_read_array(path, "--plan", key) for key in ("order", "tokens_per_step"))
+    require(order.ndim == 2 and counts.ndim == 1 and np.issubdtype(counts.dtype, np.integer), "--plan", path,
+            "must hold order, int [N, L], and tokens_per_step, int [steps]")
+    check_permutations(order, order.shape[1])
+    with np.load(path) as arrays:
+        diffusion = int(arrays["diffusion"]) if "diffusion" in arrays else None
+    return Plan(jnp.asarray(order, jnp.int32), counts, diffusion)
+
+
 def _write_json(path: str | None, values: dict[str, Any]) -> None:
     if path:
         Path(path).write_text(json.dumps(values, indent=1) + "\n")
@@ -215,6 +318,10 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--seed", type=_seed, default=0, help="of all randomness (%(default)s)")
         added.add_argument("--alpha-0", type=float, help="share of tokens left to diffusion (the training value)")
 
+    def precision(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                           help="of weights, products and cache (%(default)s)")
+
     added = command("train", train, "Train an experiment, or go on training it.",
                     "eso-jax train experiments/quickstart.py --workdir /tmp/w train.steps=100",
                     usage="%(prog)s [-h] experiment --workdir WORKDIR [section.field=value ...]")
@@ -237,6 +344,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--tokens", required=True, help=".npy, int [B, L], or the .npz of eso-jax sample")
     added.add_argument("--orders", help=".npy, int [K, B, L], or a .npz with orders; drawn if absent")
     added.add_argument("--num-orders", type=int, help="K, orders to draw per sequence (1)")
+    added.add_argument("--plan", help=".npz of eso-jax sample: score along its plan by the sampler's own steps; "
+                                      "writes logp [B] and logp_in_order [B, L]")
     added.add_argument("--out", required=True,
                        help=".npz with logp_per_order [K, B], iw_bound [B], iw_bound_standard_error [B], in nats")
 
@@ -246,10 +355,38 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--num-samples", type=int, default=1, help="sequences (%(default)s)")
     added.add_argument("--steps", type=int, default=128, help="T, diffusion steps (%(default)s)")
     added.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; 1 keeps all (%(default)s)")
+    added.add_argument("--min-p", type=float, default=0.0,
+                       help="drop tokens less likely than this share of the likeliest (%(default)s)")
     added.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
+    added.add_argument("--plan", help=f"{', '.join(POLICIES)}; or the .npz of an earlier sample, to decode along its "
+                                      "plan (the family's own: binomial, or left-to-right for AR)")
+    added.add_argument("--num-tries", type=int, default=1,
+                       help="draw samples of low entropy again, up to this often in all (%(default)s: keep them)")
+    added.add_argument("--min-entropy", type=float, default=4.0,
+                       help="nats of the last 256 tokens' unigrams below which samples are drawn again (%(default)s)")
+    precision(added)
+    added.add_argument("--tensor", type=int, default=1, help="devices to a copy of the model (%(default)s)")
     added.add_argument("--batch-size", type=int, default=64, help="sequences decoded together (%(default)s)")
     added.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
     added.add_argument("--out", required=True, help=".npz with tokens [N, L], order [N, L], tokens_per_step, text")
+
+    added = command("check-cache", check_cache,
+                    "Prove that cached equals uncached, and any batch size another, on your model and machine.",
+                    "eso-jax check-cache --workdir /tmp/w")
+    model(added)
+    added.add_argument("--rows", type=int, default=8, help="sequences (%(default)s)")
+    precision(added)
+
+    added = command("bench", bench, "Measure the samplers on random weights.",
+                    "eso-jax bench sampling --preset cpu --out bench.json",
+                    usage="%(prog)s [-h] sampling --preset PRESET --out OUT [options] [section.field=value ...]")
+    added.add_argument("what", choices=["sampling"], help="what to measure")
+    added.add_argument("--preset", required=True, choices=["cpu", "table11", "table13"],
+                       help="cpu: 256 x 8 layers, L = 2048, float32; table11, table13: the paper's, for a GPU")
+    added.add_argument("--lengths", type=int, nargs="+", help="instead of the preset's")
+    added.add_argument("--batches", type=int, nargs="+", help="instead of the preset's")
+    added.add_argument("--repeats", type=int, default=3, help="generations timed, for the median (%(default)s)")
+    added.add_argument("--out", required=True, help="JSON; a table (.md) and a picture (.png) are written beside it")
 
     added = command("import", import_, "Make a work directory from the authors' weights.",
                     "eso-jax import eso.safetensors --config sizes.json --out /tmp/w")

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
 
 from eso_jax import config as configs
-from eso_jax import families, likelihood, transformer
+from eso_jax import families, likelihood, sharding, transformer
 from eso_jax.config import Config, EsoError, require
 from eso_jax.sampling.categorical import Rule
 from eso_jax.sampling.plan import Plan
+from eso_jax.sampling.rejection import unigram_entropy
 from eso_jax.timing import Stopwatch
 from eso_jax.transformer import Params, Weights
 
@@ -72,6 +75,8 @@ class Samples(NamedTuple):
       tokens: int32 [N, L].
       order: int32 [N, L], each sample's decoding order.
       tokens_per_step: int [steps], decoded in each step.
+      diffusion: tokens of the diffusion phase; with the two above it makes the plan.
+      tries: int [N], how often each sample was drawn.
       seconds: wall time of decoding, compilation included.
       compile_seconds: of these, spent on tracing and compiling.
     """
@@ -79,8 +84,15 @@ class Samples(NamedTuple):
     tokens: np.ndarray
     order: np.ndarray
     tokens_per_step: np.ndarray
+    diffusion: int
+    tries: np.ndarray
     seconds: float
     compile_seconds: float
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the samples were decoded along."""
+        return Plan(jnp.asarray(self.order), self.tokens_per_step, self.diffusion)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +103,15 @@ class Model:
       config: the run's.
       step: training steps behind the parameters.
       params: float32 parameters (averaged, unless loaded with ema=False).
-      weights: the folded, unstacked float32 weights that sampling and scoring use.
+      weights: the folded, unstacked weights that sampling and scoring use, in the type asked for.
+      mesh: the devices that sampling uses.
     """
 
     config: Config
     step: int
     params: Params
     weights: Weights
+    mesh: Mesh
 
     @property
     def tokenizer(self) -> ByteTokenizer | None:
@@ -108,63 +122,100 @@ class Model:
         return tokenizer if tokenizer.vocab_size == self.config.model.vocab_size else None
 
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
-               temperature: float = 1.0, seed: int = 0, batch_size: int = 64) -> Samples:
-        """Samples by the family's own sampler.
+               temperature: float = 1.0, seed: int = 0, batch_size: int = 64, *, min_p: float = 0.0,
+               plan: str | Plan | None = None, num_tries: int = 1, min_entropy: float = 4.0) -> Samples:
+        """Samples by the family's own sampler, the batch split over the devices.
 
         Args:
           steps: T, diffusion steps (AR has none).
           alpha_0: expected share of tokens decoded by diffusion; None: the training value. Eso-LMs take any.
+          top_p, temperature, min_p: how a token is drawn; see eso_jax.sampling.categorical.Rule.
           batch_size: rows decoded together. Results do not depend on it, but for float32 rounding.
+          plan: a policy of eso_jax/sampling/plan.py (None: the family's own), or a plan with an order per sample.
+          num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
+            along the same plan, until they have been drawn this often. 1: none is.
 
         Raises:
-          EsoError: an argument is out of range, or the family has no sampler.
+          EsoError: an argument is out of range, or the family cannot follow the plan.
         """
         require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
         require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
         require(steps >= 1, "steps", steps, "T must be at least 1")
         require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
+        require(num_tries >= 1, "num_tries", num_tries, "must be at least 1")
         alpha_0 = self.config.family.alpha_0 if alpha_0 is None else alpha_0
         require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
-        rule = Rule(temperature, top_p)
-        family = families.get(self.config)
+        rule = Rule(temperature, top_p, min_p)
         plan_key, draw_key = jax.random.split(jax.random.key(seed))
-        plan = family.plan(plan_key, self.config, num_samples, steps, alpha_0)
+        if not isinstance(plan, Plan):
+            policy = {} if plan is None else {"policy": plan}
+            plan = families.get(self.config).plan(plan_key, self.config, num_samples, steps, alpha_0, **policy)
+        require(plan.order.shape == (num_samples, self.config.model.length), "plan", plan.order.shape,
+                f"its order must have shape [{num_samples}, {self.config.model.length}]")
 
-        # Batches of one size, so that they share one compilation; rows beyond the last sample are padding.
-        batches = -(-num_samples // batch_size)
-        rows = -(-num_samples // batches)
-        orders = jnp.pad(plan.order, [(0, batches * rows - num_samples), (0, 0)], mode="wrap")
-
-        def decode(low: int) -> np.ndarray:
-            part = Plan(orders[low:low + rows], plan.tokens_per_step)
-            return np.asarray(families.sample(self.weights, self.config, part, draw_key, rule, low))
-
+        tokens = np.zeros(plan.order.shape, np.int32)
+        tries = np.zeros(num_samples, np.int32)
         with Stopwatch() as watch:
-            tokens = np.concatenate([decode(low) for low in range(0, batches * rows, rows)])[:num_samples]
-        return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, watch.seconds,
+            for attempt in range(num_tries):
+                again = np.flatnonzero(unigram_entropy(tokens) < min_entropy) if attempt else np.arange(num_samples)
+                if len(again):
+                    tokens[again] = self._decode(plan, jax.random.fold_in(draw_key, attempt), rule, again, batch_size)
+                    tries[again] += 1
+        return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, plan.diffused, tries, watch.seconds,
                        watch.compile_seconds)
+
+    def _decode(self, plan: Plan, key: Key[Array, ""], rule: Rule, rows: np.ndarray, batch_size: int) -> np.ndarray:
+        """The tokens of some rows of the plan, decoded batch by batch."""
+        # Batches of one size, so that they share one compilation and fill the devices; the last is filled by repeating.
+        batches = -(-len(rows) // batch_size)
+        devices = self.mesh.shape["data"]
+        size = -(-len(rows) // (batches * devices)) * devices
+        filled = np.resize(rows, batches * size)
+        out = []
+        with jax.set_mesh(self.mesh):
+            for part in filled.reshape(batches, size):
+                batch = Plan(plan.order[part], plan.tokens_per_step, plan.diffusion)
+                out.append(np.asarray(families.sample(self.weights, self.config, batch, key, rule, jnp.asarray(part))))
+        return np.concatenate(out)[:len(rows)]
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
         return likelihood.log_prob(self.weights, self.config, tokens, orders)
 
+    def plan_log_prob(self, tokens: np.ndarray, plan: Plan) -> np.ndarray:
+        """log p of each token of [B, L] in nats, in the order, when decoded along the plan: the law of `sample` given
+        its plan. One pass per step."""
+        tokens = np.asarray(tokens)
+        likelihood.check_tokens(tokens, self.config)
+        require(plan.order.shape == tokens.shape, "plan", plan.order.shape, f"its order must have shape {tokens.shape}")
+        return np.asarray(families.plan_log_prob(self.weights, self.config, plan, jnp.asarray(tokens, jnp.int32)))
 
-def load(directory: str | Path, ema: bool = True) -> Model:
-    """The model of a work directory, at its newest checkpoint.
+
+def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor: int = 1) -> Model:
+    """The model of a work directory, at its newest checkpoint, on all devices.
+
+    Args:
+      ema: the averaged parameters rather than the raw ones.
+      dtype: of weights, products and cache: "float32", or "bfloat16" (half the memory; `eso-jax check-cache --dtype
+        bfloat16` says what it costs in accuracy on this model). Softmax, norms and logits are float32 in either.
+      tensor: devices that share one copy of the model; the others hold further copies.
 
     Raises:
-      EsoError: the directory is not a run's, or holds no whole checkpoint.
+      EsoError: the directory is not a run's, holds no whole checkpoint, or an argument is out of range.
     """
     from eso_jax import checkpoint
 
     directory = Path(directory)
     require((directory / CONFIG).is_file(), "--workdir", str(directory), f"not a work directory (no {CONFIG})")
+    require(dtype in ("float32", "bfloat16"), "dtype", dtype, "choose float32 or bfloat16")
     config = configs.from_file(directory / CONFIG)
+    mesh = sharding.sampling_mesh(config.model, tensor)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
                             jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0))))
     step, params = checkpoint.load_params(directory, config.model, abstract, ema)
-    return Model(config, step, params, transformer.unstack(transformer.fold(config.model, params)))
+    weights = transformer.unstack(transformer.fold(config.model, params, jnp.dtype(dtype)))
+    return Model(config, step, params, sharding.put_weights(weights, mesh), mesh)
 
 
 def create(directory: Path, config: Config, params: Params) -> None:

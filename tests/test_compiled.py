@@ -24,7 +24,7 @@ def test_no_copy_the_size_of_the_cache(name: str, request: pytest.FixtureRequest
     plan: Plan = left_to_right(BATCH, LENGTH)
     sampler = families.get(config).sampler(config)
     steps, runs = loop.schedule(plan, sampler)
-    keys = loop.row_keys(jax.random.key(0), 0, BATCH)
+    keys = loop.row_keys(jax.random.key(0), jnp.arange(BATCH))
     run = max(runs, key=lambda run: run.high - run.low)
     state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan.order), run.shape)
     jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts descriptions where arrays belong

@@ -70,11 +70,11 @@ def get(config: Config) -> Family:
 
 
 def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),
-           first_row: int = 0) -> Int[Array, "B L"]:
-    """Decodes a batch along the plan; tokens in natural order. Row b draws as row first_row + b, so that a large sample
-    can be decoded batch by batch."""
+           rows: Int[Array, " B"] | None = None) -> Int[Array, "B L"]:
+    """Decodes a batch along the plan; tokens in natural order. Row b draws as row number rows[b] (b by default), so
+    that a large sample can be decoded batch by batch."""
     get(config).check_plan(config, plan)
-    return loop.sample(weights, config.model, get(config).sampler(config), plan, key, rule, first_row)
+    return loop.sample(weights, config.model, get(config).sampler(config), plan, key, rule, rows)
 
 
 def plan_log_prob(weights: Weights, config: Config, plan: Plan, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from eso_jax import transformer
@@ -34,7 +36,8 @@ def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan:
         state = loop.grow(state, run.shape)
         for index in range(run.low, run.high):
             step = _at(steps, index)
-            logits, cache = _logits_of(weights, state, step, config, sampler, run.shape)
+            hidden, cache = _hidden_of(weights, state, step, sampler, run.shape)
+            logits = transformer.head(weights, hidden, config.mask)
             first, count, skip = int(step.first), int(step.count), int(step.first - loop.taken_from(step, run.shape))
             yield logits[:, skip:skip + count]
             target = slice(first + sampler.shift, first + count + sampler.shift)
@@ -42,28 +45,68 @@ def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan:
             state = dataclasses.replace(state, tokens=tokens, cache=cache)
 
 
-def uncached_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan,
-                    x: Int[Array, "B L"]) -> Iterator[Float[Array, "B _ V"]]:
-    """What `forced_logits` must equal: each step by one pass over the whole sequence, without a cache."""
+def uncached_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, x: Int[Array, "B L"],
+                    indices: Sequence[int] | None = None) -> Iterator[Float[Array, "B _ V"]]:
+    """What `forced_logits` must equal: each step (or those of `indices`) by one pass over the whole sequence, without a
+    cache."""
     begin = loop.start(weights, config, sampler, plan.order)
     inputs = jnp.concatenate([begin.tokens[:, :sampler.shift], x], axis=1)[:, :x.shape[1]]
     steps, _ = loop.schedule(plan, sampler)
-    for index, count in enumerate(plan.tokens_per_step.tolist()):
+    for index in range(plan.nfe) if indices is None else indices:
         step = _at(steps, index)
         known = jnp.arange(x.shape[1]) < step.first + sampler.shift
-        logits = _pass(weights, jnp.where(known, inputs, config.mask), plan.order, step, config, sampler)
-        yield logits[:, int(step.first):int(step.first) + count]
+        hidden = _pass(weights, jnp.where(known, inputs, config.mask), plan.order, step, sampler)
+        slots = slice(int(step.first), int(step.first + step.count))
+        yield transformer.head(weights, hidden[:, slots], config.mask)
+
+
+class Difference(NamedTuple):
+    """The worst difference between logits, and the largest logit (the mask's left out)."""
+
+    worst: float
+    largest: float
+
+    @property
+    def relative(self) -> float:
+        return self.worst / self.largest
+
+
+def compare(ours: Iterable[Array], theirs: Iterable[Array], mask_id: int) -> Difference:
+    """Two runs of logits [B, _, V], step by step."""
+    worst, largest = 0.0, 0.0
+    for pair in zip(ours, theirs, strict=True):
+        a, b = (np.delete(np.asarray(x), mask_id, axis=-1) for x in pair)
+        worst, largest = max(worst, float(np.abs(a - b).max())), max(largest, float(np.abs(b).max()))
+    return Difference(worst, largest)
+
+
+def cache_error(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, x: Int[Array, "B L"],
+                most: int = 64) -> Difference:
+    """Cached against uncached logits, at up to `most` steps spread over the plan."""
+    indices = np.unique(np.linspace(0, plan.nfe - 1, min(most, plan.nfe)).astype(int)).tolist()
+    chosen = set(indices)
+    cached = (logits for index, logits in enumerate(forced_logits(weights, config, sampler, plan, x))
+              if index in chosen)
+    return compare(cached, uncached_logits(weights, config, sampler, plan, x, indices), config.mask)
+
+
+def batch_error(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, x: Int[Array, "B L"],
+                size: int) -> Difference:
+    """Logits of the first `size` rows decoded by themselves, against the same rows in the whole batch."""
+    part = Plan(plan.order[:size], plan.tokens_per_step, plan.diffusion)
+    whole = (logits[:size] for logits in forced_logits(weights, config, sampler, plan, x))
+    return compare(forced_logits(weights, config, sampler, part, x[:size]), whole, config.mask)
 
 
 def _at(steps: Step, index: int) -> Step:
     return jax.tree.map(lambda field: field[index], steps)
 
 
-_logits_of = jax.jit(loop.logits_of, static_argnames=("config", "sampler", "shape"))
+_hidden_of = jax.jit(loop.hidden_of, static_argnames=("sampler", "shape"))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampler"))
-def _pass(weights: Weights, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], step: Step, config: ModelConfig,
-          sampler: Sampler) -> Float[Array, "B L V"]:
+@functools.partial(jax.jit, static_argnames="sampler")
+def _pass(weights: Weights, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], step: Step,
+          sampler: Sampler) -> Float[Array, "B L D"]:
     attend = single_stream(lambda query, key: sampler.visible(query, key, step))
-    return transformer.head(weights, transformer.trunk(weights, tokens, positions, attend)[0], config.mask)
+    return transformer.trunk(weights, tokens, positions, attend)[0]

@@ -38,7 +38,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import cache as kv
-from eso_jax import transformer
+from eso_jax import sharding, transformer
 from eso_jax.attention import single_stream
 from eso_jax.config import ModelConfig
 from eso_jax.order import sort, unsort
@@ -127,16 +127,17 @@ class Run(NamedTuple):
 
 
 def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, key: Key[Array, ""],
-           rule: Rule = Rule(), first_row: int = 0) -> Int[Array, "B L"]:
+           rule: Rule = Rule(), rows: Int[Array, " B"] | None = None) -> Int[Array, "B L"]:
     """Decodes a batch along the plan; returns tokens in natural order.
 
-    The draws of row b are keyed by (key, first_row + b, slot) and do not depend on the other rows.
+    The draws of row b are keyed by (key, rows[b], slot) and do not depend on the other rows.
 
     Args:
       weights: of transformer.fold, unstacked.
+      rows: numbers of the rows, 0 to B - 1 by default.
     """
     state = start(weights, config, sampler, plan.order)
-    keys = row_keys(key, first_row, len(plan.order))
+    keys = row_keys(key, jnp.arange(len(plan.order)) if rows is None else rows)
     tokens = _decode(weights, config, sampler, plan, state, keys, rule).tokens
     return unsort(tokens[:, sampler.shift:], plan.order)
 
@@ -167,7 +168,8 @@ def start(weights: Weights, config: ModelConfig, sampler: Sampler, order: Int[Ar
     if sampler.start_id is not None:
         tokens = jnp.concatenate([jnp.full((batch, 1), sampler.start_id, jnp.int32), tokens], axis=1)
     cache = kv.empty(config, batch, 0, weights["head"]["kernel"].dtype) if sampler.cached else None
-    return State(tokens, jnp.array(order, jnp.int32), None, cache)
+    tokens, positions = (sharding.constrain(x, "data") for x in (tokens, jnp.array(order, jnp.int32)))
+    return State(tokens, positions, None, cache)
 
 
 def grow(state: State, shape: Shape) -> State:
@@ -177,19 +179,23 @@ def grow(state: State, shape: Shape) -> State:
     return dataclasses.replace(state, cache=_grown(state.cache, shape.live))
 
 
-_grown = jax.jit(kv.grown, static_argnames="slots")
+@functools.partial(jax.jit, static_argnames="slots")
+def _grown(cache: kv.KVCache, slots: int) -> kv.KVCache:
+    return jax.tree.map(lambda x: sharding.constrain(x, "data", "tensor"), kv.grown(cache, slots))
 
 
-def schedule(plan: Plan, sampler: Sampler) -> tuple[Step, list[Run]]:
-    """The steps of a plan as numbers, and their runs."""
+def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> tuple[Step, list[Run]]:
+    """The steps of a plan as numbers, and their runs; `exact` shapes are not rounded (to measure what rounding costs).
+    """
     length, counts, first = plan.length, plan.tokens_per_step, plan.first
     begin, stop = sampler.window(plan)
     # On CPU a product with a single row takes half as long again as with two.
     least = min(length, 2 if plan.order.shape[0] == 1 else 1)
-    window, width = _rounded(np.maximum(stop - begin, least), length), _rounded(counts, length)
-    window[:1] = window[:2].max()  # a first step of its own shape would cost a compilation
-    begin = np.minimum(begin, length - window)  # a rounded window may not run over the end
-    part = max(PART, -(-length // PARTS))
+    window, width, part = np.maximum(stop - begin, least), counts, 1
+    if not exact:
+        window, width, part = _rounded(window, length), _rounded(width, length), max(PART, -(-length // PARTS))
+        window[:1] = window[:2].max()  # a first step of its own shape would cost a compilation
+    begin = np.minimum(begin, length - window)  # a window that is too wide may not run over the end
     live = np.maximum.accumulate(np.minimum(length, -(-(begin + window) // part) * part))
     shapes = np.stack([window, width, live], axis=1)
     changes = np.flatnonzero((shapes[1:] != shapes[:-1]).any(axis=1)) + 1
@@ -217,15 +223,16 @@ def decode_run(weights: Weights, state: State, steps: Step, low: Int[Array, ""] 
 
     def body(index: Int[Array, ""], state: State) -> State:
         step = jax.tree.map(lambda field: field[index], steps)
-        logits, cache = logits_of(weights, state, step, config, sampler, shape)
-        return write(dataclasses.replace(state, cache=cache), step, logits, source, sampler, rule, shape)
+        hidden, cache = hidden_of(weights, state, step, sampler, shape)
+        state = dataclasses.replace(state, cache=cache)
+        return write(weights, state, step, hidden, source, config, sampler, rule, shape)
 
     return jax.lax.fori_loop(low, high, body, state)
 
 
-def logits_of(weights: Weights, state: State, step: Step, config: ModelConfig, sampler: Sampler,
-              shape: Shape) -> tuple[Float[Array, "B W V"], kv.KVCache | None]:
-    """One pass over the window: the logits of `shape.width` slots, and the cache with the window written."""
+def hidden_of(weights: Weights, state: State, step: Step, sampler: Sampler,
+              shape: Shape) -> tuple[Float[Array, "B W D"], kv.KVCache | None]:
+    """One pass over the window: the hidden states of `shape.width` slots, and the cache with the window written."""
     tokens, positions = (jax.lax.dynamic_slice_in_dim(x, step.start, shape.window, axis=1)
                          for x in (state.tokens, state.positions))
 
@@ -234,24 +241,44 @@ def logits_of(weights: Weights, state: State, step: Step, config: ModelConfig, s
 
     attend = kv.cached(step.start, visible) if sampler.cached else single_stream(visible)
     hidden, cache = transformer.trunk(weights, tokens, positions, attend, state.cache)
-    rows = jax.lax.dynamic_slice_in_dim(hidden, taken_from(step, shape) - step.start, shape.width, axis=1)
-    return transformer.head(weights, rows, config.mask), cache
+    return jax.lax.dynamic_slice_in_dim(hidden, taken_from(step, shape) - step.start, shape.width, axis=1), cache
 
 
-def write(state: State, step: Step, logits: Float[Array, "B W V"], source: Key[Array, " B"] | Int[Array, "B L"],
-          sampler: Sampler, rule: Rule, shape: Shape) -> State:
+def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W D"],
+          source: Key[Array, " B"] | Int[Array, "B L"], config: ModelConfig, sampler: Sampler, rule: Rule,
+          shape: Shape) -> State:
     """Draws this step's tokens from their logits, or scores the given ones, and writes them into the state."""
     begin = taken_from(step, shape)
     slots = begin + jnp.arange(shape.width)
     mine = (slots >= step.first) & (slots < step.first + step.count)
+
+    def logits_of(hidden: Array) -> Array:
+        return sharding.constrain(transformer.head(weights, hidden, config.mask), "data")
+
+    def drawn(hidden: Array, uniforms: Array) -> Array:
+        return categorical.draw(logits_of(hidden), uniforms, rule).astype(state.tokens.dtype)
+
+    def scored(hidden: Array, tokens: Array) -> Array:
+        return jnp.take_along_axis(jax.nn.log_softmax(logits_of(hidden)), tokens[..., None], axis=-1)[..., 0]
+
     logp = state.logp
     if logp is None:
-        chosen = categorical.draw(logits, _uniforms(source, slots), rule).astype(state.tokens.dtype)
+        chosen = _in_chunks(drawn, config.vocab_size, hidden, _uniforms(source, slots))
     else:
         chosen = jax.lax.dynamic_slice_in_dim(source, begin, shape.width, axis=1)
-        found = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[..., None], axis=-1)[..., 0]
-        logp = _replace(logp, begin, mine, found)
+        logp = _replace(logp, begin, mine, _in_chunks(scored, config.vocab_size, hidden, chosen))
     return dataclasses.replace(state, tokens=_replace(state.tokens, begin + sampler.shift, mine, chosen), logp=logp)
+
+
+def _in_chunks(function: Callable[[Array, Array], Array], vocab: int, *args: Array) -> Array:
+    """function(*args) for args [B, W, ...], a few slots at a time where all their logits would be too many."""
+    batch, width = args[0].shape[:2]
+    chunks = next(n for n in range(1, width + 1)
+                  if n == width or width % n == 0 and batch * width * vocab <= n * transformer.LOGITS_AT_ONCE)
+    if chunks == 1:
+        return function(*args)
+    split = [jnp.moveaxis(x.reshape(batch, chunks, -1, *x.shape[2:]), 1, 0) for x in args]
+    return jnp.moveaxis(jax.lax.map(lambda part: function(*part), tuple(split)), 0, 1).reshape(batch, width)
 
 
 def _replace(x: Array, begin: Int[Array, ""], mine: Bool[Array, " W"], new: Array) -> Array:
@@ -265,9 +292,9 @@ def taken_from(step: Step, shape: Shape) -> Int[Array, ""]:
     return jnp.minimum(step.first, step.start + shape.window - shape.width)
 
 
-def row_keys(key: Key[Array, ""], first_row: int, rows: int) -> Key[Array, " B"]:
-    """The keys of rows first_row, first_row + 1, ..."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
+def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
+    """One key per row number."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
 def _uniforms(keys: Key[Array, " B"], slots: Int[Array, " W"]) -> Float[Array, "B W 2"]:

@@ -1,0 +1,336 @@
+"""How fast the samplers are, and how far from what the machine allows: `eso-jax bench sampling`.
+
+Speed does not depend on the weights, so they are random. Every sampler runs its own plan with draws included; compiling
+is timed apart. MDLM, whose passes are all alike, is timed on a few of them and scaled to its NFE.
+
+The floor of a plan is the least time that any program could take for its steps. In each, every weight is read once and
+so is the live cache, at the memory bandwidth; the products take their operations, at the matrix peak; the longer of the
+two counts. Bandwidth and peak are measured in the same run. NFE counts every pass; none is spent on writing the cache
+alone.
+
+Axes: B batch, L length, S steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from eso_jax import families, transformer
+from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig, require
+from eso_jax.sampling import loop
+from eso_jax.sampling.categorical import Rule
+from eso_jax.sampling.plan import Plan
+from eso_jax.timing import Stopwatch
+from eso_jax.transformer import Weights
+
+SECTIONS, SECTION_STEPS = 8, 8  # where and for how long a plan is sampled to compare variants of its steps
+
+
+class Case(NamedTuple):
+    """A sampler and its plan."""
+
+    family: FamilyConfig
+    policy: str
+    steps: int = 1  # T
+    alpha_0: float = 1.0
+
+    @property
+    def label(self) -> str:
+        names = {"esolm": "Eso-LM", "esolm_a": "Eso-LM (A)", "mdlm": "MDLM", "ar": "AR",
+                 "bd3lm": f"BD3-LM ({self.family.block_size})"}
+        plan = f" a0={self.alpha_0:g} T={self.steps}" if self.policy == "binomial" else ""
+        return names[self.family.name] + plan
+
+
+class Preset(NamedTuple):
+    """What is measured at each length and batch size. `what`: a line for the reader."""
+
+    what: str
+    size: str
+    dtype: str
+    rule: Rule
+    lengths: Sequence[int]
+    batches: Sequence[int]
+    cases: Sequence[Case]
+
+
+def _bd3lm(block: int) -> FamilyConfig:
+    return FamilyConfig(name="bd3lm", block_size=block)
+
+
+ESO, AR, MDLM = (FamilyConfig(name=name) for name in ("esolm", "ar", "mdlm"))
+ONE_BY_ONE = [Case(AR, "left-to-right"), Case(ESO, "one-by-one"), Case(_bd3lm(16), "one-by-one"),
+              Case(_bd3lm(4), "one-by-one"), Case(MDLM, "one-by-one")]
+TABLE_13 = ([Case(ESO, "binomial", steps, alpha_0) for alpha_0, all_steps in
+             ((1.0, (16, 32, 64, 128, 256, 1024, 4096)), (0.5, (16, 128, 1024)), (0.25, (16, 128, 1024)),
+              (0.0625, (16, 128, 1024))) for steps in all_steps]
+            + [Case(_bd3lm(16), "binomial", steps) for steps in (256, 1024, 4096)]
+            + [Case(MDLM, "binomial", steps) for steps in (16, 64, 256, 1024, 4096)] + [Case(AR, "left-to-right")])
+
+PRESETS = {
+    "cpu": Preset("one token per pass on a CPU", "tiny", "float32", Rule(), (2048,), (1, 16), ONE_BY_ONE),
+    "table11": Preset("the paper's Table 11: NFE = L", "small", "bfloat16", Rule(), (2048, 8192), (1, 16), ONE_BY_ONE),
+    "table13": Preset("the paper's Tables 13 to 15: quality against time, 512 samples at a time", "small", "bfloat16",
+                      Rule(top_p=0.9), (1024,), (512,), TABLE_13),
+}
+
+
+class Machine(NamedTuple):
+    """What the machine can do, measured: bytes per second of a sum over a large array, and operations per second of a
+    large matrix product in the type of the products."""
+
+    bandwidth: float
+    flops: float
+
+
+def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence[int] | None = None,
+        batches: Sequence[int] | None = None, repeats: int = 3) -> list[dict[str, Any]]:
+    """Measures a preset; writes `out` (JSON) after every case, and a table (.md) and a picture (.png) beside it.
+
+    Args:
+      overrides: section.field=value, for the model's sizes.
+      lengths, batches: instead of the preset's.
+      repeats: generations timed; their median counts.
+    """
+    require(repeats >= 1, "--repeats", repeats, "must be at least 1")
+    chosen = PRESETS[preset]
+    lengths, batches = lengths or chosen.lengths, batches or chosen.batches
+    for batch in batches:
+        require(batch >= 1, "--batches", batch, "must be at least 1")
+    # All configs before any work: a mistake in one costs nothing.
+    configs = {(length, case): _config(chosen, length, case, overrides) for length in lengths for case in chosen.cases}
+    dtype = jnp.dtype(chosen.dtype)
+    machine = measure_machine(dtype)
+    found: list[dict[str, Any]] = []
+    header = {"preset": preset, "what": chosen.what, "dtype": chosen.dtype, "rule": dataclasses.asdict(chosen.rule),
+              "machine": describe_machine(), "bandwidth_bytes_per_s": machine.bandwidth,
+              "matmul_flops_per_s": machine.flops, "date": datetime.date.today().isoformat(), "repeats": repeats}
+    _say(f"{chosen.what}; {header['machine']}; {machine.bandwidth / 1e9:.0f} GB/s, {machine.flops / 1e9:.0f} GFLOP/s "
+         f"in {chosen.dtype}")
+    todo = [(length, batch, case) for length in lengths for batch in batches for case in chosen.cases]
+    weights: Weights = {}
+    for length, batch, case in tqdm(todo, unit="case", disable=not sys.stderr.isatty()):
+        config = configs[length, case]
+        if not weights or length != found[-1]["length"]:
+            weights = random_weights(config.model, dtype)
+        found.append(measure(weights, config, case, batch, chosen.rule, machine, repeats))
+        _relate(found)
+        _say(_line(found[-1]))
+        out.write_text(json.dumps({**header, "model": dataclasses.asdict(config.model), "results": found}, indent=1))
+    out.with_suffix(".md").write_text(table(header, found))
+    plot(header, found, out.with_suffix(".png"))
+    _say(f"\n{table(header, found)}\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
+    return found
+
+
+def _config(preset: Preset, length: int, case: Case, overrides: Sequence[str]) -> Config:
+    model = ModelConfig.of_size(preset.size, length=length, vocab_size=50258, dropout=0.0)
+    return Config(model, case.family, train=TrainConfig(batch_size=64)).override(*overrides)
+
+
+def random_weights(model: ModelConfig, dtype: Any) -> Weights:
+    """Unstacked inference weights, none at its initial zero."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    params = {name: jnp.asarray(("norm" in name) + 0.02 * rng.standard_normal(x.shape, np.float32))
+              for name, x in shapes.items()}
+    return transformer.unstack(transformer.fold(model, params, dtype))
+
+
+def measure(weights: Weights, config: Config, case: Case, batch: int, rule: Rule, machine: Machine,
+            repeats: int) -> dict[str, Any]:
+    """One row of the table: seconds for a batch, and what they are made of."""
+    family = families.get(config)
+    plan = family.plan(jax.random.key(0), config, batch, case.steps, case.alpha_0, case.policy)
+    sampler = family.sampler(config)
+
+    def generate() -> None:
+        families.sample(weights, config, plan, jax.random.key(1), rule).block_until_ready()
+
+    scaled = not sampler.cached
+    if scaled:
+        with Stopwatch() as watch:
+            sections = _sections(weights, config, plan, {"padded": rule, "greedy": Rule(temperature=0)}, repeats, 1, 1)
+        seconds = [sections["padded"] * plan.nfe]
+        sections["exact"] = sections["padded"]  # all L slots, always
+    else:
+        with Stopwatch() as watch:
+            _compile(weights, config, plan, rule)
+        seconds = [_seconds(generate) for _ in range(repeats)]
+        variants = {"padded": rule, "exact": rule, "greedy": Rule(temperature=0)}
+        sections = _sections(weights, config, plan, variants, repeats, SECTIONS, SECTION_STEPS)
+    median = statistics.median(seconds)
+    floor = floor_seconds(plan, sampler, config.model, weights, machine)
+    return {"sampler": case.label, "length": config.model.length, "batch": batch, "alpha_0": case.alpha_0,
+            "steps": case.steps, "nfe": plan.nfe, "seconds": median, "all_seconds": seconds,
+            "scaled_from_one_pass": scaled, "tokens_per_s": plan.order.size / median,
+            "compile_seconds": watch.compile_seconds, "floor_seconds": floor, "of_the_floor": floor / median,
+            # Shares are of the same few steps, timed in turn.
+            "seconds_without_draws": median * sections["greedy"] / sections["padded"],
+            "padding_and_bookkeeping": median / (sections["exact"] * plan.nfe) - 1}
+
+
+def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
+    """Runs one step of every run of the plan, so that all its programs are there."""
+    model, sampler = config.model, families.get(config).sampler(config)
+    keys = loop.row_keys(jax.random.key(1), jnp.arange(len(plan.order)))
+    steps, runs = loop.schedule(plan, sampler)
+    state = loop.start(weights, model, sampler, plan.order)
+    for run in runs:
+        state = loop.grow(state, run.shape)
+        state = loop.decode_run(weights, state, steps, run.low, run.low + 1, keys, model, sampler, rule, run.shape)
+    jax.block_until_ready(state)
+
+
+def _sections(weights: Weights, config: Config, plan: Plan, variants: dict[str, Rule], repeats: int, count: int,
+              steps: int) -> dict[str, float]:
+    """Mean seconds per step, over `count` places of the plan, of each variant: "exact" has shapes that fit the step,
+    the others those of the sampler. "greedy" takes the largest logit, the least that can be done with all of them."""
+    model, sampler = config.model, families.get(config).sampler(config)
+    keys = loop.row_keys(jax.random.key(1), jnp.arange(len(plan.order)))
+
+    def runner(name: str, rule: Rule, index: int) -> Callable[[], None]:
+        table, runs = loop.schedule(plan, sampler, exact=name == "exact")
+        shape = next(run.shape for run in runs if run.low <= index < run.high)
+        state = loop.grow(loop.start(weights, model, sampler, plan.order), shape)
+        low = max(0, min(index, plan.nfe - steps))
+
+        def go() -> None:
+            nonlocal state
+            state = loop.decode_run(weights, state, table, low, low + steps, keys, model, sampler, rule, shape)
+            jax.block_until_ready(state)
+
+        go()  # compiles
+        return go
+
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for index in np.linspace(0, plan.nfe - 1, count + 2).astype(int)[1:-1].tolist():
+        runners = {name: runner(name, rule, index) for name, rule in variants.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for _ in range(repeats):  # in turn, since machines drift
+            for name, go in runners.items():
+                seconds[name].append(_seconds(go) / steps)
+        for name in variants:
+            times[name].append(statistics.median(seconds[name]))
+    return {name: statistics.fmean(of) for name, of in times.items()}
+
+
+def floor_seconds(plan: Plan, sampler: loop.Sampler, model: ModelConfig, weights: Weights, machine: Machine) -> float:
+    """The least time for the plan's steps; see the top of this file."""
+    batch, d, n = len(plan.order), model.width, model.layers
+    start, stop = sampler.window(plan)
+    window, live = stop - start, stop if sampler.cached else np.full(plan.nfe, plan.length)
+    multiplied = [*weights["blocks"], weights["head"]]
+    weight_bytes = sum(w.nbytes for w in jax.tree.leaves(multiplied))
+    cache_bytes = 2 * n * batch * d * live * weights["head"]["kernel"].dtype.itemsize if sampler.cached else 0
+    flops = batch * (2 * 12 * n * d * d * window + 4 * n * d * window * live
+                     + 2 * d * model.vocab_size * plan.tokens_per_step)
+    return float(np.maximum((weight_bytes + cache_bytes) / machine.bandwidth, flops / machine.flops).sum())
+
+
+def measure_machine(dtype: Any) -> Machine:
+    """Bandwidth and matrix peak, the best of a few."""
+    cpu = jax.default_backend() == "cpu"
+    large = jnp.ones((512, 2**19 if cpu else 2**21), jnp.float32)
+    side = 4096 if cpu else 8192
+    square = jnp.ones((side, side), dtype)
+    total = jax.jit(lambda x: x.sum(1))
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
+
+    def best(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+        function(x).block_until_ready()
+        return min(_seconds(lambda: function(x).block_until_ready()) for _ in range(5))
+
+    return Machine(large.nbytes / best(total, large), 2 * side**3 / best(product, square))
+
+
+def describe_machine() -> str:
+    """The device, and the versions that matter."""
+    device = jax.devices()[0]
+    name = device.device_kind
+    if device.platform == "cpu":
+        with open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else open(os.devnull) as file:
+            models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        name = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
+    return f"{name}, Python {platform.python_version()}, jax {jax.__version__}"
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def _relate(found: list[dict[str, Any]]) -> None:
+    """Adds how many times the time of Eso-LM's same plan each took, None where there is none yet."""
+    same = ("length", "batch", "steps", "alpha_0")
+    for row in found:
+        eso = [r for r in found if r["sampler"].startswith("Eso-LM") and all(r[key] == row[key] for key in same)]
+        row["times_eso_lm"] = row["seconds"] / eso[0]["seconds"] if eso else None
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "sampler": lambda r: r["sampler"],
+    "L": lambda r: str(r["length"]),
+    "batch": lambda r: str(r["batch"]),
+    "NFE": lambda r: str(r["nfe"]),
+    "seconds": lambda r: f"{r['seconds']:.3g}" + (" (scaled from one pass)" if r["scaled_from_one_pass"] else ""),
+    "tokens/s": lambda r: f"{r['tokens_per_s']:.0f}",
+    "x Eso-LM": lambda r: "" if r["times_eso_lm"] is None else f"{r['times_eso_lm']:.2f}",
+    "of the floor": lambda r: f"{100 * r['of_the_floor']:.0f}%",
+    "without draws, s": lambda r: f"{r['seconds_without_draws']:.3g}",
+    "padding": lambda r: f"{100 * r['padding_and_bookkeeping']:+.0f}%",
+    "compile, s": lambda r: f"{r['compile_seconds']:.1f}",
+}
+
+
+def table(header: dict[str, Any], found: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [f"{header['what']}; {header['machine']}; {header['dtype']}, "
+             f"{header['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s, {header['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s; "
+             f"{header['date']}; draws included, compilation not, median of {header['repeats']}", "",
+             "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    return "\n".join(lines + ["| " + " | ".join(show(row) for show in COLUMNS.values()) + " |" for row in found]) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    return "  " + ", ".join(f"{name} {show(row)}" for name, show in COLUMNS.items() if show(row))
+
+
+def plot(header: dict[str, Any], found: list[dict[str, Any]], path: Path) -> None:
+    """Seconds per batch on a logarithmic axis, a bar per row, its floor marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.32 * len(found)), layout="constrained")
+    rows = np.arange(len(found))[::-1]
+    colours = ["#2a9d8f" if row["sampler"].startswith("Eso-LM") else "#9fc5e8" for row in found]
+    axes.barh(rows, [row["seconds"] for row in found], color=colours, label="measured")
+    axes.plot([row["floor_seconds"] for row in found], rows, "k|", markersize=12, label="floor of this machine")
+    axes.set(xscale="log", xlabel="seconds per batch, draws included", title=f"{header['what']}\n{header['machine']}",
+             yticks=rows, yticklabels=[f"{row['sampler']}, L {row['length']}, batch {row['batch']}" for row in found])
+    axes.title.set_fontsize(9)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _say(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)
