@@ -189,9 +189,12 @@ def check_cache(arguments: argparse.Namespace) -> None:
 
     _say(f"{model.config.family.name} at step {model.step}, {arguments.dtype}, {arguments.rows} rows, "
          f"{jax.devices()[0].device_kind}; worst difference between logits (limit: {tolerance:g} of the largest)")
-    for policy in ("left-to-right",) if model.config.family.name == "ar" else ("binomial", "one-by-one"):
-        keys = jax.random.split(jax.random.key(arguments.seed), 3)
-        plan = family.plan(keys[0], model.config, arguments.rows, config.length, alpha_0, policy)
+    # Four tokens per step (in each block, for BD3-LM), and one: few programs to compile.
+    block = model.config.family.block_size if model.config.family.name == "bd3lm" else config.length
+    steps = config.length // block * max(1, block // 4)
+    for policy in ("left-to-right",) if model.config.family.name == "ar" else ("balanced", "one-by-one"):
+        keys = jax.random.split(jax.random.key(arguments.seed))
+        plan = family.plan(keys[0], model.config, arguments.rows, steps, alpha_0, policy)
         x = sort(families.sample(model.weights, model.config, plan, keys[1]), plan.order)
         _say(f"{policy} plan, {plan.nfe} passes, on samples of its own")
         report("cached against uncached", check.cache_error(model.weights, config, sampler, plan, x))

@@ -163,6 +163,7 @@ def test_nucleus_equals_the_authors(cases: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("field, value", [("top_p", 0.0), ("top_p", -0.5), ("top_p", 1.01), ("temperature", -1.0),
+                                          ("min_p", -0.1), ("min_p", 1.0), ("min_p", float("nan")),
                                           ("top_p", float("nan")), ("temperature", float("nan"))])
 def test_impossible_rules_are_refused(field: str, value: float) -> None:
     with pytest.raises(EsoError, match=f"{field} = {value}: must be"):
@@ -194,22 +195,34 @@ def test_tail_is_exact() -> None:
 
 
 def test_tail_of_a_joint_float32_gumbel_draw_is_not() -> None:
-    """The trap that positions-first avoids. A token or the mask in one draw, as ancestral samplers do it, loses over
-    half of the tokens with p < 1e-5, which hold 15% of the mass (and a third of those with p < 1e-4, 36%). Of 32,000
-    positions 77 should get one, and some 34 do: near 5 standard errors short, so the check above, at 3.5, fails."""
-    positions, rows = 32_000, 16
+    """The trap that positions-first avoids. A token or the mask in one draw, as ancestral samplers do it, loses a third
+    of the tokens with p < 1e-4, which hold 36% of the mass, and over half of those with p < 1e-5, which hold 15%. At
+    60,000 positions both are near 6 standard errors short, so that the check above, at 3.5, fails."""
+    positions, rows = 60_000, 16
     logits = jnp.log(np.append(ZIPF / T, 1 - 1 / T))
-    first_rare = int((ZIPF >= RARE).sum())
+    edges = [int((ZIPF >= below).sum()) for below in (1e-4, RARE)]
 
     @jax.jit
     def group(key: jax.Array) -> jax.Array:
-        """0 common, 1 rare, 2 mask: where jax.random.categorical finds the largest score. (To look for the exact place
-        takes as long as the noise.)"""
+        """0 common, 1 rare, 2 rarer, 3 mask: where jax.random.categorical finds the largest score. (To look for the
+        exact place takes as long as the noise.)"""
         scores = jax.random.gumbel(key, (rows, V + 1)) + logits
-        return jnp.stack([scores[:, :first_rare].max(-1), scores[:, first_rare:-1].max(-1), scores[:, -1]]).argmax(0)
+        return jnp.stack([part.max(-1) for part in jnp.split(scores, [*edges, V], axis=-1)]).argmax(0)
 
     keys = jax.random.split(jax.random.key(0), positions // rows)
     groups = np.concatenate([group(key) for key in keys])
     exact = np.concatenate([jax.random.categorical(key, logits, shape=(rows,)) for key in keys[:8]])
-    np.testing.assert_array_equal(groups[:exact.size], np.digitize(exact, [first_rare, V]))
-    assert tail_z(np.full((groups == 1).sum(), first_rare), positions, RARE) < -3.5
+    np.testing.assert_array_equal(groups[:exact.size], np.digitize(exact, [*edges, V]))
+    tokens = np.concatenate([np.full((groups == 1 + i).sum(), edge) for i, edge in enumerate(edges)])
+    assert tail_z(tokens, positions, 1e-4) < -3.5
+    assert tail_z(tokens, positions, RARE) < -3.5
+
+
+def test_min_p_keeps_what_is_likely_enough_at_the_temperature() -> None:
+    p = np.array([0.5, 0.25, 0.15, 0.0999, 0.0001], np.float32)
+    for rule, kept in ((Rule(min_p=0.5), [0, 1]), (Rule(min_p=0.25), [0, 1, 2]),
+                       (Rule(min_p=0.25, top_p=0.6), [0, 1]), (Rule(temperature=2.0, min_p=0.5), [0, 1, 2]),
+                       (Rule(min_p=1e-5), [0, 1, 2, 3, 4])):
+        tokens = np.asarray(many(jax.random.key(0), jnp.log(p), 60_000, rule))
+        scaled = np.where(np.isin(np.arange(5), kept), p.astype(np.float64) ** (1 / rule.temperature), 0)
+        check_frequencies(tokens, scaled / scaled.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,9 @@ import eso_jax
 from conftest import GOLDENS
 from eso_jax import train as training
 from eso_jax.cli import main
+from eso_jax.evaluation import throughput
+from eso_jax.sampling import check
+from eso_jax.sampling.rejection import unigram_entropy
 from test_train import BASE
 
 Run = Callable[..., str]
@@ -56,7 +60,8 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["score"], ["sample"], ["import"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["score"], ["sample"], ["import"],
+                                     ["check-cache"], ["bench"]])
 def test_help(command: list[str], run: Run) -> None:
     text = run(*command, "--help")
     assert "eso-jax" in text and (not command or "example: eso-jax" in text)
@@ -112,6 +117,109 @@ def test_sample_writes_the_contract(tmp_path: Path, run: Run, trained: Path) -> 
     run("sample", "--workdir", trained, "--num-samples", 5, "--steps", 4, "--alpha-0", 0.5, "--top-p", 0.9,
         "--seed", 3, "--out", tmp_path / "again.npz")
     np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "again.npz")["tokens"])
+
+
+def test_a_plan_is_kept_replayed_and_scored(tmp_path: Path, run: Run, trained: Path) -> None:
+    common = ["--workdir", trained, "--num-samples", 3, "--seed", 5]
+    run("sample", *common, "--plan", "balanced", "--steps", 3, "--alpha-0", 0.5, "--min-p", 0.01,
+        "--out", tmp_path / "a.npz")
+    first = np.load(tmp_path / "a.npz")
+    assert first["diffusion"] == 8 and first["tokens_per_step"].tolist() == [2, 3, 3] + [1] * 8
+    run("sample", *common, "--plan", tmp_path / "a.npz", "--min-p", 0.01, "--out", tmp_path / "b.npz")
+    for name in ("tokens", "order", "tokens_per_step", "diffusion"):
+        np.testing.assert_array_equal(first[name], np.load(tmp_path / "b.npz")[name])
+    run("score", "--workdir", trained, "--tokens", tmp_path / "a.npz", "--plan", tmp_path / "a.npz",
+        "--out", tmp_path / "s.npz")
+    scores = np.load(tmp_path / "s.npz")
+    assert scores["logp_in_order"].shape == (3, 16) and (scores["logp_in_order"] < 0).all()
+    np.testing.assert_allclose(scores["logp"], scores["logp_in_order"].sum(1), rtol=1e-6)
+    np.savez(tmp_path / "bare.npz", order=first["order"], tokens_per_step=first["tokens_per_step"])
+    run("sample", *common, "--plan", tmp_path / "bare.npz", "--min-p", 0.01, "--out", tmp_path / "c.npz")
+    np.testing.assert_array_equal(first["tokens"], np.load(tmp_path / "c.npz")["tokens"])
+
+
+def test_low_entropy_is_drawn_again_only_when_asked_and_counted(tmp_path: Path, run: Run, trained: Path) -> None:
+    sample = ["sample", "--workdir", trained, "--num-samples", 6, "--out", tmp_path / "s.npz"]
+    run(*sample)
+    first = np.load(tmp_path / "s.npz")
+    assert first["tries"].tolist() == [1] * 6
+    entropy = np.sort(unigram_entropy(first["tokens"]))
+    between = (entropy[2] + entropy[3]) / 2
+    text = run(*sample, "--num-tries", 2, "--min-entropy", between)
+    again = np.load(tmp_path / "s.npz")
+    redrawn = unigram_entropy(first["tokens"]) < between
+    np.testing.assert_array_equal(again["tries"], 1 + redrawn)
+    np.testing.assert_array_equal((again["tokens"] != first["tokens"]).any(axis=1), redrawn)
+    assert f"{redrawn.sum()} of 6 samples drawn again, {6 + redrawn.sum()} draws in all" in text
+
+
+def test_unigram_entropy() -> None:
+    rows = np.array([[1] * 8, [1, 2] * 4, [1, 1, 1, 1, 2, 3, 4, 5]])
+    np.testing.assert_allclose(unigram_entropy(rows), [0, np.log(2), 2 * np.log(2)], atol=1e-12)
+    np.testing.assert_allclose(unigram_entropy(rows, last=4), [0, np.log(2), np.log(4)], atol=1e-12)
+
+
+def test_check_cache(tmp_path: Path, run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch,
+                     capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["check-cache", "--workdir", trained, "--rows", 2]
+    text = run(*command)
+    assert text.count("cached against uncached") == 2 and "the cache is exact" in text and "TOO MUCH" not in text
+    assert text.count("the same tokens drawn") == 2
+    assert "bfloat16 against float32" in run(*command, "--dtype", "bfloat16")
+    assert "--rows = 1" in run(*command[:3], "--rows", 1, code=2)
+    for family, file, code in (("bd3lm", "bd3lm", 0), ("mdlm", "eso", 2)):
+        run("import", GOLDENS / f"{file}_tiny.safetensors", "--config", GOLDENS / "config.json", "--family", family,
+            "--out", tmp_path / family)
+        text = run("check-cache", "--workdir", tmp_path / family, "--rows", 2, code=code)
+        assert ("the cache is exact" if code == 0 else "has no cache") in text
+    monkeypatch.setattr(check, "cache_error", lambda *arguments: check.Difference(1e-2, 5.0))
+    capsys.readouterr()
+    assert main([str(argument) for argument in command]) == 2
+    text = capsys.readouterr().err
+    assert text.count("TOO MUCH") == 2 and "2 of the differences are more than rounding" in text
+
+
+def test_bench_at_a_reduced_size(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every preset, on a model and plans that take seconds."""
+    monkeypatch.setattr(throughput, "SECTIONS", 1)
+    monkeypatch.setattr(throughput, "measure_machine", lambda dtype: throughput.Machine(1e10, 1e11))
+    for preset, few in (("table11", throughput.ONE_BY_ONE[1::3]), ("table13", throughput.TABLE_13[3::6])):
+        monkeypatch.setitem(throughput.PRESETS, preset, throughput.PRESETS[preset]._replace(cases=few))
+    small = ["model.width=8", "model.heads=2", "model.layers=1", "model.vocab_size=20"]
+    for preset in ("cpu", "table11", "table13"):
+        out = tmp_path / f"{preset}.json"
+        text = run("bench", "sampling", "--preset", preset, "--lengths", 32, "--batches", 2, "--repeats", 1,
+                   "--out", out, *small)
+        found = json.loads(out.read_text())
+        assert len(found["results"]) == len(throughput.PRESETS[preset].cases)
+        for row in found["results"]:
+            assert row["seconds"] > 0 and row["of_the_floor"] > 0 and row["seconds_without_draws"] > 0
+            assert row["tokens_per_s"] == pytest.approx(64 / row["seconds"])
+            assert row["scaled_from_one_pass"] == row["sampler"].startswith("MDLM")
+        if preset == "cpu":
+            assert [row["nfe"] for row in found["results"]] == [32] * 5
+            assert found["results"][1]["times_eso_lm"] == 1
+        assert out.with_suffix(".png").stat().st_size > 5000
+        assert out.with_suffix(".md").read_text().strip() in text
+    for arguments, message in ((["model.widht=3"], "did you mean model.width?"), (["--batches", 0], "--batches = 0"),
+                               (["--repeats", 0], "--repeats = 0"), (["model.heads=3"], "model.heads = 3")):
+        command = ["bench", "sampling", "--preset", "cpu", "--out", tmp_path / "no.json", *arguments]
+        assert message in run(*command, code=2)
+    assert not (tmp_path / "no.json").exists()
+
+
+def test_compiled_programs_are_kept(tmp_path: Path, trained: Path) -> None:
+    """In the user's cache folder, unless JAX's own variable names another; the second run compiles less."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-m", "eso_jax", "sample", "--workdir", str(trained), "--out", str(tmp_path / "s.npz")]
+    environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    kept = list((tmp_path / "cache" / "eso-jax").iterdir())
+    assert len(kept) > 3
+    subprocess.run(command, check=True, capture_output=True,
+                   env=environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")})
+    assert (tmp_path / "mine").is_dir()
+    assert len(list((tmp_path / "cache" / "eso-jax").iterdir())) == len(kept)
 
 
 def test_import_then_score_gives_the_golden_bound(tmp_path: Path, run: Run, imported: Path) -> None:
@@ -220,12 +328,25 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
     for flag, value, message in (("--top-p", 0, "top_p = 0.0: must be in (0, 1]"),
                                  ("--steps", 0, "steps = 0: T must be"),
                                  ("--alpha-0", 1.5, "alpha_0 = 1.5"), ("--num-samples", 0, "num_samples = 0"),
-                                 ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value")):
+                                 ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value"),
+                                 ("--min-p", 1, "min_p = 1.0"), ("--num-tries", 0, "num_tries = 0"),
+                                 ("--plan", "zigzag", "plan = 'zigzag': choose one of binomial"),
+                                 ("--plan", tmp_path / "no.npz", "no such file"),
+                                 ("--tensor", 3, "tensor = 3: must divide"), ("--dtype", "float16", "invalid choice")):
         assert message in run(*sample, flag, value, code=2)
+    np.savez(tmp_path / "plan.npz", order=orders[0], tokens_per_step=np.full(4, 4))
+    assert "must have shape [1, 16]" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
+    np.savez(tmp_path / "plan.npz", order=orders[0], tokens_per_step=np.full(3, 4))
+    assert "must be positive and sum to 16" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
+    np.savez(tmp_path / "plan.npz", order=orders[0] // 2, tokens_per_step=np.full(4, 4))
+    assert "not a permutation" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
+    assert "only one of them" in run(*score, tmp_path / "good.npy", "--plan", tmp_path / "plan.npz", "--num-orders", 2,
+                                     code=2)
     assert "is a folder" in run(*sample[:3], "--out", tmp_path, code=2)
     assert "--seed: -1: must be in [0, 2**32)" in run(*sample, "--seed", -1, code=2)
-    assert "not both" in run(*score, tmp_path / "good.npy", "--orders", tmp_path / "orders.npy", "--num-orders", 2,
-                             code=2)
+    orders_file = tmp_path / "orders.npy"
+    assert "only one of them" in run(*score, tmp_path / "good.npy", "--orders", orders_file, "--num-orders", 2,
+                                     code=2)
     assert "does not exist" in run(*sample[:3], "--out", tmp_path / "no" / "s.npz", code=2)
     assert "not a work directory" in run("sample", "--workdir", tmp_path, "--out", tmp_path / "s.npz", code=2)
     assert not (tmp_path / "s.npz").exists()

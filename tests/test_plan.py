@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eso_jax.config import EsoError
-from eso_jax.sampling.plan import Plan, binomial, draw, expected_nfe, left_to_right
+from eso_jax.sampling.plan import POLICIES, Plan, binomial, draw, expected_nfe, left_to_right, within_blocks
 
 L = 1024
 TABLE_13 = [  # alpha_0, T and the NFE that the paper prints, L = 1024
@@ -98,6 +98,62 @@ def test_pure_diffusion_and_pure_sequential() -> None:
     assert binomial(jax.random.key(0), 2, 10, 1, 1.0).tokens_per_step.tolist() == [10]
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_gives_a_whole_plan(policy: str) -> None:
+    plan = draw(policy, jax.random.key(0), 3, 24, 6, 1.0)
+    np.testing.assert_array_equal(np.sort(plan.order), np.tile(np.arange(24), (3, 1)))
+    assert plan.tokens_per_step.sum() == 24 and plan.nfe == len(plan.first)
+    np.testing.assert_array_equal(plan.first, [0, *np.cumsum(plan.tokens_per_step)[:-1]])
+    few = draw(policy, jax.random.key(0), 2, 24, 6, 1.0)  # rows do not depend on the batch size
+    np.testing.assert_array_equal(few.order, plan.order[:2])
+
+
+def test_balanced() -> None:
+    plan = draw("balanced", jax.random.key(0), 2, 10, 4, 0.7)
+    assert sorted(plan.tokens_per_step[:4].tolist()) == [1, 2, 2, 2] and plan.tokens_per_step[4:].tolist() == [1] * 3
+    assert plan.diffusion == 7 and (np.diff(plan.order[:, 7:]) > 0).all()
+    assert draw("balanced", jax.random.key(0), 1, 3, 8, 1.0).tokens_per_step.tolist() == [1, 1, 1]
+
+
+def test_one_by_one_is_the_binomial_plan_at_many_steps() -> None:
+    """Both decode Binomial(L, alpha_0) tokens by diffusion, one at a time: means of 200 within 4 standard errors."""
+    counts = [[draw(policy, jax.random.key(seed), 1, 30, 10**6, 0.3).diffused for seed in range(200)]
+              for policy in ("one-by-one", "binomial")]
+    assert np.all(np.abs(np.mean(counts, axis=1) - 9) < 4 * np.sqrt(30 * 0.3 * 0.7 / 200))
+    assert draw("one-by-one", jax.random.key(0), 1, 30, 1, 0.3).tokens_per_step.tolist() == [1] * 30
+
+
+def test_strided_groups_are_those_of_the_paper() -> None:
+    """L = 1024, parallelism 4: the groups {j, j + 256, j + 512, j + 768}."""
+    ascending, shared, by_row = (np.asarray(draw(policy, jax.random.key(0), 3, 1024, 256, 1.0).order)
+                                 for policy in ("strided", "strided-shared", "strided-row"))
+    for order in (ascending, shared, by_row):
+        groups = order.reshape(3, 256, 4)
+        np.testing.assert_array_equal(groups, groups[:, :, :1] + np.array([0, 256, 512, 768]))
+    np.testing.assert_array_equal(ascending[:, ::4], np.tile(np.arange(256), (3, 1)))
+    assert (shared[0] == shared[1]).all() and (shared[0] != ascending[0]).any()
+    assert (by_row[0] != by_row[1]).any() and (by_row[1] != by_row[2]).any()
+
+
+@pytest.mark.parametrize(("policy", "steps"), [("binomial", 2), ("balanced", 3), ("one-by-one", 1)])
+def test_plans_within_blocks(policy: str, steps: int) -> None:
+    plan = within_blocks(jax.random.key(0), 5, 24, 6, policy, steps)
+    order = np.asarray(plan.order)
+    np.testing.assert_array_equal(order // 6, np.tile(np.arange(24) // 6, (5, 1)))
+    np.testing.assert_array_equal(np.sort(order), np.tile(np.arange(24), (5, 1)))
+    assert len(np.unique(order, axis=0)) == 5 and (order[0, :6] != order[0, 6:12] - 6).any()
+    ends = np.cumsum(plan.tokens_per_step)
+    assert set(range(6, 25, 6)) <= set(ends.tolist())  # a step ends with every block
+    if policy != "binomial":
+        assert plan.nfe == 4 * (3 if policy == "balanced" else 6)
+
+
+def test_bd3lm_blocks_take_the_ancestral_law() -> None:
+    """The first of T' = 2 steps decodes Binomial(6, 1/2) tokens of each block; 400 blocks, within 4 standard errors."""
+    counts = within_blocks(jax.random.key(1), 1, 2400, 6, "binomial", 2).tokens_per_step
+    assert abs(len(counts) - 400 * (2 - 2 * 0.5**6)) < 4 * np.sqrt(400 * 2 * 0.5**6)
+
+
 def test_left_to_right() -> None:
     plan = left_to_right(3, 5)
     np.testing.assert_array_equal(plan.order, [[0, 1, 2, 3, 4]] * 3)
@@ -122,3 +178,15 @@ def test_impossible_plans_are_refused(steps: int, alpha_0: float, message: str) 
 def test_plan_whose_counts_do_not_cover_the_order_is_refused(counts: list[int]) -> None:
     with pytest.raises(EsoError, match="tokens_per_step: must be positive and sum to 4"):
         Plan(jnp.tile(jnp.arange(4), (2, 1)), np.array(counts))
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: draw("zigzag", jax.random.key(0), 1, 8, 4, 1.0), "plan = 'zigzag': choose one of binomial"),
+    (lambda: draw("strided", jax.random.key(0), 1, 8, 3, 1.0), "steps = 3: .* must divide 8"),
+    (lambda: draw("strided", jax.random.key(0), 1, 8, 4, 0.5), "alpha_0 = 0.5"),
+    (lambda: within_blocks(jax.random.key(0), 1, 8, 4, "strided", 4), "BD3-LM's plans are"),
+    (lambda: Plan(jnp.arange(4)[None], np.array([2, 2]), 5), "diffusion = 5"),
+    (lambda: Plan(jnp.arange(4)[None], np.array([2, 2]), 2), "one per step")])
+def test_what_makes_no_plan_is_said(make: object, message: str) -> None:
+    with pytest.raises(EsoError, match=message):
+        make()  # type: ignore[operator]

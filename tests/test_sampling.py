@@ -73,6 +73,22 @@ def test_cached_logits_equal_uncached(name: str, cuts: list[bool], batch: int, a
         np.testing.assert_allclose(cached, uncached, atol=1e-5 * largest, rtol=1e-5)
 
 
+def test_a_cache_that_is_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What eso-jax check-cache prints is small for our cache, and large for one whose keys are written a slot late."""
+    config = tiny_config(length=LENGTH, vocab_size=10)  # compiled for nobody else
+    sampler, weights = families.get(config).sampler(config), random_weights(config.model)
+    plan = plan_of("esolm", 0, 2, CUTS)
+    x = sort(random_tokens(config, 2), plan.order)
+    arguments = (weights, config.model, sampler, plan, x)
+    assert check.cache_error(*arguments).relative < 1e-5 and check.batch_error(*arguments, size=1).relative < 1e-5
+    write = jax.lax.dynamic_update_slice_in_dim
+    monkeypatch.setattr(jax.lax, "dynamic_update_slice_in_dim",
+                        lambda x, new, start, axis: write(x, new, start + (x.ndim == 4), axis))
+    jax.clear_caches()
+    assert check.cache_error(*arguments).relative > 1e-3
+    jax.clear_caches()
+
+
 def training_nll(name: str, plan: Plan, first: int, tokens: jax.Array) -> jax.Array:
     """-log p by slot of the family's training pass with the slots from `first` masked."""
     config, order = CONFIGS[name], plan.order

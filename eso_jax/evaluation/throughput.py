@@ -32,12 +32,14 @@ from tqdm import tqdm
 
 from eso_jax import families, transformer
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig, require
+from eso_jax.order import unsort
 from eso_jax.sampling import loop
 from eso_jax.sampling.categorical import Rule
 from eso_jax.sampling.plan import Plan
 from eso_jax.timing import Stopwatch
 from eso_jax.transformer import Weights
 
+GREEDY = Rule(temperature=0.0)
 SECTIONS, SECTION_STEPS = 8, 8  # where and for how long a plan is sampled to compare variants of its steps
 
 
@@ -165,14 +167,14 @@ def measure(weights: Weights, config: Config, case: Case, batch: int, rule: Rule
     scaled = not sampler.cached
     if scaled:
         with Stopwatch() as watch:
-            sections = _sections(weights, config, plan, {"padded": rule, "greedy": Rule(temperature=0)}, repeats, 1, 1)
+            sections = _sections(weights, config, plan, {"padded": rule, "greedy": GREEDY}, repeats, 1, 1)
         seconds = [sections["padded"] * plan.nfe]
         sections["exact"] = sections["padded"]  # all L slots, always
     else:
         with Stopwatch() as watch:
             _compile(weights, config, plan, rule)
         seconds = [_seconds(generate) for _ in range(repeats)]
-        variants = {"padded": rule, "exact": rule, "greedy": Rule(temperature=0)}
+        variants = {"padded": rule, "exact": rule, "greedy": GREEDY}
         sections = _sections(weights, config, plan, variants, repeats, SECTIONS, SECTION_STEPS)
     median = statistics.median(seconds)
     floor = floor_seconds(plan, sampler, config.model, weights, machine)
@@ -194,7 +196,7 @@ def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
     for run in runs:
         state = loop.grow(state, run.shape)
         state = loop.decode_run(weights, state, steps, run.low, run.low + 1, keys, model, sampler, rule, run.shape)
-    jax.block_until_ready(state)
+    unsort(state.tokens[:, sampler.shift:], plan.order).block_until_ready()
 
 
 def _sections(weights: Weights, config: Config, plan: Plan, variants: dict[str, Rule], repeats: int, count: int,
