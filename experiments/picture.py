@@ -1,11 +1,13 @@
 """Draws the README's picture from the code itself: a decoding plan, and who sees whom in each family.
 
-Command:   python experiments/picture.py      (seconds, any machine)
-Writes experiments/figures/how_it_works.png.
+Command:   python experiments/picture.py                 writes experiments/figures/how_it_works.png
+           python experiments/picture.py samples.npz     draws the plan of what `eso-jax sample` wrote: samples.png
+           (seconds, any machine)
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import jax
@@ -30,15 +32,13 @@ OUT = Path(__file__).parent / "figures" / "how_it_works.png"
 
 def decoding(axes: Axes, plan: Plan) -> None:
     """One row per forward pass, one column per position: what is decoded, cached or still masked."""
-    order, in_parallel = np.asarray(plan.order[0]), sum(PARALLEL_STEPS)
-    grid = np.full((plan.nfe, LENGTH), MASKED)
-    first = 0
-    for step, count in enumerate(plan.tokens_per_step):
+    order = np.asarray(plan.order[0])
+    grid = np.full((plan.nfe, plan.length), MASKED)
+    for step, (first, count) in enumerate(zip(plan.first, plan.tokens_per_step, strict=True)):
         grid[step, order[:first]] = CACHED
-        grid[step, order[first:first + count]] = PARALLEL if first < in_parallel else SEQUENTIAL
-        first += count
-    axes.imshow(grid, cmap=COLOURS, vmin=0, vmax=3, aspect="auto")
-    axes.set(title=f"Eso-LM decodes {LENGTH} tokens in {plan.nfe} passes", xlabel="position", ylabel="forward pass")
+        grid[step, order[first:first + count]] = PARALLEL if first < plan.diffused else SEQUENTIAL
+    axes.imshow(grid, cmap=COLOURS, vmin=0, vmax=3, aspect="auto", interpolation="nearest")
+    axes.set(title=f"{plan.length} tokens in {plan.nfe} passes", xlabel="position", ylabel="forward pass")
     labels = ["masked, not computed", "decoded in parallel (diffusion)", "decoded left to right", "clean, in the cache"]
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS(i)) for i in range(4)]
     axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False)
@@ -50,12 +50,22 @@ def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:
     axes.title.set_fontsize(9)
 
 
+def draw_plan(path: Path) -> None:
+    """The plan of a .npz of eso-jax sample, its first row."""
+    with np.load(path) as arrays:
+        plan = Plan(jnp.asarray(arrays["order"]), arrays["tokens_per_step"], int(arrays["diffusion"]))
+    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
+    decoding(axes, plan)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    print(f"wrote {path.with_suffix('.png')}")
+
+
 def main() -> None:
     figure = plt.figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1], squeeze=False)[0]
     order = random_then_ascending(jax.random.key(4), LENGTH, sum(PARALLEL_STEPS))
     counts = PARALLEL_STEPS + [1] * (LENGTH - sum(PARALLEL_STEPS))
-    decoding(left.subplots(), Plan(order[None], np.array(counts)))
+    decoding(left.subplots(), Plan(order[None], np.array(counts), sum(PARALLEL_STEPS)))
     slots = jnp.arange(8)
     query, key = slots[:, None], slots[None, :]
     both = np.zeros((16, 16), bool)
@@ -72,4 +82,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:]:
+        draw_plan(Path(name))
+    if not sys.argv[1:]:
+        main()

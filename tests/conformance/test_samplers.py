@@ -1,0 +1,225 @@
+"""Every sampler draws from the law that its plan states, to the accuracy of 16,000 samples.
+
+An oracle that knows all conditionals of a small joint distribution (oracle.py) takes the denoiser's place; the plans,
+the loop, the cache, the attention and the draws are the real ones. The law of what is then drawn is known, and the
+counts of all sequences are held against it by a chi-square test.
+
+A new sampler is tested by adding one line to `SAMPLERS`.
+
+A correct sampler is rejected with probability 1e-4 (`ALARM`), some line of the table with at most 1e-4 per line, under
+half a percent in all. Seeds are fixed, so a false alarm can only come with a change to what is drawn, and stays.
+
+Left to tests/test_sampling.py, where a step must equal the family's training pass: which masks a slot sees, which tell
+the oracle nothing, and numbers closer than samples can tell.
+
+Axes: B batch, L length, O orders, X tokens.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+import oracle
+from eso_jax import families, masks, transformer
+from eso_jax.config import Config, FamilyConfig
+from eso_jax.sampling import loop
+from eso_jax.sampling.categorical import Rule
+from eso_jax.sampling.plan import Plan
+
+ROWS, ORDERS = 2**14, 4  # samples, and the orders that they share
+ALARM = 1e-4  # the p-value under which a sampler is rejected
+CERTAIN = 1e-20  # and that which a wrong one must not reach
+
+SHORT, LONG = (3, 6), (2, 9)  # tokens, length; above a length of 8 windows and widths are rounded up
+
+
+class Case(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+      family: its name.
+      policy: a plan's name; or the tokens per step of a plan that is given, with random orders.
+      steps, alpha_0: of the plan.
+      options: of the family's config.
+      shape: tokens and length.
+    """
+
+    family: str
+    policy: str | tuple[int, ...]
+    steps: int = 3
+    alpha_0: float = 1.0
+    options: dict[str, Any] = {}
+    shape: tuple[int, int] = SHORT
+
+    def __str__(self) -> str:
+        policy = self.policy if isinstance(self.policy, str) else "+".join(map(str, self.policy))
+        options = [f"{name}={value}" for name, value in self.options.items()]
+        return "-".join([self.family, policy, f"T={self.steps}", f"alpha_0={self.alpha_0}", *options,
+                         f"L={self.shape[1]}"])
+
+
+SAMPLERS = [
+    Case("esolm", "binomial", alpha_0=0.0),
+    Case("esolm", "binomial", alpha_0=0.5),
+    Case("esolm", "binomial"),
+    Case("esolm", "balanced", alpha_0=0.0),
+    Case("esolm", "balanced", steps=2, alpha_0=0.5),
+    Case("esolm", "balanced"),
+    Case("esolm", "one-by-one", alpha_0=0.0),
+    Case("esolm", "one-by-one", alpha_0=0.5),
+    Case("esolm", "one-by-one"),
+    Case("esolm", "strided"),
+    Case("esolm", "strided-shared"),
+    Case("esolm", "strided-row"),
+    Case("esolm", "left-to-right"),
+    Case("esolm", (3, 3, 3), shape=LONG),
+    Case("esolm_a", "binomial", alpha_0=0.0),
+    Case("esolm_a", "binomial"),
+    Case("esolm_a", "balanced", steps=2, alpha_0=0.7),
+    Case("esolm_a", "one-by-one", alpha_0=0.5),
+    Case("esolm_a", "strided-row"),
+    Case("ar", "left-to-right"),
+    Case("ar", "left-to-right", options={"start_id": 0}),
+    Case("mdlm", "binomial"),
+    Case("mdlm", "one-by-one"),
+    Case("bd3lm", "binomial", steps=6, options={"block_size": 2}),
+    Case("bd3lm", "binomial", steps=4, options={"block_size": 3}),
+    Case("bd3lm", "one-by-one", options={"block_size": 2}),
+    Case("bd3lm", "one-by-one", options={"block_size": 3}),
+    Case("bd3lm", "one-by-one", options={"block_size": 3}, shape=LONG),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _oracle() -> Iterator[None]:
+    """The oracle in the denoiser's place, and a cache that grows at the longer length.
+
+    XLA optimizes little meanwhile: this suite compiles for longer than it runs.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "trunk", oracle.trunk)
+        patch.setattr(transformer, "head", oracle.head)
+        patch.setattr(loop, "PART", 8)
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.clear_caches()
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+def config_of(case: Case) -> Config:
+    return Config(model=oracle.model(*case.shape), family=FamilyConfig(name=case.family, **case.options))
+
+
+def weights_of(case: Case) -> transformer.Weights:
+    return oracle.weights(oracle.joint(*case.shape), shifted=case.family == "ar")
+
+
+def plan_of(case: Case, rows: int) -> Plan:
+    """The case's plan for O orders, which the rows take in turn."""
+    config = config_of(case)
+    if isinstance(case.policy, tuple):
+        orders = np.random.default_rng(0).permuted(np.tile(np.arange(config.model.length), (ORDERS, 1)), axis=1)
+        plan = Plan(jnp.asarray(orders), np.array(case.policy))
+    else:
+        plan = families.get(config).plan(jax.random.key(0), config, ORDERS, case.steps, case.alpha_0, case.policy)
+    return Plan(jnp.tile(plan.order, (rows // ORDERS, 1)), plan.tokens_per_step, plan.diffusion)
+
+
+def laws_of(case: Case, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """The law of each distinct order, [O, X, ..., X], and which of them each row has, [B]."""
+    orders, which = np.unique(plan.order, axis=0, return_inverse=True)
+    laws = [oracle.law(oracle.joint(*case.shape), order, plan.tokens_per_step) for order in orders]
+    return np.stack(laws), which.reshape(-1)
+
+
+def p_value(counts: np.ndarray, laws: np.ndarray) -> float:
+    """Chi-square of counts [O, X, ..., X], each order's against its own law, so that a row decoded along another row's
+    order is noticed. The sequences that an order is expected to give less than 5 times make up one cell."""
+    statistic = freedom = 0.0
+    for observed, law in zip(counts.reshape(len(counts), -1), laws.reshape(len(laws), -1), strict=True):
+        expected = observed.sum() * law
+        cell = np.where(expected < 5, 0, 1 + np.arange(len(law)))
+        observed, expected = (np.bincount(cell, weights=n) for n in (observed, expected))
+        used = expected > 0
+        statistic += ((observed - expected)[used] ** 2 / expected[used]).sum()
+        freedom += used.sum() - 1
+    return float(chi2.sf(statistic, freedom))
+
+
+def p_value_of(case: Case, rule: Rule = Rule()) -> float:
+    """That of the case's samples under the law of their plan; 0 if they hold a mask, which no law allows."""
+    config, plan = config_of(case), plan_of(case, ROWS)
+    key = jax.random.key(zlib.crc32(str(case).encode()))
+    x = np.asarray(families.sample(weights_of(case), config, plan, key, rule))
+    if (x == config.model.mask).any():
+        return 0.0
+    laws, which = laws_of(case, plan)
+    counts = np.zeros(laws.shape, int)
+    np.add.at(counts, (which, *x.T), 1)
+    return p_value(counts, laws)
+
+
+@pytest.mark.parametrize("case", SAMPLERS, ids=str)
+def test_samples_follow_the_law(case: Case) -> None:
+    assert p_value_of(case) > ALARM
+
+
+@pytest.mark.parametrize("case", SAMPLERS, ids=str)
+def test_scores_are_the_law(case: Case) -> None:
+    config, plan, p = config_of(case), plan_of(case, 2 * ORDERS), oracle.joint(*case.shape)
+    x = np.random.default_rng(1).integers(len(p), size=plan.order.shape)
+    scores = families.plan_log_prob(weights_of(case), config, plan, jnp.asarray(x, jnp.int32))
+    for row, order in enumerate(np.asarray(plan.order)):
+        factors = oracle.law_by_slot(p, order, plan.tokens_per_step)
+        law = [np.broadcast_to(factor, p.shape)[tuple(x[row])] for factor in factors]
+        np.testing.assert_allclose(scores[row], np.log(law), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", SAMPLERS, ids=str)
+def test_only_parallel_steps_leave_the_joint(case: Case) -> None:
+    """One token per step is exact in any order. With more, samples of the joint itself would be rejected by far."""
+    plan = plan_of(case, ORDERS)
+    laws, _ = laws_of(case, plan)
+    joint = np.broadcast_to(oracle.joint(*case.shape), laws.shape)
+    np.testing.assert_allclose(laws.reshape(len(laws), -1).sum(1), 1, rtol=1e-12)
+    if plan.nfe == plan.length:
+        np.testing.assert_allclose(laws, joint, rtol=1e-12)
+    else:
+        assert p_value(ROWS / len(laws) * joint, laws) < CERTAIN
+
+
+# What is wrong, where, and by which fields of its Sampler.
+MUTANTS: dict[str, tuple[Case, dict[str, Any]]] = {
+    "the tokens decoded last are never fed": (
+        Case("esolm", "balanced"), {"window": lambda plan: (plan.first, plan.first + plan.tokens_per_step)}),
+    "slots are seen that were never written": (
+        Case("esolm", "balanced"), {"visible": lambda query, key, step: masks.everyone(query, key)}),
+    "the first token is never seen": (
+        Case("mdlm", "one-by-one"), {"visible": lambda query, key, step: masks.everyone(query, key - 1)}),
+    "the last token of a block is never fed": (
+        Case("bd3lm", "one-by-one", options={"block_size": 3}),
+        {"window": lambda plan: (plan.first // 3 * 3, plan.first // 3 * 3 + 3)}),
+    "the input is not shifted": (Case("ar", "left-to-right"), {"start_id": None}),
+}
+
+
+@pytest.mark.parametrize(("case", "changes"), MUTANTS.values(), ids=list(MUTANTS))
+def test_a_wrong_sampler_is_rejected(case: Case, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    family, config = families.get(config_of(case)), config_of(case)
+    wrong = family.sampler(config)._replace(**changes)
+    monkeypatch.setattr(family, "sampler", lambda config: wrong)
+    assert p_value_of(case) < CERTAIN
+
+
+@pytest.mark.parametrize("rule", [Rule(temperature=0.8), Rule(top_p=0.95)], ids=str)
+def test_a_wrong_draw_is_rejected(rule: Rule) -> None:
+    assert p_value_of(Case("esolm", "balanced"), rule) < CERTAIN
