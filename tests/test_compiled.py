@@ -24,13 +24,14 @@ def test_no_copy_the_size_of_the_cache(name: str, request: pytest.FixtureRequest
     plan: Plan = left_to_right(BATCH, LENGTH)
     sampler = families.get(config).sampler(config)
     steps, runs = loop.schedule(plan, sampler)
-    keys = loop.row_keys(jax.random.key(0), jnp.arange(BATCH))
+    uniforms = loop.draw_uniforms(jax.random.key(0), jnp.arange(BATCH), LENGTH)
     run = max(runs, key=lambda run: run.high - run.low)
     state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan.order), run.shape)
     jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts descriptions where arrays belong
     request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
-    compiled = loop.decode_run.lower(random_weights(config.model), state, steps, run.low, run.high, keys, config.model,
-                                     sampler, Rule(), run.shape).compile()
+    lowered = loop.decode_run.lower(random_weights(config.model), state, steps, run.low, run.high, uniforms,
+                                    config.model, sampler, Rule(), run.shape)
+    compiled = lowered.compile()
     text = compiled.as_text()
     heads, size = config.model.heads, config.model.head_size
     for cache in (f"f32[{BATCH},{heads},{size},{LENGTH}]", f"f32[{BATCH},{heads},{LENGTH},{size}]"):

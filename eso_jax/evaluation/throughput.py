@@ -190,12 +190,12 @@ def measure(weights: Weights, config: Config, case: Case, batch: int, rule: Rule
 def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
     """Runs one step of every run of the plan, so that all its programs are there."""
     model, sampler = config.model, families.get(config).sampler(config)
-    keys = loop.row_keys(jax.random.key(1), jnp.arange(len(plan.order)))
+    uniforms = loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length)
     steps, runs = loop.schedule(plan, sampler)
     state = loop.start(weights, model, sampler, plan.order)
     for run in runs:
         state = loop.grow(state, run.shape)
-        state = loop.decode_run(weights, state, steps, run.low, run.low + 1, keys, model, sampler, rule, run.shape)
+        state = loop.decode_run(weights, state, steps, run.low, run.low + 1, uniforms, model, sampler, rule, run.shape)
     unsort(state.tokens[:, sampler.shift:], plan.order).block_until_ready()
 
 
@@ -204,7 +204,7 @@ def _sections(weights: Weights, config: Config, plan: Plan, variants: dict[str, 
     """Mean seconds per step, over `count` places of the plan, of each variant: "exact" has shapes that fit the step,
     the others those of the sampler. "greedy" takes the largest logit, the least that can be done with all of them."""
     model, sampler = config.model, families.get(config).sampler(config)
-    keys = loop.row_keys(jax.random.key(1), jnp.arange(len(plan.order)))
+    uniforms = loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length)
 
     def runner(name: str, rule: Rule, index: int) -> Callable[[], None]:
         table, runs = loop.schedule(plan, sampler, exact=name == "exact")
@@ -214,7 +214,7 @@ def _sections(weights: Weights, config: Config, plan: Plan, variants: dict[str, 
 
         def go() -> None:
             nonlocal state
-            state = loop.decode_run(weights, state, table, low, low + steps, keys, model, sampler, rule, shape)
+            state = loop.decode_run(weights, state, table, low, low + steps, uniforms, model, sampler, rule, shape)
             jax.block_until_ready(state)
 
         go()  # compiles

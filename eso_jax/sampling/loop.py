@@ -137,8 +137,8 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
       rows: numbers of the rows, 0 to B - 1 by default.
     """
     state = start(weights, config, sampler, plan.order)
-    keys = row_keys(key, jnp.arange(len(plan.order)) if rows is None else rows)
-    tokens = _decode(weights, config, sampler, plan, state, keys, rule).tokens
+    uniforms = draw_uniforms(key, jnp.arange(len(plan.order)) if rows is None else rows, plan.length)
+    tokens = _decode(weights, config, sampler, plan, state, uniforms, rule).tokens
     return unsort(tokens[:, sampler.shift:], plan.order)
 
 
@@ -153,7 +153,7 @@ def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan
 
 
 def _decode(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, state: State,
-            source: Key[Array, " B"] | Int[Array, "B L"], rule: Rule) -> State:
+            source: Float[Array, "B L 2"] | Int[Array, "B L"], rule: Rule) -> State:
     steps, runs = schedule(plan, sampler)
     for run in runs:
         state = grow(state, run.shape)
@@ -214,11 +214,11 @@ def _rounded(n: Int[np.ndarray, " S"], length: int) -> Int[np.ndarray, " S"]:
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames=("config", "sampler", "rule", "shape"))
 def decode_run(weights: Weights, state: State, steps: Step, low: Int[Array, ""] | int, high: Int[Array, ""] | int,
-               source: Key[Array, " B"] | Int[Array, "B L"], config: ModelConfig, sampler: Sampler, rule: Rule,
+               source: Float[Array, "B L 2"] | Int[Array, "B L"], config: ModelConfig, sampler: Sampler, rule: Rule,
                shape: Shape) -> State:
     """Steps low..high - 1 in one compiled loop; the state is donated and updated in place.
 
-    `source` says where tokens come from: one key per row to draw them, or the tokens themselves by slot, to score them.
+    `source` says where tokens come from, by slot: uniforms to draw them by, or the tokens themselves, to score them.
     """
 
     def body(index: Int[Array, ""], state: State) -> State:
@@ -245,7 +245,7 @@ def hidden_of(weights: Weights, state: State, step: Step, sampler: Sampler,
 
 
 def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W D"],
-          source: Key[Array, " B"] | Int[Array, "B L"], config: ModelConfig, sampler: Sampler, rule: Rule,
+          source: Float[Array, "B L 2"] | Int[Array, "B L"], config: ModelConfig, sampler: Sampler, rule: Rule,
           shape: Shape) -> State:
     """Draws this step's tokens from their logits, or scores the given ones, and writes them into the state."""
     begin = taken_from(step, shape)
@@ -261,11 +261,11 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
     def scored(hidden: Array, tokens: Array) -> Array:
         return jnp.take_along_axis(jax.nn.log_softmax(logits_of(hidden)), tokens[..., None], axis=-1)[..., 0]
 
-    logp = state.logp
+    given, logp = jax.lax.dynamic_slice_in_dim(source, begin, shape.width, axis=1), state.logp
     if logp is None:
-        chosen = _in_chunks(drawn, config.vocab_size, hidden, _uniforms(source, slots))
+        chosen = _in_chunks(drawn, config.vocab_size, hidden, given)
     else:
-        chosen = jax.lax.dynamic_slice_in_dim(source, begin, shape.width, axis=1)
+        chosen = given
         logp = _replace(logp, begin, mine, _in_chunks(scored, config.vocab_size, hidden, chosen))
     return dataclasses.replace(state, tokens=_replace(state.tokens, begin + sampler.shift, mine, chosen), logp=logp)
 
@@ -292,12 +292,11 @@ def taken_from(step: Step, shape: Shape) -> Int[Array, ""]:
     return jnp.minimum(step.first, step.start + shape.window - shape.width)
 
 
-def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
-    """One key per row number."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+@functools.partial(jax.jit, static_argnames="length")
+def draw_uniforms(key: Key[Array, ""], rows: Int[Array, " B"], length: int) -> Float[Array, "B L 2"]:
+    """Two uniforms per row and slot, keyed by (key, row number, slot). Drawn before the loop: drawn within it, they
+    would make two thirds of every program's compilation."""
+    def draw(row: Array, slot: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), slot), (2,))
 
-
-def _uniforms(keys: Key[Array, " B"], slots: Int[Array, " W"]) -> Float[Array, "B W 2"]:
-    """Two uniforms per row and slot."""
-    by_slot = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, slots)
-    return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(by_slot)
+    return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(rows, jnp.arange(length))
