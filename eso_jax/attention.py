@@ -33,6 +33,7 @@ HIDDEN = -1e30  # the score of a key that may not be seen
 # Scores at once. On CPU, tiles that stay in its cache make long sequences 7 times as fast; elsewhere memory is bounded.
 TILE = {"cpu": 2**21}
 TILE_ELSEWHERE = 2**28
+FEW_QUERIES = 64  # are not tiled: the tiles of a batch copy its keys and values
 
 
 def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
@@ -41,7 +42,7 @@ def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array
     queries = heads_first(q)
     batch, heads, slots, size = queries.shape
     most = TILE.get(jax.default_backend(), TILE_ELSEWHERE) // (heads * k.shape[-1])  # queries in a tile
-    if batch * slots <= most:
+    if batch * slots <= most or slots <= FEW_QUERIES:
         return _dense(queries, k, v, mask)
     s = _divisor(slots, most)
     b = _divisor(batch, most // s)

@@ -99,15 +99,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def score(arguments: argparse.Namespace) -> None:
-    import jax
-    import numpy as np
-
-    from eso_jax import likelihood, load, order
+    from eso_jax import likelihood, load
+    from eso_jax.evaluation import importance
 
     _check_out(arguments.out)
     model = load(arguments.workdir, ema=not arguments.raw)
     tokens = _read_array(arguments.tokens, "--tokens", "tokens")
     likelihood.check_tokens(tokens, model.config)
+    require(arguments.num_orders is None or arguments.num_orders >= 1, "--num-orders", arguments.num_orders,
+            "must be at least 1")
     given = [name for name in ("orders", "plan") if getattr(arguments, name)]
     drawn = arguments.num_orders is not None or arguments.alpha_0 is not None
     if given and (len(given) > 1 or drawn):
@@ -120,19 +120,17 @@ def score(arguments: argparse.Namespace) -> None:
         _write_npz(arguments.out, logp=logp.sum(1), logp_in_order=logp)
         return
     if arguments.orders:
-        orders = _read_array(arguments.orders, "--orders", "orders")
+        logp = model.log_likelihood(tokens, _read_array(arguments.orders, "--orders", "orders"))
     else:
         alpha_0 = model.config.family.alpha_0 if arguments.alpha_0 is None else arguments.alpha_0
         if model.config.family.name == "ar":
             alpha_0 = 0.0
         require(0 <= alpha_0 <= 1, "--alpha-0", alpha_0, "must be in [0, 1]")
-        count = 1 if arguments.num_orders is None else arguments.num_orders
-        require(count >= 1, "--num-orders", count, "must be at least 1")
-        orders = np.asarray(order.likelihood_orders(jax.random.key(arguments.seed), count, len(tokens),
-                                                    model.config.model.length, alpha_0))
-    logp = model.log_likelihood(tokens, orders)
+        logp = importance.log_prob(model.weights, model.config, tokens, arguments.num_orders or 1, alpha_0,
+                                   arguments.seed, Path(arguments.out + ".partial"),
+                                   f"{Path(arguments.workdir).resolve()} step {model.step} raw {arguments.raw}")
     bound, error = likelihood.iw_bound(logp)
-    _say(f"{len(tokens)} sequences, {len(orders)} orders each: log p >= {bound.mean():.4f} nats on average "
+    _say(f"{len(tokens)} sequences, {len(logp)} orders each: log p >= {bound.mean():.4f} nats on average "
          f"({-bound.mean() / tokens.shape[1]:.4f} nats per token)")
     _write_npz(arguments.out, logp_per_order=logp, iw_bound=bound, iw_bound_standard_error=error)
 

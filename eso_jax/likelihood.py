@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from eso_jax import families
 from eso_jax.config import Config, EsoError, require
 from eso_jax.order import check_permutations
+from eso_jax.sampling.plan import Plan
 from eso_jax.transformer import Weights
 
 
@@ -27,10 +28,13 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, orders: np.nd
              rows: int = 64) -> Float[np.ndarray, "O B"]:
     """log p(tokens[b] | orders[o, b]) in nats, exact for decoding one token at a time.
 
+    Eso-LM and AR take one pass per order. MDLM and BD3-LM have no such pass: the sampler that decodes one token per
+    step is run with the tokens given, L passes per order (BD3-LM's orders must keep to its blocks).
+
     Args:
       tokens: int [B, L], no masks.
       orders: int [O, B, L], permutations.
-      rows: sequences per forward pass.
+      rows: sequences per forward pass, of the O x B.
 
     Raises:
       EsoError: for tokens or orders that do not fit the model, or a family that has no such likelihood.
@@ -44,19 +48,61 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, orders: np.nd
     if name in ("ar", "esolm_a") and (np.diff(orders, axis=-1) != 1).any():
         raise EsoError(f"family.name = {name!r}: only the natural order 0..L-1 has an exact likelihood "
                        "(for importance-weighted scores use alpha_0 = 0, or an Eso-LM (B))")
-    out = np.zeros(orders.shape[:2], np.float32)
-    for index, batch_orders in enumerate(orders):
-        for low in range(0, len(tokens), rows):
-            part = slice(low, low + rows)
-            out[index, part] = _sum_log_prob(weights, config, jnp.asarray(tokens[part], jnp.int32),
-                                             jnp.asarray(batch_orders[part], jnp.int32))
-    return out
+    score = _one_by_one if name in ("mdlm", "bd3lm") else _sum_log_prob
+    count = orders.shape[0] * orders.shape[1]
+    flat, row = orders.reshape(count, -1), np.tile(np.arange(len(tokens)), len(orders))
+    out = np.zeros(count, np.float32)
+    for low in range(0, count, rows):
+        # Of one size, for one compilation: the last is filled by repeating.
+        part = np.resize(np.arange(low, min(low + rows, count)), min(rows, count))
+        out[part] = score(weights, config, jnp.asarray(tokens[row[part]], jnp.int32),
+                          jnp.asarray(flat[part], jnp.int32))
+    return out.reshape(orders.shape[:2])
+
+
+def _one_by_one(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                order: Int[Array, "B L"]) -> Float[Array, " B"]:
+    plan = Plan(order, np.ones(order.shape[1], np.int64))
+    return families.plan_log_prob(weights, config, plan, tokens).sum(axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="config")
+def _log_prob_in_order(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                       order: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    return families.get(config).log_likelihood(weights, config, tokens, order)
+
+
 def _sum_log_prob(weights: Weights, config: Config, tokens: Int[Array, "B L"],
                   order: Int[Array, "B L"]) -> Float[Array, " B"]:
-    return families.get(config).log_likelihood(weights, config, tokens, order).sum(axis=1)
+    return _log_prob_in_order(weights, config, tokens, order).sum(axis=1)
+
+
+def conditional(weights: Weights, config: Config, tokens: np.ndarray, given: np.ndarray,
+                wanted: np.ndarray) -> Float[np.ndarray, " B"]:
+    """log p(tokens that are wanted | tokens that are given) in nats, exact for an Eso-LM (B): the given ones come first
+    in the order, then the wanted ones, both ascending; the rest are not looked at. AR can be given prefixes alone.
+
+    Args:
+      tokens: int [B, L], no masks. Those neither given nor wanted may be anything.
+      given, wanted: bool [B, L], disjoint.
+
+    Raises:
+      EsoError: arguments that do not fit, or a family whose conditionals are not to be had in one pass.
+    """
+    tokens, given, wanted = (np.asarray(x) for x in (tokens, given, wanted))
+    check_tokens(tokens, config)
+    for name, flags in (("given", given), ("wanted", wanted)):
+        require(flags.shape == tokens.shape and flags.dtype == bool, name, f"{flags.dtype} {flags.shape}",
+                f"must be bool {tokens.shape}")
+    require(not (given & wanted).any(), "wanted", "some that are given", "a token is either given or wanted")
+    name = config.family.name
+    require(name in ("esolm", "ar"), "family.name", name, "only an Eso-LM (B) or an AR model has exact conditionals")
+    rank = np.where(given, 0, np.where(wanted, 1, 2))
+    orders = np.argsort(rank, axis=1, kind="stable")
+    if name == "ar" and (orders != np.arange(tokens.shape[1])).any():
+        raise EsoError("family.name = 'ar': the given tokens must be a prefix, and the wanted ones what follows it")
+    by_token = np.asarray(_log_prob_in_order(weights, config, jnp.asarray(tokens, jnp.int32), jnp.asarray(orders)))
+    return np.where(np.take_along_axis(wanted, orders, axis=1), by_token, 0).sum(axis=1, dtype=np.float32)
 
 
 def iw_bound(logp_per_order: Float[np.ndarray, "O B"]) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:

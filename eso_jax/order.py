@@ -34,17 +34,17 @@ def random_then_ascending(key: Key[Array, ""], length: int, num_random: Int[Arra
     return jnp.argsort(jnp.where(rank < num_random, rank, length + jnp.arange(length)))
 
 
-def likelihood_orders(key: Key[Array, ""], num_orders: int, batch: int, length: int,
-                      alpha_0: float) -> Int[Array, "O B L"]:
+def likelihood_orders(key: Key[Array, ""], num_orders: int, batch: int, length: int, alpha_0: float,
+                      first: int = 0) -> Int[Array, "O B L"]:
     """Independent orders for the importance-weighted bound: a Binomial(L, alpha_0)-sized random subset in random
-    order, then the rest ascending (paper, eq. 22). Keyed by (order, row)."""
+    order, then the rest ascending (paper, eq. 22). Keyed by (order, row), orders counted from `first`."""
 
     def one(index: Int[Array, ""], row: Int[Array, ""]) -> Int[Array, " L"]:
         count_key, order_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, index), row))
         count = jnp.sum(jax.random.uniform(count_key, (length,)) < alpha_0)
         return random_then_ascending(order_key, length, count)
 
-    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(jnp.arange(num_orders), jnp.arange(batch))
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(first + jnp.arange(num_orders), jnp.arange(batch))
 
 
 def sort(x: Shaped[Array, "B L"], order: Int[Array, "B L"]) -> Shaped[Array, "B L"]:

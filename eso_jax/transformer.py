@@ -191,9 +191,7 @@ def head(weights: Weights, hidden: Float[Array, "*s D"], mask_id: int) -> Float[
 def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"],
         mask_id: int) -> Float[Array, "B L"]:
     """-log p of the targets, in nats. Logits are made and dropped in chunks along L."""
-    length, vocab = hidden.shape[1], weights["head"]["kernel"].shape[1]
-    logits = hidden.shape[0] * length * vocab
-    chunks = next(n for n in range(1, length + 1) if n == length or length % n == 0 and logits <= n * LOGITS_AT_ONCE)
+    chunks = chunks_of(hidden.shape[0], hidden.shape[1], weights["head"]["kernel"].shape[1])
 
     def chunk_nll(chunk: tuple[Array, Array]) -> Array:
         logits = head(weights, chunk[0], mask_id)
@@ -204,6 +202,12 @@ def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B 
         return chunk_nll((hidden, targets))
     split = [jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0) for x in (hidden, targets)]
     return jnp.moveaxis(jax.lax.map(jax.checkpoint(chunk_nll), tuple(split)), 0, 1).reshape(targets.shape)
+
+
+def chunks_of(batch: int, length: int, vocab: int) -> int:
+    """The fewest equal parts of the length with at most LOGITS_AT_ONCE logits each (or parts of one slot)."""
+    return next(n for n in range(1, length + 1)
+                if n == length or length % n == 0 and batch * length * vocab <= n * LOGITS_AT_ONCE)
 
 
 def linear(x: Float[Array, "*rows"], w: Float[Array, "*w"], axes: int = 1, dtype: Any = None) -> Float[Array, "*out"]:

@@ -62,8 +62,7 @@ def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], mask
 
 def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
                    order: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    raise EsoError("family.name = 'bd3lm': the likelihood of an order takes L passes; score under a plan of one token "
-                   "per step (eso-jax score --plan), or use eso-jax eval for the NELBO")
+    raise EsoError("family.name = 'bd3lm': the likelihood of an order takes L passes; use eso_jax.likelihood.log_prob")
 
 
 def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,

@@ -1,0 +1,84 @@
+"""The importance-weighted bound as a running estimate: orders are drawn and scored one group after another.
+
+It says how far it is, keeps what it has in a file, and goes on from there when it was stopped; the result is the same.
+
+Axes: B batch, L length, O orders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from eso_jax import likelihood
+from eso_jax.config import Config, EsoError, require
+from eso_jax.order import likelihood_orders
+from eso_jax.transformer import Weights
+
+SAVE_EVERY = 30.0  # seconds
+
+
+def log_prob(weights: Weights, config: Config, tokens: np.ndarray, num_orders: int, alpha_0: float, seed: int,
+             partial: Path, of: str = "", rows: int = 64) -> np.ndarray:
+    """log p(tokens[b] | order) in nats under `num_orders` random orders of each row, float32 [O, B].
+
+    Args:
+      tokens: int [B, L], no masks.
+      alpha_0: of the orders' law; see eso_jax.order.likelihood_orders.
+      partial: where the orders scored so far are kept; removed in the end.
+      of: what the weights are, in words, so that a partial result of others is not taken for theirs.
+      rows: sequences per forward pass.
+
+    Raises:
+      EsoError: `partial` is of something else, or the arguments do not fit the model.
+    """
+    likelihood.check_tokens(tokens, config)
+    require(num_orders >= 1, "--num-orders", num_orders, "must be at least 1")
+    identity = json.dumps([of, config.to_json(), hashlib.sha256(tokens.tobytes()).hexdigest(), alpha_0, seed])
+    found = _read(partial, identity, len(tokens))[:num_orders]
+    key, group = jax.random.key(seed), max(1, rows // len(tokens))
+    saved = time.monotonic()
+    bar = tqdm(total=num_orders, initial=len(found), unit="order", disable=not sys.stderr.isatty())
+    with bar, contextlib.ExitStack() as stack:
+        stack.callback(lambda: _write(partial, identity, found) if len(found) < num_orders else None)
+        while len(found) < num_orders:
+            orders = likelihood_orders(key, group, len(tokens), config.model.length, alpha_0, first=len(found))
+            # A whole group always, for one compilation.
+            scores = likelihood.log_prob(weights, config, tokens, np.asarray(orders), rows)
+            found = np.concatenate([found, scores])[:num_orders]
+            bar.update(len(found) - bar.n)
+            bar.set_postfix_str(f"log p >= {likelihood.iw_bound(found)[0].mean():.3f}")
+            if time.monotonic() - saved > SAVE_EVERY:
+                _write(partial, identity, found)
+                saved = time.monotonic()
+    partial.unlink(missing_ok=True)
+    return found
+
+
+def _read(partial: Path, identity: str, batch: int) -> np.ndarray:
+    if not partial.exists():
+        return np.zeros((0, batch), np.float32)
+    try:
+        with np.load(partial) as arrays:
+            kept, found = str(arrays["identity"]), arrays["logp_per_order"]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise EsoError(f"{partial}: not a partial result ({error}); remove it") from error
+    require(kept == identity, "--out", str(partial), "holds a partial result of another model, other tokens, alpha_0 "
+            "or seed; remove it, or give another --out")
+    return found
+
+
+def _write(partial: Path, identity: str, found: np.ndarray) -> None:
+    """Whole or not at all."""
+    temporary = partial.with_name(partial.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, identity=identity, logp_per_order=found)
+    temporary.replace(partial)

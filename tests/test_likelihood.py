@@ -1,0 +1,111 @@
+"""Likelihoods of orders, conditionals and running bounds, on models small enough to enumerate.
+
+The laws of the bound itself are in tests/test_families.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import random_weights, tiny_config
+from eso_jax import likelihood
+from eso_jax.config import EsoError
+from eso_jax.evaluation import importance
+from eso_jax.families import mdlm
+from test_families import draws, toy
+
+
+def test_mdlms_any_order_bound_at_one_order_is_its_nelbo() -> None:
+    """The NELBO's integral over t and masks, done exactly: masks of m of L tokens have the weight B(m, L - m + 1). It is
+    the mean over orders of -log p decoded one by one; and the Monte Carlo NELBO comes within 4 standard errors of it."""
+    config, weights, everything = toy("mdlm")
+    row, trials = np.asarray(everything[5])[None], 4096
+    orders = np.array(list(itertools.permutations(range(3))))[:, None]
+    one = -likelihood.log_prob(weights, config, row, orders)[:, 0].mean()
+    exact = 0.0
+    for flags in itertools.product([False, True], repeat=3):
+        if m := sum(flags):
+            beta = math.gamma(m) * math.gamma(3 - m + 1) / math.gamma(4)
+            exact += beta * float(mdlm.masked_nll(weights, config, jnp.asarray(row), jnp.array([flags])).sum())
+    assert one == pytest.approx(exact, rel=1e-5)
+    rows = jnp.tile(everything[5], (trials, 1))
+    nelbo = np.asarray(mdlm.nelbo(weights, config, rows, draws(trials), 1.0)["diffusion"])
+    assert nelbo.mean() == pytest.approx(exact, abs=4 * nelbo.std() / np.sqrt(trials))
+
+
+def test_bd3lms_likelihood_is_normalized_within_its_blocks() -> None:
+    config = tiny_config("bd3lm", length=4, vocab_size=3, block_size=2)
+    weights = random_weights(config.model)
+    everything = np.array(list(itertools.product(range(2), repeat=4)))
+    for order in ([1, 0, 2, 3], [0, 1, 3, 2]):
+        logp = likelihood.log_prob(weights, config, everything, np.tile(order, (1, 16, 1)))
+        assert np.exp(logp).sum() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(EsoError, match="no order may leave its block"):
+        likelihood.log_prob(weights, config, everything, np.tile([0, 2, 1, 3], (1, 16, 1)))
+
+
+def test_conditionals_are_ratios_of_the_law_of_their_order() -> None:
+    """log p(x_2 | x_0) of three tokens, against sums over all sequences decoded in the order 0, 2, 1."""
+    config, weights, everything = toy("esolm")
+    logp = likelihood.log_prob(weights, config, np.asarray(everything), np.tile([0, 2, 1], (1, 27, 1)))[0]
+    p = np.exp(logp.astype(np.float64)).reshape(3, 3, 3)  # by x_0, x_1, x_2
+    ratio = p.sum(1) / p.sum((1, 2))[:, None]
+    given, wanted = (np.tile(flags, (27, 1)) for flags in ([True, False, False], [False, False, True]))
+    found = likelihood.conditional(weights, config, np.asarray(everything), given, wanted)
+    x = np.asarray(everything)
+    np.testing.assert_allclose(found, np.log(ratio)[x[:, 0], x[:, 2]], atol=1e-5)
+    whole = likelihood.conditional(weights, config, x, np.zeros_like(given), np.ones_like(given))
+    natural = likelihood.log_prob(weights, config, x, np.tile([0, 1, 2], (1, 27, 1)))[0]
+    np.testing.assert_allclose(whole, natural, atol=1e-5)
+
+
+def test_conditional_mistakes() -> None:
+    config, weights, everything = toy("esolm")
+    x, none = np.asarray(everything[:2]), np.zeros((2, 3), bool)
+    for given, wanted, message in ((none[:, :2], none, "given = 'bool"), (none, none.astype(int), "wanted = 'int64"),
+                                   (~none, ~none, "either given or wanted")):
+        with pytest.raises(EsoError, match=message):
+            likelihood.conditional(weights, config, x, given, wanted)
+    prefix = np.tile([True, False, False], (2, 1))
+    ar = toy("ar")[0]
+    assert np.isfinite(likelihood.conditional(weights, ar, x, prefix, ~prefix)).all()
+    with pytest.raises(EsoError, match="must be a prefix"):
+        likelihood.conditional(weights, ar, x, prefix[:, ::-1].copy(), prefix)
+    with pytest.raises(EsoError, match="only an Eso-LM"):
+        likelihood.conditional(weights, toy("mdlm")[0], x, prefix, ~prefix)
+
+
+def test_a_stopped_importance_weighted_bound_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was stopped after some groups and started again equals what was not; others' partial results are refused."""
+    config, weights, everything = toy("esolm")
+    x, partial = np.asarray(everything[:5]), tmp_path / "s.npz.partial"
+    arguments = (weights, config, x, 23, 0.5, 3)
+    whole = importance.log_prob(*arguments, tmp_path / "other", rows=10)
+    assert whole.shape == (23, 5) and not (tmp_path / "other").exists()
+    inner, calls = likelihood.log_prob, []
+
+    def stop(*args: object) -> np.ndarray:
+        calls.append(0)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return inner(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(likelihood, "log_prob", stop)
+    with pytest.raises(KeyboardInterrupt):
+        importance.log_prob(*arguments, partial, rows=10)
+    with np.load(partial) as kept:
+        np.testing.assert_array_equal(kept["logp_per_order"], whole[:6])
+    with pytest.raises(EsoError, match="another model, other tokens"):
+        importance.log_prob(weights, config, x, 23, 0.25, 3, partial, rows=10)
+    np.testing.assert_array_equal(importance.log_prob(*arguments, partial, rows=10), whole)
+    assert len(calls) == 4 + 9 and not partial.exists()
+    partial.write_bytes(b"damaged")
+    with pytest.raises(EsoError, match="not a partial result"):
+        importance.log_prob(*arguments, partial, rows=10)
