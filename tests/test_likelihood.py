@@ -9,7 +9,6 @@ import itertools
 import math
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,8 +22,8 @@ from test_families import draws, toy
 
 
 def test_mdlms_any_order_bound_at_one_order_is_its_nelbo() -> None:
-    """The NELBO's integral over t and masks, done exactly: masks of m of L tokens have the weight B(m, L - m + 1). It is
-    the mean over orders of -log p decoded one by one; and the Monte Carlo NELBO comes within 4 standard errors of it."""
+    """The NELBO's integral over t and masks, done exactly: masks of m of L tokens have the weight B(m, L - m + 1). It
+    is the mean over orders of -log p decoded one by one, and the Monte Carlo NELBO is within 4 standard errors."""
     config, weights, everything = toy("mdlm")
     row, trials = np.asarray(everything[5])[None], 4096
     orders = np.array(list(itertools.permutations(range(3))))[:, None]
