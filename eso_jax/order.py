@@ -35,11 +35,16 @@ def random_then_ascending(key: Key[Array, ""], length: int, num_random: Int[Arra
 
 
 def likelihood_orders(key: Key[Array, ""], num_orders: int, batch: int, length: int, alpha_0: float,
-                      first: int = 0) -> Int[Array, "O B L"]:
+                      first: int = 0, block: int | None = None) -> Int[Array, "O B L"]:
     """Independent orders for the importance-weighted bound: a Binomial(L, alpha_0)-sized random subset in random
-    order, then the rest ascending (paper, eq. 22). Keyed by (order, row), orders counted from `first`."""
+    order, then the rest ascending (paper, eq. 22). Keyed by (order, row), orders counted from `first`. With `block`,
+    BD3-LM's: blocks of that many positions ascending, at random within each."""
 
     def one(index: Int[Array, ""], row: Int[Array, ""]) -> Int[Array, " L"]:
+        if block is not None:
+            key_here = jax.random.fold_in(jax.random.fold_in(key, index), row)
+            blocks = jnp.arange(length).reshape(-1, block)
+            return jax.random.permutation(key_here, blocks, axis=1, independent=True).reshape(-1)
         count_key, order_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, index), row))
         count = jnp.sum(jax.random.uniform(count_key, (length,)) < alpha_0)
         return random_then_ascending(order_key, length, count)

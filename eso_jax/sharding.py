@@ -6,6 +6,7 @@ batch over "data" and the attention heads and the hidden layer of the MLP over "
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,12 +25,13 @@ def mesh(batch_size: int) -> Mesh:
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def sampling_mesh(config: ModelConfig, tensor: int = 1) -> Mesh:
-    """All devices on "data" x "tensor", `tensor` of them to a copy of the model."""
-    count = jax.device_count()
+def sampling_mesh(config: ModelConfig, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices (or those given) on "data" x "tensor", `tensor` of them to a copy of the model."""
+    count = len(devices or jax.devices())
     require(tensor >= 1 and count % tensor == 0, "tensor", tensor, f"must divide the {count} devices")
     require(config.heads % tensor == 0, "tensor", tensor, f"must divide the {config.heads} heads")
-    return jax.make_mesh((count // tensor, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh((count // tensor, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2,
+                         devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

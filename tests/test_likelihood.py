@@ -9,6 +9,7 @@ import itertools
 import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from eso_jax import likelihood
 from eso_jax.config import EsoError
 from eso_jax.evaluation import importance
 from eso_jax.families import mdlm
+from eso_jax.order import likelihood_orders
 from test_families import draws, toy
 
 
@@ -39,13 +41,17 @@ def test_mdlms_any_order_bound_at_one_order_is_its_nelbo() -> None:
     assert nelbo.mean() == pytest.approx(exact, abs=4 * nelbo.std() / np.sqrt(trials))
 
 
-def test_bd3lms_likelihood_is_normalized_within_its_blocks() -> None:
+def test_bd3lms_likelihood_is_normalized_within_its_blocks(tmp_path: Path) -> None:
     config = tiny_config("bd3lm", length=4, vocab_size=3, block_size=2)
     weights = random_weights(config.model)
     everything = np.array(list(itertools.product(range(2), repeat=4)))
     for order in ([1, 0, 2, 3], [0, 1, 3, 2]):
         logp = likelihood.log_prob(weights, config, everything, np.tile(order, (1, 16, 1)))
         assert np.exp(logp).sum() == pytest.approx(1, abs=1e-5)
+    drawn = np.asarray(likelihood_orders(jax.random.key(0), 50, 2, 4, 1.0, block=2))
+    assert {tuple(order) for order in drawn.reshape(-1, 4)} == {(0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 2, 3), (1, 0, 3, 2)}
+    scores = importance.log_prob(weights, config, everything, 3, 1.0, 0, tmp_path / "partial")
+    assert scores.shape == (3, 16) and (scores < 0).all()
     with pytest.raises(EsoError, match="no order may leave its block"):
         likelihood.log_prob(weights, config, everything, np.tile([0, 2, 1, 3], (1, 16, 1)))
 

@@ -45,12 +45,13 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, num_orders: i
     identity = json.dumps([of, config.to_json(), hashlib.sha256(tokens.tobytes()).hexdigest(), alpha_0, seed])
     found = _read(partial, identity, len(tokens))[:num_orders]
     key, group = jax.random.key(seed), max(1, rows // len(tokens))
+    block = config.family.block_size if config.family.name == "bd3lm" else None
     saved = time.monotonic()
     bar = tqdm(total=num_orders, initial=len(found), unit="order", disable=not sys.stderr.isatty())
     with bar, contextlib.ExitStack() as stack:
         stack.callback(lambda: _write(partial, identity, found) if len(found) < num_orders else None)
         while len(found) < num_orders:
-            orders = likelihood_orders(key, group, len(tokens), config.model.length, alpha_0, first=len(found))
+            orders = likelihood_orders(key, group, len(tokens), config.model.length, alpha_0, len(found), block)
             # A whole group always, for one compilation.
             scores = likelihood.log_prob(weights, config, tokens, np.asarray(orders), rows)
             found = np.concatenate([found, scores])[:num_orders]

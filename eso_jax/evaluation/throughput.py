@@ -8,6 +8,9 @@ so is the live cache, at the memory bandwidth; the products take their operation
 two counts. Bandwidth and peak are measured in the same run. NFE counts every pass; none is spent on writing the cache
 alone.
 
+The batch is split over the devices. On a CPU, one device per core is faster than one for all, since XLA does not split
+every product over the cores: XLA_FLAGS=--xla_force_host_platform_device_count=2.
+
 Axes: B batch, L length, S steps.
 """
 
@@ -28,9 +31,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from eso_jax import families, transformer
+from eso_jax import families, sharding, transformer
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig, require
 from eso_jax.order import unsort
 from eso_jax.sampling import loop
@@ -102,7 +106,7 @@ class Machine(NamedTuple):
 
 def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence[int] | None = None,
         batches: Sequence[int] | None = None, repeats: int = 3) -> list[dict[str, Any]]:
-    """Measures a preset; writes `out` (JSON) after every case, and a table (.md) and a picture (.png) beside it.
+    """Measures a preset; writes `out` (JSON) as it goes, and a table (.md) and a picture (.png) beside it.
 
     Args:
       overrides: section.field=value, for the model's sizes.
@@ -124,16 +128,22 @@ def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence
               "matmul_flops_per_s": machine.flops, "date": datetime.date.today().isoformat(), "repeats": repeats}
     _say(f"{chosen.what}; {header['machine']}; {machine.bandwidth / 1e9:.0f} GB/s, {machine.flops / 1e9:.0f} GFLOP/s "
          f"in {chosen.dtype}")
-    todo = [(length, batch, case) for length in lengths for batch in batches for case in chosen.cases]
-    weights: Weights = {}
-    for length, batch, case in tqdm(todo, unit="case", disable=not sys.stderr.isatty()):
-        config = configs[length, case]
-        if not weights or length != found[-1]["length"]:
-            weights = random_weights(config.model, dtype)
-        found.append(measure(weights, config, case, batch, chosen.rule, machine, repeats))
-        _relate(found)
-        _say(_line(found[-1]))
-        out.write_text(json.dumps({**header, "model": dataclasses.asdict(config.model), "results": found}, indent=1))
+    todo = [(length, batch) for length in lengths for batch in batches]
+    for length, batch in tqdm(todo, unit="size", disable=not sys.stderr.isatty()):
+        config = configs[length, chosen.cases[0]]
+        mesh = _mesh(config.model, batch)
+        with jax.set_mesh(mesh):
+            weights = sharding.put_weights(random_weights(config.model, dtype), mesh)
+            timed = [Timed(weights, configs[length, case], case, batch, chosen.rule) for case in chosen.cases]
+            for _ in range(repeats):  # in turn, since machines drift
+                for one in timed:
+                    one.seconds.append(one.generate())
+            for one in timed:
+                found.append({**one.row(machine, mesh.size, repeats), "devices": mesh.size})
+                _relate(found)
+                _say(_line(found[-1]))
+                out.write_text(json.dumps({**header, "model": dataclasses.asdict(config.model), "results": found},
+                                          indent=1))
     out.with_suffix(".md").write_text(table(header, found))
     plot(header, found, out.with_suffix(".png"))
     _say(f"\n{table(header, found)}\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
@@ -154,37 +164,54 @@ def random_weights(model: ModelConfig, dtype: Any) -> Weights:
     return transformer.unstack(transformer.fold(model, params, dtype))
 
 
-def measure(weights: Weights, config: Config, case: Case, batch: int, rule: Rule, machine: Machine,
-            repeats: int) -> dict[str, Any]:
-    """One row of the table: seconds for a batch, and what they are made of."""
-    family = families.get(config)
-    plan = family.plan(jax.random.key(0), config, batch, case.steps, case.alpha_0, case.policy)
-    sampler = family.sampler(config)
+def _mesh(model: ModelConfig, batch: int) -> Mesh:
+    """As many devices as divide the batch, each with a copy of the model."""
+    count = max(n for n in range(1, jax.device_count() + 1) if batch % n == 0)
+    return sharding.sampling_mesh(model, devices=jax.devices()[:count])
 
-    def generate() -> None:
-        families.sample(weights, config, plan, jax.random.key(1), rule).block_until_ready()
 
-    scaled = not sampler.cached
-    if scaled:
+class Timed:
+    """A case with its plan and its programs, compiled, and the seconds of its generations."""
+
+    def __init__(self, weights: Weights, config: Config, case: Case, batch: int, rule: Rule) -> None:
+        family = families.get(config)
+        self.weights, self.config, self.case, self.rule = weights, config, case, rule
+        self.plan = family.plan(jax.random.key(0), config, batch, case.steps, case.alpha_0, case.policy)
+        self.sampler = family.sampler(config)
+        self.scaled = not self.sampler.cached
+        self.seconds: list[float] = []
         with Stopwatch() as watch:
-            sections = _sections(weights, config, plan, {"padded": rule, "greedy": GREEDY}, repeats, 1, 1)
-        seconds = [sections["padded"] * plan.nfe]
-        sections["exact"] = sections["padded"]  # all L slots, always
-    else:
-        with Stopwatch() as watch:
-            _compile(weights, config, plan, rule)
-        seconds = [_seconds(generate) for _ in range(repeats)]
-        variants = {"padded": rule, "exact": rule, "greedy": GREEDY}
-        sections = _sections(weights, config, plan, variants, repeats, SECTIONS, SECTION_STEPS)
-    median = statistics.median(seconds)
-    floor = floor_seconds(plan, sampler, config.model, weights, machine)
-    return {"sampler": case.label, "length": config.model.length, "batch": batch, "alpha_0": case.alpha_0,
-            "steps": case.steps, "nfe": plan.nfe, "seconds": median, "all_seconds": seconds,
-            "scaled_from_one_pass": scaled, "tokens_per_s": plan.order.size / median,
-            "compile_seconds": watch.compile_seconds, "floor_seconds": floor, "of_the_floor": floor / median,
-            # Shares are of the same few steps, timed in turn.
-            "seconds_without_draws": median * sections["greedy"] / sections["padded"],
-            "padding_and_bookkeeping": median / (sections["exact"] * plan.nfe) - 1}
+            if self.scaled:
+                self.one_pass = _runner(weights, config, self.plan, "padded", rule, self.plan.nfe // 2, 1)
+            else:
+                _compile(weights, config, self.plan, rule)
+        self.compile_seconds = watch.compile_seconds
+
+    def generate(self) -> float:
+        """Seconds of one generation."""
+        if self.scaled:
+            return _seconds(self.one_pass) * self.plan.nfe
+        return _seconds(lambda: families.sample(self.weights, self.config, self.plan, jax.random.key(1),
+                                                self.rule).block_until_ready())
+
+    def row(self, machine: Machine, devices: int, repeats: int) -> dict[str, Any]:
+        """The row of the table: seconds for a batch, and what they are made of."""
+        count, steps = (1, 1) if self.scaled else (SECTIONS, SECTION_STEPS)
+        variants = {"padded": self.rule, "exact": self.rule, "greedy": GREEDY}
+        if self.scaled:
+            del variants["exact"]  # all L slots, always
+        sections = _sections(self.weights, self.config, self.plan, variants, repeats, count, steps)
+        sections.setdefault("exact", sections["padded"])
+        median, case, nfe = statistics.median(self.seconds), self.case, self.plan.nfe
+        floor = floor_seconds(self.plan, self.sampler, self.config.model, self.weights, machine, devices)
+        return {"sampler": case.label, "length": self.config.model.length, "batch": len(self.plan.order),
+                "alpha_0": case.alpha_0, "steps": case.steps, "nfe": nfe, "seconds": median,
+                "all_seconds": self.seconds, "scaled_from_one_pass": self.scaled,
+                "tokens_per_s": self.plan.order.size / median, "compile_seconds": self.compile_seconds,
+                "floor_seconds": floor, "of_the_floor": floor / median,
+                # Shares are of the same few steps, timed in turn.
+                "seconds_without_draws": median * sections["greedy"] / sections["padded"],
+                "padding_and_bookkeeping": 0.0 if self.scaled else median / (sections["exact"] * nfe) - 1}
 
 
 def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
@@ -203,26 +230,9 @@ def _sections(weights: Weights, config: Config, plan: Plan, variants: dict[str, 
               steps: int) -> dict[str, float]:
     """Mean seconds per step, over `count` places of the plan, of each variant: "exact" has shapes that fit the step,
     the others those of the sampler. "greedy" takes the largest logit, the least that can be done with all of them."""
-    model, sampler = config.model, families.get(config).sampler(config)
-    uniforms = loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length)
-
-    def runner(name: str, rule: Rule, index: int) -> Callable[[], None]:
-        table, runs = loop.schedule(plan, sampler, exact=name == "exact")
-        shape = next(run.shape for run in runs if run.low <= index < run.high)
-        state = loop.grow(loop.start(weights, model, sampler, plan.order), shape)
-        low = max(0, min(index, plan.nfe - steps))
-
-        def go() -> None:
-            nonlocal state
-            state = loop.decode_run(weights, state, table, low, low + steps, uniforms, model, sampler, rule, shape)
-            jax.block_until_ready(state)
-
-        go()  # compiles
-        return go
-
     times: dict[str, list[float]] = {name: [] for name in variants}
     for index in np.linspace(0, plan.nfe - 1, count + 2).astype(int)[1:-1].tolist():
-        runners = {name: runner(name, rule, index) for name, rule in variants.items()}
+        runners = {name: _runner(weights, config, plan, name, rule, index, steps) for name, rule in variants.items()}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(repeats):  # in turn, since machines drift
             for name, go in runners.items():
@@ -232,9 +242,31 @@ def _sections(weights: Weights, config: Config, plan: Plan, variants: dict[str, 
     return {name: statistics.fmean(of) for name, of in times.items()}
 
 
-def floor_seconds(plan: Plan, sampler: loop.Sampler, model: ModelConfig, weights: Weights, machine: Machine) -> float:
-    """The least time for the plan's steps; see the top of this file."""
-    batch, d, n = len(plan.order), model.width, model.layers
+def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule, index: int,
+            steps: int) -> Callable[[], None]:
+    """Runs `steps` steps around `index` whenever it is called, in the variant's shape; compiled already."""
+    model, sampler = config.model, families.get(config).sampler(config)
+    uniforms = loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length)
+    table, runs = loop.schedule(plan, sampler, exact=name == "exact")
+    shape = next(run.shape for run in runs if run.low <= index < run.high)
+    state = loop.grow(loop.start(weights, model, sampler, plan.order), shape)
+    low = max(0, min(index, plan.nfe - steps))
+
+    def go() -> None:
+        nonlocal state
+        state = loop.decode_run(weights, state, table, low, low + steps, uniforms, model, sampler, rule, shape)
+        jax.block_until_ready(state)
+
+    go()
+    return go
+
+
+def floor_seconds(plan: Plan, sampler: loop.Sampler, model: ModelConfig, weights: Weights, machine: Machine,
+                  devices: int = 1) -> float:
+    """The least time for the plan's steps; see the top of this file. The devices of a CPU share its memory and cores;
+    others have their own, and each reads all weights."""
+    own = 1 if jax.default_backend() == "cpu" else devices
+    batch, d, n = len(plan.order) // own, model.width, model.layers
     start, stop = sampler.window(plan)
     window, live = stop - start, stop if sampler.cached else np.full(plan.nfe, plan.length)
     multiplied = [*weights["blocks"], weights["head"]]
@@ -289,7 +321,7 @@ def _relate(found: list[dict[str, Any]]) -> None:
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sampler": lambda r: r["sampler"],
     "L": lambda r: str(r["length"]),
-    "batch": lambda r: str(r["batch"]),
+    "batch": lambda r: str(r["batch"]) + (f" on {r['devices']} devices" if r["devices"] > 1 else ""),
     "NFE": lambda r: str(r["nfe"]),
     "seconds": lambda r: f"{r['seconds']:.3g}" + (" (scaled from one pass)" if r["scaled_from_one_pass"] else ""),
     "tokens/s": lambda r: f"{r['tokens_per_s']:.0f}",
