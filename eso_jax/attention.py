@@ -6,7 +6,7 @@ here make one for each kind of pass, so that the transformer is the same for all
   single_stream(visible)     one sequence and a pattern of eso_jax.masks
   two_streams(block, clean)  a noisy and a clean copy of the sequence (sequential pass, exact likelihood, BD3-LM)
 
-and in eso_jax/cache.py, cached(offset): the next few tokens against a key-value cache.
+and in eso_jax/cache.py, cached(offset, visible): the next few tokens against a key-value cache.
 
 Scores and softmax are float32 whatever the compute type. `dense` is the one path so far: plain, in tiles that keep the
 scores small.
@@ -30,7 +30,7 @@ Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
 Visible = Callable[[Array, Array], Array]  # (query slots, key slots) -> bool
 
 HIDDEN = -1e30  # the score of a key that may not be seen
-# Scores at once. On CPU, tiles that stay in its cache make long sequences 7 times as fast; elsewhere memory is bounded.
+# Scores at once, of more than a few queries: on CPU, tiles that stay in its cache make long sequences 7 times as fast.
 TILE = {"cpu": 2**21}
 TILE_ELSEWHERE = 2**28
 FEW_QUERIES = 64  # are not tiled: the tiles of a batch copy its keys and values

@@ -6,7 +6,6 @@ People read stderr; machines read the file named by --out. A mistake in the inpu
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -40,8 +39,8 @@ def guarded(action: Callable[[], None]) -> int:
         print(f"eso-jax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("eso-jax: interrupted; a training run goes on from its last checkpoint by the same command",
-              file=sys.stderr)
+        print("eso-jax: interrupted; by the same command, training goes on from its last checkpoint and scoring "
+              "from its last orders", file=sys.stderr)
         return 130
     return 0
 
@@ -122,17 +121,19 @@ def score(arguments: argparse.Namespace) -> None:
     if arguments.orders:
         logp = model.log_likelihood(tokens, _read_array(arguments.orders, "--orders", "orders"))
     else:
-        alpha_0 = model.config.family.alpha_0 if arguments.alpha_0 is None else arguments.alpha_0
-        if model.config.family.name == "ar":
-            alpha_0 = 0.0
+        default = 0.0 if model.config.family.name == "ar" else model.config.family.alpha_0
+        alpha_0 = default if arguments.alpha_0 is None else arguments.alpha_0
         require(0 <= alpha_0 <= 1, "--alpha-0", alpha_0, "must be in [0, 1]")
+        require(alpha_0 == default or model.config.family.name.startswith("esolm"), "--alpha-0", alpha_0,
+                f"only Eso-LMs have it; leave it out for family.name = {model.config.family.name!r}")
+        partial = Path(arguments.out + ".partial")
         logp = importance.log_prob(model.weights, model.config, tokens, arguments.num_orders or 1, alpha_0,
-                                   arguments.seed, Path(arguments.out + ".partial"),
-                                   f"{Path(arguments.workdir).resolve()} step {model.step} raw {arguments.raw}")
+                                   arguments.seed, partial)
     bound, error = likelihood.iw_bound(logp)
     _say(f"{len(tokens)} sequences, {len(logp)} orders each: log p >= {bound.mean():.4f} nats on average "
          f"({-bound.mean() / tokens.shape[1]:.4f} nats per token)")
     _write_npz(arguments.out, logp_per_order=logp, iw_bound=bound, iw_bound_standard_error=error)
+    Path(arguments.out + ".partial").unlink(missing_ok=True)
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -142,8 +143,13 @@ def sample(arguments: argparse.Namespace) -> None:
 
     _check_out(arguments.out)
     model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor)
-    plan = _read_plan(arguments.plan) if arguments.plan and arguments.plan.endswith(".npz") else arguments.plan
-    found = model.sample(arguments.num_samples, arguments.steps, arguments.alpha_0, arguments.top_p,
+    plan = arguments.plan
+    if plan and plan.endswith(".npz"):
+        if arguments.steps is not None or arguments.alpha_0 is not None:
+            raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
+        plan = _read_plan(plan)
+    steps = 128 if arguments.steps is None else arguments.steps
+    found = model.sample(arguments.num_samples, steps, arguments.alpha_0, arguments.top_p,
                          arguments.temperature, arguments.seed, arguments.batch_size, min_p=arguments.min_p, plan=plan,
                          num_tries=arguments.num_tries, min_entropy=arguments.min_entropy)
     text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
@@ -187,21 +193,21 @@ def check_cache(arguments: argparse.Namespace) -> None:
 
     _say(f"{model.config.family.name} at step {model.step}, {arguments.dtype}, {arguments.rows} rows, "
          f"{jax.devices()[0].device_kind}; worst difference between logits (limit: {tolerance:g} of the largest)")
-    # Four tokens per step (in each block, for BD3-LM), and one: few programs to compile.
+    # Four tokens per diffusion step (in each block, for BD3-LM), and one: few programs to compile.
     block = model.config.family.block_size if model.config.family.name == "bd3lm" else config.length
-    steps = config.length // block * max(1, block // 4)
+    steps = config.length // block * max(1, round(alpha_0 * block) // 4)
     for policy in ("left-to-right",) if model.config.family.name == "ar" else ("balanced", "one-by-one"):
         keys = jax.random.split(jax.random.key(arguments.seed))
         plan = family.plan(keys[0], model.config, arguments.rows, steps, alpha_0, policy)
-        x = sort(families.sample(model.weights, model.config, plan, keys[1]), plan.order)
+        tokens = families.sample(model.weights, model.config, plan, keys[1])
+        x = sort(tokens, plan.order)
         _say(f"{policy} plan, {plan.nfe} passes, on samples of its own")
         report("cached against uncached", check.cache_error(model.weights, config, sampler, plan, x))
         for size in sorted({1, arguments.rows // 2}):
             report(f"batch of {size} against batch of {arguments.rows}",
                    check.batch_error(model.weights, config, sampler, plan, x, size))
-            few = dataclasses.replace(plan, order=plan.order[:size])
-            same = np.asarray(families.sample(model.weights, model.config, few, keys[1]) ==
-                              families.sample(model.weights, model.config, plan, keys[1])[:size]).mean()
+            few = families.sample(model.weights, model.config, plan.rows(np.arange(size)), keys[1])
+            same = np.asarray(few == tokens[:size]).mean()
             _say(f"  {'  the same tokens drawn':<44} {100 * same:.2f}%")
         if exact is not model:
             ours, theirs = (check.forced_logits(m.weights, config, sampler, plan, x) for m in (model, exact))
@@ -209,7 +215,7 @@ def check_cache(arguments: argparse.Namespace) -> None:
     if failures:
         raise EsoError(f"{failures} of the differences are more than rounding: the cache is not exact on this machine; "
                        "please report it with this output")
-    _say("the cache is exact to rounding, and results do not depend on the batch size")
+    _say("to rounding, the cache is exact and logits do not depend on the batch size")
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -277,7 +283,10 @@ def _read_plan(path: str) -> Any:
             "must hold order, int [N, L], and tokens_per_step, int [steps]")
     check_permutations(order, order.shape[1])
     with np.load(path) as arrays:
-        diffusion = int(arrays["diffusion"]) if "diffusion" in arrays else None
+        given = arrays["diffusion"] if "diffusion" in arrays else None
+    require(given is None or given.shape == () and np.issubdtype(given.dtype, np.integer), "--plan", path,
+            "its diffusion must be one integer")
+    diffusion = None if given is None else int(given)
     return Plan(jnp.asarray(order, jnp.int32), counts, diffusion)
 
 
@@ -354,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
                     "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz")
     model(added)
     added.add_argument("--num-samples", type=int, default=1, help="sequences (%(default)s)")
-    added.add_argument("--steps", type=int, default=128, help="T, diffusion steps (%(default)s)")
+    added.add_argument("--steps", type=int, help="T, diffusion steps (128); plans of one token per step have none")
     added.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; 1 keeps all (%(default)s)")
     added.add_argument("--min-p", type=float, default=0.0,
                        help="drop tokens less likely than this share of the likeliest (%(default)s)")
@@ -363,8 +372,8 @@ def _parser() -> argparse.ArgumentParser:
                                       "plan (the family's own: binomial, or left-to-right for AR)")
     added.add_argument("--num-tries", type=int, default=1,
                        help="draw samples of low entropy again, up to this often in all (%(default)s: keep them)")
-    added.add_argument("--min-entropy", type=float, default=4.0,
-                       help="nats of the last 256 tokens' unigrams below which samples are drawn again (%(default)s)")
+    added.add_argument("--min-entropy", type=float, help="with --num-tries: nats of the last 256 tokens' unigrams "
+                                                         "below which a sample is drawn again (BD3-LM's code: 4)")
     precision(added)
     added.add_argument("--tensor", type=int, default=1, help="devices to a copy of the model (%(default)s)")
     added.add_argument("--batch-size", type=int, default=64, help="sequences decoded together (%(default)s)")
@@ -380,14 +389,14 @@ def _parser() -> argparse.ArgumentParser:
 
     added = command("bench", bench, "Measure the samplers on random weights.",
                     "eso-jax bench sampling --preset cpu --out bench.json",
-                    usage="%(prog)s [-h] sampling --preset PRESET --out OUT [options] [section.field=value ...]")
+                    usage="%(prog)s [-h] sampling [model.field=value ...] --preset PRESET --out OUT [options]")
     added.add_argument("what", choices=["sampling"], help="what to measure")
     added.add_argument("--preset", required=True, choices=["cpu", "table11", "table13"],
                        help="cpu: 256 x 8 layers, L = 2048, float32; table11, table13: the paper's, for a GPU")
     added.add_argument("--lengths", type=int, nargs="+", help="instead of the preset's")
     added.add_argument("--batches", type=int, nargs="+", help="instead of the preset's")
     added.add_argument("--repeats", type=int, default=3, help="generations timed, for the median (%(default)s)")
-    added.add_argument("--out", required=True, help="JSON; a table (.md) and a picture (.png) are written beside it")
+    added.add_argument("--out", required=True, help=".json; a table (.md) and a picture (.png) are written beside it")
 
     added = command("import", import_, "Make a work directory from the authors' weights.",
                     "eso-jax import eso.safetensors --config sizes.json --out /tmp/w")

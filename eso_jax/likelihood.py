@@ -90,11 +90,12 @@ def conditional(weights: Weights, config: Config, tokens: np.ndarray, given: np.
       EsoError: arguments that do not fit, or a family whose conditionals are not to be had in one pass.
     """
     tokens, given, wanted = (np.asarray(x) for x in (tokens, given, wanted))
-    check_tokens(tokens, config)
     for name, flags in (("given", given), ("wanted", wanted)):
         require(flags.shape == tokens.shape and flags.dtype == bool, name, f"{flags.dtype} {flags.shape}",
                 f"must be bool {tokens.shape}")
     require(not (given & wanted).any(), "wanted", "some that are given", "a token is either given or wanted")
+    tokens = np.where(given | wanted, tokens, int(config.model.mask == 0))  # the rest: any id but the mask
+    check_tokens(tokens, config)
     name = config.family.name
     require(name in ("esolm", "ar"), "family.name", name, "only an Eso-LM (B) or an AR model has exact conditionals")
     rank = np.where(given, 0, np.where(wanted, 1, 2))

@@ -36,7 +36,7 @@ Weights = dict[str, Any]
 Dropout = tuple[float, Key[Array, " B"]] | None  # the rate, and one key per row
 
 MASK_LOGIT = -1e6
-LOGITS_AT_ONCE = 2**27  # per chunk of the loss: half a gigabyte in float32
+LOGITS_AT_ONCE = 2**27  # of a loss or a step: half a gigabyte in float32
 FREQUENCIES = 256  # width of the timestep embedding, the authors'
 
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -123,7 +124,8 @@ class Model:
 
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int = 64, *, min_p: float = 0.0,
-               plan: str | Plan | None = None, num_tries: int = 1, min_entropy: float = 4.0) -> Samples:
+               plan: str | Plan | None = None, num_tries: int = 1,
+               min_entropy: float | None = None) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
         Args:
@@ -143,6 +145,9 @@ class Model:
         require(steps >= 1, "steps", steps, "T must be at least 1")
         require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
         require(num_tries >= 1, "num_tries", num_tries, "must be at least 1")
+        require((num_tries > 1) == (min_entropy is not None), "min_entropy", min_entropy,
+                "goes with num_tries > 1: the nats below which a sample is drawn again")
+        require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
         alpha_0 = self.config.family.alpha_0 if alpha_0 is None else alpha_0
         require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
         rule = Rule(temperature, top_p, min_p)
@@ -157,7 +162,9 @@ class Model:
         tries = np.zeros(num_samples, np.int32)
         with Stopwatch() as watch:
             for attempt in range(num_tries):
-                again = np.flatnonzero(unigram_entropy(tokens) < min_entropy) if attempt else np.arange(num_samples)
+                again = np.arange(num_samples)
+                if min_entropy is not None and attempt:
+                    again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
                 if len(again):
                     tokens[again] = self._decode(plan, jax.random.fold_in(draw_key, attempt), rule, again, batch_size)
                     tries[again] += 1
@@ -167,28 +174,34 @@ class Model:
     def _decode(self, plan: Plan, key: Key[Array, ""], rule: Rule, rows: np.ndarray, batch_size: int) -> np.ndarray:
         """The tokens of some rows of the plan, decoded batch by batch."""
         # Batches of one size, so that they share one compilation and fill the devices; the last is filled by repeating.
-        batches = -(-len(rows) // batch_size)
-        devices = self.mesh.shape["data"]
-        size = -(-len(rows) // (batches * devices)) * devices
-        filled = np.resize(rows, batches * size)
+        samples, devices = len(plan.order), self.mesh.shape["data"]
+        batches = -(-samples // batch_size)
+        size = -(-samples // (batches * devices)) * devices
+        filled = np.resize(rows, -(-len(rows) // size) * size)
         out = []
         with jax.set_mesh(self.mesh):
-            for part in filled.reshape(batches, size):
-                batch = Plan(plan.order[part], plan.tokens_per_step, plan.diffusion)
-                out.append(np.asarray(families.sample(self.weights, self.config, batch, key, rule, jnp.asarray(part))))
+            for part in filled.reshape(-1, size):
+                out.append(np.asarray(families.sample(self.weights, self.config, plan.rows(part), key, rule,
+                                                      jnp.asarray(part))))
         return np.concatenate(out)[:len(rows)]
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
         return likelihood.log_prob(self.weights, self.config, tokens, orders)
 
-    def plan_log_prob(self, tokens: np.ndarray, plan: Plan) -> np.ndarray:
+    def plan_log_prob(self, tokens: np.ndarray, plan: Plan, rows: int = 64) -> np.ndarray:
         """log p of each token of [B, L] in nats, in the order, when decoded along the plan: the law of `sample` given
-        its plan. One pass per step."""
+        its plan. One pass per step, `rows` sequences at a time."""
         tokens = np.asarray(tokens)
         likelihood.check_tokens(tokens, self.config)
         require(plan.order.shape == tokens.shape, "plan", plan.order.shape, f"its order must have shape {tokens.shape}")
-        return np.asarray(families.plan_log_prob(self.weights, self.config, plan, jnp.asarray(tokens, jnp.int32)))
+        out = []
+        size = min(rows, len(tokens))
+        for low in range(0, len(tokens), size):
+            part = np.resize(np.arange(low, min(low + size, len(tokens))), size)
+            out.append(np.asarray(families.plan_log_prob(self.weights, self.config, plan.rows(part),
+                                                         jnp.asarray(tokens[part], jnp.int32))))
+        return np.concatenate(out)[:len(tokens)]
 
 
 def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor: int = 1) -> Model:
@@ -196,7 +209,7 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
 
     Args:
       ema: the averaged parameters rather than the raw ones.
-      dtype: of weights, products and cache: "float32", or "bfloat16" (half the memory; `eso-jax check-cache --dtype
+      dtype: of products and cache: "float32", or "bfloat16" (half the bytes per step; `eso-jax check-cache --dtype
         bfloat16` says what it costs in accuracy on this model). Softmax, norms and logits are float32 in either.
       tensor: devices that share one copy of the model; the others hold further copies.
 

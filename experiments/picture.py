@@ -53,7 +53,8 @@ def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:
 def draw_plan(path: Path) -> None:
     """The plan of a .npz of eso-jax sample, its first row."""
     with np.load(path) as arrays:
-        plan = Plan(jnp.asarray(arrays["order"]), arrays["tokens_per_step"], int(arrays["diffusion"]))
+        diffusion = int(arrays["diffusion"]) if "diffusion" in arrays else None
+        plan = Plan(jnp.asarray(arrays["order"]), arrays["tokens_per_step"], diffusion)
     figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
     decoding(axes, plan)
     figure.savefig(path.with_suffix(".png"), dpi=110)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,16 +11,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import eso_jax
-from conftest import GOLDENS
+from conftest import GOLDENS, tiny_config
+from eso_jax import families
 from eso_jax import train as training
 from eso_jax.cli import main
 from eso_jax.evaluation import throughput
 from eso_jax.sampling import check
+from eso_jax.sampling.plan import Plan
 from eso_jax.sampling.rejection import unigram_entropy
 from test_train import BASE
 
@@ -164,6 +168,7 @@ def test_check_cache(tmp_path: Path, run: Run, trained: Path, monkeypatch: pytes
     command = ["check-cache", "--workdir", trained, "--rows", 2]
     text = run(*command)
     assert text.count("cached against uncached") == 2 and "the cache is exact" in text and "TOO MUCH" not in text
+    assert "balanced plan, 10 passes" in text  # 8 tokens in two steps
     assert text.count("the same tokens drawn") == 2
     assert "bfloat16 against float32" in run(*command, "--dtype", "bfloat16")
     assert "--rows = 1" in run(*command[:3], "--rows", 1, code=2)
@@ -202,14 +207,30 @@ def test_bench_at_a_reduced_size(tmp_path: Path, run: Run, monkeypatch: pytest.M
         assert out.with_suffix(".png").stat().st_size > 5000
         assert out.with_suffix(".md").read_text().strip() in text
     for arguments, message in ((["model.widht=3"], "did you mean model.width?"), (["--batches", 0], "--batches = 0"),
-                               (["--repeats", 0], "--repeats = 0"), (["model.heads=3"], "model.heads = 3")):
+                               (["--repeats", 0], "--repeats = 0"), (["model.heads=3"], "model.heads = 3"),
+                               (["family.name=ar"], "only model's fields"), (["model.length=8"], "give --lengths"),
+                               (["--out", tmp_path / "no.png"], "must end in .json")):
         command = ["bench", "sampling", "--preset", "cpu", "--out", tmp_path / "no.json", *arguments]
         assert message in run(*command, code=2)
     assert not (tmp_path / "no.json").exists()
 
 
+def test_floor_by_hand() -> None:
+    """Two rows, width 4, one layer, V = 10: steps of 1 and 2 tokens; once the bytes decide, once the operations."""
+    config = tiny_config(length=3, vocab_size=10)
+    model = dataclasses.replace(config.model, width=4, layers=1)
+    plan = Plan(jnp.tile(jnp.arange(3), (2, 1)), np.array([1, 2]))
+    weights = throughput.random_weights(model, np.float32)
+    sampler = families.get(config).sampler(config)
+    numbers = 12 * 16 + (16 + 4) + 4 * 4 + (4 * 10 + 10 + 2 * 4)  # a layer's products, biases, norms; the head
+    bytes_ = 4 * (numbers + np.array([2 * 2 * 4 * 1, 2 * 2 * 4 * 3]))
+    flops = 2 * np.array([24 * 16 * 1 + 4 * 4 * 1 * 1 + 2 * 40 * 1, 24 * 16 * 3 + 4 * 4 * 3 * 3 + 2 * 40 * 2])
+    for machine, expected in ((throughput.Machine(1.0, 1e9), bytes_), (throughput.Machine(1e9, 1.0), flops)):
+        np.testing.assert_allclose(throughput.step_floors(plan, sampler, model, weights, machine), expected)
+
+
 def test_compiled_programs_are_kept(tmp_path: Path, trained: Path) -> None:
-    """In the user's cache folder, unless JAX's own variable names another; the second run compiles less."""
+    """In the user's cache folder, unless JAX's own variable names another."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, "-m", "eso_jax", "sample", "--workdir", str(trained), "--out", str(tmp_path / "s.npz")]
     environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -330,6 +351,8 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
                                  ("--alpha-0", 1.5, "alpha_0 = 1.5"), ("--num-samples", 0, "num_samples = 0"),
                                  ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value"),
                                  ("--min-p", 1, "min_p = 1.0"), ("--num-tries", 0, "num_tries = 0"),
+                                 ("--num-tries", 2, "min_entropy = None: goes with num_tries"),
+                                 ("--min-entropy", 2, "min_entropy = 2.0: goes with num_tries"),
                                  ("--plan", "zigzag", "plan = 'zigzag': choose one of binomial"),
                                  ("--plan", tmp_path / "no.npz", "no such file"),
                                  ("--tensor", 3, "tensor = 3: must divide"), ("--dtype", "float16", "invalid choice")):
@@ -340,6 +363,10 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
     assert "must be positive and sum to 16" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
     np.savez(tmp_path / "plan.npz", order=orders[0] // 2, tokens_per_step=np.full(4, 4))
     assert "not a permutation" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
+    np.savez(tmp_path / "plan.npz", order=orders[0][:1], tokens_per_step=np.full(4, 4))
+    assert "holds a whole plan" in run(*sample, "--plan", tmp_path / "plan.npz", "--steps", 4, code=2)
+    np.savez(tmp_path / "plan.npz", order=orders[0][:1], tokens_per_step=np.full(4, 4), diffusion=8.5)
+    assert "must be one integer" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
     assert "only one of them" in run(*score, tmp_path / "good.npy", "--plan", tmp_path / "plan.npz", "--num-orders", 2,
                                      code=2)
     assert "is a folder" in run(*sample[:3], "--out", tmp_path, code=2)

@@ -93,7 +93,7 @@ def test_a_stopped_importance_weighted_bound_goes_on(tmp_path: Path, monkeypatch
     x, partial = np.asarray(everything[:5]), tmp_path / "s.npz.partial"
     arguments = (weights, config, x, 23, 0.5, 3)
     whole = importance.log_prob(*arguments, tmp_path / "other", rows=10)
-    assert whole.shape == (23, 5) and not (tmp_path / "other").exists()
+    assert whole.shape == (23, 5)
     inner, calls = likelihood.log_prob, []
 
     def stop(*args: object) -> np.ndarray:
@@ -107,10 +107,23 @@ def test_a_stopped_importance_weighted_bound_goes_on(tmp_path: Path, monkeypatch
         importance.log_prob(*arguments, partial, rows=10)
     with np.load(partial) as kept:
         np.testing.assert_array_equal(kept["logp_per_order"], whole[:6])
-    with pytest.raises(EsoError, match="another model, other tokens"):
-        importance.log_prob(weights, config, x, 23, 0.25, 3, partial, rows=10)
+    others = random_weights(config.model, seed=1)
+    for changed in ((others, config, x, 23, 0.5, 3), (weights, config, x, 23, 0.25, 3),
+                    (weights, config, x, 23, 0.5, 4), (weights, config, x[::-1].copy(), 23, 0.5, 3)):
+        with pytest.raises(EsoError, match="another model, other tokens"):
+            importance.log_prob(*changed, partial, rows=10)
     np.testing.assert_array_equal(importance.log_prob(*arguments, partial, rows=10), whole)
-    assert len(calls) == 4 + 9 and not partial.exists()
-    partial.write_bytes(b"damaged")
-    with pytest.raises(EsoError, match="not a partial result"):
-        importance.log_prob(*arguments, partial, rows=10)
+    assert len(calls) == 4 + 9
+    few = importance.log_prob(weights, config, x, 2, 0.5, 3, partial, rows=10)  # loses none that are there
+    np.testing.assert_array_equal(few, whole)
+    for damage in (b"damaged", partial.read_bytes()[:200]):
+        partial.write_bytes(damage)
+        with pytest.raises(EsoError, match="not a partial result"):
+            importance.log_prob(*arguments, partial, rows=10)
+
+
+def test_a_mistake_leaves_no_partial_result(tmp_path: Path) -> None:
+    config, weights, everything = toy("esolm_a", alpha_0=0.5)
+    with pytest.raises(EsoError, match="only the natural order"):
+        importance.log_prob(weights, config, np.asarray(everything), 2, 1.0, 0, tmp_path / "partial")
+    assert not (tmp_path / "partial").exists()

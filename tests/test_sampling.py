@@ -73,6 +73,16 @@ def test_cached_logits_equal_uncached(name: str, cuts: list[bool], batch: int, a
         np.testing.assert_allclose(cached, uncached, atol=1e-5 * largest, rtol=1e-5)
 
 
+def test_differences_between_logits() -> None:
+    """Without the mask's; and not a number is not small."""
+    ours, theirs = np.zeros((2, 1, 3)), np.array([[[1.0, -4, 9e9]], [[2, 2, 0]]])
+    found = check.compare([jnp.asarray(ours)], [jnp.asarray(theirs)], 2)
+    assert (found.worst, found.largest, found.relative) == (4, 4, 1)
+    nan = check.compare([jnp.asarray(ours * np.nan)] * 2, [jnp.asarray(theirs)] * 2, 2)
+    assert not nan.relative <= 1
+    assert check.compare([jnp.asarray(ours)], [jnp.asarray(ours)], 2).relative == 0
+
+
 def test_a_cache_that_is_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What eso-jax check-cache prints is small for our cache, and large for one whose keys are written a slot late."""
     config = tiny_config(length=LENGTH, vocab_size=10)  # compiled for nobody else
@@ -154,7 +164,7 @@ def test_compiled_loop_equals_a_python_loop(name: str, alpha_0: float, rule: Rul
 def test_rows_do_not_know_their_batch(name: str) -> None:
     plan, key = plan_of(name, 2, 6, CUTS, 0.5), jax.random.key(3)
     whole = families.sample(WEIGHTS, CONFIGS[name], plan, key)
-    part = Plan(plan.order[4:], plan.tokens_per_step, plan.diffusion)
+    part = plan.rows(np.arange(4, 6))
     np.testing.assert_array_equal(whole[4:], families.sample(WEIGHTS, CONFIGS[name], part, key, rows=4 + jnp.arange(2)))
 
 
@@ -196,7 +206,7 @@ def test_nothing_is_left_uncached(name: str) -> None:
 
 def test_windows_of_a_long_plan_are_rounded_and_the_cache_grows() -> None:
     plan = binomial(jax.random.key(0), 1, 2048, 64, 0.5)
-    steps, runs = loop.schedule(plan, families.get(CONFIG).sampler(CONFIG))
+    _, runs = loop.schedule(plan, families.get(CONFIG).sampler(CONFIG))
     assert {run.shape.live for run in runs} <= set(range(256, 2049, 256)) and runs[-1].shape.live == 2048
     assert len({run.shape.live for run in runs}) > 4
     assert all(run.shape.window & (run.shape.window - 1) == 0 for run in runs)

@@ -21,7 +21,7 @@ import jax, jax.numpy as jnp, numpy as np
 import eso_jax
 from eso_jax import families
 from eso_jax.order import sort
-from eso_jax.sampling import check
+from eso_jax.sampling import check, loop
 workdir, out = sys.argv[1:]
 found = {}
 for tensor in (1, 4):
@@ -30,8 +30,17 @@ for tensor in (1, 4):
     samples = model.sample(6, steps=6, alpha_0=0.5, batch_size=6)
     sampler = families.get(model.config).sampler(model.config)
     x = sort(jnp.asarray(np.arange(6 * 16).reshape(6, 16) % 32), samples.plan.order)
-    logits = check.forced_logits(model.weights, model.config.model, sampler, samples.plan, x)
-    found |= {f"tokens{tensor}": samples.tokens, f"logits{tensor}": np.concatenate(list(logits), axis=1)}
+    with jax.set_mesh(model.mesh):
+        eight = samples.plan.rows(np.arange(8) % 6)
+        state = loop.start(model.weights, model.config.model, sampler, eight.order)
+        state = loop.grow(state, loop.schedule(eight, sampler)[1][0].shape)
+        if jax.device_count() > 1:
+            shares = {(model.mesh.shape["data"], model.mesh.shape["tensor"])}
+            assert shares == {(x.shape[0] // x.sharding.shard_shape(x.shape)[0],
+                               x.shape[1] // x.sharding.shard_shape(x.shape)[1]) for x in jax.tree.leaves(state.cache)}
+            assert state.tokens.sharding.shard_shape((8, 16)) == (8 // model.mesh.shape["data"], 16)
+        logits = check.forced_logits(model.weights, model.config.model, sampler, eight, x[np.arange(8) % 6])
+        found |= {f"tokens{tensor}": samples.tokens, f"logits{tensor}": np.concatenate(list(logits), axis=1)}
     if jax.device_count() == 1:
         break
 np.savez(out, **found)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import jax
@@ -27,14 +28,14 @@ SAVE_EVERY = 30.0  # seconds
 
 
 def log_prob(weights: Weights, config: Config, tokens: np.ndarray, num_orders: int, alpha_0: float, seed: int,
-             partial: Path, of: str = "", rows: int = 64) -> np.ndarray:
-    """log p(tokens[b] | order) in nats under `num_orders` random orders of each row, float32 [O, B].
+             partial: Path, rows: int = 64) -> np.ndarray:
+    """log p(tokens[b] | order) in nats under `num_orders` random orders of each row, float32 [O, B]; more of them where
+    `partial` holds more.
 
     Args:
       tokens: int [B, L], no masks.
       alpha_0: of the orders' law; see eso_jax.order.likelihood_orders.
-      partial: where the orders scored so far are kept; removed in the end.
-      of: what the weights are, in words, so that a partial result of others is not taken for theirs.
+      partial: where the orders scored so far are kept; to be removed once the result is safe.
       rows: sequences per forward pass.
 
     Raises:
@@ -42,14 +43,17 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, num_orders: i
     """
     likelihood.check_tokens(tokens, config)
     require(num_orders >= 1, "--num-orders", num_orders, "must be at least 1")
-    identity = json.dumps([of, config.to_json(), hashlib.sha256(tokens.tobytes()).hexdigest(), alpha_0, seed])
-    found = _read(partial, identity, len(tokens))[:num_orders]
+    digest = hashlib.sha256()
+    for array in (*jax.tree.leaves(weights), tokens):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    identity = json.dumps([config.to_json(), digest.hexdigest(), alpha_0, seed])
+    found = _read(partial, identity, len(tokens))
     key, group = jax.random.key(seed), max(1, rows // len(tokens))
     block = config.family.block_size if config.family.name == "bd3lm" else None
     saved = time.monotonic()
     bar = tqdm(total=num_orders, initial=len(found), unit="order", disable=not sys.stderr.isatty())
     with bar, contextlib.ExitStack() as stack:
-        stack.callback(lambda: _write(partial, identity, found) if len(found) < num_orders else None)
+        stack.callback(lambda: _write(partial, identity, found) if len(found) else None)
         while len(found) < num_orders:
             orders = likelihood_orders(key, group, len(tokens), config.model.length, alpha_0, len(found), block)
             # A whole group always, for one compilation.
@@ -60,7 +64,6 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, num_orders: i
             if time.monotonic() - saved > SAVE_EVERY:
                 _write(partial, identity, found)
                 saved = time.monotonic()
-    partial.unlink(missing_ok=True)
     return found
 
 
@@ -68,9 +71,9 @@ def _read(partial: Path, identity: str, batch: int) -> np.ndarray:
     if not partial.exists():
         return np.zeros((0, batch), np.float32)
     try:
-        with np.load(partial) as arrays:
+        with open(partial, "rb") as file, np.load(file) as arrays:  # np.load would leave a damaged one open
             kept, found = str(arrays["identity"]), arrays["logp_per_order"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise EsoError(f"{partial}: not a partial result ({error}); remove it") from error
     require(kept == identity, "--out", str(partial), "holds a partial result of another model, other tokens, alpha_0 "
             "or seed; remove it, or give another --out")

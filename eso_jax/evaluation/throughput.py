@@ -1,7 +1,8 @@
 """How fast the samplers are, and how far from what the machine allows: `eso-jax bench sampling`.
 
 Speed does not depend on the weights, so they are random. Every sampler runs its own plan with draws included; compiling
-is timed apart. MDLM, whose passes are all alike, is timed on a few of them and scaled to its NFE.
+(or loading what an earlier run compiled) is timed apart. MDLM, whose passes are all alike, is timed on one of them and
+scaled to its NFE. The samplers take turns, repeat by repeat.
 
 The floor of a plan is the least time that any program could take for its steps. In each, every weight is read once and
 so is the live cache, at the memory bandwidth; the products take their operations, at the matrix peak; the longer of the
@@ -32,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 from tqdm import tqdm
 
 from eso_jax import families, sharding, transformer
@@ -109,11 +111,15 @@ def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence
     """Measures a preset; writes `out` (JSON) as it goes, and a table (.md) and a picture (.png) beside it.
 
     Args:
-      overrides: section.field=value, for the model's sizes.
+      overrides: model.field=value, for its sizes.
       lengths, batches: instead of the preset's.
       repeats: generations timed; their median counts.
     """
     require(repeats >= 1, "--repeats", repeats, "must be at least 1")
+    require(out.suffix == ".json", "--out", str(out), "must end in .json; a table and a picture are written beside it")
+    for override in overrides:
+        require(override.startswith("model."), "override", override, "only model's fields can be changed")
+        require(not override.startswith("model.length"), "override", override, "give --lengths")
     chosen = PRESETS[preset]
     lengths, batches = lengths or chosen.lengths, batches or chosen.batches
     for batch in batches:
@@ -128,12 +134,13 @@ def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence
               "matmul_flops_per_s": machine.flops, "date": datetime.date.today().isoformat(), "repeats": repeats}
     _say(f"{chosen.what}; {header['machine']}; {machine.bandwidth / 1e9:.0f} GB/s, {machine.flops / 1e9:.0f} GFLOP/s "
          f"in {chosen.dtype}")
+    folded = random_weights(configs[lengths[0], chosen.cases[0]].model, dtype)
     todo = [(length, batch) for length in lengths for batch in batches]
     for length, batch in tqdm(todo, unit="size", disable=not sys.stderr.isatty()):
         config = configs[length, chosen.cases[0]]
         mesh = _mesh(config.model, batch)
         with jax.set_mesh(mesh):
-            weights = sharding.put_weights(random_weights(config.model, dtype), mesh)
+            weights = sharding.put_weights(folded, mesh)
             timed = [Timed(weights, configs[length, case], case, batch, chosen.rule) for case in chosen.cases]
             for _ in range(repeats):  # in turn, since machines drift
                 for one in timed:
@@ -196,22 +203,19 @@ class Timed:
 
     def row(self, machine: Machine, devices: int, repeats: int) -> dict[str, Any]:
         """The row of the table: seconds for a batch, and what they are made of."""
+        floors = step_floors(self.plan, self.sampler, self.config.model, self.weights, machine, devices)
         count, steps = (1, 1) if self.scaled else (SECTIONS, SECTION_STEPS)
         variants = {"padded": self.rule, "exact": self.rule, "greedy": GREEDY}
-        if self.scaled:
-            del variants["exact"]  # all L slots, always
-        sections = _sections(self.weights, self.config, self.plan, variants, repeats, count, steps)
-        sections.setdefault("exact", sections["padded"])
-        median, case, nfe = statistics.median(self.seconds), self.case, self.plan.nfe
-        floor = floor_seconds(self.plan, self.sampler, self.config.model, self.weights, machine, devices)
+        totals = _from_sections(self.weights, self.config, self.plan, floors, variants, repeats, count, steps)
+        median, case, nfe, floor = statistics.median(self.seconds), self.case, self.plan.nfe, float(floors.sum())
         return {"sampler": case.label, "length": self.config.model.length, "batch": len(self.plan.order),
                 "alpha_0": case.alpha_0, "steps": case.steps, "nfe": nfe, "seconds": median,
                 "all_seconds": self.seconds, "scaled_from_one_pass": self.scaled,
                 "tokens_per_s": self.plan.order.size / median, "compile_seconds": self.compile_seconds,
                 "floor_seconds": floor, "of_the_floor": floor / median,
-                # Shares are of the same few steps, timed in turn.
-                "seconds_without_draws": median * sections["greedy"] / sections["padded"],
-                "padding_and_bookkeeping": 0.0 if self.scaled else median / (sections["exact"] * nfe) - 1}
+                # Of the same few steps, timed in turn.
+                "seconds_without_draws": median * totals["greedy"] / totals["padded"],
+                "padding_and_bookkeeping": (totals["padded"] if self.scaled else median) / totals["exact"] - 1}
 
 
 def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
@@ -226,45 +230,50 @@ def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
     unsort(state.tokens[:, sampler.shift:], plan.order).block_until_ready()
 
 
-def _sections(weights: Weights, config: Config, plan: Plan, variants: dict[str, Rule], repeats: int, count: int,
-              steps: int) -> dict[str, float]:
-    """Mean seconds per step, over `count` places of the plan, of each variant: "exact" has shapes that fit the step,
-    the others those of the sampler. "greedy" takes the largest logit, the least that can be done with all of them."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for index in np.linspace(0, plan.nfe - 1, count + 2).astype(int)[1:-1].tolist():
+def _from_sections(weights: Weights, config: Config, plan: Plan, floors: Float[np.ndarray, " S"],
+                   variants: dict[str, Rule], repeats: int, count: int, steps: int) -> dict[str, float]:
+    """Seconds for the plan in each variant, estimated from `count` of its steps: "exact" has shapes that fit the step,
+    the others those of the sampler; "greedy" takes the largest logit, the least that can be done with all of them.
+
+    The steps stand evenly spaced in the plan's floor, so that few long ones weigh as much as many short ones.
+    """
+    share = np.cumsum(floors) / floors.sum()
+    ratios: dict[str, list[float]] = {name: [] for name in variants}  # seconds over the step's floor
+    for index in np.searchsorted(share, (np.arange(count) + 0.5) / count).tolist():
         runners = {name: _runner(weights, config, plan, name, rule, index, steps) for name, rule in variants.items()}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(repeats):  # in turn, since machines drift
             for name, go in runners.items():
                 seconds[name].append(_seconds(go) / steps)
         for name in variants:
-            times[name].append(statistics.median(seconds[name]))
-    return {name: statistics.fmean(of) for name, of in times.items()}
+            ratios[name].append(statistics.median(seconds[name]) / floors[index])
+    return {name: statistics.fmean(of) * float(floors.sum()) for name, of in ratios.items()}
 
 
 def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule, index: int,
             steps: int) -> Callable[[], None]:
-    """Runs `steps` steps around `index` whenever it is called, in the variant's shape; compiled already."""
+    """Does the step `index` so many times whenever it is called, in the variant's shape; compiled already."""
     model, sampler = config.model, families.get(config).sampler(config)
     uniforms = loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length)
     table, runs = loop.schedule(plan, sampler, exact=name == "exact")
     shape = next(run.shape for run in runs if run.low <= index < run.high)
     state = loop.grow(loop.start(weights, model, sampler, plan.order), shape)
-    low = max(0, min(index, plan.nfe - steps))
+    table = jax.tree.map(lambda field: jnp.full_like(field, field[index]), table)  # again and again
+    steps = min(steps, plan.length)
 
     def go() -> None:
         nonlocal state
-        state = loop.decode_run(weights, state, table, low, low + steps, uniforms, model, sampler, rule, shape)
+        state = loop.decode_run(weights, state, table, 0, steps, uniforms, model, sampler, rule, shape)
         jax.block_until_ready(state)
 
     go()
     return go
 
 
-def floor_seconds(plan: Plan, sampler: loop.Sampler, model: ModelConfig, weights: Weights, machine: Machine,
-                  devices: int = 1) -> float:
-    """The least time for the plan's steps; see the top of this file. The devices of a CPU share its memory and cores;
-    others have their own, and each reads all weights."""
+def step_floors(plan: Plan, sampler: loop.Sampler, model: ModelConfig, weights: Weights, machine: Machine,
+                devices: int = 1) -> Float[np.ndarray, " S"]:
+    """The least seconds for each step of the plan; see the top of this file. The devices of a CPU share its memory and
+    cores; others have their own, and each reads all weights."""
     own = 1 if jax.default_backend() == "cpu" else devices
     batch, d, n = len(plan.order) // own, model.width, model.layers
     start, stop = sampler.window(plan)
@@ -274,7 +283,7 @@ def floor_seconds(plan: Plan, sampler: loop.Sampler, model: ModelConfig, weights
     cache_bytes = 2 * n * batch * d * live * weights["head"]["kernel"].dtype.itemsize if sampler.cached else 0
     flops = batch * (2 * 12 * n * d * d * window + 4 * n * d * window * live
                      + 2 * d * model.vocab_size * plan.tokens_per_step)
-    return float(np.maximum((weight_bytes + cache_bytes) / machine.bandwidth, flops / machine.flops).sum())
+    return np.maximum((weight_bytes + cache_bytes) / machine.bandwidth, flops / machine.flops)
 
 
 def measure_machine(dtype: Any) -> Machine:

@@ -54,7 +54,7 @@ def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
 def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
          policy: str = "left-to-right") -> Plan:
     """Left to right, one token per step: AR has no choice, and `steps` and `alpha_0` are ignored."""
-    require(policy in ("binomial", "left-to-right"), "plan", policy, "AR decodes left to right; leave it out")
+    require(policy == "left-to-right", "plan", policy, "AR decodes left to right; leave it out")
     return left_to_right(batch, config.model.length)
 
 

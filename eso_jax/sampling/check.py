@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -68,7 +69,8 @@ class Difference(NamedTuple):
 
     @property
     def relative(self) -> float:
-        return self.worst / self.largest
+        """0 if there is none, infinite or nan where the logits are."""
+        return self.worst / self.largest if self.largest else self.worst and math.inf
 
 
 def compare(ours: Iterable[Array], theirs: Iterable[Array], mask_id: int) -> Difference:
@@ -76,7 +78,8 @@ def compare(ours: Iterable[Array], theirs: Iterable[Array], mask_id: int) -> Dif
     worst, largest = 0.0, 0.0
     for pair in zip(ours, theirs, strict=True):
         a, b = (np.delete(np.asarray(x), mask_id, axis=-1) for x in pair)
-        worst, largest = max(worst, float(np.abs(a - b).max())), max(largest, float(np.abs(b).max()))
+        # Not Python's max, which drops nan.
+        worst, largest = float(np.maximum(worst, np.abs(a - b).max())), float(np.maximum(largest, np.abs(b).max()))
     return Difference(worst, largest)
 
 
@@ -93,7 +96,7 @@ def cache_error(weights: Weights, config: ModelConfig, sampler: Sampler, plan: P
 def batch_error(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, x: Int[Array, "B L"],
                 size: int) -> Difference:
     """Logits of the first `size` rows decoded by themselves, against the same rows in the whole batch."""
-    part = Plan(plan.order[:size], plan.tokens_per_step, plan.diffusion)
+    part = plan.rows(np.arange(size))
     whole = (logits[:size] for logits in forced_logits(weights, config, sampler, plan, x))
     return compare(forced_logits(weights, config, sampler, part, x[:size]), whole, config.mask)
 

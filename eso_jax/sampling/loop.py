@@ -48,7 +48,7 @@ from eso_jax.sampling.categorical import Rule
 from eso_jax.sampling.plan import Plan
 from eso_jax.transformer import Weights
 
-PARTS, PART = 8, 256  # the cache grows by an eighth of the length, but at least by 256 slots
+PARTS, PART = 8, 256  # wide windows, and the cache, grow by an eighth of the length; the cache at least by 256 slots
 
 
 @struct.dataclass
@@ -67,7 +67,7 @@ class Step:
 
 
 class Sampler(NamedTuple):
-    """How a family decodes. Make one per family, once: it is an argument by which programs are compiled.
+    """How a family decodes. Programs are compiled by it, so that equal ones must be made of the same functions.
 
     Attributes:
       window: plan -> (start [S], stop [S]), the slots of each step's pass. With a cache, every slot before `start` must
@@ -192,7 +192,7 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> tuple[Step, l
     length, counts, first = plan.length, plan.tokens_per_step, plan.first
     begin, stop = sampler.window(plan)
     # On CPU a product with a single row takes half as long again as with two.
-    least = min(length, 2 if plan.order.shape[0] == 1 else 1)
+    least = min(length, 2 if plan.order.shape[0] == 1 and jax.default_backend() == "cpu" else 1)
     window, width, part = np.maximum(stop - begin, least), counts, 1
     if not exact:
         window, width, part = _rounded(window, length), _rounded(width, length), max(PART, -(-length // PARTS))
@@ -210,7 +210,7 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> tuple[Step, l
 
 def _rounded(n: Int[np.ndarray, " S"], length: int) -> Int[np.ndarray, " S"]:
     """Rounded up to a power of two, or where that is above an eighth of the length to a multiple of an eighth."""
-    power, part = 2 ** np.ceil(np.log2(n)).astype(np.int64), -(-length // 8)
+    power, part = 2 ** np.ceil(np.log2(n)).astype(np.int64), -(-length // PARTS)
     return np.minimum(np.where(power <= part, power, -(-n // part) * part), length)
 
 

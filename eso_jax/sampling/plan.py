@@ -54,6 +54,10 @@ class Plan:
         require(len(sequential) == self.length - self.diffused, "diffusion", self.diffusion,
                 "the tokens after it must come one per step")
 
+    def rows(self, index: Int[np.ndarray, " _"]) -> Plan:
+        """The plan of some of the rows."""
+        return Plan(self.order[index], self.tokens_per_step, self.diffusion)
+
     @property
     def length(self) -> int:
         return self.order.shape[1]
@@ -84,7 +88,7 @@ def draw(policy: str, key: Key[Array, ""], batch: int, length: int, steps: int, 
       EsoError: for an unknown policy, or values that it cannot take.
     """
     require(policy in POLICIES, "plan", policy, f"choose one of {', '.join(POLICIES)}")
-    require(steps >= 1, "steps", steps, "T must be at least 1")
+    require(1 <= steps < 2**31, "steps", steps, "T must be at least 1, and less than 2**31")
     require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
     return POLICIES[policy](key, batch, length, steps, alpha_0)
 
@@ -173,9 +177,8 @@ def within_blocks(key: Key[Array, ""], batch: int, length: int, block: int, poli
 
 def _equal_parts(total: int, parts: int) -> Int[np.ndarray, " S"]:
     """`total` in at most `parts` positive parts that differ by at most one."""
-    edges = np.arange(parts + 1) * total // parts
-    counts = np.diff(edges)
-    return counts[counts > 0]
+    parts = min(parts, total)
+    return np.diff(np.arange(parts + 1) * total // max(parts, 1))
 
 
 def expected_nfe(length: int, steps: int, alpha_0: float) -> float:
