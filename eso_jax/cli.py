@@ -105,15 +105,13 @@ def score(arguments: argparse.Namespace) -> None:
     model = load(arguments.workdir, ema=not arguments.raw)
     tokens = _read_array(arguments.tokens, "--tokens", "tokens")
     likelihood.check_tokens(tokens, model.config)
-    require(arguments.num_orders is None or arguments.num_orders >= 1, "--num-orders", arguments.num_orders,
-            "must be at least 1")
     given = [name for name in ("orders", "plan") if getattr(arguments, name)]
     drawn = arguments.num_orders is not None or arguments.alpha_0 is not None
     if given and (len(given) > 1 or drawn):
         raise EsoError(f"--{given[0]} = {getattr(arguments, given[0])!r}: give orders, or a plan, or --num-orders and "
                        "--alpha-0 to draw orders; only one of them")
     if arguments.plan:
-        logp = model.plan_log_prob(tokens, _read_plan(arguments.plan))
+        logp = model.plan_log_prob(tokens, read_plan(arguments.plan))
         _say(f"{len(tokens)} sequences along their plan: log p = {logp.sum(1).mean():.4f} nats on average "
              f"({-logp.mean():.4f} nats per token)")
         _write_npz(arguments.out, logp=logp.sum(1), logp_in_order=logp)
@@ -127,8 +125,8 @@ def score(arguments: argparse.Namespace) -> None:
         require(alpha_0 == default or model.config.family.name.startswith("esolm"), "--alpha-0", alpha_0,
                 f"only Eso-LMs have it; leave it out for family.name = {model.config.family.name!r}")
         partial = Path(arguments.out + ".partial")
-        logp = importance.log_prob(model.weights, model.config, tokens, arguments.num_orders or 1, alpha_0,
-                                   arguments.seed, partial)
+        count = 1 if arguments.num_orders is None else arguments.num_orders
+        logp = importance.log_prob(model.weights, model.config, tokens, count, alpha_0, arguments.seed, partial)
     bound, error = likelihood.iw_bound(logp)
     _say(f"{len(tokens)} sequences, {len(logp)} orders each: log p >= {bound.mean():.4f} nats on average "
          f"({-bound.mean() / tokens.shape[1]:.4f} nats per token)")
@@ -147,7 +145,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:
             raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
-        plan = _read_plan(plan)
+        plan = read_plan(plan)
     steps = 128 if arguments.steps is None else arguments.steps
     found = model.sample(arguments.num_samples, steps, arguments.alpha_0, arguments.top_p,
                          arguments.temperature, arguments.seed, arguments.batch_size, min_p=arguments.min_p, plan=plan,
@@ -270,7 +268,7 @@ def _read_array(path: str, flag: str, key: str) -> Any:
     return array
 
 
-def _read_plan(path: str) -> Any:
+def read_plan(path: str) -> Any:
     """The plan in the .npz of eso-jax sample, or one with the same `order` and `tokens_per_step`."""
     import jax.numpy as jnp
     import numpy as np

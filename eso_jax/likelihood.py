@@ -11,6 +11,7 @@ Axes: B batch, L length, O orders (the paper's K).
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +53,16 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, orders: np.nd
     count = orders.shape[0] * orders.shape[1]
     flat, row = orders.reshape(count, -1), np.tile(np.arange(len(tokens)), len(orders))
     out = np.zeros(count, np.float32)
-    for low in range(0, count, rows):
-        # Of one size, for one compilation: the last is filled by repeating.
-        part = np.resize(np.arange(low, min(low + rows, count)), min(rows, count))
+    for part in batches(np.arange(count), min(rows, count)):
         out[part] = score(weights, config, jnp.asarray(tokens[row[part]], jnp.int32),
                           jnp.asarray(flat[part], jnp.int32))
     return out.reshape(orders.shape[:2])
+
+
+def batches(rows: Int[np.ndarray, " R"], size: int) -> Iterator[Int[np.ndarray, " _"]]:
+    """The rows in batches of one size, for one compilation; the last is filled by repeating."""
+    for low in range(0, len(rows), size):
+        yield np.resize(rows[low:low + size], size)
 
 
 def _one_by_one(weights: Weights, config: Config, tokens: Int[Array, "B L"],

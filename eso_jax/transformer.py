@@ -19,6 +19,7 @@ Weights (stacked over layers, or unstacked into a tuple by `unstack`):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -191,23 +192,25 @@ def head(weights: Weights, hidden: Float[Array, "*s D"], mask_id: int) -> Float[
 def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"],
         mask_id: int) -> Float[Array, "B L"]:
     """-log p of the targets, in nats. Logits are made and dropped in chunks along L."""
-    chunks = chunks_of(hidden.shape[0], hidden.shape[1], weights["head"]["kernel"].shape[1])
-
-    def chunk_nll(chunk: tuple[Array, Array]) -> Array:
-        logits = head(weights, chunk[0], mask_id)
-        picked = jnp.take_along_axis(logits, chunk[1][..., None], axis=-1)[..., 0]
+    def chunk_nll(hidden: Array, targets: Array) -> Array:
+        logits = head(weights, hidden, mask_id)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - picked
 
+    return in_chunks(chunk_nll, weights["head"]["kernel"].shape[1], hidden, targets)
+
+
+def in_chunks(function: Callable[[Array, Array], Array], vocab: int, *args: Array) -> Array:
+    """function(*args) -> [B, L] for args [B, L, ...], which makes logits of all slots: in the fewest equal parts of the
+    length with at most LOGITS_AT_ONCE each (or parts of one slot), made again for the gradient."""
+    batch, length = args[0].shape[:2]
+    chunks = next(n for n in range(1, length + 1)
+                  if n == length or length % n == 0 and batch * length * vocab <= n * LOGITS_AT_ONCE)
     if chunks == 1:
-        return chunk_nll((hidden, targets))
-    split = [jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0) for x in (hidden, targets)]
-    return jnp.moveaxis(jax.lax.map(jax.checkpoint(chunk_nll), tuple(split)), 0, 1).reshape(targets.shape)
-
-
-def chunks_of(batch: int, length: int, vocab: int) -> int:
-    """The fewest equal parts of the length with at most LOGITS_AT_ONCE logits each (or parts of one slot)."""
-    return next(n for n in range(1, length + 1)
-                if n == length or length % n == 0 and batch * length * vocab <= n * LOGITS_AT_ONCE)
+        return function(*args)
+    split = [jnp.moveaxis(x.reshape(batch, chunks, -1, *x.shape[2:]), 1, 0) for x in args]
+    once = jax.checkpoint(lambda part: function(*part))
+    return jnp.moveaxis(jax.lax.map(once, tuple(split)), 0, 1).reshape(batch, length)
 
 
 def linear(x: Float[Array, "*rows"], w: Float[Array, "*w"], axes: int = 1, dtype: Any = None) -> Float[Array, "*out"]:

@@ -166,24 +166,20 @@ class Model:
                 if min_entropy is not None and attempt:
                     again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
                 if len(again):
-                    tokens[again] = self._decode(plan, jax.random.fold_in(draw_key, attempt), rule, again, batch_size)
+                    self._decode(tokens, plan, jax.random.fold_in(draw_key, attempt), rule, again, batch_size)
                     tries[again] += 1
         return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, plan.diffused, tries, watch.seconds,
                        watch.compile_seconds)
 
-    def _decode(self, plan: Plan, key: Key[Array, ""], rule: Rule, rows: np.ndarray, batch_size: int) -> np.ndarray:
-        """The tokens of some rows of the plan, decoded batch by batch."""
-        # Batches of one size, so that they share one compilation and fill the devices; the last is filled by repeating.
+    def _decode(self, tokens: np.ndarray, plan: Plan, key: Key[Array, ""], rule: Rule, rows: np.ndarray,
+                batch_size: int) -> None:
+        """Decodes some rows of the plan, batch by batch, into `tokens`."""
+        # As few batches as may be, equally large, filling the devices; of the size of all rows' also for a few again.
         samples, devices = len(plan.order), self.mesh.shape["data"]
-        batches = -(-samples // batch_size)
-        size = -(-samples // (batches * devices)) * devices
-        filled = np.resize(rows, -(-len(rows) // size) * size)
-        out = []
+        size = -(-samples // (-(-samples // batch_size) * devices)) * devices
         with jax.set_mesh(self.mesh):
-            for part in filled.reshape(-1, size):
-                out.append(np.asarray(families.sample(self.weights, self.config, plan.rows(part), key, rule,
-                                                      jnp.asarray(part))))
-        return np.concatenate(out)[:len(rows)]
+            for part in likelihood.batches(rows, size):
+                tokens[part] = families.sample(self.weights, self.config, plan.rows(part), key, rule, jnp.asarray(part))
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
@@ -195,13 +191,11 @@ class Model:
         tokens = np.asarray(tokens)
         likelihood.check_tokens(tokens, self.config)
         require(plan.order.shape == tokens.shape, "plan", plan.order.shape, f"its order must have shape {tokens.shape}")
-        out = []
-        size = min(rows, len(tokens))
-        for low in range(0, len(tokens), size):
-            part = np.resize(np.arange(low, min(low + size, len(tokens))), size)
-            out.append(np.asarray(families.plan_log_prob(self.weights, self.config, plan.rows(part),
-                                                         jnp.asarray(tokens[part], jnp.int32))))
-        return np.concatenate(out)[:len(tokens)]
+        out = np.zeros(tokens.shape, np.float32)
+        for part in likelihood.batches(np.arange(len(tokens)), min(rows, len(tokens))):
+            out[part] = families.plan_log_prob(self.weights, self.config, plan.rows(part),
+                                               jnp.asarray(tokens[part], jnp.int32))
+        return out
 
 
 def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor: int = 1) -> Model:

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 
 from eso_jax import masks
+from eso_jax.cli import guarded, read_plan
 from eso_jax.order import random_then_ascending
 from eso_jax.sampling.plan import Plan
 
@@ -52,16 +53,14 @@ def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:
 
 def draw_plan(path: Path) -> None:
     """The plan of a .npz of eso-jax sample, its first row."""
-    with np.load(path) as arrays:
-        diffusion = int(arrays["diffusion"]) if "diffusion" in arrays else None
-        plan = Plan(jnp.asarray(arrays["order"]), arrays["tokens_per_step"], diffusion)
+    plan = read_plan(str(path))
     figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
     decoding(axes, plan)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     print(f"wrote {path.with_suffix('.png')}")
 
 
-def main() -> None:
+def draw_how_it_works() -> None:
     figure = plt.figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1], squeeze=False)[0]
     order = random_then_ascending(jax.random.key(4), LENGTH, sum(PARALLEL_STEPS))
@@ -82,8 +81,12 @@ def main() -> None:
     print(f"wrote {OUT}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     for name in sys.argv[1:]:
         draw_plan(Path(name))
     if not sys.argv[1:]:
-        main()
+        draw_how_it_works()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -265,21 +265,11 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
 
     given, logp = jax.lax.dynamic_slice_in_dim(source, begin, shape.width, axis=1), state.logp
     if logp is None:
-        chosen = _in_chunks(drawn, config.vocab_size, hidden, given)
+        chosen = transformer.in_chunks(drawn, config.vocab_size, hidden, given)
     else:
         chosen = given
-        logp = _replace(logp, begin, mine, _in_chunks(scored, config.vocab_size, hidden, chosen))
+        logp = _replace(logp, begin, mine, transformer.in_chunks(scored, config.vocab_size, hidden, chosen))
     return dataclasses.replace(state, tokens=_replace(state.tokens, begin + sampler.shift, mine, chosen), logp=logp)
-
-
-def _in_chunks(function: Callable[[Array, Array], Array], vocab: int, *args: Array) -> Array:
-    """function(*args) for args [B, W, ...], a few slots at a time where all their logits would be too many."""
-    batch, width = args[0].shape[:2]
-    chunks = transformer.chunks_of(batch, width, vocab)
-    if chunks == 1:
-        return function(*args)
-    split = [jnp.moveaxis(x.reshape(batch, chunks, -1, *x.shape[2:]), 1, 0) for x in args]
-    return jnp.moveaxis(jax.lax.map(lambda part: function(*part), tuple(split)), 0, 1).reshape(batch, width)
 
 
 def _replace(x: Array, begin: Int[Array, ""], mine: Bool[Array, " W"], new: Array) -> Array:
