@@ -9,8 +9,9 @@ so is the live cache, at the memory bandwidth; the products take their operation
 two counts. Bandwidth and peak are measured in the same run. NFE counts every pass; none is spent on writing the cache
 alone.
 
-The batch is split over the devices. On a CPU, one device per core is faster than one for all, since XLA does not split
-every product over the cores: XLA_FLAGS=--xla_force_host_platform_device_count=2.
+Each sampler runs on one device or with the batch split over all of them, whichever is faster in a generation tried
+before. (XLA does not split every product over the cores of a CPU, so that XLA_FLAGS=
+--xla_force_host_platform_device_count=2 makes large batches of some samplers faster there, and of others slower.)
 
 Axes: B batch, L length, S steps.
 """
@@ -137,20 +138,18 @@ def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence
     folded = random_weights(configs[lengths[0], chosen.cases[0]].model, dtype)
     todo = [(length, batch) for length in lengths for batch in batches]
     for length, batch in tqdm(todo, unit="size", disable=not sys.stderr.isatty()):
-        config = configs[length, chosen.cases[0]]
-        mesh = _mesh(config.model, batch)
-        with jax.set_mesh(mesh):
-            weights = sharding.put_weights(folded, mesh)
-            timed = [Timed(weights, configs[length, case], case, batch, chosen.rule) for case in chosen.cases]
-            for _ in range(repeats):  # in turn, since machines drift
-                for one in timed:
-                    one.seconds.append(one.generate())
+        model = configs[length, chosen.cases[0]].model
+        places = [_place(folded, model, count) for count in _device_counts(batch)]
+        timed = [_fastest([Timed(place, configs[length, case], case, batch, chosen.rule) for place in places])
+                 for case in chosen.cases]
+        for _ in range(repeats):  # in turn, since machines drift
             for one in timed:
-                found.append({**one.row(machine, mesh.size, repeats), "devices": mesh.size})
-                _relate(found)
-                _say(_line(found[-1]))
-                out.write_text(json.dumps({**header, "model": dataclasses.asdict(config.model), "results": found},
-                                          indent=1))
+                one.seconds.append(one.generate())
+        for one in timed:
+            found.append(one.row(machine, repeats))
+            _relate(found)
+            _say(_line(found[-1]))
+            out.write_text(json.dumps({**header, "model": dataclasses.asdict(model), "results": found}, indent=1))
     out.with_suffix(".md").write_text(table(header, found))
     plot(header, found, out.with_suffix(".png"))
     _say(f"\n{table(header, found)}\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
@@ -171,44 +170,59 @@ def random_weights(model: ModelConfig, dtype: Any) -> Weights:
     return transformer.unstack(transformer.fold(model, params, dtype))
 
 
-def _mesh(model: ModelConfig, batch: int) -> Mesh:
-    """As many devices as divide the batch, each with a copy of the model."""
-    count = max(n for n in range(1, jax.device_count() + 1) if batch % n == 0)
-    return sharding.sampling_mesh(model, devices=jax.devices()[:count])
+def _device_counts(batch: int) -> list[int]:
+    """One device, and as many as divide the batch."""
+    return sorted({1, max(n for n in range(1, jax.device_count() + 1) if batch % n == 0)})
+
+
+class Place(NamedTuple):
+    """Devices, each with a copy of the weights."""
+
+    mesh: Mesh
+    weights: Weights
+
+
+def _place(weights: Weights, model: ModelConfig, count: int) -> Place:
+    mesh = sharding.sampling_mesh(model, devices=jax.devices()[:count])
+    return Place(mesh, sharding.put_weights(weights, mesh))
 
 
 class Timed:
     """A case with its plan and its programs, compiled, and the seconds of its generations."""
 
-    def __init__(self, weights: Weights, config: Config, case: Case, batch: int, rule: Rule) -> None:
+    def __init__(self, place: Place, config: Config, case: Case, batch: int, rule: Rule) -> None:
         family = families.get(config)
-        self.weights, self.config, self.case, self.rule = weights, config, case, rule
+        self.mesh, self.weights, self.config, self.case, self.rule = *place, config, case, rule
         self.plan = family.plan(jax.random.key(0), config, batch, case.steps, case.alpha_0, case.policy)
         self.sampler = family.sampler(config)
         self.scaled = not self.sampler.cached
         self.seconds: list[float] = []
-        with Stopwatch() as watch:
+        with jax.set_mesh(self.mesh), Stopwatch() as watch:
             if self.scaled:
-                self.one_pass = _runner(weights, config, self.plan, "padded", rule, self.plan.nfe // 2, 1)
+                self.one_pass = _runner(self.weights, config, self.plan, "padded", rule, self.plan.nfe // 2, 1)
             else:
-                _compile(weights, config, self.plan, rule)
+                _compile(self.weights, config, self.plan, rule)
         self.compile_seconds = watch.compile_seconds
 
     def generate(self) -> float:
         """Seconds of one generation."""
-        if self.scaled:
-            return _seconds(self.one_pass) * self.plan.nfe
-        return _seconds(lambda: families.sample(self.weights, self.config, self.plan, jax.random.key(1),
-                                                self.rule).block_until_ready())
+        with jax.set_mesh(self.mesh):
+            if self.scaled:
+                return _seconds(self.one_pass) * self.plan.nfe
+            return _seconds(lambda: families.sample(self.weights, self.config, self.plan, jax.random.key(1),
+                                                    self.rule).block_until_ready())
 
-    def row(self, machine: Machine, devices: int, repeats: int) -> dict[str, Any]:
+    def row(self, machine: Machine, repeats: int) -> dict[str, Any]:
         """The row of the table: seconds for a batch, and what they are made of."""
+        devices = self.mesh.size
         floors = step_floors(self.plan, self.sampler, self.config.model, self.weights, machine, devices)
         count, steps = (1, 1) if self.scaled else (SECTIONS, SECTION_STEPS)
         variants = {"padded": self.rule, "exact": self.rule, "greedy": GREEDY}
-        totals = _from_sections(self.weights, self.config, self.plan, floors, variants, repeats, count, steps)
+        with jax.set_mesh(self.mesh):
+            totals = _from_sections(self.weights, self.config, self.plan, floors, variants, repeats, count, steps)
         median, case, nfe, floor = statistics.median(self.seconds), self.case, self.plan.nfe, float(floors.sum())
         return {"sampler": case.label, "length": self.config.model.length, "batch": len(self.plan.order),
+                "devices": devices,
                 "alpha_0": case.alpha_0, "steps": case.steps, "nfe": nfe, "seconds": median,
                 "all_seconds": self.seconds, "scaled_from_one_pass": self.scaled,
                 "tokens_per_s": self.plan.order.size / median, "compile_seconds": self.compile_seconds,
@@ -216,6 +230,11 @@ class Timed:
                 # Of the same few steps, timed in turn.
                 "seconds_without_draws": median * totals["greedy"] / totals["padded"],
                 "padding_and_bookkeeping": (totals["padded"] if self.scaled else median) / totals["exact"] - 1}
+
+
+def _fastest(candidates: list[Timed]) -> Timed:
+    """The one whose generation takes least, by one try."""
+    return candidates[0] if len(candidates) == 1 else min(candidates, key=Timed.generate)
 
 
 def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
