@@ -1,0 +1,83 @@
+"""The command line: `eso-jax COMMAND`, the same as `python -m eso_jax COMMAND`.
+
+People read stderr; machines read the file named by --out. A mistake in the input is one line and exit code 2.
+"""
+
+# A command is a module of this package: its docstring is its summary, EXAMPLE an example, `add_arguments` declares its
+# options and `run` does it; with a USAGE of its own it takes config overrides as well.
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import NoReturn
+
+from eso_jax.cli import bench, check_cache, evaluate, import_, sample, score, train
+from eso_jax.cli.files import read_plan
+from eso_jax.config import EsoError
+
+__all__ = ["guarded", "main", "read_plan"]
+
+COMMANDS: dict[str, ModuleType] = {
+    "train": train, "eval": evaluate, "score": score, "sample": sample, "check-cache": check_cache, "bench": bench,
+    "import": import_}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse cannot mix options with an open list of arguments, so overrides are what is left over.
+    takes_overrides = hasattr(arguments.command, "USAGE")
+    if rest and (not takes_overrides or any(argument.startswith("-") for argument in rest)):
+        hint = "; write overrides as section.field=value, without --" if takes_overrides else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    arguments.overrides = rest
+    _keep_compilations()
+    return guarded(lambda: arguments.command.run(arguments))
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Runs an action; the exit code, with the user's mistakes and interruptions said in a line."""
+    try:
+        action()
+    except EsoError as error:
+        print(f"eso-jax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eso-jax: interrupted; by the same command, training goes on from its last checkpoint and scoring "
+              "from its last orders", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _keep_compilations() -> None:
+    """Compiled programs are kept on disk for the next run, unless the user has said where or whether (JAX's own
+    JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE)."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "eso-jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="eso-jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        added = commands.add_parser(name, help=module.__doc__, description=module.__doc__,
+                                    epilog=f"example: {module.EXAMPLE}", usage=getattr(module, "USAGE", None))
+        module.add_arguments(added)
+        added.set_defaults(command=module)
+    return parser

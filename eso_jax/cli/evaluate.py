@@ -1,0 +1,55 @@
+"""The NELBO on held-out text, with its standard error."""
+
+from __future__ import annotations
+
+import argparse
+
+from eso_jax.cli import options
+from eso_jax.cli.files import check_out, say, write_json
+from eso_jax.config import EsoError, require
+
+EXAMPLE = "eso-jax eval --workdir /tmp/w --alpha-0 0.25 --out eval.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.of_model(parser)
+    parser.add_argument("--split", choices=["train", "validation", "test", "all"],
+                        help="part of the text (validation; with --source, all)")
+    parser.add_argument("--source", help="other text than the training data's: a folder, a file or a glob")
+    parser.add_argument("--num-windows", type=int, default=512, help="windows, evenly spaced (%(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="Monte Carlo samples per window (%(default)s)")
+    parser.add_argument("--out", default="eval.json", help="JSON (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import jax
+    import numpy as np
+
+    from eso_jax import load
+    from eso_jax.data import windows_of
+    from eso_jax.data.pipeline import eval_batches
+    from eso_jax.evaluation import perplexity
+
+    check_out(arguments.out)
+    model = load(arguments.workdir, ema=not arguments.raw)
+    if model.tokenizer is None:
+        raise EsoError(f"--workdir = {arguments.workdir!r}: its vocabulary of {model.config.model.vocab_size} fits no "
+                       "tokenizer; use eso-jax score with --tokens")
+    alpha_0 = model.config.family.alpha_0 if arguments.alpha_0 is None else arguments.alpha_0
+    require(0 <= alpha_0 <= 1, "--alpha-0", alpha_0, "must be in [0, 1]")
+    for name in ("num_windows", "samples"):
+        require(getattr(arguments, name) >= 1, f"--{name.replace('_', '-')}", getattr(arguments, name),
+                "must be at least 1")
+    split = arguments.split or ("all" if arguments.source else "validation")
+    windows = windows_of(model.config, split, arguments.source)
+    windows = np.concatenate(list(eval_batches(windows, 64, arguments.num_windows)))
+    found = perplexity.nelbo(model.weights, model.config, windows, model.tokenizer, alpha_0,
+                             jax.random.key(arguments.seed), samples=arguments.samples)
+    say(f"{model.config.family.name} at step {model.step}, alpha_0 = {alpha_0}, {found.windows} windows of "
+        f"{model.config.model.length} tokens ({split})")
+    for term, nats in found.terms.items():
+        say(f"  {term:<12} {nats:.4f} nats per token")
+    kind = "NLL  " if model.config.family.name == "ar" else "NELBO"
+    say(f"  {kind}        {found.nats_per_token:.4f} +- {found.standard_error:.4f} nats per token"
+        f" = {found.bits_per_byte:.4f} bits per byte = PPL {found.perplexity:.3f}")
+    write_json(arguments.out, {"alpha_0": alpha_0, "step": model.step, "split": split, **found.to_json()})

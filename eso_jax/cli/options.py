@@ -1,0 +1,24 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def of_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and at which alpha_0."""
+    parser.add_argument("--workdir", required=True, help="a work directory, trained or imported")
+    parser.add_argument("--raw", action="store_true", help="use the raw parameters, not their moving average")
+    parser.add_argument("--seed", type=seed, default=0, help="of all randomness (%(default)s)")
+    parser.add_argument("--alpha-0", type=float, help="share of tokens left to diffusion (the training value)")
+
+
+def of_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                        help="of weights, products and cache (%(default)s)")
+
+
+def seed(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: must be in [0, 2**32)")
+    return int(text)

@@ -1,0 +1,64 @@
+"""Generate sequences."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from eso_jax.cli import options
+from eso_jax.cli.files import check_out, read_plan, say, write_npz
+from eso_jax.config import EsoError
+from eso_jax.sampling.plan import POLICIES
+
+EXAMPLE = "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.of_model(parser)
+    parser.add_argument("--num-samples", type=int, default=1, help="sequences (%(default)s)")
+    parser.add_argument("--steps", type=int, help="T, diffusion steps (128); plans of one token per step have none")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; 1 keeps all (%(default)s)")
+    parser.add_argument("--min-p", type=float, default=0.0,
+                        help="drop tokens less likely than this share of the likeliest (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
+    parser.add_argument("--plan", help=f"{', '.join(POLICIES)}; or the .npz of an earlier sample, to decode along its "
+                                      "plan (the family's own: binomial, or left-to-right for AR)")
+    parser.add_argument("--num-tries", type=int, default=1,
+                        help="draw samples of low entropy again, up to this often in all (%(default)s: keep them)")
+    parser.add_argument("--min-entropy", type=float, help="with --num-tries: nats of the last 256 tokens' unigrams "
+                                                         "below which a sample is drawn again (BD3-LM's code: 4)")
+    options.of_precision(parser)
+    parser.add_argument("--tensor", type=int, default=1, help="devices to a copy of the model (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="sequences decoded together (%(default)s)")
+    parser.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
+    parser.add_argument("--out", required=True, help=".npz with tokens [N, L], order [N, L], tokens_per_step, text")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from eso_jax import load
+
+    check_out(arguments.out)
+    model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor)
+    plan = arguments.plan
+    if plan and plan.endswith(".npz"):
+        if arguments.steps is not None or arguments.alpha_0 is not None:
+            raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
+        plan = read_plan(plan)
+    steps = 128 if arguments.steps is None else arguments.steps
+    found = model.sample(arguments.num_samples, steps, arguments.alpha_0, arguments.top_p,
+                         arguments.temperature, arguments.seed, arguments.batch_size, min_p=arguments.min_p, plan=plan,
+                         num_tries=arguments.num_tries, min_entropy=arguments.min_entropy)
+    text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
+    extra: dict[str, Any] = {"text": np.array(text)} if text else {}
+    write_npz(arguments.out, tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
+              diffusion=found.diffusion, tries=found.tries, **extra)
+    for index, sequence in enumerate(text[:arguments.show]):
+        say(f"--- sample {index}\n{sequence}")
+    if arguments.num_tries > 1:
+        say(f"{(found.tries > 1).sum()} of {len(found.tries)} samples drawn again, {found.tries.sum()} draws in all")
+    running = found.seconds - found.compile_seconds
+    say(f"NFE {len(found.tokens_per_step)} per batch; {found.tokens.size} tokens in {found.seconds:.2f} s: "
+        f"{found.tokens.size / found.seconds:.0f} tokens/s with compilation, "
+        f"{found.tokens.size / running:.0f} without its {found.compile_seconds:.2f} s")

@@ -1,0 +1,21 @@
+"""Train an experiment, or go on training it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = "eso-jax train experiments/quickstart.py --workdir /tmp/w train.steps=100"
+USAGE = "%(prog)s [-h] experiment --workdir WORKDIR [section.field=value ...]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="a Python file that defines `config`, or a config.json")
+    parser.add_argument("--workdir", required=True, help="made, or resumed from if it holds this run")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from eso_jax import config
+    from eso_jax.train import train
+
+    train(config.from_file(arguments.experiment).override(*arguments.overrides), Path(arguments.workdir))
