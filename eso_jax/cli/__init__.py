@@ -19,7 +19,7 @@ from eso_jax.cli import bench, check_cache, evaluate, import_, sample, score, tr
 from eso_jax.cli.files import read_plan
 from eso_jax.config import EsoError
 
-__all__ = ["guarded", "main", "read_plan"]
+__all__ = ["guarded", "keep_compilations", "main", "read_plan"]
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train, "eval": evaluate, "score": score, "sample": sample, "check-cache": check_cache, "bench": bench,
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = "; write overrides as section.field=value, without --" if takes_overrides else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     arguments.overrides = rest
-    _keep_compilations()
+    keep_compilations()
     return guarded(lambda: arguments.command.run(arguments))
 
 
@@ -54,7 +54,7 @@ def guarded(action: Callable[[], None]) -> int:
     return 0
 
 
-def _keep_compilations() -> None:
+def keep_compilations() -> None:
     """Compiled programs are kept on disk for the next run, unless the user has said where or whether (JAX's own
     JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE)."""
     import jax

@@ -45,6 +45,19 @@ class Perplexity(NamedTuple):
 def nelbo(weights: Weights, config: Config, windows: np.ndarray, tokenizer: ByteTokenizer, alpha_0: float,
           key: Key[Array, ""], rows: int = 64, samples: int = 1) -> Perplexity:
     """The NELBO on windows [M, L] at any alpha_0, `samples` Monte Carlo draws per window."""
+    by_term = nelbo_per_window(weights, config, windows, alpha_0, key, rows, samples)
+    per_window = np.sum(list(by_term.values()), axis=0)
+    mean = float(per_window.mean())
+    error = float(per_window.std(ddof=1) / math.sqrt(len(windows))) if len(windows) > 1 else math.nan
+    bits = mean * windows.size / math.log(2) / tokenizer.num_bytes(windows)
+    terms = {term: float(x.mean()) for term, x in by_term.items()}
+    return Perplexity(mean, error, terms, bits, math.exp(min(mean, 700)), len(windows))
+
+
+def nelbo_per_window(weights: Weights, config: Config, windows: np.ndarray, alpha_0: float, key: Key[Array, ""],
+                     rows: int = 64, samples: int = 1) -> dict[str, Float[np.ndarray, " M"]]:
+    """Each term of the NELBO of each of the windows [M, L] in nats per token, float64, from `samples` Monte Carlo draws
+    of `rows` windows at a time."""
     require(len(windows) > 0, "windows", 0, "nothing to evaluate")
     totals: list[dict[str, np.ndarray]] = []
     for low in range(0, len(windows), rows):
@@ -53,13 +66,7 @@ def nelbo(weights: Weights, config: Config, windows: np.ndarray, tokenizer: Byte
         estimates = [_per_row(weights, config, tokens, alpha_0, draw) for draw in keys]
         totals.append({term: np.mean([np.asarray(e[term], np.float64) for e in estimates], axis=0)
                        for term in estimates[0]})
-    by_term = {term: np.concatenate([total[term] for total in totals]) / config.model.length for term in totals[0]}
-    per_window = np.sum(list(by_term.values()), axis=0)
-    mean = float(per_window.mean())
-    error = float(per_window.std(ddof=1) / math.sqrt(len(windows))) if len(windows) > 1 else math.nan
-    bits = mean * windows.size / math.log(2) / tokenizer.num_bytes(windows)
-    terms = {term: float(x.mean()) for term, x in by_term.items()}
-    return Perplexity(mean, error, terms, bits, math.exp(min(mean, 700)), len(windows))
+    return {term: np.concatenate([total[term] for total in totals]) / config.model.length for term in totals[0]}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "alpha_0"))

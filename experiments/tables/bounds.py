@@ -1,0 +1,69 @@
+"""Likelihood bounds of runs on their test text, for the tables made of them.
+
+Axes: M windows, O orders.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from eso_jax import likelihood
+from eso_jax.evaluation import importance, perplexity
+from eso_jax.workdir import Model
+from lab import Estimate, Lab
+
+
+def nelbo_per_window(lab: Lab, run: str, most: int | None = None, samples: int | None = None) -> Float[np.ndarray, " M"]:
+    """The NELBO of each test window in nats per token, at the run's own alpha_0 (for AR, -log p itself).
+
+    Args:
+      most: windows; 2048 at smoke scale, else all.
+      samples: Monte Carlo draws for each; 4 at smoke scale, else 1.
+    """
+    most = most or (2048 if lab.smoke else 10**9)
+    samples = samples or (4 if lab.smoke else 1)
+
+    def compute(model: Model) -> list[float]:
+        terms = perplexity.nelbo_per_window(model.weights, model.config, lab.test_windows(run, most),
+                                            model.config.family.alpha_0, jax.random.key(0), samples=samples)
+        return np.sum(list(terms.values()), axis=0).tolist()
+
+    return np.array(lab.measure(run, f"nelbo-{most}-windows-{samples}-samples", compute))
+
+
+def log_prob(lab: Lab, run: str, orders: int, most: int) -> Float[np.ndarray, "O M"]:
+    """log p(window | order) in nats under `orders` random orders of each of `most` test windows.
+
+    The paper shares an order among 32 windows; here each has its own.
+    """
+    partial = lab.workdir(run) / f"orders-{most}.partial"
+
+    def compute(model: Model) -> list[list[float]]:
+        alpha_0 = 0.0 if model.config.family.name == "ar" else model.config.family.alpha_0
+        found = importance.log_prob(model.weights, model.config, lab.test_windows(run, most), orders, alpha_0, 0,
+                                    partial)
+        return found.tolist()
+
+    found = np.array(lab.measure(run, f"log-prob-{most}-windows-{orders}-orders", compute))
+    partial.unlink(missing_ok=True)
+    return found
+
+
+def bound_per_window(logp: Float[np.ndarray, "O M"], length: int) -> Float[np.ndarray, " M"]:
+    """The importance-weighted bound on -log p of each window, in nats per token."""
+    return -likelihood.iw_bound(logp)[0] / length
+
+
+def mean(nats: Float[np.ndarray, " M"]) -> Estimate:
+    """With its standard error over windows."""
+    return Estimate(float(nats.mean()), float(nats.std(ddof=1) / math.sqrt(len(nats))))
+
+
+def perplexity_of(nats: Float[np.ndarray, " M"]) -> Estimate:
+    """exp(nats per token), with its standard error over windows."""
+    value, error = mean(nats)
+    return Estimate(math.exp(value), math.exp(value) * error)

@@ -1,0 +1,87 @@
+"""Figure 16: what a training step costs, by family.
+
+Command:   python experiments/tables/figure_16_training_speed.py --scale smoke
+
+The figure has no numbers; the text says that an Eso-LM of alpha_0 < 1, half of whose batch has two streams, takes 1.37
+times MDLM's time, and one of alpha_0 = 1 the same. Families take turns, step by step, and medians count.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eso_jax import sharding
+from eso_jax.train import TrainState, init_state, train_step
+from lab import Cell, Lab, Table, main, once
+
+RUNS = {"MDLM": "owt/mdlm", "AR": "owt/ar", "Eso-LM, alpha_0 = 1": "owt/esolm_1",
+        "Eso-LM, alpha_0 = 0.5": "owt/esolm_05", "Eso-LM, alpha_0 = 0": "owt/esolm_0",
+        "Eso-LM (A), alpha_0 = 0.5": "owt/esolm_a_05", "BD3-LM, L' = 4": "owt/bd3lm_4",
+        "BD3-LM, L' = 16": "owt/bd3lm_16"}
+PAPER = {"Eso-LM, alpha_0 = 1": 1.0, "Eso-LM, alpha_0 = 0.5": 1.37}
+STEPS = 20
+
+
+def run(lab: Lab) -> None:
+    seconds: dict[str, list[float]] = once(lab.runs / "figure_16.json", lambda: measure(lab))
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    config = lab.config(RUNS["MDLM"])
+    tokens = config.train.batch_size * config.model.length
+    rows: list[list[Cell]] = [[name, PAPER.get(name), median[name] / median["MDLM"], 1000 * median[name],
+                               round(tokens / median[name])] for name in RUNS]
+    table = Table(["family", "paper, times MDLM", "ours, times MDLM", "ours, ms per step", "ours, tokens/s"], rows)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        at = np.arange(len(RUNS))
+        axes.barh(at, [median[name] / median["MDLM"] for name in RUNS], label="ours")
+        axes.plot([PAPER.get(name) for name in RUNS], at, "k|", markersize=16, label="paper")
+        axes.set(xlabel="time of a training step, in MDLM's", yticks=at, yticklabels=list(RUNS))
+        axes.invert_yaxis()
+        axes.legend()
+
+    lab.report("figure_16_training_speed", __doc__ or "", {"": table},
+               [f"Batches of {config.train.batch_size} x {config.model.length} tokens, {STEPS} steps each."], draw)
+
+
+def measure(lab: Lab) -> dict[str, list[float]]:
+    """Seconds of each of STEPS steps on random tokens, compiled before."""
+    states: dict[str, TrainState] = {}
+    steps: dict[str, Any] = {}
+    rng = np.random.default_rng(0)
+    mesh = sharding.mesh(lab.config(RUNS["MDLM"]).train.batch_size)
+    for name, run in RUNS.items():
+        config = lab.config(run)
+        tokens = rng.integers(0, 100, (config.train.batch_size, config.model.length), dtype=np.int32)
+        batch = sharding.put_batch(tokens, mesh)
+        with jax.set_mesh(mesh):
+            states[name] = jax.jit(functools.partial(init_state, config), out_shardings=sharding.replicated(mesh))()
+            step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+            steps[name] = functools.partial(_step, step, batch)
+            states[name], _ = steps[name](states[name])
+    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
+    with jax.set_mesh(mesh):
+        for _ in range(STEPS):
+            for name in RUNS:
+                states[name], took = steps[name](states[name])
+                seconds[name].append(took)
+    return seconds
+
+
+def _step(step: Any, batch: jax.Array, state: TrainState) -> tuple[TrainState, float]:
+    begin = time.perf_counter()
+    state, _ = step(state, batch)
+    jnp.asarray(state.step).block_until_ready()
+    return state, time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, run))

@@ -1,0 +1,216 @@
+"""What the scripts for tables and figures share: runs at a scale, measurements kept beside them, and reports.
+
+--scale paper is the paper's own setting. --scale smoke walks through the same on a laptop (see eso_jax/recipes.py);
+there the corpora are replaced by one embedded text, so that an LM1B run and an OpenWebText run that differ in nothing
+else are one and the same.
+
+Whatever takes long is kept in the run's work directory (W/measured/) and not done again: an interrupted script goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eso_jax import config as configs
+from eso_jax import checkpoint, load, recipes
+from eso_jax.cli import guarded, keep_compilations
+from eso_jax.config import Config
+from eso_jax.data import windows_of
+from eso_jax.data.pipeline import eval_batches
+from eso_jax.evaluation.throughput import describe_machine
+from eso_jax.metrics import say
+from eso_jax.train import train
+from eso_jax.workdir import Model
+
+EXPERIMENTS = Path(__file__).resolve().parents[1]
+PAPER_RUNS = Path("runs/paper")  # where the files in experiments/ have their work directories
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error."""
+
+    value: float
+    error: float
+
+
+Cell = str | int | float | Estimate | None
+
+
+class Table(NamedTuple):
+    """Columns and rows; a cell without a value is None."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *([_show(cell) for cell in row] for row in self.rows)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _show(cell: Cell) -> str:
+    if isinstance(cell, Estimate):
+        error = "" if math.isnan(cell.error) else f" ± {cell.error:.2g}"
+        return f"{cell.value:.4g}{error}"
+    return "–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where and at which scale the paper is reproduced.
+
+    Attributes:
+      scale: "smoke" or "paper".
+      runs: the folder of the work directories.
+      results: the folder of the reports.
+    """
+
+    scale: str
+    runs: Path
+    results: Path
+
+    @property
+    def smoke(self) -> bool:
+        return self.scale == "smoke"
+
+    def config(self, run: str) -> Config:
+        """The config of experiments/RUN.py, such as "owt/esolm_025", at this scale."""
+        config = configs.from_file(EXPERIMENTS / f"{run}.py")
+        source = self._source(run)
+        if source is not None:
+            train_fields = dataclasses.replace(config.train, start_from=str(self.workdir(source)))
+            config = dataclasses.replace(config, train=train_fields)
+        return recipes.smoke(config) if self.smoke else config
+
+    def workdir(self, run: str) -> Path:
+        if not self.smoke:
+            return self.runs / run
+        config = self.config(run)
+        digest = hashlib.sha256(config.to_json().encode()).hexdigest()[:8]
+        return self.runs / f"{config.family.name}-{digest}"
+
+    def model(self, run: str) -> Model:
+        """The trained model of a run; trained now, or further, where it is not."""
+        if not self.is_trained(run):
+            source = self._source(run)
+            if source is not None:
+                self.model(source)
+            say(f"{run}: training in {self.workdir(run)}")
+            train(self.config(run), self.workdir(run))
+        return _load(self.workdir(run))
+
+    def is_trained(self, run: str) -> bool:
+        if not (self.workdir(run) / "checkpoints").is_dir():
+            return False
+        with checkpoint.open_checkpoints(self.workdir(run)) as checkpoints:
+            return bool(checkpoints.latest) and checkpoints.latest.step == self.config(run).train.steps
+
+    def _source(self, run: str) -> str | None:
+        """The run that this one goes on from."""
+        start_from = configs.from_file(EXPERIMENTS / f"{run}.py").train.start_from
+        return start_from and Path(start_from).relative_to(PAPER_RUNS).as_posix()
+
+    def measure(self, run: str, what: str, compute: Callable[[Model], Any]) -> Any:
+        """compute(model) of a run, as JSON values; kept under the name `what` (of a file), which must say all that it
+        depends on beside the run."""
+        def with_model() -> Any:
+            model = self.model(run)
+            say(f"{run}: {what}")
+            return compute(model)
+
+        return once(self.workdir(run) / "measured" / f"{what}.json", with_model)
+
+    def test_windows(self, run: str, most: int) -> np.ndarray:
+        """At most `most` windows of the run's test split, evenly spaced, int32 [M, L]."""
+        windows = windows_of(self.config(run), "test")
+        return np.concatenate(list(eval_batches(windows, 64, most)))
+
+    def report(self, name: str, doc: str, tables: dict[str, Table], notes: Sequence[str] = (),
+               draw: Callable[[Any], None] | None = None) -> None:
+        """Writes NAME.md, NAME.json and, by draw(figure), NAME.png; prints the tables."""
+        self.results.mkdir(parents=True, exist_ok=True)
+        header = {"title": doc.strip().splitlines()[0],
+                  "command": f"python experiments/tables/{Path(sys.argv[0]).name} --scale {self.scale}",
+                  "machine": describe_machine(), "date": datetime.date.today().isoformat(), "commit": commit()}
+        lines = [f"# {header['title']}", "",
+                 f"`{header['command']}`, {header['machine']}, {header['date']}, commit {header['commit']}."]
+        for title, table in tables.items():
+            lines += ["", *([f"## {title}", ""] if title else []), table.markdown()]
+        lines += ["", *(f"- {note}" for note in notes)] if notes else []
+        if draw is not None:
+            lines += ["", f"![{name}]({name}.png)"]
+            _draw(draw, self.results / f"{name}.png")
+        text = "\n".join(lines) + "\n"
+        values = {title or name: {"columns": table.columns, "rows": table.rows} for title, table in tables.items()}
+        _write(self.results / f"{name}.json", json.dumps({**header, "tables": values, "notes": notes}, indent=1) + "\n")
+        _write(self.results / f"{name}.md", text)
+        say(f"{text}wrote {self.results / name}.md")
+
+
+def once(path: Path, compute: Callable[[], Any]) -> Any:
+    """compute() as JSON values, kept in a file."""
+    if not path.exists():
+        _write(path, json.dumps(compute()))
+    return json.loads(path.read_text())
+
+
+@functools.lru_cache(maxsize=4)
+def _load(workdir: Path) -> Model:
+    return load(workdir)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _draw(draw: Callable[[Any], None], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=(9, 4.5), layout="constrained")
+    draw(figure)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def commit() -> str:
+    """The commit of this checkout, with a + where files differ from it."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=EXPERIMENTS, text=True,
+                              capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main(doc: str | None, run: Callable[[Lab], None]) -> int:
+    """The command line of a script: run(lab) at the scale asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=["smoke", "paper"], required=True,
+                        help="a laptop's hour, or the paper's own setting")
+    parser.add_argument("--runs", type=Path, help="folder of the work directories (runs/SCALE)")
+    parser.add_argument("--results", type=Path, help="folder of the reports (experiments/results/SCALE)")
+    arguments = parser.parse_args()
+    runs = arguments.runs or Path("runs") / arguments.scale
+    results = arguments.results or EXPERIMENTS / "results" / arguments.scale
+    keep_compilations()
+    return guarded(lambda: run(Lab(arguments.scale, runs, results)))

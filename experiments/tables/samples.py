@@ -1,0 +1,137 @@
+"""Samples of runs, how long they took, and how good they are, for the tables and figures made of them.
+
+--scale paper judges as the paper does: Gen PPL under GPT-2 Large, MAUVE with ModernBERT-large features. --scale smoke
+needs no network: both come from our own AR model, and numbers of the two scales do not compare.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eso_jax.evaluation import judges, mauve, quality, texts
+from eso_jax.evaluation.judges import Judge
+from eso_jax.evaluation.mauve import Features
+from eso_jax.evaluation.texts import Texts
+from eso_jax.workdir import Model, Samples
+from lab import Estimate, Lab
+
+JUDGE = "owt/ar"
+COUNT, BATCH = {"smoke": 256, "paper": 5120}, {"smoke": 256, "paper": 512}
+TOP_P = 0.9  # the paper's
+REPEATS = 3  # timed generations; their median counts
+PAPER_LENGTH = 1024  # of the paper's plans: steps shrink with the length
+
+
+class Setting(NamedTuple):
+    """How a model is sampled. `steps`: the paper's T, at its length of 1024; scaled to the run's."""
+
+    steps: int
+    alpha_0: float | None = None
+    plan: str | None = None
+    num_tries: int = 1
+    min_entropy: float | None = None
+
+    @property
+    def label(self) -> str:
+        parts = [f"T{self.steps}", f"a{self.alpha_0}" if self.alpha_0 is not None else "", self.plan or "",
+                 f"tries{self.num_tries}-{self.min_entropy:.3f}" if self.min_entropy is not None else ""]
+        return "-".join(part for part in parts if part)
+
+
+class Found(NamedTuple):
+    """What was measured: NFE and seconds of a batch, compilation not included, and the quality of all samples."""
+
+    nfe: int
+    seconds: float
+    gen_ppl: Estimate
+    entropy: Estimate
+    mauve: Estimate
+    repetition: Estimate
+    redrawn: int
+
+
+def measure(lab: Lab, run: str, setting: Setting) -> Found:
+    """Draws the run's samples in a setting, keeps them beside the model, and judges them."""
+    count, path = COUNT[lab.scale], kept(lab, run, setting)
+
+    def compute(model: Model) -> dict[str, Any]:
+        samples, seconds = draw(model, setting, count, BATCH[lab.scale])
+        path.parent.mkdir(exist_ok=True)
+        np.savez(path, tokens=samples.tokens, order=samples.order, tokens_per_step=samples.tokens_per_step,
+                 diffusion=samples.diffusion)
+        found = quality.measure(texts.of_tokens(samples.tokens, model.tokenizer), judge(lab), reference(lab, run),
+                                features(lab))
+        return {"nfe": len(samples.tokens_per_step), "seconds": seconds, "quality": found.to_json(),
+                "redrawn": int((samples.tries > 1).sum())}
+
+    values = lab.measure(run, path.stem, compute)
+    parts = values["quality"]
+    estimates = [Estimate(parts[key]["value"], parts[key]["standard_error"])
+                 for key in ("gen_ppl", "entropy", "mauve", "repetition")]
+    return Found(values["nfe"], values["seconds"], *estimates, values["redrawn"])
+
+
+def draw(model: Model, setting: Setting, count: int, batch: int) -> tuple[Samples, float]:
+    """Samples, and the median seconds of a batch."""
+    steps = max(1, setting.steps * model.config.model.length // PAPER_LENGTH)
+
+    def sample(number: int) -> Samples:
+        return model.sample(number, steps, setting.alpha_0, TOP_P, seed=0, batch_size=batch, plan=setting.plan,
+                            num_tries=setting.num_tries, min_entropy=setting.min_entropy)
+
+    samples = sample(count)
+    timed = [sample(batch) for _ in range(REPEATS)]
+    return samples, statistics.median(one.seconds - one.compile_seconds for one in timed)
+
+
+@functools.cache
+def judge(lab: Lab) -> Judge:
+    return judges.ModelJudge(lab.model(JUDGE), "AR") if lab.smoke else judges.get(judges.DEFAULT)
+
+
+@functools.cache
+def features(lab: Lab) -> Features:
+    return mauve.ModelFeatures(lab.model(JUDGE), "AR") if lab.smoke else mauve.get(mauve.DEFAULT)
+
+
+@functools.cache
+def reference(lab: Lab, run: str) -> Texts:
+    """As many test windows as there are samples."""
+    return texts.of_tokens(lab.test_windows(run, COUNT[lab.scale]), lab.model(run).tokenizer)
+
+
+def picture_of(points: dict[str, list[Found]]) -> Any:
+    """A function that draws quality against seconds and passes, and Gen PPL against entropy, by series; lines are
+    frontiers, the best so far."""
+    from eso_jax.evaluation.frontier import frontier
+
+    def draw(figure: Any) -> None:
+        figure.set_size_inches(11, 8)
+        panels = (("seconds", "mauve", False), ("seconds", "gen_ppl", True), ("nfe", "gen_ppl", True),
+                  ("entropy", "gen_ppl", True))
+        for axes, (x, y, lower) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            for number, (name, found) in enumerate(points.items()):
+                pairs = [(value_of(getattr(one, x)), value_of(getattr(one, y))) for one in found]
+                axes.plot(*zip(*pairs, strict=True), "o", color=f"C{number}", alpha=0.4, markersize=4)
+                if x != "entropy":
+                    axes.plot(*zip(*frontier(pairs, lower), strict=True), "-", color=f"C{number}", label=name)
+            axes.set(xlabel=x, ylabel=y, xscale="linear" if x == "entropy" else "log",
+                     yscale="log" if lower else "linear")
+            axes.grid(alpha=0.3)
+        figure.axes[0].legend(fontsize=7)
+
+    return draw
+
+
+def value_of(number: Any) -> float:
+    return number.value if isinstance(number, Estimate) else number
+
+
+def kept(lab: Lab, run: str, setting: Setting) -> Path:
+    """Where `measure` keeps the samples."""
+    return lab.workdir(run) / "measured" / f"samples-{setting.label}-{COUNT[lab.scale]}.npz"

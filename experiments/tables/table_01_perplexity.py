@@ -1,0 +1,122 @@
+"""Table 1: test perplexity on LM1B and OpenWebText, the NELBO and the exact likelihood's bound from many orders.
+
+Command:   python experiments/tables/table_01_perplexity.py --scale smoke
+Time:      see experiments/results/smoke; --scale paper: 9K H200 hours in all, by the paper's account
+
+The paper's main claim is the order of these numbers: perplexity falls as alpha_0 does, from masked diffusion to AR.
+Below the table, the steps between neighbours are tested on the same windows.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+import bounds
+from lab import Cell, Estimate, Lab, Table, main
+
+# Method: run, then the paper's NELBO and exact perplexity on LM1B and on OpenWebText.
+PAPER: dict[str, tuple[str, float | None, float | None, float | None, float | None]] = {
+    "AR": ("ar", None, 22.83, None, 17.90),
+    "AR + AdaLN": ("ar_adaln", None, None, None, None),
+    "MDLM": ("mdlm", 31.78, 26.82, 25.19, None),
+    "BD3-LM, L' = 16": ("bd3lm_16", 30.60, None, 23.57, None),
+    "BD3-LM, L' = 8": ("bd3lm_8", 29.83, None, 22.04, None),
+    "BD3-LM, L' = 4": ("bd3lm_4", 28.23, None, 20.96, None),
+    "Eso-LM, alpha_0 = 1": ("esolm_1", 36.12, 31.65, 30.06, 29.31),
+    "Eso-LM, alpha_0 = 0.5": ("esolm_05", 32.53, 28.07, 27.94, 26.61),
+    "Eso-LM, alpha_0 = 0.25": ("esolm_025", 29.23, 24.80, 24.71, 23.15),
+    "Eso-LM, alpha_0 = 0.125": ("esolm_0125", 26.29, 23.02, 21.92, 20.53),
+    "Eso-LM, alpha_0 = 0.0625": ("esolm_00625", 24.53, 22.39, None, None),
+    "Eso-LM, alpha_0 = 0": ("esolm_0", None, 21.86, None, 17.78)}
+CORPORA = {"lm1b": "LM1B", "owt": "OpenWebText"}
+ORDERS = {"smoke": {"lm1b": 64, "owt": 64}, "paper": {"lm1b": 5000, "owt": 1000}}
+WINDOWS = {"smoke": 128, "paper": 1024}  # that the exact likelihood's bound is measured on
+STEPS = ["esolm_1", "esolm_05", "esolm_025", "esolm_0125", "esolm_0"]
+
+
+def run(lab: Lab) -> None:
+    tables, notes, series = {}, [], {}
+    for corpus, title in CORPORA.items():
+        rows = [row(lab, corpus, method) for method in PAPER if has(corpus, method)]
+        tables[title] = Table(["method", "paper, NELBO", "ours, NELBO", "paper, exact", "ours, exact"], rows)
+        notes += [f"{title}: {note}" for note in comparisons(lab, corpus)]
+        series[title] = rows
+    lab.report("table_01_perplexity", __doc__ or "", tables, notes, lambda figure: draw(figure, series))
+
+
+def has(corpus: str, method: str) -> bool:
+    return corpus == "lm1b" or method != "Eso-LM, alpha_0 = 0.0625"
+
+
+def row(lab: Lab, corpus: str, method: str) -> list[Cell]:
+    name, *paper = PAPER[method]
+    paper_nelbo, paper_exact = paper[:2] if corpus == "lm1b" else paper[2:]
+    run = f"{corpus}/{name}"
+    nelbo: Estimate | None = bounds.perplexity_of(bounds.nelbo_per_window(lab, run))
+    exact: Estimate | None
+    if name in ("ar", "ar_adaln", "esolm_0"):
+        nelbo, exact = None, nelbo  # one and the same, and no bound
+    elif name.startswith("bd3lm") or not lab.smoke and name == "mdlm" and corpus == "owt":
+        exact = None  # the paper has none
+    else:
+        exact = bounds.perplexity_of(exact_per_window(lab, corpus, name))
+    return [method, paper_nelbo, nelbo, paper_exact, exact]
+
+
+def exact_per_window(lab: Lab, corpus: str, name: str) -> np.ndarray:
+    """The bound from many orders; MDLM's, of L passes per order, from fewer."""
+    orders, most = ORDERS[lab.scale][corpus], WINDOWS[lab.scale]
+    if name == "mdlm":
+        orders = 16 if lab.smoke else 1000
+    run = f"{corpus}/{name}"
+    return bounds.bound_per_window(bounds.log_prob(lab, run, orders, most), lab.config(run).model.length)
+
+
+def comparisons(lab: Lab, corpus: str) -> list[str]:
+    """Paired by window, differences in nats per token."""
+    nelbo = {name: bounds.nelbo_per_window(lab, f"{corpus}/{name}") for name in [*STEPS, "ar_adaln"]}
+    notes = [f"NELBO of {a} above {b}: {_difference(nelbo[a] - nelbo[b])}" for a, b in zip(STEPS, STEPS[1:])]
+    notes += [f"alpha_0 = 0 (two streams) against AR + AdaLN (inputs shifted by one): "
+              f"{_difference(nelbo['esolm_0'] - nelbo['ar_adaln'])}; the errors are of windows, not of training"]
+    for name in STEPS[:-1]:
+        most = WINDOWS[lab.scale]
+        several = bounds.nelbo_per_window(lab, f"{corpus}/{name}", most, samples=16)
+        notes.append(f"NELBO of {name} above its exact likelihood's bound on the same {most} windows: "
+                     f"{_difference(several - exact_per_window(lab, corpus, name))}")
+    return notes
+
+
+def _difference(nats: np.ndarray) -> str:
+    value, error = bounds.mean(nats)
+    return f"{value:+.4f} ± {error:.4f} nats ({value / error:+.1f} standard errors)"
+
+
+def draw(figure: Any, series: dict[str, list[list[Cell]]]) -> None:
+    """Ours against alpha_0, the baselines as lines, and the paper's beside them."""
+    axes = figure.subplots(1, 2)
+    (title, rows), *_ = series.items()
+    for which, (ax, name) in enumerate(zip(axes, ("ours", "paper"), strict=True)):
+        for kind, column, marker in (("NELBO", 1 + (1 - which), "o-"), ("exact", 3 + (1 - which), "s--")):
+            found = {str(row[0]): row[column] for row in rows if row[column] is not None}
+            points = [(float(method.split("= ")[-1]), _value(cell)) for method, cell in found.items()
+                      if method.startswith("Eso-LM")]
+            ax.plot(*zip(*points, strict=True), marker, label=f"Eso-LM, {kind}")
+            for method, colour in (("MDLM", "C3"), ("AR", "C2")):
+                if method in found and not math.isnan(_value(found[method])):
+                    ax.axhline(_value(found[method]), color=colour, linestyle=marker[1:], linewidth=1,
+                               label=f"{method}, {kind}")
+        ax.set(xlabel="alpha_0", ylabel="test perplexity", title=f"{name}, {title}")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+
+
+def _value(cell: Cell) -> float:
+    return cell.value if isinstance(cell, Estimate) else float(cell or math.nan)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, run))

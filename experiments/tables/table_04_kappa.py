@@ -1,0 +1,54 @@
+"""Table 4: the share kappa of each batch that is given to the diffusion loss (Eso-LM (A), LM1B, half the steps).
+
+Command:   python experiments/tables/table_04_kappa.py --scale smoke
+
+The paper's runs with kappa = 0.25 and 0.125 diverged.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import bounds
+from lab import Cell, Estimate, Lab, Table, main
+
+ALPHAS, KAPPAS = ("0.5", "0.25", "0.125", "0.0625"), ("0.75", "0.5", "0.25", "0.125")
+PAPER = {("0.5", "0.75"): 32.25, ("0.5", "0.5"): 31.53, ("0.25", "0.75"): 30.49, ("0.25", "0.5"): 29.33,
+         ("0.125", "0.75"): 27.76, ("0.125", "0.5"): 26.73, ("0.0625", "0.75"): 25.92, ("0.0625", "0.5"): 25.07}
+
+
+def run(lab: Lab) -> None:
+    ours = {(alpha_0, kappa): bounds.perplexity_of(bounds.nelbo_per_window(lab, name(alpha_0, kappa)))
+            for alpha_0 in ALPHAS for kappa in KAPPAS}
+    columns = ["alpha_0", *(f"{whose}, kappa = {kappa}" for kappa in KAPPAS for whose in ("paper", "ours"))]
+    rows: list[list[Cell]] = []
+    for alpha_0 in ALPHAS:
+        cells: list[Cell] = [alpha_0]
+        for kappa in KAPPAS:
+            cells += [PAPER.get((alpha_0, kappa), "diverged"), ours[alpha_0, kappa]]
+        rows.append(cells)
+    lab.report("table_04_kappa", __doc__ or "", {"Test perplexity (NELBO)": Table(columns, rows)},
+               draw=lambda figure: draw(figure, ours))
+
+
+def name(alpha_0: str, kappa: str) -> str:
+    return f"lm1b/kappa_{kappa.replace('.', '')}_esolm_a_{alpha_0.replace('.', '')}"
+
+
+def draw(figure: Any, ours: dict[tuple[str, str], Estimate]) -> None:
+    left, right = figure.subplots(1, 2)
+    for alpha_0 in ALPHAS:
+        kappas = [kappa for kappa in KAPPAS if (alpha_0, kappa) in PAPER]
+        left.plot([float(k) for k in kappas], [PAPER[alpha_0, k] for k in kappas], "o-", label=f"alpha_0 = {alpha_0}")
+        values = [ours[alpha_0, kappa] for kappa in KAPPAS]
+        right.errorbar([float(k) for k in KAPPAS], [v.value for v in values], [v.error for v in values], fmt="o-",
+                       label=f"alpha_0 = {alpha_0}")
+    for axes, title in ((left, "paper, LM1B"), (right, "ours")):
+        axes.set(xlabel="kappa", ylabel="test perplexity (NELBO)", title=title, xlim=(0, 0.9))
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, run))

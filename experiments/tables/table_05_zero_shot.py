@@ -1,0 +1,91 @@
+"""Table 5: perplexity on other texts than those trained on (bounds; models of 250K steps on OpenWebText).
+
+Command:   python experiments/tables/table_05_zero_shot.py --scale smoke
+Data:      at --scale paper, for each set: eso-jax data prepare NAME --data-dir data/zero_shot/NAME --tokenizer gpt2
+           --length 1024; at --scale smoke, text that any installation has
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import bounds
+from eso_jax.data import windows_of
+from eso_jax.data.pipeline import eval_batches
+from eso_jax.evaluation import perplexity
+from eso_jax.workdir import Model
+from lab import Cell, Estimate, Lab, Table, main
+
+SETS = ("PTB", "WikiText", "LM1B", "LAMBADA", "AG News", "PubMed", "arXiv")
+PAPER = {"AR": (82.00, 26.54, 52.14, 51.69, 55.53, 49.49, 44.98),
+         "MDLM": (100.17, 37.08, 70.79, 52.06, 71.37, 46.51, 40.21),
+         "SEDD Absorb": (99.59, 38.55, 72.51, 52.16, 72.62, 47.07, 41.18),
+         "BD3-LM, L' = 16": (95.87, 32.88, 65.11, 50.05, 61.68, 43.41, 40.13),
+         "Eso-LM, alpha_0 = 1": (126.29, 45.08, 82.01, 61.37, 98.22, 62.37, 55.76),
+         "Eso-LM, alpha_0 = 0.5": (110.70, 39.57, 75.75, 57.33, 86.65, 60.20, 53.78),
+         "Eso-LM, alpha_0 = 0.25": (105.19, 37.32, 67.69, 60.15, 75.74, 62.45, 55.31),
+         "Eso-LM, alpha_0 = 0.125": (97.46, 35.65, 60.11, 69.13, 65.26, 65.27, 57.4)}
+RUNS = {"AR": "owt/ar", "MDLM": "owt/mdlm", "BD3-LM, L' = 16": "owt/bd3lm_16", "Eso-LM, alpha_0 = 1": "owt/esolm_1",
+        "Eso-LM, alpha_0 = 0.5": "owt/esolm_05", "Eso-LM, alpha_0 = 0.25": "owt/esolm_025",
+        "Eso-LM, alpha_0 = 0.125": "owt/esolm_0125"}
+# Where the paper has the text from: a split of a prepared folder (LM1B's and AG News' test, else validation).
+PREPARED = {"PTB": ("ptb", "validation"), "WikiText": ("wikitext103", "validation"), "LM1B": ("lm1b", "test"),
+            "LAMBADA": ("lambada", "test"), "AG News": ("ag_news", "test"), "PubMed": ("pubmed", "validation"),
+            "arXiv": ("arxiv", "validation")}
+MOST = 512  # windows of a set at smoke scale
+
+
+def run(lab: Lab) -> None:
+    sets = embedded_sets() if lab.smoke else {name: (f"data/zero_shot/{folder}", split)
+                                              for name, (folder, split) in PREPARED.items()}
+    ours: list[list[Cell]] = []
+    for name, experiment in RUNS.items():
+        cells: list[Cell] = [name]
+        for text, (source, split) in sets.items():
+            nats = lab.measure(experiment, f"zero-shot-{text}", lambda model: nelbo(lab, model, source, split))
+            cells.append(bounds.perplexity_of(np.array(nats)))
+        ours.append(cells)
+    tables = {"Paper": Table(["model", *SETS], [[name, *values] for name, values in PAPER.items()]),
+              "Ours": Table(["model", *sets], ours)}
+    lab.report("table_05_zero_shot", __doc__ or "", tables, draw=lambda figure: draw(figure, tables))
+
+
+def embedded_sets() -> dict[str, tuple[str, str]]:
+    """Text beside the standard library's own source, which is trained on: (source, split) by name."""
+    folder = Path(sysconfig.get_path("purelib"))
+    sets = {"package descriptions": folder / "*.dist-info" / "METADATA",
+            "NumPy's source": folder / "numpy" / "**" / "*.py",
+            "C headers": folder / "numpy" / "**" / "*.h"}
+    return {name: (str(path), "all") for name, path in sets.items()}
+
+
+def nelbo(lab: Lab, model: Model, source: str, split: str) -> list[float]:
+    """The NELBO of each window in nats per token."""
+    windows = windows_of(model.config, split, source)
+    chosen = np.concatenate(list(eval_batches(windows, 64, MOST if lab.smoke else len(windows))))
+    terms = perplexity.nelbo_per_window(model.weights, model.config, chosen, model.config.family.alpha_0,
+                                        jax.random.key(0))
+    return np.sum(list(terms.values()), axis=0).tolist()
+
+
+def draw(figure: Any, tables: dict[str, Table]) -> None:
+    axes = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    for ax, (title, table) in zip(axes, tables.items(), strict=True):
+        sets = table.columns[1:]
+        for index, row in enumerate(table.rows):
+            values = [cell.value if isinstance(cell, Estimate) else cell for cell in row[1:]]
+            ax.plot(np.arange(len(sets)) + 0.08 * index, values, "o", markersize=4, label=str(row[0]))
+        ax.set(yscale="log", xticks=range(len(sets)), ylabel="perplexity (bound)", title=title)
+        ax.set_xticklabels(sets, rotation=25, ha="right", fontsize=8)
+        ax.grid(alpha=0.3, axis="y")
+    axes[0].legend(fontsize=6)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, run))

@@ -1,0 +1,64 @@
+"""Table 12: models of L = 1024 after 1K steps of fine-tuning at ten times the length, one token per pass (NFE = L).
+
+Command:   python experiments/tables/table_12_long.py --scale smoke
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+import samples
+from eso_jax.evaluation import diversity
+from eso_jax.evaluation.texts import of_tokens
+from eso_jax.sampling.rejection import unigram_entropy
+from eso_jax.workdir import Model
+from lab import Cell, Estimate, Lab, Table, main
+
+PAPER = {"BD3-LM, L' = 4": ("owt/long_bd3lm_4", 29.50, 6.5, 588.6), "Eso-LM, alpha_0 = 0.125":
+         ("owt/long_esolm_0125", 23.40, 6.3, 116.4)}
+COUNT = 16  # samples judged; seconds are of one alone, as the paper's
+
+
+def run(lab: Lab) -> None:
+    rows: list[list[Cell]] = []
+    for name, (experiment, gen_ppl, entropy, seconds) in PAPER.items():
+        found = lab.measure(experiment, f"samples-{COUNT}", lambda model: measure(lab, model))
+        rows.append([name, gen_ppl, Estimate(*found["gen_ppl"]), entropy, Estimate(*found["entropy"]), seconds,
+                     found["seconds"]])
+    columns = ["model", *(f"{what}, {whose}" for what in ("Gen PPL", "entropy", "s") for whose in ("paper", "ours"))]
+    length = lab.config("owt/long_bd3lm_4").model.length
+    notes = [f"L = {length}, {COUNT} samples, nucleus {samples.TOP_P}; seconds of one sample, draws included, "
+             "compilation not."]
+    if lab.smoke:
+        notes.append("The judge is our AR model, which reads a sample in windows of its own length.")
+    lab.report("table_12_long", __doc__ or "", {"": Table(columns, rows)}, notes, lambda figure: draw(figure, rows))
+
+
+def measure(lab: Lab, model: Model) -> dict[str, Any]:
+    many = model.sample(COUNT, 1, top_p=samples.TOP_P, batch_size=COUNT, plan="one-by-one")
+    model.sample(1, 1, top_p=samples.TOP_P, plan="one-by-one")  # compiles
+    alone = model.sample(1, 1, top_p=samples.TOP_P, plan="one-by-one")
+    tokens = many.tokens
+    if lab.smoke:
+        tokens = tokens.reshape(-1, lab.config(samples.JUDGE).model.length)
+    scores = samples.judge(lab).score(of_tokens(tokens, model.tokenizer))
+    entropy = unigram_entropy(np.asarray(many.tokens), many.tokens.shape[1])
+    return {"gen_ppl": scores.perplexity(), "entropy": diversity.mean(entropy),
+            "seconds": alone.seconds - alone.compile_seconds}
+
+
+def draw(figure: Any, rows: list[list[Cell]]) -> None:
+    for axes, offset, what in zip(figure.subplots(1, 3), (1, 3, 5), ("Gen PPL", "entropy", "seconds"), strict=True):
+        at = np.arange(len(rows))
+        for shift, whose in ((0, "paper"), (1, "ours")):
+            axes.bar(at + 0.4 * shift, [samples.value_of(row[offset + shift]) for row in rows], 0.4, label=whose)
+        axes.set(title=what, xticks=at + 0.2, yscale="log" if what == "seconds" else "linear")
+        axes.set_xticklabels([str(row[0]) for row in rows], fontsize=8)
+        axes.legend()
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, run))

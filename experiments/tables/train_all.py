@@ -1,0 +1,67 @@
+"""Trains every run of the paper that is not trained yet: all files in experiments/lm1b and experiments/owt.
+
+Command:   python experiments/tables/train_all.py --scale smoke
+           at --scale paper one run after the other on all devices; on a pod, start each by its own command instead
+
+On a CPU, at smoke scale, a run to each core at a time: models this small gain nothing from a second one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import jax
+from tqdm import tqdm
+
+from eso_jax.config import EsoError
+from eso_jax.metrics import say
+from lab import EXPERIMENTS, Lab, main
+
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+def run(lab: Lab) -> None:
+    todo = {lab.workdir(name): name for name in reversed(names())}  # where two are one, the first name
+    first = [name for name in todo.values() if not lab.config(name).train.start_from]
+    then = [name for name in todo.values() if lab.config(name).train.start_from]
+    for stage in (first[::-1], then[::-1]):
+        waiting = [name for name in stage if not lab.is_trained(name)]
+        if lab.smoke and jax.default_backend() == "cpu":
+            side_by_side(lab, waiting)
+        else:
+            for name in waiting:
+                lab.model(name)
+
+
+def names() -> list[str]:
+    return [path.relative_to(EXPERIMENTS).with_suffix("").as_posix()
+            for folder in ("lm1b", "owt") for path in sorted((EXPERIMENTS / folder).glob("*.py"))]
+
+
+def side_by_side(lab: Lab, runs: list[str]) -> None:
+    """A process of one thread for each run, as many at a time as there are cores."""
+    lab.runs.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"}
+
+    def train(name: str) -> str:
+        workdir = lab.workdir(name)
+        config = workdir.with_suffix(".json")
+        config.write_text(lab.config(name).to_json())
+        done = subprocess.run([sys.executable, "-m", "eso_jax", "train", config, "--workdir", workdir], env=environment,
+                              text=True, stderr=subprocess.PIPE)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise EsoError(f"{name}: {last}")
+        return name
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(runs), unit="run", disable=None) as bar:
+        for future in as_completed([pool.submit(train, name) for name in runs]):
+            say(f"{future.result()}: trained")
+            bar.update()
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, run))
