@@ -127,15 +127,17 @@ class FamilyConfig:
 class DataConfig:
     """Where the text comes from; see eso_jax/data."""
 
-    source: str = "stdlib"  # "stdlib": Python's own source text; or a folder, a file, or a glob of text files
-    tokenizer: str = "bytes"
+    # "stdlib": Python's own source text; a folder that `eso-jax data prepare` made; a folder, a file, or a glob of text
+    source: str = "stdlib"
+    tokenizer: str = "bytes"  # or "characters", "gpt2", "bert-base-uncased", a tokenizer.json, NAME=a tokenizer.json
     seed: int = 0  # of the shuffle
 
     def __post_init__(self) -> None:
         _check_types("data", self)
         require(0 <= self.seed < 2**32, "data.seed", self.seed, "must be in [0, 2**32)")
         require(bool(self.source), "data.source", self.source, "give 'stdlib', a folder, a file or a glob")
-        require(self.tokenizer == "bytes", "data.tokenizer", self.tokenizer, "choose bytes")
+        require(bool(self.tokenizer), "data.tokenizer", self.tokenizer,
+                "give bytes, characters, gpt2, bert-base-uncased, or the path of a tokenizer.json")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Training, top to bottom: from a config to a work directory.
 
   W/config.json     the run's config
+  W/tokenizer.json  its tokenizer, unless that is code alone (bytes)
   W/checkpoints/    parameters, averages, optimizer and data position, together
   W/metrics.jsonl   a line per `train.log_every` steps and per evaluation
   W/loss.png        drawn at the end
@@ -29,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from eso_jax import checkpoint, families, metrics, sharding, transformer, workdir
 from eso_jax.config import Config, EsoError, require
-from eso_jax.data import get_tokenizer, windows_of
+from eso_jax.data import tokenizer_of, windows_of
 from eso_jax.evaluation import perplexity
 from eso_jax.noise import Draws
 from eso_jax.optim import optimizer, update_ema
@@ -107,12 +108,13 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     from eso_jax.data.pipeline import batches, eval_batches
 
     settings = config.train
-    tokenizer = get_tokenizer(config.data.tokenizer)
+    tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
     mesh = sharding.mesh(settings.batch_size)
-    iterator = batches(windows_of(config, "train"), settings.batch_size, config.data.seed, jax.process_index(),
-                       jax.process_count())
-    validation = np.concatenate(list(eval_batches(windows_of(config, "validation"), 64, settings.eval_windows)))
-    workdir.claim(directory, config)  # once the data is known to be there
+    iterator = batches(windows_of(config, "train", tokenizer=tokenizer), settings.batch_size, config.data.seed,
+                       jax.process_index(), jax.process_count())
+    held_out = windows_of(config, "validation", tokenizer=tokenizer)
+    validation = np.concatenate(list(eval_batches(held_out, 64, settings.eval_windows)))
+    workdir.claim(directory, config, tokenizer)  # once the data is known to be there
     state = jax.jit(functools.partial(init_state, config), out_shardings=sharding.replicated(mesh))()
     step_fn = jax.jit(functools.partial(train_step, config), donate_argnums=0)
 

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +23,20 @@ from jaxtyping import Array, Key
 from eso_jax import config as configs
 from eso_jax import families, likelihood, sharding, transformer
 from eso_jax.config import Config, EsoError, require
+from eso_jax.data import tokenizers
+from eso_jax.data.tokenizers import Tokenizer
 from eso_jax.sampling.categorical import Rule
 from eso_jax.sampling.plan import Plan
 from eso_jax.sampling.rejection import unigram_entropy
 from eso_jax.timing import Stopwatch
 from eso_jax.transformer import Params, Weights
 
-if TYPE_CHECKING:
-    from eso_jax.data.tokenizers import ByteTokenizer
-
 CONFIG = "config.json"
 MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_windows", "save_every", "keep")  # of train, when resuming
 
 
-def claim(directory: Path, config: Config) -> None:
-    """Makes a work directory with a config, or checks that the one there is of the same run.
+def claim(directory: Path, config: Config, tokenizer: Tokenizer | None = None) -> None:
+    """Makes a work directory with a config and a tokenizer, or checks that the one there is of the same run.
 
     Raises:
       EsoError: the directory holds another config, or things that are not a run's.
@@ -51,22 +50,46 @@ def claim(directory: Path, config: Config) -> None:
                 require(same, f"{section}.{name}", value,
                         f"--workdir {directory} holds a run with {there[section][name]!r}; repeat that, or give "
                         "another --workdir")
-        return
     try:
+        if path.exists():
+            return keep_tokenizer(directory, tokenizer)
         ours = not directory.exists() or directory.is_dir() and all(p.suffix == ".partial" for p in directory.iterdir())
         if not ours:
             raise EsoError(f"--workdir = {str(directory)!r}: exists and is not a run's (no {CONFIG}); give another one")
         directory.mkdir(parents=True, exist_ok=True)
         save_config(directory, config)
+        keep_tokenizer(directory, tokenizer)
     except OSError as error:
         raise EsoError(f"--workdir = {str(directory)!r}: cannot be written ({error.strerror})") from error
 
 
 def save_config(directory: Path, config: Config) -> None:
     """Writes config.json, whole or not at all."""
-    partial = directory / (CONFIG + ".partial")
-    partial.write_text(config.to_json())
-    partial.replace(directory / CONFIG)
+    _write(directory / CONFIG, config.to_json())
+
+
+def keep_tokenizer(directory: Path, tokenizer: Tokenizer | None) -> None:
+    """Writes tokenizer.json, so that the work directory needs no other; nothing for a tokenizer that is code alone."""
+    if tokenizer is not None and tokenizer.json is not None:
+        _write(directory / tokenizers.FILE, tokenizer.json)
+
+
+def kept_tokenizer(directory: Path, config: Config) -> Tokenizer | None:
+    """The tokenizer of a work directory; None where it has none that fits the model (an import), or is not made yet."""
+    path, name = directory / tokenizers.FILE, config.data.tokenizer
+    if path.is_file():
+        found: Tokenizer = tokenizers.LibraryTokenizer(name.partition("=")[0], path.read_text())
+    elif name in tokenizers.CODE:
+        found = tokenizers.CODE[name]()
+    else:
+        return None
+    return found if (found.vocab_size, found.mask_id) == (config.model.vocab_size, config.model.mask) else None
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 class Samples(NamedTuple):
@@ -106,6 +129,7 @@ class Model:
       params: float32 parameters (averaged, unless loaded with ema=False).
       weights: the folded, unstacked weights that sampling and scoring use, in the type asked for.
       mesh: the devices that sampling uses.
+      tokenizer: the training data's; None where there is none for the vocabulary (an import).
     """
 
     config: Config
@@ -113,14 +137,7 @@ class Model:
     params: Params
     weights: Weights
     mesh: Mesh
-
-    @property
-    def tokenizer(self) -> ByteTokenizer | None:
-        """The tokenizer of the training data; None where the vocabulary is another's (an import)."""
-        from eso_jax.data.tokenizers import get_tokenizer
-
-        tokenizer = get_tokenizer(self.config.data.tokenizer)
-        return tokenizer if tokenizer.vocab_size == self.config.model.vocab_size else None
+    tokenizer: Tokenizer | None
 
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int = 64, *, min_p: float = 0.0,
@@ -222,16 +239,18 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
                             jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0))))
     step, params = checkpoint.load_params(directory, config.model, abstract, ema)
     weights = transformer.unstack(transformer.fold(config.model, params, jnp.dtype(dtype)))
-    return Model(config, step, params, sharding.put_weights(weights, mesh), mesh)
+    return Model(config, step, params, sharding.put_weights(weights, mesh), mesh,
+                 kept_tokenizer(directory, config))
 
 
-def create(directory: Path, config: Config, params: Params) -> None:
-    """A new work directory with a config and parameters, as an import makes it; an existing one is refused."""
+def create(directory: Path, config: Config, params: Params, tokenizer: Tokenizer | None = None) -> None:
+    """A new work directory with a config, parameters and a tokenizer if there is one, as an import makes it; an
+    existing one is refused."""
     from eso_jax import checkpoint
 
     require(not directory.exists(), "--out", str(directory), "exists already; nothing was written")
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    claim(partial, config)
+    claim(partial, config, tokenizer)
     checkpoint.save_params(partial, config.model, params)
     partial.rename(directory)

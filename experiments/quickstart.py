@@ -56,7 +56,7 @@ def main() -> None:
     require(run.family.name == "esolm", "family.name", run.family.name,
             "the quickstart shows an esolm; for others use eso-jax train")
 
-    validation = windows_of(run, "validation")
+    validation = windows_of(run, "validation")[:]
     bigram = bigram_bits_per_byte(run, validation)
     say(f"byte bigram: {bigram:.3f} bits per byte on validation\n\n1. Training")
     train(run, arguments.workdir, {"byte bigram": bigram})
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def bigram_bits_per_byte(run: Config, validation: np.ndarray) -> float:
-    nats = Bigram(windows_of(run, "train"), run.model.vocab_size).nats(validation)
+    nats = Bigram(windows_of(run, "train")[:], run.model.vocab_size).nats(validation)
     return nats / math.log(2) / get_tokenizer(run.data.tokenizer).num_bytes(validation)
 
 

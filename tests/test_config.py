@@ -111,7 +111,7 @@ ERRORS = {  # assignments -> what the message must hold: the field and its value
     ("train.steps=",): ("train.steps = ''", "type int"),
     ("family.alpha_0=half",): ("family.alpha_0 = 'half'", "type float"),
     ("model.mask_id=last",): ("model.mask_id = 'last'", "type int or None"),
-    ("data.tokenizer=gpt2",): ("data.tokenizer = 'gpt2'", "bytes"),
+    ("data.tokenizer=",): ("data.tokenizer = ''", "bytes, characters, gpt2"),
     ("data.source=",): ("data.source = ''", "stdlib"),
     ("model.widht=12",): ("model.widht: unknown", "did you mean model.width?"),
     ("modle.width=12",): ("modle.width: unknown", "did you mean model.width?"),

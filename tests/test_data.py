@@ -1,4 +1,4 @@
-"""Corpora, tokenizers, packing, the training pipeline and the bigram baseline."""
+"""Raw text, the training pipeline and the bigram baseline."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from eso_jax.config import EsoError
-from eso_jax.data import SPLITS, Bigram, ByteTokenizer, documents, get_tokenizer, pack
+from eso_jax.data import SPLITS, Bigram, documents
 from eso_jax.data.corpora import split_of
 from eso_jax.data.pipeline import batches, eval_batches
-
-BYTES = ByteTokenizer()
 
 
 def write(folder: Path, **files: bytes) -> str:
@@ -164,71 +160,6 @@ def test_corpus_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", refuse)  # a folder that can't be listed isn't passed over
         assert f"cannot read {few!r} (Permission denied)" in message(few)
-
-
-# Tokenizers
-
-
-@given(st.binary())
-def test_bytes_round_trip(content: bytes) -> None:
-    tokens = BYTES.encode(content)
-    assert tokens.dtype == np.uint16 and tokens.shape == (len(content),)
-    assert bytes(tokens.tolist()) == content
-    assert BYTES.decode(tokens) == content.decode("utf-8", errors="replace")
-    assert BYTES.num_bytes(tokens) == len(content)
-
-
-@given(st.text())
-def test_text_round_trip(text: str) -> None:
-    assert BYTES.decode(BYTES.encode(text)) == text
-
-
-def test_special_tokens() -> None:
-    assert (BYTES.vocab_size, BYTES.separator_id, BYTES.mask_id) == (258, 256, 257)
-    tokens = np.array([104, 257, 195, 169, 256, 195, 257])  # the last two: half of an é, and a mask
-    assert BYTES.decode(tokens) == "h▒é\n\f\n\ufffd▒"
-    assert BYTES.num_bytes(tokens) == BYTES.num_bytes(tokens[None]) == 4
-    assert BYTES.decode([]) == ""
-
-
-@pytest.mark.parametrize("token", [-1, 258])
-def test_decode_refuses_other_ids(token: int) -> None:
-    with pytest.raises(EsoError, match=rf"^token id = {token}: must be in \[0, 258\) for tokenizer 'bytes'$"):
-        BYTES.decode([0, token, 257])
-
-
-def test_get_tokenizer() -> None:
-    assert isinstance(get_tokenizer("bytes"), ByteTokenizer)
-    with pytest.raises(EsoError, match="^data.tokenizer = 'gpt2': choose bytes$"):
-        get_tokenizer("gpt2")
-
-
-# Packing
-
-
-def test_pack_token_for_token() -> None:
-    windows = pack([("x", b"abcd"), ("y", b"e"), ("z", b"fghi")], BYTES, 3)
-    assert windows.dtype == np.uint16
-    assert windows.tolist() == [[97, 98, 99], [100, 256, 101], [256, 102, 103], [104, 105, 256]]
-
-
-@given(st.lists(st.binary(), max_size=5), st.integers(1, 7))
-def test_pack_loses_only_the_remainder(contents: list[bytes], length: int) -> None:
-    stream = [token for content in contents for token in [*content, 256]]
-    if len(stream) < length:
-        with pytest.raises(EsoError):
-            pack([("", content) for content in contents], BYTES, length)
-        return
-    windows = pack((("", content) for content in contents), BYTES, length)
-    assert windows.shape == (len(stream) // length, length)
-    assert windows.ravel().tolist() == stream[:windows.size]
-
-
-def test_pack_error() -> None:
-    with pytest.raises(EsoError, match="^data.source: holds 6 tokens in this split, fewer than one window of "
-                                       "model.length = 7; give more text, or a smaller model.length$"):
-        pack([("x", b"abc"), ("y", b"d")], BYTES, 7)
-    assert pack([("x", b"abc"), ("y", b"d")], BYTES, 6).shape == (1, 6)
 
 
 # The pipeline

@@ -14,8 +14,9 @@ EXAMPLE = "eso-jax eval --workdir /tmp/w --alpha-0 0.25 --out eval.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_model(parser)
     parser.add_argument("--split", choices=["train", "validation", "test", "all"],
-                        help="part of the text (validation; with --source, all)")
-    parser.add_argument("--source", help="other text than the training data's: a folder, a file or a glob")
+                        help="part of the text (validation; of raw text given by --source, all)")
+    parser.add_argument("--source", help="other text than the training data's: a prepared folder (eso-jax data), "
+                        "or a folder, a file or a glob of raw text")
     parser.add_argument("--num-windows", type=int, default=512, help="windows, evenly spaced (%(default)s)")
     parser.add_argument("--samples", type=int, default=1, help="Monte Carlo samples per window (%(default)s)")
     parser.add_argument("--out", default="eval.json", help="JSON (%(default)s)")
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from eso_jax import load
-    from eso_jax.data import windows_of
+    from eso_jax.data import is_prepared, windows_of
     from eso_jax.data.pipeline import eval_batches
     from eso_jax.evaluation import perplexity
 
@@ -40,8 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("num_windows", "samples"):
         require(getattr(arguments, name) >= 1, f"--{name.replace('_', '-')}", getattr(arguments, name),
                 "must be at least 1")
-    split = arguments.split or ("all" if arguments.source else "validation")
-    windows = windows_of(model.config, split, arguments.source)
+    raw = arguments.source is not None and not is_prepared(arguments.source)
+    split = arguments.split or ("all" if raw else "validation")
+    windows = windows_of(model.config, split, arguments.source, model.tokenizer)
     windows = np.concatenate(list(eval_batches(windows, 64, arguments.num_windows)))
     found = perplexity.nelbo(model.weights, model.config, windows, model.tokenizer, alpha_0,
                              jax.random.key(arguments.seed), samples=arguments.samples)

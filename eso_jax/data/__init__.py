@@ -1,31 +1,57 @@
 """Text to batches of tokens.
 
-corpora     where documents come from, and which split each belongs to
-tokenizers  bytes to token ids and back
-packing     documents to windows of equal length
-pipeline    windows to shuffled, resumable training batches (the only file that needs grain, so not imported here)
-bigram      the baseline that every language model should beat
+corpora        where raw text comes from, and which split each document belongs to
+tokenizers     text to token ids and back
+packing        documents to windows of equal length
+catalog        the published corpora; readers, detokenizers, builder (TFDS): their documents
+prepare        published corpora to prepared folders, which `prepared` reads
+pipeline       windows to shuffled, resumable training batches (the only file that needs grain, so not imported here)
+bigram         the baseline that every language model should beat
 """
-
-import numpy as np
 
 from eso_jax.config import Config, require
 from eso_jax.data.bigram import Bigram
 from eso_jax.data.corpora import SPLITS, documents
 from eso_jax.data.packing import pack
-from eso_jax.data.tokenizers import ByteTokenizer, get_tokenizer
+from eso_jax.data.prepared import Windows, is_prepared, prepared_tokenizer, prepared_windows
+from eso_jax.data.tokenizers import ByteTokenizer, Tokenizer, get_tokenizer
 
-__all__ = ["SPLITS", "Bigram", "ByteTokenizer", "documents", "get_tokenizer", "pack", "windows_of"]
+__all__ = ["SPLITS", "Bigram", "ByteTokenizer", "Tokenizer", "Windows", "documents", "get_tokenizer", "is_prepared",
+           "pack", "prepared_windows", "tokenizer_of", "windows_of"]
 
 
-def windows_of(config: Config, split: str, source: str | None = None) -> np.ndarray:
-    """The packed windows of one split of a config's data, or of another source: uint16 [windows, model.length].
+def tokenizer_of(config: Config) -> Tokenizer:
+    """The tokenizer of a config's data: a prepared folder's own, else the one that data.tokenizer names.
+
+    Raises:
+      EsoError: there is none, or the prepared folder has another.
+    """
+    source, name = config.data.source, config.data.tokenizer
+    if not is_prepared(source, config):
+        return get_tokenizer(name)
+    found = prepared_tokenizer(source)
+    # A name that differs may still be of the same tokenizer, such as a path to a copy of the file.
+    return found if found.name == name else get_tokenizer(name)
+
+
+def windows_of(config: Config, split: str, source: str | None = None, tokenizer: Tokenizer | None = None) -> Windows:
+    """The packed windows of one split of a config's data, or of another source: integers [windows, model.length].
+
+    Raw text is read and packed at once, a separator after each document; a prepared folder is read when windows are
+    asked for, by number, slice or integers.
+
+    Args:
+      source: raw text or a prepared folder; None: data.source.
+      tokenizer: the model's; None: the config's.
 
     Raises:
       EsoError: the source cannot be read or is too short, or the tokenizer does not fit the model.
     """
-    tokenizer = get_tokenizer(config.data.tokenizer)
+    source = config.data.source if source is None else source
+    tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
     require(tokenizer.vocab_size == config.model.vocab_size and tokenizer.mask_id == config.model.mask,
             "model.vocab_size", config.model.vocab_size, f"data.tokenizer = {tokenizer.name!r} needs "
             f"{tokenizer.vocab_size}, with mask {tokenizer.mask_id}")
-    return pack(documents(source or config.data.source, split), tokenizer, config.model.length)
+    if is_prepared(source, config):
+        return prepared_windows(config, source, split, tokenizer)
+    return pack(documents(source, split), tokenizer, config.model.length)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import numpy as np
 
 from eso_jax.config import require
+from eso_jax.data.prepared import Windows
 
 
-def batches(windows: Any, batch_size: int, seed: int, process_index: int = 0,
+def batches(windows: Windows, batch_size: int, seed: int, process_index: int = 0,
             process_count: int = 1) -> grain.DatasetIterator[np.ndarray]:
     """An endless iterator over this process's rows of the training batches, int32 [batch_size / process_count, length].
 
@@ -46,11 +46,11 @@ def batches(windows: Any, batch_size: int, seed: int, process_index: int = 0,
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
 
-def eval_batches(windows: np.ndarray, batch_size: int, limit: int) -> Iterator[np.ndarray]:
+def eval_batches(windows: Windows, batch_size: int, limit: int) -> Iterator[np.ndarray]:
     """At most `limit` windows, evenly spaced and in order, the same in every call.
 
     Args:
-      windows: integers [windows, length].
+      windows: integers [windows, length]; an array, or anything that is indexed by integers [N].
       batch_size: rows in a batch.
       limit: windows in all.
 

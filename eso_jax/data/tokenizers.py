@@ -1,31 +1,52 @@
-"""Bytes to token ids and back."""
+"""Text to token ids and back."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from eso_jax.config import EsoError, require
 
+FILE = "tokenizer.json"  # what a library tokenizer is kept as
+HUB = {"gpt2": "openai-community/gpt2", "bert-base-uncased": "google-bert/bert-base-uncased"}
+_SEPARATORS = ("<|endoftext|>", "[CLS]", "</s>")
+_MASKS = ("[MASK]", "<mask>")
+_SHOWN_SEPARATOR, _SHOWN_MASK = "\n\f\n", "▒"
 
-class ByteTokenizer:
-    """Ids 0 to 255 are bytes; two more ids stand for no text: the separator after each document, and the mask."""
 
-    name = "bytes"
-    vocab_size = 258
-    separator_id = 256
-    mask_id = 257
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the project asks of a tokenizer.
 
-    _shown = [bytes([i]) for i in range(256)] + [b"\n\f\n", "▒".encode()]
+    Attributes:
+      name: as in data.tokenizer.
+      vocab_size: V, the mask included.
+      separator_id: the token between documents, and at both ends of a window where a wrapping asks for that. It stands
+        for no text.
+      mask_id: never in data.
+      json: the contents of its tokenizer.json; None where it is code alone.
+    """
+
+    name: str
+    vocab_size: int
+    separator_id: int
+    mask_id: int
+    json: str | None
 
     def encode(self, text: bytes | str) -> np.ndarray:
-        """The bytes of `text` (UTF-8 if a str) as ids, uint16 [S]. Any byte is allowed, NUL included."""
-        return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.uint16)
+        """The ids of a text (bytes are read as UTF-8), `dtype_of(tokenizer)` [S]; never a separator or a mask."""
+
+    def join(self, texts: Sequence[bytes | str], separate: bool) -> np.ndarray:
+        """Texts end to end, `dtype_of(tokenizer)` [S]; if `separate`, a separator after each."""
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """Text to read: bytes as UTF-8 (invalid ones shown as U+FFFD), separators as a form feed on its own line,
-        masks as '▒'.
+        """Text to read; separators are shown as a form feed on its own line, masks as '▒'.
 
         Args:
           ids: integers [S].
@@ -33,18 +54,217 @@ class ByteTokenizer:
         Raises:
           EsoError: an id is out of range.
         """
-        ids = np.asarray(ids)
-        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if wrong.size:
-            raise EsoError(f"token id = {wrong[0]}: must be in [0, {self.vocab_size}) for tokenizer {self.name!r}")
-        return b"".join(self._shown[i] for i in ids.tolist()).decode("utf-8", errors="replace")
 
     def num_bytes(self, tokens: np.ndarray) -> int:
         """Bytes of text that `tokens`, integers of any shape, stand for: separators and masks count as none."""
+
+
+def dtype_of(tokenizer: Tokenizer) -> type[np.uint16] | type[np.uint32]:
+    """The smallest type that its ids are kept in."""
+    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+
+def sha256(tokenizer: Tokenizer) -> str:
+    """Equal for equal tokenizers, whatever they are called."""
+    return hashlib.sha256((tokenizer.name if tokenizer.json is None else tokenizer.json).encode()).hexdigest()
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are bytes; two more ids stand for no text: the separator after each document, and the mask."""
+
+    name = "bytes"
+    alphabet = bytes(range(256))
+    vocab_size = 258
+    separator_id = 256
+    mask_id = 257
+    json: str | None = None
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """The bytes of `text` (UTF-8 if a str) as ids, uint16 [S]. Any byte is allowed, NUL included."""
+        return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.uint16)
+
+    def join(self, texts: Sequence[bytes | str], separate: bool) -> np.ndarray:
+        end = np.array([self.separator_id] * separate, np.uint16)
+        return np.concatenate([np.empty(0, np.uint16), *(part for text in texts for part in (self.encode(text), end))])
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        shown = [bytes([byte]) for byte in self.alphabet] + [_SHOWN_SEPARATOR.encode(), _SHOWN_MASK.encode()]
+        return b"".join(shown[i] for i in _checked(ids, self)).decode("utf-8", errors="replace")
+
+    def num_bytes(self, tokens: np.ndarray) -> int:
         return int(np.count_nonzero(np.asarray(tokens) < self.separator_id))
 
 
-def get_tokenizer(name: str) -> ByteTokenizer:
-    """The tokenizer called `name`; EsoError if there is none."""
-    require(name == ByteTokenizer.name, "data.tokenizer", name, f"choose {ByteTokenizer.name}")
-    return ByteTokenizer()
+class CharacterTokenizer(ByteTokenizer):
+    """The 27 characters of text8, a to z and the blank; then the separator and the mask."""
+
+    name = "characters"
+    alphabet = b"abcdefghijklmnopqrstuvwxyz "
+    vocab_size = 29
+    separator_id = 27
+    mask_id = 28
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """Ids of characters, uint16 [S].
+
+        Raises:
+          EsoError: a character is another.
+        """
+        found = super().encode(text)
+        ids = np.full(256, self.mask_id, np.uint16)
+        ids[list(self.alphabet)] = np.arange(len(self.alphabet))
+        wrong = found[ids[found] == self.mask_id]
+        if wrong.size:
+            raise EsoError(f"data.tokenizer = {self.name!r}: the text holds {bytes([wrong[0]])!r}, and only a to z and "
+                           "blanks have ids; choose another tokenizer")
+        return ids[found]
+
+
+CODE: dict[str, type[ByteTokenizer]] = {kind.name: kind for kind in (ByteTokenizer, CharacterTokenizer)}
+
+
+class LibraryTokenizer:
+    """A tokenizer.json of the `tokenizers` library: GPT-2's, BERT's, or one of your own.
+
+    The mask is its [MASK] (or <mask>), else one more id after the last: BERT-uncased has V = 30,522 and GPT-2 V =
+    50,258. The separator is its end-of-text token, else [CLS], which is what the authors' code puts between and around
+    LM1B's sentences. Special tokens spelt out in a text are read as text, unlike in the authors' code, so that no
+    document can smuggle in a mask.
+
+    Byte-level ones (GPT-2) give back each text exactly. WordPiece (BERT) does not: it lowers case, strips accents, and
+    drops the difference between "a." and "a .". `num_bytes` is then the UTF-8 length of the pieces with one blank
+    before each word or mark: the bytes of the text as the model sees it, not as it was. An unknown word counts as one
+    blank.
+    """
+
+    def __init__(self, name: str, contents: str):
+        from tokenizers import Tokenizer as Library
+
+        self.name = name
+        self.json: str | None = contents
+        try:
+            self._library = Library.from_str(contents)
+        except Exception as error:  # the library raises Exception itself
+            raise EsoError(f"data.tokenizer = {name!r}: not a tokenizer.json ({error})") from error
+        self._library.no_truncation()  # BERT's file cuts at 512 tokens
+        self._library.no_padding()
+        self._library.encode_special_tokens = True
+        vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
+        size = max(vocabulary.values()) + 1
+        masks = [vocabulary[token] for token in _MASKS if token in vocabulary]
+        separators = [vocabulary[token] for token in _SEPARATORS if token in vocabulary]
+        require(bool(separators), "data.tokenizer", name, f"has none of {', '.join(_SEPARATORS)} to separate documents")
+        self.mask_id = masks[0] if masks else size
+        self.vocab_size = max(size, self.mask_id + 1)
+        self.separator_id = separators[0]
+        self._bytes = self._lengths(vocabulary)
+
+    def _lengths(self, vocabulary: dict[str, int]) -> np.ndarray:
+        """Bytes of text of each id, int64 [V]."""
+        settings = json.loads(self._library.to_str())
+        kind = (settings["decoder"] or {}).get("type")
+        lengths = np.zeros(self.vocab_size, np.int64)
+        special = {token.content for token in self._library.get_added_tokens_decoder().values() if token.special}
+        for token, i in vocabulary.items():
+            if token in special:
+                lengths[i] = token == settings["model"].get("unk_token")
+            elif kind == "ByteLevel":
+                lengths[i] = len(token)  # one character of its alphabet stands for one byte
+            elif kind == "WordPiece":
+                lengths[i] = len(token.encode()) + (-2 if token.startswith("##") else 1)
+            else:
+                lengths[i] = len(self._library.decode([i]).encode())
+        return lengths
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        return self.join([text], separate=False)
+
+    def join(self, texts: Sequence[bytes | str], separate: bool) -> np.ndarray:
+        strings = [text if isinstance(text, str) else text.decode("utf-8", errors="replace") for text in texts]
+        found = self._library.encode_batch_fast(strings, add_special_tokens=False)
+        end = [self.separator_id] * separate
+        return np.fromiter(chain.from_iterable(part for encoding in found for part in (encoding.ids, end)),
+                           dtype_of(self))
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        shown = {self.separator_id: _SHOWN_SEPARATOR, self.mask_id: _SHOWN_MASK}
+        text, run = [], []
+        for i in [*_checked(ids, self), None]:
+            if i is not None and i not in shown:
+                run.append(i)
+                continue
+            text.append(self._library.decode(run, skip_special_tokens=False) if run else "")
+            run = []
+            text.append("" if i is None else shown[i])
+        return "".join(text)
+
+    def num_bytes(self, tokens: np.ndarray) -> int:
+        return int(self._bytes[np.asarray(tokens)].sum())
+
+
+def _checked(ids: np.ndarray | Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    ids = np.asarray(ids)
+    wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+    if wrong.size:
+        raise EsoError(f"token id = {wrong[0]}: must be in [0, {tokenizer.vocab_size}) for tokenizer "
+                       f"{tokenizer.name!r}")
+    return ids.astype(int).tolist()
+
+
+def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: "bytes", "characters", "gpt2" or "bert-base-uncased" from the Hugging Face hub, the
+    path of a tokenizer.json, or NAME=PATH, a file that goes by a name (gpt2=my/tokenizer.json, without a network).
+
+    Raises:
+      EsoError: there is none, or the hub cannot be reached.
+    """
+    if name in CODE:
+        return CODE[name]()
+    if name in HUB:
+        return LibraryTokenizer(name, _from_hub(name).read_text())
+    called, _, path = name.partition("=") if not Path(name).is_file() else (name, "", name)
+    require(Path(path).is_file(), "data.tokenizer", name,
+            f"choose bytes, characters, {', '.join(HUB)}, or the path of a tokenizer.json")
+    try:
+        return LibraryTokenizer(called, Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise EsoError(f"data.tokenizer = {name!r}: cannot be read ({error})") from error
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(HUB[name], FILE))
+    except Exception as error:  # of the hub, of its HTTP client, or of the file system
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise EsoError(f"data.tokenizer = {name!r}: {FILE} of {HUB[name]} could not be had from the hub ({reason}); "
+                       f"without a network, give a copy of that file: {name}=path/to/{FILE}") from error
+
+
+def train_tokenizer(texts: Any, vocab_size: int, kind: str) -> LibraryTokenizer:
+    """A tokenizer of at most `vocab_size` ids, the mask included, learned from an iterable of str.
+
+    Args:
+      kind: "bpe", over bytes as GPT-2's; or "wordpiece", of lower-case words as BERT-uncased's.
+    """
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    require(kind in ("bpe", "wordpiece"), "--kind", kind, "choose bpe or wordpiece")
+    require(vocab_size >= 300, "--vocab-size", vocab_size, "must be at least 300: the bytes alone are 256")
+    if kind == "bpe":
+        library = Library(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        trainer: Any = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=["<|endoftext|>"],
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    else:
+        library = Library(models.WordPiece(unk_token="[UNK]"))
+        library.normalizer = normalizers.BertNormalizer(lowercase=True)
+        library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        library.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, show_progress=False,
+                                            special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    library.train_from_iterator(texts, trainer)
+    return LibraryTokenizer(kind, library.to_str())

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import families
 from eso_jax.config import Config, require
-from eso_jax.data import ByteTokenizer
+from eso_jax.data import Tokenizer
 from eso_jax.noise import Draws
 from eso_jax.transformer import Weights
 
@@ -42,7 +42,7 @@ class Perplexity(NamedTuple):
         return self._asdict()
 
 
-def nelbo(weights: Weights, config: Config, windows: np.ndarray, tokenizer: ByteTokenizer, alpha_0: float,
+def nelbo(weights: Weights, config: Config, windows: np.ndarray, tokenizer: Tokenizer, alpha_0: float,
           key: Key[Array, ""], rows: int = 64, samples: int = 1) -> Perplexity:
     """The NELBO on windows [M, L] at any alpha_0, `samples` Monte Carlo draws per window."""
     by_term = nelbo_per_window(weights, config, windows, alpha_0, key, rows, samples)

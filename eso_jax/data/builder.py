@@ -1,0 +1,108 @@
+"""The corpora as TFDS datasets of documents, in ArrayRecord files: written and read without TensorFlow.
+
+    Corpora(config="lm1b", data_dir="data/documents").download_and_prepare()
+    tfds.data_source("corpora/lm1b", split="train", data_dir="data/documents")[0]["text"]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from eso_jax.config import EsoError, require
+from eso_jax.data import readers
+from eso_jax.data.catalog import CORPORA
+
+
+class Corpora(tfds.core.GeneratorBasedBuilder):
+    """One config per corpus of catalog.py. An example is {"text": bytes}: a document as published, in its order.
+
+    Args:
+      files: local files, folders or archives, instead of a download.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in CORPORA]
+
+    def __init__(self, *, files: Sequence[str] = (), **kwargs: Any):
+        self._files = [str(Path(file).absolute()) for file in files]
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}), disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(source=self._files or list(CORPORA[self.builder_config.name].urls)))
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+        name = self.builder_config.name
+        corpus, folder = CORPORA[name], Path(self._data_dir_root)
+        found = readers.find_files(self._files or self._download(dl_manager), folder / "unpacked")
+        documents = {split: readers.documents(corpus, split, found) for split in corpus.splits}
+        started = {split: next(iterator, None) for split, iterator in documents.items()}
+        parts = {split: self._generate_examples(started[split], documents[split])
+                 for split in documents if started[split] is not None}
+        require(bool(parts), "--from", self._files, f"holds no documents of {name}; its files are called "
+                f"{', '.join(pattern for patterns in corpus.splits.values() for pattern in patterns)}")
+        return parts
+
+    def _generate_examples(self, first: str | None, rest: Iterator[str]) -> Iterator[tuple[int, dict[str, str]]]:
+        yield 0, {"text": str(first)}
+        for number, text in enumerate(rest, 1):
+            yield number, {"text": text}
+
+    def _download(self, dl_manager: Any) -> list[str]:
+        """The published files, under their published names (TFDS shortens them)."""
+        name = self.builder_config.name
+        urls = CORPORA[name].urls
+        require(bool(urls), "--from", None, f"{name} has no files of its own; give yours")
+        folder = Path(self._data_dir_root) / "downloads" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            fetched = dl_manager.download(list(urls))
+        except Exception as error:  # of the HTTP client, TFDS or the file system
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise EsoError(f"{name}: {', '.join(urls)} could not be downloaded ({reason}); get the files in another "
+                           "way and name them with --from") from error
+        named = [folder / url.rpartition("/")[2] for url in urls]
+        for link, path in zip(named, fetched, strict=True):
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(path, folder))
+        return list(map(str, named))
+
+
+def documents(name: str, folder: Path, files: Sequence[str]) -> Corpora:
+    """The documents of a corpus, written to `folder` unless they are there.
+
+    Raises:
+      EsoError: files are missing or not as they should be, cannot be downloaded, or `folder` holds others.
+    """
+    builder = Corpora(config=name, data_dir=str(folder), files=files)
+    if Path(builder.data_dir).exists():
+        there, wanted = builder.info.metadata["source"], builder._info().metadata["source"]
+        require(there == wanted, "--from", wanted, f"{builder.data_dir} was made from {there}; give that, remove the "
+                "folder, or give another --data-dir")
+        return builder
+    with _quiet():
+        builder.download_and_prepare()
+    return builder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS logs and prints a line per step; its progress bars stay, on a terminal."""
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    level, out = logging.getLogger("absl").level, open(os.devnull, "w")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        with out, contextlib.redirect_stdout(out):
+            yield
+    finally:
+        logging.getLogger("absl").setLevel(level)
