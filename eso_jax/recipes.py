@@ -31,14 +31,14 @@ def lm1b(family: str, steps: int = 1_000_000, adaln: bool = True, **fields: Any)
 def owt(family: str, steps: int = 250_000, adaln: bool = True, **fields: Any) -> Config:
     """A run on OpenWebText: 1024 tokens, GPT-2's vocabulary, 250K steps of 512 sequences."""
     model = ModelConfig.of_size("small", length=1024, vocab_size=50258, cond_dim=128 if adaln else 0)
-    return _run(family, model, DataConfig("data/owt", "gpt2"), TrainConfig(steps=steps), fields)
+    return _run(family, model, DataConfig("data/openwebtext", "gpt2"), TrainConfig(steps=steps), fields)
 
 
 def fine_tuned(config: Config, start_from: str, length: int, steps: int) -> Config:
     """A run that goes on from another's weights at another length."""
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, length=length),
-        data=dataclasses.replace(config.data, source=f"{config.data.source}_{length}"),
+        data=dataclasses.replace(config.data, source=config.data.source.replace("data/", f"data/{length}/")),
         train=dataclasses.replace(config.train, steps=steps, start_from=start_from))
 
 
@@ -55,7 +55,7 @@ def smoke(config: Config) -> Config:
     """The run in about a minute on two CPU cores: bytes of Python's own source text, 64 tokens, a model of 0.2 M
     parameters. What differs between the paper's runs of one length and number of steps differs here as well.
     """
-    paper, long = config.train, config.train.start_from is not None
+    paper, long = config.train, getattr(config.train, "start_from", None) is not None
     steps = 100 if long else SMOKE_STEPS // 2 if paper.steps == 500_000 else SMOKE_STEPS
     return Config(
         model=ModelConfig(length=640 if long else 64, width=64, layers=3, heads=2, dropout=0.0,

@@ -1,6 +1,6 @@
 """BD3-LM, blocks of 4, on LM1B (Table 1).
 
-Data:      eso-jax data prepare lm1b --data-dir data/lm1b --tokenizer bert-base-uncased --length 128
+Data:      eso-jax data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128
 Command:   eso-jax train experiments/lm1b/bd3lm_4.py --workdir runs/paper/lm1b/bd3lm_4
 Hardware:  the paper's: 8 H200, 1M steps of 512 x 128 tokens; its time is not published.
 Paper:     test perplexity 28.23 (NELBO), from BD3-LM's paper, fine-tuned from MDLM.

@@ -1,6 +1,6 @@
 """Eso-LM, alpha_0 = 0.0625, on LM1B (Tables 1, 6, 7 and 9).
 
-Data:      eso-jax data prepare lm1b --data-dir data/lm1b --tokenizer bert-base-uncased --length 128
+Data:      eso-jax data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128
 Command:   eso-jax train experiments/lm1b/esolm_00625.py --workdir runs/paper/lm1b/esolm_00625
 Hardware:  the paper's: 8 H200, 1M steps of 512 x 128 tokens; its time is not published.
 Paper:     test perplexity 24.53 (NELBO), 22.39 (importance-weighted, K = 5000).

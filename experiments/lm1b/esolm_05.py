@@ -1,6 +1,6 @@
 """Eso-LM, alpha_0 = 0.5, on LM1B (Tables 1, 6, 7 and 9).
 
-Data:      eso-jax data prepare lm1b --data-dir data/lm1b --tokenizer bert-base-uncased --length 128
+Data:      eso-jax data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128
 Command:   eso-jax train experiments/lm1b/esolm_05.py --workdir runs/paper/lm1b/esolm_05
 Hardware:  the paper's: 8 H200, 1M steps of 512 x 128 tokens; its time is not published.
 Paper:     test perplexity 32.53 (NELBO), 28.07 (importance-weighted, K = 5000).

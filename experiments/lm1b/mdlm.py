@@ -1,6 +1,6 @@
 """MDLM, on LM1B (Tables 1 and 6).
 
-Data:      eso-jax data prepare lm1b --data-dir data/lm1b --tokenizer bert-base-uncased --length 128
+Data:      eso-jax data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128
 Command:   eso-jax train experiments/lm1b/mdlm.py --workdir runs/paper/lm1b/mdlm
 Hardware:  the paper's: 8 H200, 1M steps of 512 x 128 tokens; its time is not published.
 Paper:     test perplexity 31.78 (NELBO), 26.82 (importance-weighted, K = 1000).

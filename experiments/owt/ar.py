@@ -1,6 +1,6 @@
 """AR without AdaLN, on OpenWebText (Table 1).
 
-Data:      eso-jax data prepare openwebtext --data-dir data/owt --tokenizer gpt2 --length 1024
+Data:      eso-jax data prepare openwebtext --data-dir data --tokenizer gpt2 --length 1024
 Command:   eso-jax train experiments/owt/ar.py --workdir runs/paper/owt/ar
 Hardware:  the paper's: 8 H200; its time is not published.
 Paper:     test perplexity 17.90.

@@ -1,6 +1,6 @@
 """BD3-LM, blocks of 16, on OpenWebText from scratch (Tables 1, 5 and 15).
 
-Data:      eso-jax data prepare openwebtext --data-dir data/owt --tokenizer gpt2 --length 1024
+Data:      eso-jax data prepare openwebtext --data-dir data --tokenizer gpt2 --length 1024
 Command:   eso-jax train experiments/owt/bd3lm_16.py --workdir runs/paper/owt/bd3lm_16
 Hardware:  the paper's: 8 H200; its time is not published.
 Paper:     test perplexity 23.57 (NELBO).

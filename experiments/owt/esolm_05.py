@@ -1,6 +1,6 @@
 """Eso-LM, alpha_0 = 0.5, on OpenWebText (Tables 1, 5, 8, 10 and 13).
 
-Data:      eso-jax data prepare openwebtext --data-dir data/owt --tokenizer gpt2 --length 1024
+Data:      eso-jax data prepare openwebtext --data-dir data --tokenizer gpt2 --length 1024
 Command:   eso-jax train experiments/owt/esolm_05.py --workdir runs/paper/owt/esolm_05
 Hardware:  the paper's: 8 H200, about 37 hours for 250K steps of 512 x 1024 tokens.
 Paper:     test perplexity 27.94 (NELBO), 26.61 (importance-weighted, K = 1000).

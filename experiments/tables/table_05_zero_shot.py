@@ -1,7 +1,7 @@
 """Table 5: perplexity on other texts than those trained on (bounds; models of 250K steps on OpenWebText).
 
 Command:   python experiments/tables/table_05_zero_shot.py --scale smoke
-Data:      at --scale paper, for each set: eso-jax data prepare NAME --data-dir data/zero_shot/NAME --tokenizer gpt2
+Data:      at --scale paper, for each set: eso-jax data prepare NAME --data-dir data/zero_shot --tokenizer gpt2
            --length 1024; at --scale smoke, text that any installation has
 """
 
