@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eso_jax import Config, config as configs, recipes
+import samples
+from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, recipes
+from eso_jax import config as configs
+from eso_jax.evaluation import throughput
 from eso_jax.train import init_state, train_step
+from lab import Lab
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted(path.relative_to(ROOT) for folder in ("lm1b", "owt") for path in (ROOT / "experiments" / folder).glob("*"))
@@ -70,3 +76,86 @@ def test_every_run_lowers_at_paper_scale(name: str, config: Config) -> None:
     new_state, metrics = lowered.out_info
     assert jax.tree.map(lambda x: x.shape, new_state.params) == jax.tree.map(lambda x: x.shape, state.params)
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+
+
+TEXT = "def f(x):\n    return x + 1  # one more\n\n\n" * 400
+# What is made smaller in each script, so that all together take a minute.
+SMALL: dict[str, dict[str, Any]] = {
+    "table_01_perplexity": {"STEPS": ["esolm_1", "esolm_0"], "ORDERS": {"smoke": {"lm1b": 3, "owt": 3}},
+                            "WINDOWS": {"smoke": 8}, "PAPER": ["AR + AdaLN", "MDLM", "Eso-LM, alpha_0 = 1",
+                                                               "Eso-LM, alpha_0 = 0"]},
+    "table_02_estimators": {"TRIALS": 6, "DRAWS": 2},
+    "table_03_num_tries": {"PAPER": [("MDLM", 1024)]},
+    "table_04_kappa": {"ALPHAS": ("0.5",), "KAPPAS": ("0.75", "0.125")},
+    "table_05_zero_shot": {"RUNS": ["MDLM", "Eso-LM, alpha_0 = 1"], "MOST": 8},
+    "tables_06_to_08_orders": {"COUNTS": {"smoke": {"lm1b": (1, 3), "owt": (1, 3)}}, "WINDOWS": {"smoke": 8},
+                               "MDLM_COUNTS": {"smoke": (1, 3)},
+                               "CORPORA": {"lm1b": ("LM1B", ("mdlm", "esolm_1")), "owt": ("OWT", ("esolm_1",))}},
+    "tables_09_10_a_and_b": {"PAPER": {"lm1b": {"1": (36.12, 30.96)}, "owt": {"1": (30.06, 26.21)}}},
+    "table_11_latency": {"LENGTHS": {"smoke": (8, 16), "paper": (2048, 8192)}},
+    "table_12_long": {"COUNT": 4},
+    "tables_13_to_15_quality": {"TRAINED": ["1"], "ESO_LM": [(0.25, 128), (1.0, 1024)], "MDLM": [1024],
+                                "BD3LM": [4]},
+    "figure_16_training_speed": {"RUNS": ["MDLM", "Eso-LM, alpha_0 = 1"], "STEPS": 2},
+    "figures_18_19_alpha_0": {"TRAINED": ["1"], "ESO_LM": [(0.25, 128), (1.0, 1024)]},
+    "figures_20_21_block_sampler": {"PARALLELISM": (64, 1), "PLANS": ["binomial", "block, shuffled for each row"]},
+    "figures_24_to_26_samples": {"SETTINGS": ["MDLM, T = 1024"]}}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A scale smaller than smoke, on which every run takes a few seconds."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "text.py").write_text(TEXT)
+
+    def tiny(config: Config) -> Config:
+        long = config.train.start_from is not None
+        model = ModelConfig(length=32 if long else 16, width=16, layers=1, heads=2, dropout=0.0,
+                            cond_dim=8 if config.model.cond_dim else 0)
+        train = TrainConfig(steps=2, batch_size=16, warmup=1, eval_windows=8, save_every=2, compute_dtype="float32",
+                            start_from=config.train.start_from)
+        return Config(model, config.family, DataConfig(str(folder / "text.py")), train)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "smoke", tiny)
+        patch.setitem(configs.SIZES, "tiny", dict(width=8, layers=1, heads=2))
+        patch.setattr(throughput, "measure_machine", lambda dtype: throughput.Machine(1e10, 1e11))
+        patch.setattr(samples, "COUNT", {"smoke": 8})
+        patch.setattr(samples, "BATCH", {"smoke": 8})
+        patch.setattr(samples, "REPEATS", 1)
+        yield Lab("smoke", folder / "runs", folder / "results")
+
+
+def test_every_script_is_tried_here() -> None:
+    scripts = {path.stem for path in SCRIPTS if path.stem.startswith(("table", "figure"))}
+    assert scripts == set(SMALL)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_table_comes_out_and_is_not_made_twice(name: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(name)
+    if hasattr(module, "samples"):
+        pytest.importorskip("mauve", reason="the extra eval is not installed")
+    for constant, value in SMALL[name].items():
+        full = getattr(module, constant)
+        kept = {key: full[key] for key in value} if isinstance(full, dict) and isinstance(value, list) else value
+        monkeypatch.setattr(module, constant, kept)
+    monkeypatch.setattr("sys.argv", [f"{name}.py"])
+    module.run(lab)
+    report = json.loads((lab.results / f"{name}.json").read_text())
+    text = (lab.results / f"{name}.md").read_text()
+    assert report["title"] in text and report["commit"] in text and f"{name}.py --scale smoke" in text
+    for table in report["tables"].values():
+        assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
+        numbers = [cell[0] if isinstance(cell, list) else cell for row in table["rows"] for cell in row]
+        assert all(np.isfinite(number) for number in numbers if isinstance(number, float))
+    if name != "figures_24_to_26_samples":
+        assert (lab.results / f"{name}.png").stat().st_size > 5000
+
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("is measured again")
+
+    monkeypatch.setattr(Lab, "is_trained", refuse)
+    monkeypatch.setattr(module, "measure", refuse, raising=False)
+    module.run(lab)
+    assert json.loads((lab.results / f"{name}.json").read_text())["tables"] == report["tables"]
