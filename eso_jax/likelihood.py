@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from eso_jax import families
+from eso_jax import families, transformer
 from eso_jax.config import Config, EsoError, require
-from eso_jax.order import check_permutations
+from eso_jax.families import ar, esolm
+from eso_jax.order import check_permutations, sort, unsort
 from eso_jax.sampling.plan import Plan
 from eso_jax.transformer import Weights
 
@@ -82,14 +84,34 @@ def _sum_log_prob(weights: Weights, config: Config, tokens: Int[Array, "B L"],
     return _log_prob_in_order(weights, config, tokens, order).sum(axis=1)
 
 
+class Conditionals(NamedTuple):
+    """By natural position.
+
+    Attributes:
+      logp: log p of each wanted token given the given ones and the wanted ones before it, in nats; 0 elsewhere.
+      greedy: whether it is the likeliest token there; True elsewhere.
+    """
+
+    logp: Float[np.ndarray, "B L"]
+    greedy: Bool[np.ndarray, "B L"]
+
+
 def conditional(weights: Weights, config: Config, tokens: np.ndarray, given: np.ndarray,
-                wanted: np.ndarray) -> Float[np.ndarray, " B"]:
-    """log p(tokens that are wanted | tokens that are given) in nats, exact for an Eso-LM (B): the given ones come first
-    in the order, then the wanted ones, both ascending; the rest are not looked at. AR can be given prefixes alone.
+                wanted: np.ndarray, rows: int = 64) -> Float[np.ndarray, " B"]:
+    """log p(tokens that are wanted | tokens that are given) in nats: the sum over tokens of `conditionals`."""
+    return conditionals(weights, config, tokens, given, wanted, rows).logp.sum(axis=1, dtype=np.float32)
+
+
+def conditionals(weights: Weights, config: Config, tokens: np.ndarray, given: np.ndarray, wanted: np.ndarray,
+                 rows: int = 64) -> Conditionals:
+    """The law of the tokens that are wanted, given those that are given, exact for an Eso-LM (B): the given ones come
+    first in the order, then the wanted ones, both ascending; the rest are not looked at. AR can be given prefixes
+    alone.
 
     Args:
       tokens: int [B, L], no masks. Those neither given nor wanted may be anything.
       given, wanted: bool [B, L], disjoint.
+      rows: sequences per forward pass.
 
     Raises:
       EsoError: arguments that do not fit, or a family whose conditionals are not to be had in one pass.
@@ -101,14 +123,32 @@ def conditional(weights: Weights, config: Config, tokens: np.ndarray, given: np.
     require(not (given & wanted).any(), "wanted", "some that are given", "a token is either given or wanted")
     tokens = np.where(given | wanted, tokens, int(config.model.mask == 0))  # the rest: any id but the mask
     check_tokens(tokens, config)
-    name = config.family.name
-    require(name in ("esolm", "ar"), "family.name", name, "only an Eso-LM (B) or an AR model has exact conditionals")
+    check_conditionals(config)
     rank = np.where(given, 0, np.where(wanted, 1, 2))
     orders = np.argsort(rank, axis=1, kind="stable")
-    if name == "ar" and (orders != np.arange(tokens.shape[1])).any():
+    if config.family.name == "ar" and (orders != np.arange(tokens.shape[1])).any():
         raise EsoError("family.name = 'ar': the given tokens must be a prefix, and the wanted ones what follows it")
-    by_token = np.asarray(_log_prob_in_order(weights, config, jnp.asarray(tokens, jnp.int32), jnp.asarray(orders)))
-    return np.where(np.take_along_axis(wanted, orders, axis=1), by_token, 0).sum(axis=1, dtype=np.float32)
+    out = Conditionals(np.zeros(tokens.shape, np.float32), np.ones(tokens.shape, bool))
+    for part in batches(np.arange(len(tokens)), min(rows, len(tokens))):
+        logp, best = _conditionals(weights, config, jnp.asarray(tokens[part], jnp.int32), jnp.asarray(orders[part]))
+        out.logp[part] = np.where(wanted[part], logp, 0)
+        out.greedy[part] = ~wanted[part] | (np.asarray(best) == tokens[part])
+    return out
+
+
+def check_conditionals(config: Config) -> None:
+    """Raises an EsoError unless the family has exact conditionals in one pass."""
+    require(config.family.name in ("esolm", "ar"), "family.name", config.family.name,
+            "only an Eso-LM (B) or an AR model has exact conditionals")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _conditionals(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                  order: Int[Array, "B L"]) -> tuple[Float[Array, "B L"], Int[Array, "B L"]]:
+    """log p of each token given those before it in the order, and the likeliest token there, by natural position."""
+    hidden = {"ar": ar, "esolm": esolm}[config.family.name].predictors(weights, config, tokens, order)
+    logp = -transformer.nll(weights, hidden, sort(tokens, order), config.model.mask)
+    return unsort(logp, order), unsort(transformer.likeliest(weights, hidden, config.model.mask), order)
 
 
 def iw_bound(logp_per_order: Float[np.ndarray, "O B"]) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:

@@ -200,7 +200,15 @@ def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B 
     return in_chunks(chunk_nll, weights["head"]["kernel"].shape[1], hidden, targets)
 
 
-def in_chunks(function: Callable[[Array, Array], Array], vocab: int, *args: Array) -> Array:
+def likeliest(weights: Weights, hidden: Float[Array, "B L D"], mask_id: int) -> Int[Array, "B L"]:
+    """The token of the largest logit. Logits are made and dropped in chunks along L."""
+    def chunk(hidden: Array) -> Array:
+        return head(weights, hidden, mask_id).argmax(-1)
+
+    return in_chunks(chunk, weights["head"]["kernel"].shape[1], hidden)
+
+
+def in_chunks(function: Callable[..., Array], vocab: int, *args: Array) -> Array:
     """function(*args) -> [B, L] for args [B, L, ...], which makes logits of all slots: in the fewest equal parts of the
     length with at most LOGITS_AT_ONCE each (or parts of one slot), made again for the gradient."""
     batch, length = args[0].shape[:2]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import random_weights, tiny_config
-from eso_jax import likelihood
+from eso_jax import families, likelihood
 from eso_jax.config import EsoError
 from eso_jax.evaluation import importance
 from eso_jax.families import mdlm
@@ -69,6 +69,31 @@ def test_conditionals_are_ratios_of_the_law_of_their_order() -> None:
     whole = likelihood.conditional(weights, config, x, np.zeros_like(given), np.ones_like(given))
     natural = likelihood.log_prob(weights, config, x, np.tile([0, 1, 2], (1, 27, 1)))[0]
     np.testing.assert_allclose(whole, natural, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["esolm", "ar"])
+def test_conditionals_by_token_and_what_greedy_decoding_takes(family: str) -> None:
+    """Against the likelihood of the same order with each token in turn replaced by every other."""
+    config = tiny_config(family, length=5, vocab_size=4)
+    weights = random_weights(config.model)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 3, (6, 5))
+    given = rng.random((6, 5)) < 0.4 if family == "esolm" else np.arange(5) < rng.integers(0, 4, (6, 1))
+    wanted = ~given & (np.arange(5) < 4)
+    orders = np.argsort(np.where(given, 0, np.where(wanted, 1, 2)), axis=1, kind="stable")
+    found = likelihood.conditionals(weights, config, tokens, given, wanted, rows=4)
+    log_likelihood = families.get(config).log_likelihood
+    for row, position in np.argwhere(wanted):
+        others = np.tile(tokens[row], (3, 1))
+        others[:, position] = range(3)
+        by_token = log_likelihood(weights, config, jnp.asarray(others), jnp.tile(jnp.asarray(orders[row]), (3, 1)))
+        logp = np.asarray(by_token)[:, orders[row].tolist().index(position)]
+        assert np.exp(logp).sum() == pytest.approx(1, abs=1e-5)
+        assert found.logp[row, position] == pytest.approx(logp[tokens[row, position]], abs=1e-5)
+        assert found.greedy[row, position] == (logp.argmax() == tokens[row, position])
+    assert not found.logp[~wanted].any() and found.greedy[~wanted].all() and not found.greedy.all()
+    total = likelihood.conditional(weights, config, tokens, given, wanted)
+    np.testing.assert_allclose(total, found.logp.sum(1), rtol=1e-5)
 
 
 def test_conditional_mistakes() -> None:

@@ -40,15 +40,24 @@ def shift(config: Config, tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
 def next_token_nll(weights: Weights, config: Config, inputs: Int[Array, "B L"], targets: Int[Array, "B L"],
                    dropout: transformer.Dropout = None) -> Float[Array, "B L"]:
     """-log p(targets[i] | inputs[<= i])."""
+    return transformer.nll(weights, _trunk(weights, inputs, dropout), targets, config.model.mask)
+
+
+def _trunk(weights: Weights, inputs: Int[Array, "B L"], dropout: transformer.Dropout = None) -> Float[Array, "B L D"]:
     positions = transformer.natural_positions(inputs)
-    hidden, _ = transformer.trunk(weights, inputs, positions, single_stream(masks.causal), dropout=dropout)
-    return transformer.nll(weights, hidden, targets, config.model.mask)
+    return transformer.trunk(weights, inputs, positions, single_stream(masks.causal), dropout=dropout)[0]
 
 
 def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
                    order: Int[Array, "B L"]) -> Float[Array, "B L"]:
     """log p(x_i | x_<i); the order must be the natural one (checked by eso_jax/likelihood.py)."""
     return -next_token_nll(weights, config, shift(config, tokens), tokens)
+
+
+def predictors(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+               order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """The hidden states that log_likelihood reads each token from."""
+    return _trunk(weights, shift(config, tokens))
 
 
 def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,

@@ -95,12 +95,20 @@ def sequential_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], 
 
     Two streams, z_0 and x: the z_0 copy of a token sees itself and the x copies before it. No shift by one.
     """
-    x, hidden_from = sort(tokens, order), sort(masked, order)
-    z0 = jnp.where(hidden_from, config.model.mask, x)
+    hidden = _two_streams(weights, config, tokens, masked, order, dropout)
+    nll = transformer.nll(weights, hidden, sort(tokens, order), config.model.mask)
+    return jnp.where(sort(masked, order), nll, 0)
+
+
+def _two_streams(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
+                 order: Int[Array, "B L"], dropout: transformer.Dropout = None) -> Float[Array, "B L D"]:
+    """The hidden states of the z_0 stream, along the order."""
+    x = sort(tokens, order)
+    z0 = jnp.where(sort(masked, order), config.model.mask, x)
     clean = (~masked).sum(1) if config.family.name == "esolm_a" else None
     hidden, _ = transformer.trunk(weights, jnp.concatenate([z0, x], 1), jnp.concatenate([order, order], 1),
                                   two_streams(1, clean), dropout=dropout)
-    return jnp.where(hidden_from, transformer.nll(weights, hidden[:, :x.shape[1]], x, config.model.mask), 0)
+    return hidden[:, :x.shape[1]]
 
 
 def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
@@ -111,6 +119,12 @@ def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
     the natural order (alpha_0 = 0) they do.
     """
     return -sequential_nll(weights, config, tokens, jnp.ones_like(tokens, bool), order)
+
+
+def predictors(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+               order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """The hidden states that log_likelihood reads each token from, along the order."""
+    return _two_streams(weights, config, tokens, jnp.ones_like(tokens, bool), order)
 
 
 def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float, policy: str = "binomial") -> Plan:

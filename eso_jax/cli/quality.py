@@ -1,0 +1,72 @@
+"""The quality of samples: generative perplexity, entropy, diversity, MAUVE."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from eso_jax.cli.files import check_out, say, write_json
+from eso_jax.config import require
+
+if TYPE_CHECKING:
+    from eso_jax.evaluation.quality import Quality
+
+EXAMPLE = "eso-jax quality --samples samples.npz --judge /tmp/ar --reference /tmp/ar --features /tmp/ar --out q.json"
+TEXTS = ".npz with tokens or text, .npy of tokens, .jsonl of {\"text\": ...}, or a work directory (validation windows)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", required=True, help="the .npz of eso-jax sample, or like --reference")
+    parser.add_argument("--judge", default="gpt2-large",
+                        help="of generative perplexity: a model of the transformers library (name or folder), a work "
+                             "directory (AR or Eso-LM), or none (%(default)s)")
+    parser.add_argument("--reference", help=f"texts to compare with: {TEXTS}")
+    parser.add_argument("--features", help="of MAUVE, with --reference: a model of the transformers library, a work "
+                                           "directory, or none (answerdotai/ModernBERT-large, the paper's)")
+    parser.add_argument("--out", required=True, help="JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from eso_jax.evaluation import judges, mauve, quality, texts
+
+    check_out(arguments.out)
+    samples = texts.read(arguments.samples, "--samples")
+    reference = texts.read(arguments.reference, "--reference", len(samples)) if arguments.reference else None
+    require(arguments.features is None or reference is not None, "--features", arguments.features,
+            "MAUVE compares with texts; give --reference as well")
+    wanted = arguments.features or mauve.DEFAULT
+    features = None if reference is None or wanted == "none" else mauve.get(wanted)
+    judge = None if arguments.judge == "none" else judges.get(arguments.judge)
+    found = quality.measure(samples, judge, reference, features)
+    say(f"{arguments.samples}, counted in {found.unit}")
+    _show(found)
+    write_json(arguments.out, {"source": arguments.samples, **found.to_json()})
+
+
+def _show(found: Quality) -> None:
+    """The measures as a table, the reference's beside them, and what there is to say of single samples."""
+    columns = {"samples": _measures(found)}
+    if found.reference is not None:
+        columns["reference"] = _measures(found.reference)
+    say(" " * 24 + "".join(f"{title:<24}" for title in columns).rstrip())
+    for name in columns["samples"]:
+        values = [column[name] for column in columns.values()]
+        say(f"  {name:<22}" + "".join(f"{'-' if value is None else str(value):<24}" for value in values).rstrip())
+    if found.judge:
+        say(f"  judge: {found.judge}, {found.judged} tokens")
+    if found.mauve:
+        say(f"  MAUVE {found.mauve.value:.4f} +- {found.mauve.standard_error:.2g}, features of {found.mauve.features}")
+        if found.mauve.few:
+            say(f"  MAUVE of {found.mauve.samples} samples and {found.mauve.reference} reference texts is biased: "
+                "compare it with equal numbers only; the papers take thousands")
+    for count, what in ((found.empty, f"empty (no {found.unit})"), (found.unjudged, "without a token to judge"),
+                        (found.cut, "longer than the judge reads, cut"),
+                        (found.short, f"of fewer than 4 {found.unit}, in neither repetition nor self-BLEU")):
+        if count:
+            say(f"  {count} of {found.samples} samples {what}")
+
+
+def _measures(found: Quality) -> dict[str, object]:
+    return {"number": found.samples, "generative perplexity": found.gen_ppl, "entropy, nats": found.entropy,
+            "repeated 4-grams": found.repetition,
+            **{f"distinct {n}-grams": each for n, each in found.distinct.items()}, "self-BLEU": found.self_bleu}

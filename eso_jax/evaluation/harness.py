@@ -1,0 +1,126 @@
+"""Our models in the lm-evaluation-harness (extra eval), as its model "eso_jax":
+
+    python -m eso_jax.evaluation.harness --model eso_jax --model_args workdir=runs/ar --tasks lambada_openai
+
+takes the harness's own options. Requests for a log-likelihood are scored exactly, in one pass for many: the context
+comes first in the order, the continuation after it, and the padding last, where nothing sees it. AR and Eso-LM (B) have
+such conditionals; the others raise an EsoError. Texts are generated without a prompt so far, so generate_until raises
+one as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from eso_jax import likelihood
+from eso_jax.config import EsoError, require
+from eso_jax.metrics import say
+from eso_jax.workdir import load
+
+Ids = Sequence[int]
+
+
+@register_model("eso_jax")
+class HarnessModel(TemplateLM):
+    """A work directory as a model of the harness.
+
+    Args:
+      workdir: of a run with a tokenizer.
+      ema: use the averaged parameters.
+      batch_size: rows per forward pass.
+      others: what the harness passes to every model (device and the like), without a meaning here.
+
+    Raises:
+      EsoError: the family has no exact conditionals, or no tokenizer fits.
+    """
+
+    def __init__(self, workdir: str, ema: bool = True, batch_size: int | str = 64, **others: Any) -> None:
+        super().__init__()
+        self.model = load(workdir, ema=ema)
+        likelihood.check_conditionals(self.model.config)
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            raise EsoError(f"workdir = {workdir!r}: no tokenizer fits its vocabulary of "
+                           f"{self.model.config.model.vocab_size}, and the harness gives text")
+        require(str(batch_size).isdigit() and int(batch_size) >= 1, "batch_size", batch_size, "must be at least 1")
+        self.encode, self.separator, self.batch_size = tokenizer.encode, tokenizer.separator_id, int(batch_size)
+        self._said_cut = False
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.model.length
+
+    @property
+    def eot_token_id(self) -> int:
+        """The separator, after which a document begins: what stands before a request without a context."""
+        return self.separator
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return [int(token) for token in self.encode(string)]
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, Ids, Ids]], disable_tqdm: bool = False,
+                              **kwargs: Any) -> list[tuple[float, bool]]:
+        """log p(continuation | context) in nats, and whether greedy decoding would give the continuation, for each of
+        (key, context, continuation); the context is cut from the left where the two are longer than the model."""
+        length = self.max_length
+        tokens = np.zeros((len(requests), length), np.int32)
+        given, wanted = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+        cut = 0
+        for row, (_, context, continuation) in enumerate(requests):
+            require(len(continuation) <= length, "continuation", f"{len(continuation)} tokens",
+                    f"the model has length {length}; a longer one takes loglikelihood_rolling")
+            kept = context[max(0, len(context) + len(continuation) - length):]
+            cut += len(kept) < len(context)
+            end = len(kept) + len(continuation)
+            tokens[row, :end] = [*kept, *continuation]
+            given[row, :len(kept)], wanted[row, len(kept):end] = True, True
+        if cut and not self._said_cut:
+            say(f"eso_jax: {cut} of {len(requests)} contexts cut from the left, to the model's length {length}")
+            self._said_cut = True
+        found: list[tuple[float, bool]] = []
+        for low in tqdm(range(0, len(requests), self.batch_size), desc="scoring", unit="batch", file=sys.stderr,
+                        disable=disable_tqdm or None):
+            part = np.resize(np.arange(low, min(low + self.batch_size, len(requests))), self.batch_size)
+            by_token = likelihood.conditionals(self.model.weights, self.model.config, tokens[part], given[part],
+                                               wanted[part], self.batch_size)
+            for row in range(min(self.batch_size, len(requests) - low)):
+                found.append((float(by_token.logp[row].sum(dtype=np.float64)), bool(by_token.greedy[row].all())))
+        for (key, _, _), answer in zip(requests, found, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts in nats, each behind a separator, by windows of the model's length that overlap only
+        where the last one would be short: every token is scored once, with as much before it as fits."""
+        windows: list[tuple[None, Ids, Ids]] = []
+        owner: list[int] = []
+        for index, request in enumerate(requests):
+            (text,) = request.args
+            # Their windows hold one token more than the length they are given: the last one is no input of theirs.
+            for pair in get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.max_length - 1, 1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owner.append(index)
+        scores = [logp for logp, _ in self._loglikelihood_tokens(windows, disable_tqdm)]
+        totals = np.bincount(np.array(owner, int), scores, len(requests)).tolist()
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        raise EsoError("generate_until: the sampler takes no prompts yet; choose tasks that ask for log-likelihoods")
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

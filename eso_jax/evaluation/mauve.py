@@ -1,0 +1,184 @@
+"""MAUVE: how near the distribution of generated texts is to that of reference texts, from 0 to 1.
+
+Pillutla et al. 2021, by their library, mauve-text. It compares features of single texts, from one of
+
+- a model of the transformers library, ModernBERT-large in the paper: the last layer's state of a text's last token (an
+  end mark that the tokenizer adds, for ModernBERT), texts cut to 512 of its tokens;
+- one of our own models, offline: the mean of the last layer's states over the tokens, the model reading clean text.
+
+The two are different quantities, and so are two models' features; the result says which it is of. MAUVE rises with the
+number of texts on either side (a cluster per ten texts): compare equal numbers only. The papers take thousands.
+
+Axes: N texts, D width of the features, C clusters.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from eso_jax import attention, masks, transformer
+from eso_jax.config import Config, EsoError, require
+from eso_jax.evaluation.judges import pretrained
+from eso_jax.evaluation.texts import Texts, is_workdir
+from eso_jax.likelihood import batches
+from eso_jax.transformer import Weights
+
+if TYPE_CHECKING:
+    from eso_jax.workdir import Model
+
+DEFAULT = "answerdotai/ModernBERT-large"  # the paper's
+SCALING = 5.0  # the library's default, and the paper's
+FEW = 1000  # texts: below, the value says more of their number than of the texts
+RESAMPLES = 200  # bootstrap draws behind the standard error
+
+
+class Mauve(NamedTuple):
+    """Attributes:
+      value: in [0, 1]; 1 is the same distribution.
+      standard_error: over texts, by resampling the clusters' counts; the clusters themselves are taken as given.
+      features: of which model.
+      samples, reference: how many texts on each side.
+    """
+
+    value: float
+    standard_error: float
+    features: str
+    samples: int
+    reference: int
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few texts for the value to mean much."""
+        return min(self.samples, self.reference) < FEW
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "few": self.few}
+
+
+@runtime_checkable
+class Features(Protocol):
+    """Anything that turns texts into vectors."""
+
+    name: str
+
+    def of(self, texts: Texts) -> Float[np.ndarray, "N D"]: ...
+
+
+def get(name: str) -> Features:
+    """The features of a work directory of ours, or of a model that the transformers library can load.
+
+    Raises:
+      EsoError: it cannot be loaded.
+    """
+    if is_workdir(name):
+        from eso_jax.workdir import load
+
+        return ModelFeatures(load(name), name)
+    return TransformersFeatures(name)
+
+
+class TransformersFeatures:
+    """Of a model of the transformers library: a name on its hub, or a folder."""
+
+    def __init__(self, name: str = DEFAULT, batch_size: int = 16, max_tokens: int = 512) -> None:
+        self.name, self.batch_size, self.max_tokens = name, batch_size, max_tokens
+        self.tokenizer, self.model = pretrained(name, "--features", "AutoModel")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def of(self, texts: Texts) -> Float[np.ndarray, "N D"]:
+        import torch
+
+        strings, rows = texts.strings_for(f"--features = {self.name!r}"), []
+        for low in tqdm(range(0, len(strings), self.batch_size), desc="features", unit="batch", disable=None,
+                        file=sys.stderr):
+            part = self.tokenizer(strings[low:low + self.batch_size], return_tensors="pt", padding=True,
+                                  padding_side="right", truncation=True, max_length=self.max_tokens)
+            part = part.to(self.model.device)
+            with torch.inference_mode():
+                hidden = self.model(**part).last_hidden_state
+            last = part["attention_mask"].sum(1).clamp(min=1) - 1
+            rows.append(hidden[torch.arange(len(last)), last].float().cpu().numpy())
+        return np.concatenate(rows)
+
+
+class ModelFeatures:
+    """Of one of our own models."""
+
+    def __init__(self, model: Model, name: str = "ours", batch_size: int = 64) -> None:
+        self.model, self.name, self.batch_size = model, f"{name} (ours, mean-pooled)", batch_size
+
+    def of(self, texts: Texts) -> Float[np.ndarray, "N D"]:
+        config = self.model.config
+        rows = texts.tokens_for(self.model, f"--features = {self.name!r}")
+        counts = np.array([min(len(row), config.model.length) for row in rows], np.int32)
+        tokens = np.zeros((len(rows), config.model.length), np.int32)
+        for row, found, count in zip(tokens, rows, counts, strict=True):
+            row[:count] = found[:count]
+        out = np.zeros((len(rows), config.model.width), np.float32)
+        for part in batches(np.arange(len(rows)), min(self.batch_size, len(rows))):
+            out[part] = _pooled(self.model.weights, config, jnp.asarray(tokens[part]), jnp.asarray(counts[part]))
+        return out
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _pooled(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+            counts: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """Mean last-layer state of the first `counts` tokens of each row, who see each other as clean tokens do in the
+    family's own passes, and nothing else; 0 for an empty row."""
+    inside = jnp.arange(tokens.shape[1]) < counts[:, None]
+    visible = {"ar": masks.causal, "esolm": masks.causal,
+               "bd3lm": lambda query, key: masks.blocks_up_to(query, key, config.family.block_size)
+               }.get(config.family.name, masks.everyone)
+    attend = attention.single_stream(lambda query, key: visible(query, key) & (key < counts[:, None, None]))
+    hidden, _ = transformer.trunk(weights, tokens, transformer.natural_positions(tokens), attend)
+    total = jnp.where(inside[..., None], hidden.astype(jnp.float32), 0).sum(1)
+    return total / jnp.maximum(counts, 1)[:, None]
+
+
+def compare(samples: Texts, reference: Texts, features: Features) -> Mauve:
+    """MAUVE of samples against reference texts.
+
+    Raises:
+      EsoError: fewer than two texts on a side, or the library is not installed.
+    """
+    for name, texts in (("samples", samples), ("reference", reference)):
+        require(len(texts) >= 2, name, len(texts), "MAUVE needs at least two texts on each side")
+    return of_features(features.of(samples), features.of(reference), features.name)
+
+
+def of_features(samples: Float[np.ndarray, "N D"], reference: Float[np.ndarray, "M D"], name: str) -> Mauve:
+    """MAUVE of two sets of features, with the library's own settings for everything else."""
+    try:
+        import mauve
+    except ImportError as error:
+        raise EsoError(f"MAUVE needs the extra eval ({error}); pip install 'eso-jax[eval]', or leave the reference "
+                       "out") from error
+
+    found = mauve.compute_mauve(p_features=samples, q_features=reference, mauve_scaling_factor=SCALING)
+    counts, rng = (len(samples), len(reference)), np.random.default_rng(0)
+    draws = [area(*(rng.multinomial(n, law) / n for n, law in zip(counts, (found.p_hist, found.q_hist), strict=True)))
+             for _ in range(RESAMPLES)]
+    return Mauve(float(found.mauve), float(np.std(draws, ddof=1)), name, *counts)
+
+
+def area(p: Float[np.ndarray, " C"], q: Float[np.ndarray, " C"]) -> float:
+    """MAUVE of two histograms: the area under exp(-c KL(q, r)) against exp(-c KL(p, r)), r the mixtures of the two."""
+    def divergence(p: np.ndarray, r: np.ndarray) -> float:
+        some = p > 0
+        return float((p[some] * np.log(p[some] / r[some])).sum())
+
+    mixtures = [w * p + (1 - w) * q for w in np.linspace(1e-6, 1 - 1e-6, 25)]
+    curve = np.exp(-SCALING * np.array([(0, np.inf), *((divergence(q, r), divergence(p, r)) for r in mixtures),
+                                        (np.inf, 0)]))
+    x, y = curve.T
+    return 0.5 * sum(abs(float(np.trapezoid(b[rank], a[rank]))) for a, b in ((x, y), (y, x))
+                     for rank in [np.argsort(a, kind="stable")])

@@ -1,0 +1,93 @@
+"""The quality of samples: generative perplexity, entropy, diversity and MAUVE, each with its standard error.
+
+    texts = of_tokens(samples.tokens, model.tokenizer)          # eso_jax.evaluation.texts
+    found = measure(texts, judges.get("gpt2-large"), reference, mauve.get("answerdotai/ModernBERT-large"))
+    print(found.gen_ppl.value, found.gen_ppl.standard_error)
+
+No one measure will do: a sampler that lowers the temperature in secret, or repeats itself, has a better generative
+perplexity. All samples count, empty ones too, and those that a measure has no value for are counted in the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eso_jax.config import EsoError
+from eso_jax.evaluation import diversity
+from eso_jax.evaluation import mauve as mauves
+from eso_jax.evaluation.diversity import Estimate
+from eso_jax.evaluation.judges import Judge
+from eso_jax.evaluation.mauve import Features, Mauve
+from eso_jax.evaluation.texts import Texts
+from eso_jax.sampling.rejection import unigram_entropy
+
+
+class Quality(NamedTuple):
+    """What was measured on N samples; None where it was not.
+
+    Attributes:
+      samples: N.
+      empty: samples without any word (or token).
+      gen_ppl: exp(nats per token) under the judge.
+      judge: its name; conventions differ, see eso_jax/evaluation/judges.py.
+      judged: tokens that the judge scored.
+      unjudged: samples of which it scored none, the empty ones and those of a single token.
+      cut: samples longer than it reads.
+      entropy: mean over samples of the entropy in nats of a sample's own token frequencies.
+      unit: "words" or "tokens", in which the following are counted.
+      repetition, distinct, self_bleu, short: see eso_jax.evaluation.diversity.Diversity.
+      mauve: against the reference.
+      reference: the same of the reference texts: what to compare with, best where there are as many of them.
+    """
+
+    samples: int
+    empty: int
+    gen_ppl: Estimate | None
+    judge: str | None
+    judged: int
+    unjudged: int
+    cut: int
+    entropy: Estimate | None
+    unit: str
+    repetition: Estimate
+    distinct: dict[int, Estimate]
+    self_bleu: Estimate
+    short: int
+    mauve: Mauve | None
+    reference: Quality | None
+
+    def to_json(self) -> dict[str, Any]:
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {str(n): plain(found) for n, found in value.items()}
+            return value.to_json() if isinstance(value, (Quality, Mauve, Estimate)) else value
+
+        return {name: plain(value) for name, value in self._asdict().items()}
+
+
+def measure(samples: Texts, judge: Judge | None = None, reference: Texts | None = None,
+            features: Features | None = None) -> Quality:
+    """Everything that the arguments allow: generative perplexity with a judge, MAUVE with reference texts and features.
+
+    Raises:
+      EsoError: features without reference texts, or the judge or the features cannot read the texts.
+    """
+    if features is not None and reference is None:
+        raise EsoError(f"features = {features.name!r}: MAUVE compares with reference texts; give some")
+    target = None if reference is None else measure(reference, judge)
+    scores = None if judge is None else judge.score(samples)
+    near = None if reference is None or features is None else mauves.compare(samples, reference, features)
+    unit, units = samples.units()
+    varied = diversity.measure(units)
+    return Quality(
+        samples=len(samples), empty=sum(len(row) == 0 for row in units),
+        gen_ppl=None if scores is None else scores.perplexity(), judge=None if judge is None else judge.name,
+        judged=0 if scores is None else int(scores.tokens.sum()),
+        unjudged=0 if scores is None else int(np.count_nonzero(scores.tokens == 0)),
+        cut=0 if scores is None else scores.cut,
+        entropy=None if samples.tokens is None
+        else diversity.mean(unigram_entropy(samples.tokens, samples.tokens.shape[1])),
+        unit=unit, repetition=varied.repetition, distinct=varied.distinct, self_bleu=varied.self_bleu,
+        short=varied.short, mauve=near, reference=target)

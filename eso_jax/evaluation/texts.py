@@ -1,0 +1,131 @@
+"""Generated or reference texts, and their tokens: what quality is measured on."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+
+from eso_jax.config import EsoError, require
+
+if TYPE_CHECKING:
+    from eso_jax.data.tokenizers import ByteTokenizer
+    from eso_jax.workdir import Model
+
+
+@dataclass(frozen=True)
+class Texts:
+    """N texts as token ids, as strings, or as both; the strings are then what the tokens decode to.
+
+    Attributes:
+      tokens: int64 [N, L], of any integers given; None for text that no tokenizer of ours has seen.
+      strings: N of them; None where no tokenizer fits the tokens.
+    """
+
+    tokens: np.ndarray | None
+    strings: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.tokens is not None or self.strings is not None, "texts", None, "give tokens, strings or both")
+        require(len(self) >= 1, "texts", 0, "there is nothing to measure")
+        if self.tokens is not None:
+            require(self.tokens.ndim == 2 and np.issubdtype(self.tokens.dtype, np.integer), "tokens",
+                    f"{self.tokens.dtype} {self.tokens.shape}", "must be integers [N, L]")
+            object.__setattr__(self, "tokens", self.tokens.astype(np.int64))
+            require(self.strings is None or len(self.strings) == len(self.tokens), "strings", len(self.strings or []),
+                    f"there are {len(self.tokens)} rows of tokens")
+
+    def __len__(self) -> int:
+        return len(self.tokens) if self.tokens is not None else len(self.strings or [])
+
+    def strings_for(self, user: str) -> list[str]:
+        """The strings, for `user`, which reads nothing else."""
+        if self.strings is None:
+            raise EsoError(f"{user}: reads text, and there are token ids only; use a model of the same vocabulary, or "
+                           "give their text")
+        return self.strings
+
+    def tokens_for(self, model: Model, user: str) -> Sequence[Int[np.ndarray, " _"]]:
+        """The ids of each text in the vocabulary of a model, for `user`: the tokens where that is theirs (its tokenizer
+        decodes them to the strings or, without strings, the ids are in its range), else the strings, encoded."""
+        tokenizer, config = model.tokenizer, model.config.model
+        if self.tokens is not None:
+            fits = ((self.tokens >= 0) & (self.tokens < config.vocab_size) & (self.tokens != config.mask)).all()
+            same = self.strings is None or tokenizer is not None and all(
+                tokenizer.decode(row) == string for row, string in zip(self.tokens, self.strings, strict=True))
+            if fits and same:
+                return list(self.tokens)
+        if self.strings is None or tokenizer is None:
+            raise EsoError(f"{user}: its vocabulary of {config.vocab_size} is not that of the tokens, and "
+                           + ("there is no text to encode" if self.strings is None else "it has no tokenizer")
+                           + "; use a model of the same vocabulary")
+        return [tokenizer.encode(string).astype(np.int64) for string in self.strings]
+
+    def units(self) -> tuple[str, list[Int[np.ndarray, " _"]]]:
+        """What diversity is counted in, and each text in it: "words", between white space, numbered; or "tokens"."""
+        if self.strings is None:
+            assert self.tokens is not None
+            return "tokens", list(self.tokens)
+        number: dict[str, int] = {}
+        return "words", [np.array([number.setdefault(word, len(number)) for word in string.split()], np.int64)
+                         for string in self.strings]
+
+
+def of_tokens(tokens: np.ndarray, tokenizer: ByteTokenizer | None) -> Texts:
+    """Rows of tokens, and their strings where there is a tokenizer."""
+    tokens = np.asarray(tokens)
+    return Texts(tokens, None if tokenizer is None else [tokenizer.decode(row) for row in tokens])
+
+
+def is_workdir(name: str) -> bool:
+    """Whether `name` is a work directory of ours. (A folder of the transformers library has a config.json as well.)"""
+    path = Path(name) / "config.json"
+    try:
+        return path.is_file() and "family" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def read(name: str, flag: str, limit: int | None = None) -> Texts:
+    """Texts from a .npz with tokens [N, L], text [N] or both (of eso-jax sample, say), a .npy of tokens, a .jsonl whose
+    lines have a "text", or a work directory: its validation windows, at most `limit`, evenly spaced.
+
+    Raises:
+      EsoError: it cannot be read or holds no texts.
+    """
+    if is_workdir(name):
+        return _windows(name, limit)
+    suffix = Path(name).suffix
+    require(suffix in (".npz", ".npy", ".jsonl"), flag, name, "give a .npz, .npy or .jsonl file, or a work directory")
+    try:
+        if suffix == ".npy":
+            return Texts(np.load(name))
+        if suffix == ".jsonl":
+            return Texts(None, [json.loads(line)["text"] for line in Path(name).read_text().splitlines() if line])
+        with np.load(name) as arrays:
+            text: Any = arrays["text"].tolist() if "text" in arrays else None
+            return Texts(arrays["tokens"] if "tokens" in arrays else None, text)
+    except FileNotFoundError as error:
+        raise EsoError(f"{flag} = {name!r}: no such file") from error
+    except EsoError as error:
+        raise EsoError(f"{flag} = {name!r}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise EsoError(f"{flag} = {name!r}: not readable; give a .npz with tokens or text, a .npy with tokens, or a "
+                       '.jsonl of {"text": ...}') from error
+
+
+def _windows(name: str, limit: int | None) -> Texts:
+    from eso_jax import config as configs
+    from eso_jax.data import get_tokenizer, windows_of
+    from eso_jax.data.pipeline import eval_batches
+
+    config = configs.from_file(Path(name) / "config.json")
+    windows = windows_of(config, "validation")
+    (chosen,) = eval_batches(windows, len(windows), limit or len(windows))
+    return of_tokens(chosen, get_tokenizer(config.data.tokenizer))
