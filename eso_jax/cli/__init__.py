@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NoReturn
 
-from eso_jax.cli import bench, check_cache, evaluate, import_, sample, score, train
+from eso_jax.cli import bench, check_cache, evaluate, export, import_, sample, score, train
 from eso_jax.cli.files import read_plan
 from eso_jax.config import EsoError
 
@@ -23,7 +23,7 @@ __all__ = ["guarded", "main", "read_plan"]
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train, "eval": evaluate, "score": score, "sample": sample, "check-cache": check_cache, "bench": bench,
-    "import": import_}
+    "import": import_, "export": export}
 
 
 def main(argv: list[str] | None = None) -> int:
