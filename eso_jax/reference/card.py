@@ -32,7 +32,7 @@ def card(config: Config, step: int, parameters: int, averaged: bool, lines: list
     if step:
         tokens = step * train.batch_size * model.length
         facts |= {"trained on": f"`{config.data.source}`, tokenizer {config.data.tokenizer}",
-                  "steps": f"{step:,} of {train.batch_size} x {model.length} tokens, {tokens:,} tokens in all",
+                  "steps": f"{step:,}, each of {train.batch_size} x {model.length} tokens; {tokens:,} tokens in all",
                   "weights": "moving average" if averaged else "raw, not the moving average"}
         if train.start_from:
             facts["started from"] = f"the model in `{train.start_from}`"

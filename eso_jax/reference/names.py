@@ -119,7 +119,10 @@ def to_tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
-    """The rotary frequencies as the authors keep them, float32 [K / 2]: a power, rounded, then its inverse."""
+    """The rotary frequencies as the authors keep them, float32 [K / 2]: a power, rounded, then its inverse.
+
+    These are torch's to the bit for K = 32, 64 and 128; for some others (96, 256) one of them is off by its last bit.
+    """
     exponents = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
     return np.float32(1) / (1e4 ** exponents.astype(np.float64)).astype(np.float32)
 
