@@ -31,6 +31,14 @@ def open_checkpoints(workdir: Path, keep: int | None = None) -> Any:
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
 
 
+def exists(workdir: Path) -> bool:
+    """Whether a work directory holds a whole checkpoint."""
+    if not (workdir / "checkpoints").is_dir():
+        return False
+    with open_checkpoints(workdir) as checkpoints:
+        return checkpoints.latest is not None
+
+
 def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, Any]) -> dict[str, Any]:
     """The newest checkpoint's parts, as `parts` describes them, and its `step`.
 
@@ -52,12 +60,8 @@ def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, 
 
 def load_params(workdir: Path, config: ModelConfig, abstract: Any, ema: bool) -> tuple[int, Any]:
     """(step, parameters) of the newest checkpoint: the averaged ones if asked for, which only a trained one has."""
-    missing = EsoError(f"--workdir = {str(workdir)!r}: holds no checkpoint; train or import a model first")
-    if not (workdir / "checkpoints").is_dir():
-        raise missing
+    require(exists(workdir), "--workdir", str(workdir), "holds no checkpoint; train or import a model first")
     with open_checkpoints(workdir) as checkpoints:
-        if checkpoints.latest is None:
-            raise missing
         part = "ema" if ema and checkpoints.latest.step > 0 else "params"
         loaded = load(checkpoints, workdir, config, {part: abstract})
         return loaded["step"], loaded[part]

@@ -144,6 +144,7 @@ class DataConfig:
 class TrainConfig:
     """The optimizer and the loop. Defaults are the paper's (its appendix C.3 and the authors' configs)."""
 
+    start_from: str | None = None  # a work directory whose model the run begins from, not from random parameters
     steps: int = 1_000_000
     batch_size: int = 512  # global, over all devices
     accumulate: int = 1  # micro-batches per step
@@ -165,6 +166,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types("train", self)
+        require(self.start_from != "", "train.start_from", self.start_from, "give a work directory, or None")
         require(0 <= self.seed < 2**32, "train.seed", self.seed, "must be in [0, 2**32)")
         for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_windows", "save_every",
                      "keep"):
@@ -312,7 +314,7 @@ def _as_floats(value: Any) -> Any:
 
 def _parse(path: str, text: str, kind: Any) -> Any:
     if str in _kinds(kind):
-        return text
+        return None if text == "None" and type(None) in _kinds(kind) else text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):

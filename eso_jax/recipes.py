@@ -55,7 +55,7 @@ def smoke(config: Config) -> Config:
     """The run in about a minute on two CPU cores: bytes of Python's own source text, 64 tokens, a model of 0.2 M
     parameters. What differs between the paper's runs of one length and number of steps differs here as well.
     """
-    paper, long = config.train, getattr(config.train, "start_from", None) is not None
+    paper, long = config.train, config.train.start_from is not None
     steps = 100 if long else SMOKE_STEPS // 2 if paper.steps == 500_000 else SMOKE_STEPS
     return Config(
         model=ModelConfig(length=640 if long else 64, width=64, layers=3, heads=2, dropout=0.0,
@@ -64,4 +64,4 @@ def smoke(config: Config) -> Config:
         data=DataConfig(),
         train=TrainConfig(steps=steps, batch_size=8 if long else 32, learning_rate=4e-3, warmup=50, ema=0.995,
                           log_every=50, eval_every=steps, eval_windows=256, save_every=max(1, steps // 4),
-                          compute_dtype="float32", seed=paper.seed))
+                          compute_dtype="float32", seed=paper.seed, start_from=paper.start_from))

@@ -28,7 +28,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from eso_jax import checkpoint, families, metrics, sharding, transformer, workdir
+from eso_jax import checkpoint, families, finetune, metrics, sharding, transformer, workdir
 from eso_jax.config import Config, EsoError, require
 from eso_jax.data import tokenizer_of, windows_of
 from eso_jax.evaluation import perplexity
@@ -54,8 +54,10 @@ class TrainState:
     optimizer: Any
 
 
-def init_state(config: Config) -> TrainState:
-    params = transformer.init(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0))
+def init_state(config: Config, params: Params | None = None) -> TrainState:
+    """The state at step 0, of given or of random parameters."""
+    if params is None:
+        params = finetune.random_params(config)
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer(config.train).init(params))
 
 
@@ -114,8 +116,9 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                        jax.process_index(), jax.process_count())
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
     validation = np.concatenate(list(eval_batches(held_out, 64, settings.eval_windows)))
-    workdir.claim(directory, config, tokenizer)  # once the data is known to be there
-    state = jax.jit(functools.partial(init_state, config), out_shardings=sharding.replicated(mesh))()
+    start = None if checkpoint.exists(directory) else finetune.starting_params(config)  # a resumed run has its own
+    workdir.claim(directory, config, tokenizer)  # once the data and the start are known to be there
+    state = jax.jit(functools.partial(init_state, config), out_shardings=sharding.replicated(mesh))(start)
     step_fn = jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
     with checkpoint.open_checkpoints(directory, settings.keep) as checkpoints, jax.set_mesh(mesh):

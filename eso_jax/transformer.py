@@ -39,6 +39,7 @@ Dropout = tuple[float, Key[Array, " B"]] | None  # the rate, and one key per row
 MASK_LOGIT = -1e6
 LOGITS_AT_ONCE = 2**27  # of a loss or a step: half a gigabyte in float32
 FREQUENCIES = 256  # width of the timestep embedding, the authors'
+GATES = (2, 5)  # of the six modulations of a block: shift, scale and gate of attention, then of the MLP
 
 
 class Denoiser(nn.Module):

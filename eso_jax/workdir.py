@@ -227,20 +227,25 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
     Raises:
       EsoError: the directory is not a run's, holds no whole checkpoint, or an argument is out of range.
     """
+    require(dtype in ("float32", "bfloat16"), "dtype", dtype, "choose float32 or bfloat16")
+    config, step, params = read(directory, ema)
+    mesh = sharding.sampling_mesh(config.model, tensor)
+    weights = transformer.unstack(transformer.fold(config.model, params, jnp.dtype(dtype)))
+    return Model(config, step, params, sharding.put_weights(weights, mesh), mesh,
+                 kept_tokenizer(Path(directory), config))
+
+
+def read(directory: str | Path, ema: bool = True) -> tuple[Config, int, Params]:
+    """(config, step, float32 parameters on the first device) of a work directory's newest checkpoint; as `load`."""
     from eso_jax import checkpoint
 
     directory = Path(directory)
     require((directory / CONFIG).is_file(), "--workdir", str(directory), f"not a work directory (no {CONFIG})")
-    require(dtype in ("float32", "bfloat16"), "dtype", dtype, "choose float32 or bfloat16")
     config = configs.from_file(directory / CONFIG)
-    mesh = sharding.sampling_mesh(config.model, tensor)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
                             jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0))))
-    step, params = checkpoint.load_params(directory, config.model, abstract, ema)
-    weights = transformer.unstack(transformer.fold(config.model, params, jnp.dtype(dtype)))
-    return Model(config, step, params, sharding.put_weights(weights, mesh), mesh,
-                 kept_tokenizer(directory, config))
+    return config, *checkpoint.load_params(directory, config.model, abstract, ema)
 
 
 def create(directory: Path, config: Config, params: Params, tokenizer: Tokenizer | None = None) -> None:

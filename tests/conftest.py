@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,32 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from eso_jax import transformer  # noqa: E402
+from eso_jax.cli import main  # noqa: E402
 from eso_jax.config import Config, FamilyConfig, ModelConfig  # noqa: E402
 from eso_jax.reference import import_checkpoint  # noqa: E402
 from eso_jax.transformer import Weights  # noqa: E402
 
 GOLDENS = Path(__file__).parent / "goldens"
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process and returns its stderr; `code` is the exit code it must have."""
+
+    def call(*arguments: object, code: int = 0) -> str:
+        try:
+            found = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's own
+            found = int(stop.code or 0)
+        printed = capsys.readouterr()
+        assert found == code, printed.err
+        if code == 2:
+            assert len(printed.err.splitlines()) == 1 and "error: " in printed.err, printed.err
+        return printed.err + printed.out
+
+    return call
 
 
 class Golden(NamedTuple):

@@ -8,16 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import eso_jax
-from conftest import GOLDENS, tiny_config
+from conftest import GOLDENS, Run, tiny_config
 from eso_jax import families
 from eso_jax import train as training
 from eso_jax.cli import main
@@ -26,26 +24,6 @@ from eso_jax.sampling import check
 from eso_jax.sampling.plan import Plan
 from eso_jax.sampling.rejection import unigram_entropy
 from test_train import BASE
-
-Run = Callable[..., str]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process and returns its stderr; `code` is the exit code it must have."""
-
-    def call(*arguments: object, code: int = 0) -> str:
-        try:
-            found = main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse's own
-            found = int(stop.code or 0)
-        printed = capsys.readouterr()
-        assert found == code, printed.err
-        if code == 2:
-            assert len(printed.err.splitlines()) == 1 and "error: " in printed.err, printed.err
-        return printed.err + printed.out
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +43,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["score"], ["sample"], ["import"],
-                                     ["check-cache"], ["bench"]])
+                                     ["export"], ["check-cache"], ["bench"]])
 def test_help(command: list[str], run: Run) -> None:
     text = run(*command, "--help")
     assert "eso-jax" in text and (not command or "example: eso-jax" in text)
@@ -262,44 +240,6 @@ def test_an_imported_model_samples_without_a_tokenizer(tmp_path: Path, run: Run,
     run("sample", "--workdir", imported, "--num-samples", 2, "--steps", 4, "--out", tmp_path / "s.npz")
     assert "text" not in np.load(tmp_path / "s.npz")
     assert "fits no tokenizer" in run("eval", "--workdir", imported, "--out", tmp_path / "e.json", code=2)
-
-
-@pytest.mark.parametrize("family", ["esolm", "esolm_a", "mdlm", "bd3lm", "ar"])
-def test_import_of_every_family(family: str, tmp_path: Path, run: Run) -> None:
-    file = {"ar": "ar", "bd3lm": "bd3lm"}.get(family, "eso")
-    run("import", GOLDENS / f"{file}_tiny.safetensors", "--config", GOLDENS / "config.json", "--family", family,
-        "--out", tmp_path / "w")
-    config = eso_jax.load(tmp_path / "w").config
-    assert config.family.name == family and (config.model.cond_dim == 0) == (family == "ar")
-
-
-def test_import_mistakes(tmp_path: Path, run: Run) -> None:
-    """A missing, unknown or misshapen tensor, or a damaged file, is named and leaves nothing behind."""
-    good, sizes = GOLDENS / "eso_tiny.safetensors", GOLDENS / "config.json"
-    tensors = load_file(good)
-    name = "backbone.blocks.1.attn_out.weight"
-    save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "missing.safetensors")
-    save_file(tensors | {"backbone.extra": tensors[name]}, tmp_path / "unknown.safetensors")
-    save_file(tensors | {name: tensors[name][:-1].copy()}, tmp_path / "shape.safetensors")
-    save_file(tensors | {name: tensors[name] * np.float32("nan")}, tmp_path / "nan.safetensors")
-    (tmp_path / "truncated.safetensors").write_bytes(good.read_bytes()[:100_000])
-    (tmp_path / "corrupt.safetensors").write_bytes(b"\xff" * 1000)
-    damaged = "not a readable safetensors file"
-    for file, message in (("missing", f"tensor {name} is missing"), ("unknown", "unknown tensor backbone.extra"),
-                          ("shape", f"{name} = (47, 48)"), ("nan", f"{name} = 'nan or inf'"), ("truncated", damaged),
-                          ("corrupt", damaged), ("absent", "no such file")):
-        text = run("import", tmp_path / f"{file}.safetensors", "--config", sizes, "--out", tmp_path / "w", code=2)
-        assert message in text
-    ar = GOLDENS / "ar_tiny.safetensors"
-    assert "give --family ar" in run("import", ar, "--config", sizes, "--out", tmp_path / "w", code=2)
-    assert "--config" in run("import", good, "--out", tmp_path / "w", code=2)
-    assert "must be a .safetensors file" in run("import", tmp_path / "x.bin", "--out", tmp_path / "w", code=2)
-    (tmp_path / "sizes.json").write_text('{"hidden_size": 48}')
-    assert "n_blocks" in run("import", good, "--config", tmp_path / "sizes.json", "--out", tmp_path / "w", code=2)
-    assert not (tmp_path / "w").exists()
-    (tmp_path / "w").mkdir()
-    assert "exists already" in run("import", good, "--config", sizes, "--out", tmp_path / "w", code=2)
-    assert list((tmp_path / "w").iterdir()) == []
 
 
 def test_training_mistakes(tmp_path: Path, run: Run) -> None:

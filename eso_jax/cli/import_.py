@@ -6,28 +6,41 @@ import argparse
 from pathlib import Path
 
 from eso_jax.cli.files import say
-from eso_jax.config import FAMILIES
+from eso_jax.config import FAMILIES, require
 
-EXAMPLE = "eso-jax import eso.safetensors --config sizes.json --out /tmp/w"
+EXAMPLE = "eso-jax import eso.ckpt --ema --out /tmp/w"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="a .safetensors file")
+    parser.add_argument("src", metavar="SRC", help="a .safetensors file, a Lightning .ckpt, or a hub repository "
+                                                  "owner/name")
     parser.add_argument("--out", required=True, help="the new work directory; an existing one is refused")
-    parser.add_argument("--family", default="esolm", choices=FAMILIES,
-                        help="what it was trained as (%(default)s)")
-    parser.add_argument("--config", help="JSON of the sizes: hidden_size, n_heads, n_blocks, cond_dim, length, "
-                                        "vocab_size, mask_id, and block_size for BD3-LM")
-    parser.add_argument("--alpha-0", type=float, default=1.0, help="an Eso-LM's training value (%(default)s)")
+    parser.add_argument("--family", choices=FAMILIES, help="what it was trained as (what SRC says, or esolm)")
+    parser.add_argument("--ema", action="store_true", help="take the averaged parameters of a .ckpt, not the raw ones")
+    parser.add_argument("--config", help="JSON of sizes, as eso-jax export writes it: any of hidden_size, n_heads, "
+                                        "n_blocks, cond_dim, length, vocab_size, mask_id, family, alpha_0, block_size")
+    parser.add_argument("--length", type=int, help="tokens in a sequence, which no tensor shows (what SRC says)")
+    parser.add_argument("--heads", type=int, help="attention heads (what SRC says, or of size 64)")
+    parser.add_argument("--alpha-0", type=float, help="an Eso-LM's training value (what SRC says, or 1)")
     parser.add_argument("--start-id", type=int, help="AR: the token it was trained to begin with (the mask)")
+    parser.add_argument("--check", metavar="CASES.npz", help="compare logits with stored ones before writing: tokens "
+                        "[B, L], logits [B, L, V], and order [B, L] if not the natural one")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from eso_jax import workdir
-    from eso_jax.reference import import_checkpoint
+    from eso_jax.reference import import_checkpoint, names, parity
 
-    config, params = import_checkpoint(Path(arguments.src), arguments.config, arguments.family, arguments.alpha_0,
-                                       arguments.start_id)
+    require(not Path(arguments.out).exists(), "--out", arguments.out, "exists already; nothing was written")
+    config, params = import_checkpoint(
+        arguments.src, arguments.config, arguments.family, ema=arguments.ema, length=arguments.length,
+        heads=arguments.heads, alpha_0=arguments.alpha_0, start_id=arguments.start_id)
+    worst = parity.worst_difference(config, params, Path(arguments.check)) if arguments.check else None
     workdir.create(Path(arguments.out), config, params)
-    say(f"{config.family.name}: {len(params)} tensors, {sum(x.size for x in params.values()):,} parameters, "
+    model, which = config.model, "averaged" if arguments.ema else "raw" if arguments.src.endswith(".ckpt") else "all"
+    say(f"{config.family.name}: {len(names.places(model))} tensors mapped ({which}), "
+        f"{sum(x.size for x in params.values()):,} parameters; width {model.width}, {model.layers} layers, "
+        f"{model.heads} heads, length {model.length}, {model.vocab_size} ids of which {model.mask} is the mask; "
         f"in {arguments.out}")
+    if worst is not None:
+        say(f"logits differ from those in {arguments.check} by at most {worst:.2g}")

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from eso_jax.config import EsoError, require
 
 if TYPE_CHECKING:
-    from eso_jax.data.tokenizers import ByteTokenizer
+    from eso_jax.data.tokenizers import Tokenizer
     from eso_jax.workdir import Model
 
 
@@ -77,7 +77,7 @@ class Texts:
                          for string in self.strings]
 
 
-def of_tokens(tokens: np.ndarray, tokenizer: ByteTokenizer | None) -> Texts:
+def of_tokens(tokens: np.ndarray, tokenizer: Tokenizer | None) -> Texts:
     """Rows of tokens, and their strings where there is a tokenizer."""
     tokens = np.asarray(tokens)
     return Texts(tokens, None if tokenizer is None else [tokenizer.decode(row) for row in tokens])

@@ -13,11 +13,13 @@ from jaxtyping import Float
 
 from eso_jax import likelihood
 from eso_jax.evaluation import importance, perplexity
+from eso_jax.evaluation.diversity import Estimate
 from eso_jax.workdir import Model
-from lab import Estimate, Lab
+from lab import Lab
 
 
-def nelbo_per_window(lab: Lab, run: str, most: int | None = None, samples: int | None = None) -> Float[np.ndarray, " M"]:
+def nelbo_per_window(lab: Lab, run: str, most: int | None = None,
+                     samples: int | None = None) -> Float[np.ndarray, " M"]:
     """The NELBO of each test window in nats per token, at the run's own alpha_0 (for AR, -log p itself).
 
     Args:

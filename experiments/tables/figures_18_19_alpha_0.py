@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 import samples
-from lab import Lab, Table, main
+from lab import Cell, Lab, Table, main
 from samples import Found, Setting
 from tables_13_to_15_quality import ESO_LM, TRAINED
 
@@ -28,8 +28,10 @@ def run(lab: Lab) -> None:
     tables = {}
     for title, pick, lower in (("Gen PPL, best so far", lambda one: one.gen_ppl.value, True),
                                ("MAUVE, best so far", lambda one: one.mauve.value, False)):
-        rows = [[name, seconds, value] for name, found in points.items()
-                for seconds, value in frontier([(one.seconds, pick(one)) for one in found], lower)]
+        rows: list[list[Cell]] = []
+        for name, found in points.items():
+            best = frontier([(one.seconds, pick(one)) for one in found], lower)
+            rows += [[name, seconds, value] for seconds, value in best]
         tables[title] = Table(["models", "s", title], rows)
     lab.report("figures_18_19_alpha_0", __doc__ or "", tables, draw=samples.picture_of(points))
 

@@ -1,4 +1,4 @@
-"""Figures 20 and 21: the block sampler (appendix E.10), a step of which decodes tokens far apart, and the binomial plan.
+"""Figures 20 and 21: the block sampler (appendix E.10), whose steps decode tokens far apart, and the binomial plan.
 
 Command:   python experiments/tables/figures_20_21_block_sampler.py --scale smoke
 

@@ -32,6 +32,7 @@ from eso_jax.cli import guarded, keep_compilations
 from eso_jax.config import Config
 from eso_jax.data import windows_of
 from eso_jax.data.pipeline import eval_batches
+from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.throughput import describe_machine
 from eso_jax.metrics import say
 from eso_jax.train import train
@@ -39,13 +40,6 @@ from eso_jax.workdir import Model
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 PAPER_RUNS = Path("runs/paper")  # where the files in experiments/ have their work directories
-
-
-class Estimate(NamedTuple):
-    """A number and its standard error."""
-
-    value: float
-    error: float
 
 
 Cell = str | int | float | Estimate | None
@@ -64,7 +58,7 @@ class Table(NamedTuple):
 
 def _show(cell: Cell) -> str:
     if isinstance(cell, Estimate):
-        error = "" if math.isnan(cell.error) else f" ± {cell.error:.2g}"
+        error = "" if math.isnan(cell.standard_error) else f" ± {cell.standard_error:.2g}"
         return f"{cell.value:.4g}{error}"
     return "–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 

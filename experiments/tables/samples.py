@@ -7,6 +7,7 @@ needs no network: both come from our own AR model, and numbers of the two scales
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eso_jax.evaluation import judges, mauve, quality, texts
+from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.judges import Judge
 from eso_jax.evaluation.mauve import Features
 from eso_jax.evaluation.texts import Texts
 from eso_jax.workdir import Model, Samples
-from lab import Estimate, Lab
+from lab import Lab
 
 JUDGE = "owt/ar"
 COUNT, BATCH = {"smoke": 256, "paper": 5120}, {"smoke": 256, "paper": 512}
@@ -71,9 +73,9 @@ def measure(lab: Lab, run: str, setting: Setting) -> Found:
 
     values = lab.measure(run, path.stem, compute)
     parts = values["quality"]
-    estimates = [Estimate(parts[key]["value"], parts[key]["standard_error"])
-                 for key in ("gen_ppl", "entropy", "mauve", "repetition")]
-    return Found(values["nfe"], values["seconds"], *estimates, values["redrawn"])
+    found = {key: Estimate(*(math.nan if parts[key][of] is None else parts[key][of] for of in Estimate._fields))
+             for key in ("gen_ppl", "entropy", "mauve", "repetition")}
+    return Found(values["nfe"], values["seconds"], redrawn=values["redrawn"], **found)
 
 
 def draw(model: Model, setting: Setting, count: int, batch: int) -> tuple[Samples, float]:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 import bounds
-from lab import Cell, Estimate, Lab, Table, main
+from eso_jax.evaluation.diversity import Estimate
+from lab import Cell, Lab, Table, main
 
 # Method: run, then the paper's NELBO and exact perplexity on LM1B and on OpenWebText.
 PAPER: dict[str, tuple[str, float | None, float | None, float | None, float | None]] = {

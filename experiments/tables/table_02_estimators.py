@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from eso_jax.evaluation import perplexity
+from eso_jax.evaluation.diversity import Estimate
 from eso_jax.order import likelihood_orders
 from eso_jax.workdir import Model
-from lab import Estimate, Lab, Table, main
+from lab import Lab, Table, main
 
 RUN, TRIALS, DRAWS = "owt/esolm_1", 100, 10
 

@@ -11,7 +11,8 @@ import sys
 from typing import Any
 
 import bounds
-from lab import Cell, Estimate, Lab, Table, main
+from eso_jax.evaluation.diversity import Estimate
+from lab import Cell, Lab, Table, main
 
 ALPHAS, KAPPAS = ("0.5", "0.25", "0.125", "0.0625"), ("0.75", "0.5", "0.25", "0.125")
 PAPER = {("0.5", "0.75"): 32.25, ("0.5", "0.5"): 31.53, ("0.25", "0.75"): 30.49, ("0.25", "0.5"): 29.33,
@@ -42,8 +43,8 @@ def draw(figure: Any, ours: dict[tuple[str, str], Estimate]) -> None:
         kappas = [kappa for kappa in KAPPAS if (alpha_0, kappa) in PAPER]
         left.plot([float(k) for k in kappas], [PAPER[alpha_0, k] for k in kappas], "o-", label=f"alpha_0 = {alpha_0}")
         values = [ours[alpha_0, kappa] for kappa in KAPPAS]
-        right.errorbar([float(k) for k in KAPPAS], [v.value for v in values], [v.error for v in values], fmt="o-",
-                       label=f"alpha_0 = {alpha_0}")
+        right.errorbar([float(k) for k in KAPPAS], [v.value for v in values], [v.standard_error for v in values],
+                       fmt="o-", label=f"alpha_0 = {alpha_0}")
     for axes, title in ((left, "paper, LM1B"), (right, "ours")):
         axes.set(xlabel="kappa", ylabel="test perplexity (NELBO)", title=title, xlim=(0, 0.9))
         axes.legend(fontsize=8)

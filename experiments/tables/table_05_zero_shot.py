@@ -19,8 +19,9 @@ import bounds
 from eso_jax.data import windows_of
 from eso_jax.data.pipeline import eval_batches
 from eso_jax.evaluation import perplexity
+from eso_jax.evaluation.diversity import Estimate
 from eso_jax.workdir import Model
-from lab import Cell, Estimate, Lab, Table, main
+from lab import Cell, Lab, Table, main
 
 SETS = ("PTB", "WikiText", "LM1B", "LAMBADA", "AG News", "PubMed", "arXiv")
 PAPER = {"AR": (82.00, 26.54, 52.14, 51.69, 55.53, 49.49, 44.98),

@@ -18,12 +18,15 @@ import numpy as np
 import bounds
 from lab import Cell, Lab, Table, main
 
-COUNTS = {"smoke": {"lm1b": (1, 2, 4, 10, 20, 64), "owt": (1, 2, 4, 10, 20, 64)},
-          "paper": {"lm1b": (1, 10, 20, 50, 100, 1000, 5000), "owt": (1, 10, 20, 50, 100, 1000)}}
+COUNTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "smoke": {"lm1b": (1, 2, 4, 10, 20, 64), "owt": (1, 2, 4, 10, 20, 64)},
+    "paper": {"lm1b": (1, 10, 20, 50, 100, 1000, 5000), "owt": (1, 10, 20, 50, 100, 1000)}}
 WINDOWS = {"smoke": 128, "paper": 1024}
-MDLM_COUNTS = {"smoke": (1, 2, 4, 10, 16), "paper": (1, 10, 20, 50, 100, 1000)}
-CORPORA = {"lm1b": ("LM1B", ("mdlm", "esolm_1", "esolm_05", "esolm_025", "esolm_0125", "esolm_00625")),
-           "owt": ("OpenWebText", ("esolm_1", "esolm_05", "esolm_025", "esolm_0125"))}
+MDLM_COUNTS: dict[str, tuple[int, ...]] = {
+    "smoke": (1, 2, 4, 10, 16), "paper": (1, 10, 20, 50, 100, 1000)}
+CORPORA: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lm1b": ("LM1B", ("mdlm", "esolm_1", "esolm_05", "esolm_025", "esolm_0125", "esolm_00625")),
+    "owt": ("OpenWebText", ("esolm_1", "esolm_05", "esolm_025", "esolm_0125"))}
 PAPER = {
     "lm1b": {"mdlm": {1: 31.19, 10: 28.66, 20: 28.26, 50: 27.85, 100: 27.57, 1000: 26.82},
              "esolm_1": {1: 37.53, 10: 34.49, 20: 33.94, 50: 33.37, 100: 33.00, 1000: 32.09, 5000: 31.65},
@@ -77,8 +80,8 @@ def draw(figure: Any, curves: dict[tuple[str, str], dict[int, np.ndarray]]) -> N
     for ax, (title, runs) in zip(axes, CORPORA.values(), strict=True):
         for name in runs:
             found = {k: bounds.perplexity_of(nats) for k, nats in curves[title, name].items()}
-            ax.errorbar(list(found), [e.value for e in found.values()], [e.error for e in found.values()], fmt="o-",
-                        label=NAMES[name])
+            ax.errorbar(list(found), [e.value for e in found.values()], [e.standard_error for e in found.values()],
+                        fmt="o-", label=NAMES[name])
         ax.set(xscale="log", xlabel="K, orders", ylabel="test perplexity, at most", title=f"ours, {title}")
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)

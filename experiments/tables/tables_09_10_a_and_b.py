@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 import bounds
-from lab import Cell, Estimate, Lab, Table, main
+from eso_jax.evaluation.diversity import Estimate
+from lab import Cell, Lab, Table, main
 
 # alpha_0: (B) and (A) of the paper, test perplexity (NELBO).
 PAPER = {"lm1b": {"1": (36.12, 30.96), "0.5": (32.53, 30.51), "0.25": (29.23, 28.44), "0.125": (26.29, 25.97),

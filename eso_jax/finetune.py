@@ -1,0 +1,56 @@
+"""Where training begins: from random parameters, or from another work directory's model (train.start_from).
+
+That model may be trained or imported, of another family, length or alpha_0 (no parameter depends on these). Otherwise
+it must be the same model, but that AdaLN may be added to one without.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from eso_jax import transformer, workdir
+from eso_jax.config import Config, EsoError, require
+from eso_jax.transformer import GATES, Params
+
+
+def random_params(config: Config) -> Params:
+    """Fresh parameters, by train.seed."""
+    return transformer.init(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0))
+
+
+def starting_params(config: Config) -> Params | None:
+    """The (averaged) parameters of train.start_from, fit for the config's model; None where it isn't set.
+
+    Raises:
+      EsoError: there is no readable model, or one that differs in more than family, length and alpha_0.
+    """
+    source = config.train.start_from
+    if source is None:
+        return None
+    try:
+        theirs, _, params = workdir.read(source)
+    except EsoError as error:
+        raise EsoError(f"train.start_from = {source!r}: no model to start from ({error})") from error
+    for name in ("width", "layers", "heads", "vocab_size", "mask"):
+        ours, other = getattr(config.model, name), getattr(theirs.model, name)
+        require(ours == other, f"model.{'mask_id' if name == 'mask' else name}", ours,
+                f"the model in train.start_from = {source!r} has {other}")
+    params = jax.tree.map(jnp.asarray, jax.device_get(params))  # bound to no device
+    if config.model.cond_dim == theirs.model.cond_dim:
+        return params
+    require(theirs.model.cond_dim == 0, "model.cond_dim", config.model.cond_dim,
+            f"the model in train.start_from = {source!r} has {theirs.model.cond_dim}; AdaLN can be added to a model, "
+            "but not resized, nor dropped, since its shifts leave biases that a model without has no place for")
+    return add_adaln(params, random_params(config))
+
+
+def add_adaln(params: Params, fresh: Params) -> Params:
+    """The parameters of a model without AdaLN, with one that changes nothing yet.
+
+    All that modulates begins at zero, as in a fresh model, but the biases of the gates at 1: a norm is then scaled by
+    1 + 0 and shifted by 0, and what a block adds is multiplied by 1, so that the folded weights are the same to the
+    bit. The conditioning is random, so that the modulation's kernels have a gradient.
+    """
+    gates = jnp.zeros_like(fresh["adaln_bias"]).at[:, jnp.array(GATES)].set(1.0)
+    return {**fresh, **params, "adaln_bias": gates}

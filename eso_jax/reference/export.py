@@ -1,0 +1,99 @@
+"""A work directory's model for use elsewhere: the authors' tensors, a JSON of sizes, a model card; and to the hub."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from eso_jax import metrics, workdir
+from eso_jax.config import Config, EsoError, require
+from eso_jax.reference import names
+from eso_jax.reference.card import card
+from eso_jax.reference.sources import KEYS, MODEL, OF_FAMILY
+
+
+class Exported(NamedTuple):
+    """The files written, and how many tensors and parameters the first of them holds."""
+
+    weights: Path
+    sizes: Path
+    card: Path
+    tensors: int
+    parameters: int
+
+
+def export_model(directory: str | Path, out: str | Path, ema: bool = True) -> Exported:
+    """Writes OUT.safetensors in the authors' naming, and beside it OUT.json (sizes) and OUT.md (the model card).
+
+    Importing the three gives the same parameters bit for bit, and exporting an import the same tensors.
+
+    Args:
+      directory: a work directory, trained or imported.
+      out: a new file that ends in .safetensors.
+      ema: the averaged parameters rather than the raw ones.
+
+    Raises:
+      EsoError: the directory holds no model, or one of the files exists. All are written or none.
+    """
+    from safetensors.numpy import save_file
+
+    out = Path(out)
+    require(out.suffix == ".safetensors", "--out", str(out), "must end in .safetensors")
+    require(out.parent.is_dir(), "--out", str(out), f"the folder {str(out.parent)!r} does not exist")
+    files = out, out.with_suffix(".json"), out.with_suffix(".md")
+    for file in files:
+        require(not file.exists(), "--out", str(file), "exists already; nothing was written")
+    config, step, params = workdir.read(directory, ema)
+    tensors = names.to_tensors(params, config.model)
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    text = card(config, step, parameters, ema, metrics.read(Path(directory)))
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name, suffix=".partial") as folder:
+            weights, sizes, about = partial = [Path(folder) / file.name for file in files]
+            save_file(tensors, weights, metadata={"format": "pt"})  # some readers refuse a file that doesn't say so
+            sizes.write_text(json.dumps(describe(config), indent=1) + "\n")
+            about.write_text(text)
+            for done, file in zip(partial[::-1], files[::-1], strict=True):  # the weights last
+                done.rename(file)
+    except OSError as error:
+        raise EsoError(f"--out = {str(out)!r}: cannot be written ({error.strerror})") from error
+    return Exported(*files, len(tensors), parameters)
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The sizes and settings that no tensor shows, and those it does, as `eso-jax import --config` reads them."""
+    family = config.family
+    values: dict[str, Any] = {KEYS[name][0]: getattr(config.model, name) for name in MODEL}
+    values |= {"mask_id": config.model.mask, "family": family.name}
+    values |= {name: getattr(family, name) for name, of in OF_FAMILY.items() if family.name.startswith(of)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def push(exported: Exported, repository: str) -> str:
+    """Uploads an export to a repository of the Hugging Face hub in one commit; makes a private one if there is none.
+
+    Returns:
+      The commit's address.
+
+    Raises:
+      EsoError: the hub's library is missing, or the hub cannot be reached or refuses. The local files stay.
+    """
+    try:
+        from huggingface_hub import CommitOperationAdd, HfApi
+    except ImportError as error:
+        raise EsoError(f"--push = {repository!r}: the hub's library is missing; pip install 'eso-jax[hub]'") from error
+    files = {"model.safetensors": exported.weights, "config.json": exported.sizes, "README.md": exported.card}
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        commit = api.create_commit(repository, [CommitOperationAdd(name, path) for name, path in files.items()],
+                                   commit_message="Export of eso-jax")
+    except Exception as error:  # the hub raises what its transports raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise EsoError(f"--push = {repository!r}: the hub did not take it ({reason}); {exported.weights} and the "
+                       "files beside it are written: remove them to run this again") from error
+    return str(commit.commit_url)

@@ -1,0 +1,135 @@
+"""What `eso-jax import` reads: a .safetensors file, a Lightning .ckpt, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eso_jax.config import Config, EsoError, from_dict, require
+from eso_jax.reference import lightning, names
+from eso_jax.transformer import Params
+
+# What a JSON of sizes may say: our name -> the names it goes by in sizes.json and in the authors' hub repositories.
+KEYS = {"width": ("hidden_size", "hidden_dim"), "layers": ("n_blocks",), "heads": ("n_heads",),
+        "length": ("length", "model_length"), "vocab_size": ("vocab_size",), "mask_id": ("mask_id", "mask_index"),
+        "cond_dim": ("cond_dim",), "block_size": ("block_size",), "family": ("family", "model_type"),
+        "alpha_0": ("alpha_0",), "start_id": ("start_id",)}
+MODEL = ("width", "layers", "heads", "length", "vocab_size", "mask_id", "cond_dim")
+OF_FAMILY = {"alpha_0": "esolm", "block_size": "bd3lm", "start_id": "ar"}
+HEAD_SIZE = 64  # of the authors' small and medium models
+
+
+def import_checkpoint(src: str | Path, sizes: str | Path | None = None, family: str | None = None, *,
+                      ema: bool = False, length: int | None = None, heads: int | None = None,
+                      alpha_0: float | None = None, start_id: int | None = None) -> tuple[Config, Params]:
+    """The config and parameters of one of the authors' checkpoints.
+
+    What an argument does not say is taken from `sizes`; then from the checkpoint's own config (a .ckpt's
+    hyper-parameters, a repository's config.json); then from the tensors. Where none of them tells the number of heads,
+    heads have size 64; the family is "esolm".
+
+    Args:
+      src: a .safetensors file, a Lightning .ckpt file, or a hub repository ("owner/name").
+      sizes: a JSON of sizes, as `eso-jax export` writes it.
+      family: what it was trained as.
+      ema: a .ckpt's averaged parameters in place of the raw ones.
+      length: L, which no tensor shows.
+      heads: H.
+      alpha_0: an Eso-LM's training value, which sampling and evaluation take where none is given.
+      start_id: the token an AR model was trained to begin with.
+
+    Raises:
+      EsoError: the source cannot be read, a size is unknown, or a tensor is missing, unknown or of another shape.
+    """
+    tensors, own = _read(src, ema)
+    shown = names.sizes_of(tensors, str(src))
+    said = own | (read_sizes(Path(sizes)) if sizes is not None else {})
+    given = {"family": family, "length": length, "heads": heads, "alpha_0": alpha_0, "start_id": start_id}
+    config = _config(shown, said, {name: value for name, value in given.items() if value is not None}, str(src))
+    return config, names.to_params(tensors, config.model, str(src))
+
+
+def _config(shown: dict[str, Any], said: dict[str, Any], given: dict[str, Any], src: str) -> Config:
+    """The config of what the tensors show, what files say of them and what is given; later ones win."""
+    sizes = shown | said | given
+    if shown["cond_dim"] == 0:
+        sizes["cond_dim"] = 0  # files of sizes may give one for AR models as well, which have no AdaLN
+    if "length" not in sizes:
+        raise EsoError(f"--length: {src} does not say it; give --length, or --config with a JSON of sizes")
+    if "heads" not in sizes:
+        require(sizes["width"] % HEAD_SIZE == 0, "--heads", None, f"{src} does not say it, and width "
+                f"{sizes['width']} has no heads of size {HEAD_SIZE}; give --heads, or --config with a JSON of sizes")
+        sizes["heads"] = sizes["width"] // HEAD_SIZE
+    name = sizes.get("family", "esolm")
+    require(sizes["cond_dim"] > 0 or name == "ar", "--family", name,
+            f"{src} has no AdaLN tensors, so it is an AR model; give --family ar")
+    # What a file says of another family than the one asked for is passed over; what is given has to fit.
+    own = {field for field, family in OF_FAMILY.items() if str(name).startswith(family)} | set(given)
+    return from_dict({"model": {field: sizes[field] for field in MODEL if field in sizes} | {"dropout": 0.0},
+                      "family": {"name": name} | {f: sizes[f] for f in OF_FAMILY if f in sizes and f in own}})
+
+
+def _read(src: str | Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, what the checkpoint's own config says)."""
+    path = Path(src)
+    if path.suffix == ".ckpt":
+        require(path.is_file(), "SRC", str(src), "no such file")
+        return lightning.read_checkpoint(path, ema)
+    require(not ema, "--ema", True, f"{src} holds one set of weights; only a .ckpt has averaged ones beside the raw")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path), {}
+    is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", str(src)) is not None and not path.exists()
+    require(is_repository, "SRC", str(src), "must be a .safetensors or .ckpt file, or a hub repository owner/name")
+    weights, config = download(str(src))
+    return read_safetensors(weights), read_sizes(config)
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a .safetensors file; a missing, truncated or corrupt file is an EsoError."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    require(path.is_file(), "SRC", str(path), "no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise EsoError(f"SRC = {str(path)!r}: not a readable safetensors file ({error})") from error
+
+
+def read_sizes(path: Path) -> dict[str, Any]:
+    """What a JSON of sizes says, by our names."""
+    require(path.is_file(), "--config", str(path), "no such file; give a JSON of the sizes")
+    try:
+        values = json.loads(path.read_text())
+        require(isinstance(values, dict), "--config", str(path), "must be a JSON object")
+    except EsoError:
+        raise
+    except ValueError as error:  # not JSON, or not text
+        raise EsoError(f"--config = {str(path)!r}: must be a JSON object ({error})") from error
+    found = {ours: values[name] for ours, theirs in KEYS.items() for name in theirs[::-1]
+             if values.get(name) is not None}
+    require(bool(found), "--config", str(path), "says none of " + ", ".join(theirs[0] for theirs in KEYS.values()))
+    if "family" in found:
+        found["family"] = str(found["family"]).lower()  # transformers' model_type: EsoLM
+    return found
+
+
+def download(repository: str) -> tuple[Path, Path]:
+    """The weights and the config.json of a hub repository, from the hub or its local cache."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise EsoError(f"SRC = {repository!r}: the hub's library is missing; pip install 'eso-jax[hub]', or give a "
+                       "file") from error
+    try:
+        weights, config = (Path(huggingface_hub.hf_hub_download(repository, name))
+                           for name in ("model.safetensors", "config.json"))
+    except Exception as error:  # the hub raises what its transports raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise EsoError(f"SRC = {repository!r}: no such file, and not to be had from the hub ({reason}); without a "
+                       "network, give a .safetensors or .ckpt file") from error
+    return weights, config
