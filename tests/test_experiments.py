@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import importlib
 import json
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 
 import samples
-from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, recipes
+from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, recipes, transformer
 from eso_jax import config as configs
 from eso_jax.evaluation import throughput
 from eso_jax.train import init_state, train_step
@@ -37,7 +36,8 @@ def test_every_run_loads_and_says_how(path: Path) -> None:
     assert f"Command:   eso-jax train {path} --workdir {workdir}\n" in doc
     assert all(f"\n{what}:" in doc for what in ("Data", "Hardware", "Paper", "Ours"))
     assert config.model.width == 768 and config.train.batch_size == 512
-    count = sum(np.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(functools.partial(init_state, config)).params))
+    params = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
+    count = sum(np.prod(x.shape) for x in jax.tree.leaves(params))
     if config.model.cond_dim:  # the authors' counts
         assert round(count / 1e6, 1) == {30522: 139.3, 50258: 169.6}[config.model.vocab_size]
     if config.train.start_from:
@@ -70,12 +70,16 @@ def distinct() -> dict[str, Config]:
 
 @pytest.mark.parametrize("name,config", distinct().items(), ids=lambda x: x if isinstance(x, str) else "")
 def test_every_run_lowers_at_paper_scale(name: str, config: Config) -> None:
-    """The whole training step, abstractly: no parameter is ever made."""
-    state = jax.eval_shape(functools.partial(init_state, config))
+    """Fresh parameters and a whole training step on them, abstractly: no array is ever made."""
+    def first_step(tokens: jax.Array) -> tuple[Any, Any]:
+        state = init_state(config)
+        new, metrics = train_step(config, state, tokens)
+        return (state.params, new.params), metrics
+
     tokens = jax.ShapeDtypeStruct((config.train.batch_size, config.model.length), jnp.int32)
-    lowered = jax.jit(functools.partial(train_step, config)).trace(state, tokens).lower(lowering_platforms=("tpu",))
-    new_state, metrics = lowered.out_info
-    assert jax.tree.map(lambda x: x.shape, new_state.params) == jax.tree.map(lambda x: x.shape, state.params)
+    lowered = jax.jit(first_step).trace(tokens).lower(lowering_platforms=("tpu",))
+    (before, after), metrics = lowered.out_info
+    assert jax.tree.map(lambda x: x.shape, before) == jax.tree.map(lambda x: x.shape, after)
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
 
 
@@ -87,14 +91,14 @@ SMALL: dict[str, dict[str, Any]] = {
                                                                "Eso-LM, alpha_0 = 0"]},
     "table_02_estimators": {"TRIALS": 6, "DRAWS": 2},
     "table_03_num_tries": {"PAPER": [("MDLM", 1024)]},
-    "table_04_kappa": {"ALPHAS": ("0.5",), "KAPPAS": ("0.75", "0.125")},
+    "table_04_kappa": {"ALPHAS": ("0.5",), "KAPPAS": ("0.75",)},
     "table_05_zero_shot": {"RUNS": ["MDLM", "Eso-LM, alpha_0 = 1"], "MOST": 8},
     "tables_06_to_08_orders": {"COUNTS": {"smoke": {"lm1b": (1, 3), "owt": (1, 3)}}, "WINDOWS": {"smoke": 8},
                                "MDLM_COUNTS": {"smoke": (1, 3)},
                                "CORPORA": {"lm1b": ("LM1B", ("mdlm", "esolm_1")), "owt": ("OWT", ("esolm_1",))}},
     "tables_09_10_a_and_b": {"PAPER": {"lm1b": {"1": (36.12, 30.96)}, "owt": {"1": (30.06, 26.21)}}},
     "table_11_latency": {"LENGTHS": {"smoke": (8, 16), "paper": (2048, 8192)}},
-    "table_12_long": {"COUNT": 4},
+    "table_12_long": {"COUNT": 4, "PAPER": ["Eso-LM, alpha_0 = 0.125"]},
     "tables_13_to_15_quality": {"TRAINED": ["1"], "ESO_LM": [(0.25, 128), (1.0, 1024)], "MDLM": [1024],
                                 "BD3LM": [4]},
     "figure_16_training_speed": {"RUNS": ["MDLM", "Eso-LM, alpha_0 = 1"], "STEPS": 2},
@@ -109,6 +113,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     (folder / "text.py").write_text(TEXT)
 
+    def bench(preset: str, out: Path, lengths: tuple[int, ...], batches: tuple[int, ...]) -> list[dict[str, Any]]:
+        """In place of eso_jax.evaluation.throughput.run, which has its own test."""
+        return [{"sampler": name, "length": length, "seconds": 2.0, "times_eso_lm": 1.0, "of_the_floor": 0.5}
+                for name in ("AR", "Eso-LM", "BD3-LM (16)", "BD3-LM (4)", "MDLM") for length in lengths]
+
     def tiny(config: Config) -> Config:
         long = config.train.start_from is not None
         model = ModelConfig(length=32 if long else 16, width=16, layers=1, heads=2, dropout=0.0,
@@ -119,8 +128,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "smoke", tiny)
-        patch.setitem(configs.SIZES, "tiny", dict(width=8, layers=1, heads=2))
-        patch.setattr(throughput, "measure_machine", lambda dtype: throughput.Machine(1e10, 1e11))
+        patch.setattr(throughput, "run", bench)
         patch.setattr(samples, "COUNT", {"smoke": 8})
         patch.setattr(samples, "BATCH", {"smoke": 8})
         patch.setattr(samples, "REPEATS", 1)
@@ -148,8 +156,11 @@ def test_a_table_comes_out_and_is_not_made_twice(name: str, lab: Lab, monkeypatc
     assert report["title"] in text and report["commit"] in text and f"{name}.py --scale smoke" in text
     for table in report["tables"].values():
         assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
-        numbers = [cell[0] if isinstance(cell, list) else cell for row in table["rows"] for cell in row]
-        assert all(np.isfinite(number) for number in numbers if isinstance(number, float))
+        for row in table["rows"]:
+            for column, cell in zip(table["columns"], row, strict=True):
+                number = cell[0] if isinstance(cell, list) else cell
+                if isinstance(number, float) and "repeated" not in column:  # 16 bytes may hold no four words
+                    assert np.isfinite(number), (column, row)
     if name != "figures_24_to_26_samples":
         assert (lab.results / f"{name}.png").stat().st_size > 5000
 

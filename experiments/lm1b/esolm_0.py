@@ -9,4 +9,4 @@ Ours:      not run at this scale; at --scale smoke see experiments/results.
 
 from eso_jax.recipes import lm1b
 
-config = lm1b("esolm", alpha_0=0)
+config = lm1b("esolm", alpha_0=0.0)

@@ -9,4 +9,4 @@ Ours:      not run at this scale; at --scale smoke see experiments/results.
 
 from eso_jax.recipes import owt
 
-config = owt("esolm", alpha_0=0)
+config = owt("esolm", alpha_0=0.0)

@@ -9,4 +9,4 @@ Ours:      not run at this scale; at --scale smoke see experiments/results.
 
 from eso_jax.recipes import owt
 
-config = owt("esolm", alpha_0=1, loss_weight="low_var")
+config = owt("esolm", alpha_0=1.0, loss_weight="low_var")

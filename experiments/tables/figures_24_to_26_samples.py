@@ -25,11 +25,9 @@ def run(lab: Lab) -> None:
     for title, (name, setting) in SETTINGS.items():
         samples.measure(lab, name, setting)
         with np.load(samples.kept(lab, name, setting)) as arrays:
-            tokens = arrays["tokens"][:SHOWN]
-        tokenizer = lab.model(name).tokenizer
-        assert tokenizer is not None
-        shown = [tokenizer.decode(row).replace("|", "\\|") for row in tokens]
-        tables[title] = Table(["", "text"], [[number, repr(text)] for number, text in enumerate(shown)])
+            shown = arrays["text"][:SHOWN].tolist()
+        tables[title] = Table(["", "text"], [[number, repr(text).replace("|", "\\|")]
+                                             for number, text in enumerate(shown)])
     lab.report("figures_24_to_26_samples", __doc__ or "", tables, ["The first of each, not chosen."])
 
 

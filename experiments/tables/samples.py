@@ -63,11 +63,11 @@ def measure(lab: Lab, run: str, setting: Setting) -> Found:
 
     def compute(model: Model) -> dict[str, Any]:
         samples, seconds = draw(model, setting, count, BATCH[lab.scale])
+        drawn = texts.of_tokens(samples.tokens, model.tokenizer)
         path.parent.mkdir(exist_ok=True)
         np.savez(path, tokens=samples.tokens, order=samples.order, tokens_per_step=samples.tokens_per_step,
-                 diffusion=samples.diffusion)
-        found = quality.measure(texts.of_tokens(samples.tokens, model.tokenizer), judge(lab), reference(lab, run),
-                                features(lab))
+                 diffusion=samples.diffusion, text=np.array(drawn.strings))
+        found = quality.measure(drawn, judge(lab), reference(lab, run), features(lab))
         return {"nfe": len(samples.tokens_per_step), "seconds": seconds, "quality": found.to_json(),
                 "redrawn": int((samples.tries > 1).sum())}
 
@@ -131,7 +131,7 @@ def picture_of(points: dict[str, list[Found]]) -> Any:
 
 
 def value_of(number: Any) -> float:
-    return number.value if isinstance(number, Estimate) else number
+    return number.value if isinstance(number, Estimate) else float(number)
 
 
 def kept(lab: Lab, run: str, setting: Setting) -> Path:
