@@ -64,8 +64,8 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["score"], ["sample"], ["import"],
-                                     ["check-cache"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["score"], ["sample"], ["quality"],
+                                     ["import"], ["check-cache"], ["bench"]])
 def test_help(command: list[str], run: Run) -> None:
     text = run(*command, "--help")
     assert "eso-jax" in text and (not command or "example: eso-jax" in text)
