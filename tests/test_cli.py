@@ -18,7 +18,7 @@ import eso_jax
 from conftest import GOLDENS, Run, tiny_config
 from eso_jax import families
 from eso_jax import train as training
-from eso_jax.cli import main
+from eso_jax.cli import COMMANDS, main
 from eso_jax.evaluation import throughput
 from eso_jax.sampling import check
 from eso_jax.sampling.plan import Plan
@@ -42,8 +42,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["score"], ["sample"], ["import"],
-                                     ["export"], ["check-cache"], ["bench"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help(command: list[str], run: Run) -> None:
     text = run(*command, "--help")
     assert "eso-jax" in text and (not command or "example: eso-jax" in text)

@@ -115,6 +115,7 @@ def test_a_task_of_its_own(tmp_path: Path) -> None:
 task: tiny_choice
 dataset_path: json
 dataset_kwargs:
+  cache_dir: {tmp_path}
   data_files:
     test: {tmp_path / 'documents.jsonl'}
 test_split: test
@@ -125,7 +126,7 @@ doc_to_target: answer
 metric_list:
   - metric: acc
 """)
-    tasks = TaskManager(include_path=str(tmp_path / "tasks"))
+    tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     found = lm_eval.simple_evaluate(model="eso_jax", model_args=f"workdir={workdir},batch_size=8",
                                     tasks=["tiny_choice"], task_manager=tasks, bootstrap_iters=0)
     harness = HarnessModel(str(workdir))

@@ -155,6 +155,7 @@ def pretrained(name: str, flag: str, kind: str) -> tuple[Any, Any]:
       flag: the option or argument that names it, for errors.
       kind: the library's class that loads the model.
     """
+    require(not Path(name).is_absolute() or Path(name).is_dir(), flag, name, "no such folder")
     try:
         import torch
         import transformers
@@ -167,7 +168,7 @@ def pretrained(name: str, flag: str, kind: str) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = getattr(transformers, kind).from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        reason = "no such folder" if Path(name).is_absolute() and not Path(name).exists() else str(error).split("\n")[0]
+        reason = str(error).split("\n")[0]
         raise EsoError(f"{flag} = {name!r}: cannot be loaded ({reason}); give a folder that holds the model, or a work "
                        "directory of yours; a name needs a network or the hub's cache") from error
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
