@@ -80,12 +80,10 @@ def push(exported: Exported, repository: str) -> str:
       The commit's address.
 
     Raises:
-      EsoError: the hub's library is missing, or the hub cannot be reached or refuses. The local files stay.
+      EsoError: the hub cannot be reached or refuses. The local files stay.
     """
-    try:
-        from huggingface_hub import CommitOperationAdd, HfApi
-    except ImportError as error:
-        raise EsoError(f"--push = {repository!r}: the hub's library is missing; pip install 'eso-jax[hub]'") from error
+    from huggingface_hub import CommitOperationAdd, HfApi
+
     files = {"model.safetensors": exported.weights, "config.json": exported.sizes, "README.md": exported.card}
     try:
         api = HfApi()
