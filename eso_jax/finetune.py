@@ -6,11 +6,14 @@ it must be the same model, but that AdaLN may be added to one without.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 
 from eso_jax import transformer, workdir
 from eso_jax.config import Config, EsoError, require
+from eso_jax.data.tokenizers import Tokenizer, sha256
 from eso_jax.transformer import GATES, Params
 
 
@@ -19,8 +22,11 @@ def random_params(config: Config) -> Params:
     return transformer.init(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0))
 
 
-def starting_params(config: Config) -> Params | None:
+def starting_params(config: Config, tokenizer: Tokenizer | None = None) -> Params | None:
     """The (averaged) parameters of train.start_from, fit for the config's model; None where it isn't set.
+
+    Args:
+      tokenizer: of the new run, whose ids must mean what they did, where the source holds a tokenizer.
 
     Raises:
       EsoError: there is no readable model, or one that differs in more than family, length and alpha_0.
@@ -36,6 +42,10 @@ def starting_params(config: Config) -> Params | None:
         ours, other = getattr(config.model, name), getattr(theirs.model, name)
         require(ours == other, f"model.{'mask_id' if name == 'mask' else name}", ours,
                 f"the model in train.start_from = {source!r} has {other}")
+    kept = workdir.kept_tokenizer(Path(source), theirs)
+    require(kept is None or tokenizer is None or _same(kept, tokenizer), "data.tokenizer", config.data.tokenizer,
+            f"the model in train.start_from = {source!r} was trained with {theirs.data.tokenizer!r}, whose ids stand "
+            "for other text")
     params = jax.tree.map(jnp.asarray, jax.device_get(params))  # bound to no device
     if config.model.cond_dim == theirs.model.cond_dim:
         return params
@@ -43,6 +53,11 @@ def starting_params(config: Config) -> Params | None:
             f"the model in train.start_from = {source!r} has {theirs.model.cond_dim}; AdaLN can be added to a model, "
             "but not resized, nor dropped, since its shifts leave biases that a model without has no place for")
     return add_adaln(params, random_params(config))
+
+
+def _same(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers of one vocabulary size give each id one meaning, wherever their files are from."""
+    return sha256(a) == sha256(b) or all(a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
 
 
 def add_adaln(params: Params, fresh: Params) -> Params:

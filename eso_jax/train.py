@@ -116,7 +116,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                        jax.process_index(), jax.process_count())
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
     validation = np.concatenate(list(eval_batches(held_out, 64, settings.eval_windows)))
-    start = None if checkpoint.exists(directory) else finetune.starting_params(config)  # a resumed run has its own
+    resumes = checkpoint.exists(directory)  # and then has parameters of its own
+    start = None if resumes else finetune.starting_params(config, tokenizer)
     workdir.claim(directory, config, tokenizer)  # once the data and the start are known to be there
     state = jax.jit(functools.partial(init_state, config), out_shardings=sharding.replicated(mesh))(start)
     step_fn = jax.jit(functools.partial(train_step, config), donate_argnums=0)

@@ -17,7 +17,9 @@ from conftest import GOLDENS, Run, random_params, random_tokens
 from eso_jax import attention, finetune, masks, transformer, workdir
 from eso_jax import train as training
 from eso_jax.config import Config, EsoError, from_file
+from eso_jax.data.tokenizers import LibraryTokenizer
 from test_train import BASE
+from vocabularies import gpt2_like
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,21 @@ def test_models_that_do_not_fit(base: Config, tmp_path: Path, run: Run) -> None:
     for override, message in (("model.vocab_size=9", "vocab_size = 9: .* has 258"), ("model.mask_id=3", "= 3: .* 257")):
         with pytest.raises(EsoError, match=message):
             finetune.starting_params(base.override(override, f"train.start_from={source}"))
+
+
+def test_ids_must_mean_what_they_meant(base: Config, tmp_path: Path) -> None:
+    """Another file of the same tokenizer will do, another vocabulary of the same size won't."""
+    kept = gpt2_like()
+    assert kept.json is not None
+    config = base.override(f"model.vocab_size={kept.vocab_size}", "data.tokenizer=gpt2")
+    workdir.create(tmp_path / "w", config, random_params(config.model), kept)
+    run = config.override(f"train.start_from={tmp_path / 'w'}")
+    swapped = json.loads(kept.json)
+    ids = swapped["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    assert finetune.starting_params(run, LibraryTokenizer("mine", kept.json + " ")) is not None
+    with pytest.raises(EsoError, match="data.tokenizer = 'gpt2': .* whose ids stand for other text"):
+        finetune.starting_params(run, LibraryTokenizer("gpt2", json.dumps(swapped)))
 
 
 def test_start_from_in_the_config(base: Config, tmp_path: Path) -> None:

@@ -281,21 +281,8 @@ def test_tensors_that_disagree_with_their_storage(record: bytes, message: str, t
         lightning.read_checkpoint(path, ema=False)
 
 
-def test_zips_that_unpack_to_more_than_they_are(tmp_path: Path) -> None:
+def test_a_zip_that_unpacks_to_more_than_it_is(tmp_path: Path) -> None:
     body = mapping({"state_dict": mapping({"x": tensor("0", 10**6, (10**6,), (1,))})})
     path = checkpoints.write_zip(tmp_path / "c.ckpt", body, {"0": bytes(4 * 10**6)}, zipfile.ZIP_DEFLATED)
-    with pytest.raises(EsoError, match="is compressed"):
-        lightning.read_checkpoint(path, ema=False)
-    # Two entries at one place of the file: the directory's second record is pointed at the first one's data.
-    names_ = "state_dict", {"a": tensor("0", 1000, (1000,), (1,)), "b": tensor("1", 1000, (1000,), (1,))}
-    path = checkpoints.write_zip(tmp_path / "d.ckpt", mapping({names_[0]: mapping(names_[1])}), {"0": bytes(4000)})
-    with zipfile.ZipFile(path, "a") as archive:
-        info = archive.getinfo("archive/data/0")
-        twin = zipfile.ZipInfo("archive/data/1")
-        for field in ("header_offset", "file_size", "compress_size", "CRC"):
-            setattr(twin, field, getattr(info, field))
-        archive.filelist.append(twin)
-        archive.NameToInfo[twin.filename] = twin
-        archive._didModify = True  # type: ignore[attr-defined]
-    with pytest.raises(EsoError, match="overlaps|not a whole|not a readable"):
+    with pytest.raises(EsoError, match="unpacks to more than it is at archive/data/0"):
         lightning.read_checkpoint(path, ema=False)

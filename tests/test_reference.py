@@ -14,13 +14,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import eso_jax
-from conftest import GOLDENS, Run
+from conftest import GOLDENS, Run, random_params
 from eso_jax import metrics, workdir
 from eso_jax import train as training
 from eso_jax.config import ModelConfig
 from eso_jax.reference import import_checkpoint, names
 from eso_jax.reference.card import card
 from test_train import BASE
+from vocabularies import gpt2_like
 
 SIZES = GOLDENS / "config.json"
 FILES = {"esolm": "eso", "esolm_a": "eso", "mdlm": "eso", "bd3lm": "bd3lm", "ar": "ar"}
@@ -184,6 +185,29 @@ def test_logits_are_compared_with_stored_ones(family: str, case: str, tmp_path: 
     assert "must be ids" in run(*command, tmp_path / "v", code=2)
     np.savez(tmp_path / "c.npz", tokens=tokens)
     assert "not a readable .npz" in run(*command, tmp_path / "v", code=2)
+    assert not (tmp_path / "v").exists()
+
+
+def test_the_tokenizer_travels(tmp_path: Path, run: Run) -> None:
+    """Named on import and kept, exported beside the weights, and taken from there by the next import."""
+    tokenizer = gpt2_like()
+    assert tokenizer.json is not None
+    (tmp_path / "t.json").write_text(tokenizer.json)
+    model = ModelConfig(width=16, layers=1, heads=2, cond_dim=8, length=16, vocab_size=tokenizer.vocab_size)
+    save_file(names.to_tensors(random_params(model), model), tmp_path / "m.safetensors")
+    command = ["import", tmp_path / "m.safetensors", "--length", 16, "--tokenizer"]
+    run(*command, f"gpt2={tmp_path / 't.json'}", "--out", tmp_path / "w")
+    (tmp_path / "t.json").unlink()
+    run("export", "--workdir", tmp_path / "w", "--out", tmp_path / "e.safetensors")
+    (tmp_path / "w").rename(tmp_path / "gone")
+    run("import", tmp_path / "e.safetensors", "--config", tmp_path / "e.json", "--tokenizer",
+        f"gpt2={tmp_path / 'e.tokenizer.json'}", "--out", tmp_path / "w")
+    found = eso_jax.load(tmp_path / "w").tokenizer
+    assert found is not None and found.json == tokenizer.json and found.name == "gpt2"
+    run("sample", "--workdir", tmp_path / "w", "--num-samples", 2, "--steps", 4, "--out", tmp_path / "s.npz")
+    assert np.load(tmp_path / "s.npz")["text"].shape == (2,)
+    assert "has 258 ids of which 257 is the mask" in run(*command, "bytes", "--out", tmp_path / "v", code=2)
+    assert "choose bytes" in run(*command, "nowhere.json", "--out", tmp_path / "v", code=2)
     assert not (tmp_path / "v").exists()
 
 

@@ -11,10 +11,10 @@ EXAMPLE = "eso-jax export --workdir /tmp/w --out model.safetensors"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="a work directory, trained or imported")
-    parser.add_argument("--out", required=True, help="a new .safetensors; its sizes go to .json and its card to .md "
-                                                    "beside it")
+    parser.add_argument("--out", required=True, help="a new .safetensors; its sizes go to .json, its card to .md, its "
+                                                    "tokenizer to .tokenizer.json beside it")
     parser.add_argument("--raw", action="store_true", help="use the raw parameters, not their moving average")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the three to this repository of the Hugging Face "
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload them to this repository of the Hugging Face "
                                                             "hub, made private if there is none")
 
 
@@ -23,7 +23,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     exported = export_model(arguments.workdir, arguments.out, ema=not arguments.raw)
     address = push(exported, arguments.push) if arguments.push else None
-    say(f"wrote {exported.weights} ({exported.tensors} tensors, {exported.parameters:,} parameters), "
-        f"{exported.sizes.name} and {exported.card.name}")
+    weights, *others = exported.files.values()
+    say(f"wrote {weights} ({exported.tensors} tensors, {exported.parameters:,} parameters) and beside it "
+        + ", ".join(path.name for path in others))
     if address:
         say(f"pushed to {address}")

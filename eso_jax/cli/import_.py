@@ -23,20 +23,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, help="attention heads (what SRC says, or of size 64)")
     parser.add_argument("--alpha-0", type=float, help="an Eso-LM's training value (what SRC says, or 1)")
     parser.add_argument("--start-id", type=int, help="AR: the token it was trained to begin with (the mask)")
+    parser.add_argument("--tokenizer", help="bytes, characters, gpt2, bert-base-uncased, a tokenizer.json, or NAME=a "
+                                           "tokenizer.json, kept with the model (none: ids in and out)")
     parser.add_argument("--check", metavar="CASES.npz", help="compare logits with stored ones before writing: tokens "
                         "[B, L], logits [B, L, V], and order [B, L] if not the natural one")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from eso_jax import workdir
+    from eso_jax.data.tokenizers import get_tokenizer
     from eso_jax.reference import import_checkpoint, names, parity
 
     require(not Path(arguments.out).exists(), "--out", arguments.out, "exists already; nothing was written")
     config, params = import_checkpoint(
         arguments.src, arguments.config, arguments.family, ema=arguments.ema, length=arguments.length,
         heads=arguments.heads, alpha_0=arguments.alpha_0, start_id=arguments.start_id)
+    tokenizer = None
+    if arguments.tokenizer:
+        tokenizer, model = get_tokenizer(arguments.tokenizer), config.model
+        require((tokenizer.vocab_size, tokenizer.mask_id) == (model.vocab_size, model.mask), "--tokenizer",
+                arguments.tokenizer, f"has {tokenizer.vocab_size} ids of which {tokenizer.mask_id} is the mask, and "
+                f"the model {model.vocab_size} of which {model.mask} is")
+        config = config.override(f"data.tokenizer={arguments.tokenizer}")
     worst = parity.worst_difference(config, params, Path(arguments.check)) if arguments.check else None
-    workdir.create(Path(arguments.out), config, params)
+    workdir.create(Path(arguments.out), config, params, tokenizer)
     model, which = config.model, "averaged" if arguments.ema else "raw" if arguments.src.endswith(".ckpt") else "all"
     say(f"{config.family.name}: {len(names.places(model))} tensors mapped ({which}), "
         f"{sum(x.size for x in params.values()):,} parameters; width {model.width}, {model.layers} layers, "

@@ -1,4 +1,4 @@
-"""A work directory's model for use elsewhere: the authors' tensors, a JSON of sizes, a model card; and to the hub."""
+"""A work directory's model for use elsewhere: the authors' tensors, sizes, model card, tokenizer; and to the hub."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import jax
 
 from eso_jax import metrics, workdir
 from eso_jax.config import Config, EsoError, require
+from eso_jax.data import tokenizers
 from eso_jax.reference import names
 from eso_jax.reference.card import card
 from eso_jax.reference.sources import KEYS, MODEL, OF_FAMILY
 
 
 class Exported(NamedTuple):
-    """The files written, and how many tensors and parameters the first of them holds."""
+    """The files written, by the names they go by on the hub, and how many tensors and parameters the weights are."""
 
-    weights: Path
-    sizes: Path
-    card: Path
+    files: dict[str, Path]
     tensors: int
     parameters: int
 
 
 def export_model(directory: str | Path, out: str | Path, ema: bool = True) -> Exported:
-    """Writes OUT.safetensors in the authors' naming, and beside it OUT.json (sizes) and OUT.md (the model card).
+    """Writes OUT.safetensors in the authors' naming, and beside it OUT.json (sizes), OUT.md (the model card) and, where
+    the work directory holds a tokenizer, OUT.tokenizer.json.
 
-    Importing the three gives the same parameters bit for bit, and exporting an import the same tensors.
+    Importing them gives the same parameters bit for bit, and exporting an import the same tensors.
 
     Args:
       directory: a work directory, trained or imported.
@@ -44,24 +44,30 @@ def export_model(directory: str | Path, out: str | Path, ema: bool = True) -> Ex
     out = Path(out)
     require(out.suffix == ".safetensors", "--out", str(out), "must end in .safetensors")
     require(out.parent.is_dir(), "--out", str(out), f"the folder {str(out.parent)!r} does not exist")
-    files = out, out.with_suffix(".json"), out.with_suffix(".md")
-    for file in files:
+    suffixes = {"model.safetensors": ".safetensors", "config.json": ".json", "README.md": ".md",
+                tokenizers.FILE: f".{tokenizers.FILE}"}
+    files = {name: out.with_suffix(suffix) for name, suffix in suffixes.items()}
+    for file in files.values():
         require(not file.exists(), "--out", str(file), "exists already; nothing was written")
     config, step, params = workdir.read(directory, ema)
+    tokenizer = workdir.kept_tokenizer(Path(directory), config)
     tensors = names.to_tensors(params, config.model)
     parameters = sum(x.size for x in jax.tree.leaves(params))
     text = card(config, step, parameters, ema, metrics.read(Path(directory)))
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name, suffix=".partial") as folder:
-            weights, sizes, about = partial = [Path(folder) / file.name for file in files]
-            save_file(tensors, weights, metadata={"format": "pt"})  # some readers refuse a file that doesn't say so
-            sizes.write_text(json.dumps(describe(config), indent=1) + "\n")
-            about.write_text(text)
-            for done, file in zip(partial[::-1], files[::-1], strict=True):  # the weights last
-                done.rename(file)
+            made = Path(folder)
+            (made / "README.md").write_text(text)
+            (made / "config.json").write_text(json.dumps(describe(config), indent=1) + "\n")
+            workdir.keep_tokenizer(made, tokenizer)
+            # Some readers refuse a file that doesn't say that it is PyTorch's.
+            save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+            files = {name: file for name, file in files.items() if (made / name).exists()}
+            for name, file in reversed(files.items()):  # the weights last
+                (made / name).rename(file)
     except OSError as error:
         raise EsoError(f"--out = {str(out)!r}: cannot be written ({error.strerror})") from error
-    return Exported(*files, len(tensors), parameters)
+    return Exported(files, len(tensors), parameters)
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -80,20 +86,17 @@ def push(exported: Exported, repository: str) -> str:
       The commit's address.
 
     Raises:
-      EsoError: the hub's library is missing, or the hub cannot be reached or refuses. The local files stay.
+      EsoError: the hub cannot be reached or refuses. The local files stay.
     """
-    try:
-        from huggingface_hub import CommitOperationAdd, HfApi
-    except ImportError as error:
-        raise EsoError(f"--push = {repository!r}: the hub's library is missing; pip install 'eso-jax[hub]'") from error
-    files = {"model.safetensors": exported.weights, "config.json": exported.sizes, "README.md": exported.card}
+    from huggingface_hub import CommitOperationAdd, HfApi
+
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
-        commit = api.create_commit(repository, [CommitOperationAdd(name, path) for name, path in files.items()],
+        commit = api.create_commit(repository, [CommitOperationAdd(name, path) for name, path in exported.files.items()],
                                    commit_message="Export of eso-jax")
     except Exception as error:  # the hub raises what its transports raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise EsoError(f"--push = {repository!r}: the hub did not take it ({reason}); {exported.weights} and the "
-                       "files beside it are written: remove them to run this again") from error
+        raise EsoError(f"--push = {repository!r}: the hub did not take it ({reason}); to run this "
+                       f"again, remove {', '.join(map(str, exported.files.values()))}, which are written") from error
     return str(commit.commit_url)

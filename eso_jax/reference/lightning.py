@@ -68,12 +68,12 @@ class _Reader:
                 "was written on a big-endian machine; save it again on another")
 
     def entry(self, name: str) -> bytes:
-        """The bytes of an entry. torch.save never compresses, so that all entries together are smaller than the file:
+        """The bytes of an entry. torch.save compresses nothing, so that all entries together are smaller than the file:
         no few bytes become many."""
         info = self.archive.getinfo(name)
         self.unread -= info.file_size
-        require(info.compress_type == zipfile.ZIP_STORED and self.unread >= 0, "SRC", self.source,
-                f"{shown(name)} is compressed or overlaps another entry, which torch.save never does")
+        require(self.unread >= 0, "SRC", self.source, f"unpacks to more than it is at {shown(name)}, as no file of "
+                "torch.save does")
         return self.archive.read(info)
 
     def read(self, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -120,11 +120,8 @@ def read_sizes(path: Path) -> dict[str, Any]:
 
 def download(repository: str) -> tuple[Path, Path]:
     """The weights and the config.json of a hub repository, from the hub or its local cache."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise EsoError(f"SRC = {repository!r}: the hub's library is missing; pip install 'eso-jax[hub]', or give a "
-                       "file") from error
+    import huggingface_hub
+
     try:
         weights, config = (Path(huggingface_hub.hf_hub_download(repository, name))
                            for name in ("model.safetensors", "config.json"))
