@@ -93,8 +93,8 @@ def push(exported: Exported, repository: str) -> str:
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
-        commit = api.create_commit(repository, [CommitOperationAdd(name, path) for name, path in exported.files.items()],
-                                   commit_message="Export of eso-jax")
+        added = [CommitOperationAdd(name, path) for name, path in exported.files.items()]
+        commit = api.create_commit(repository, added, commit_message="Export of eso-jax")
     except Exception as error:  # the hub raises what its transports raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise EsoError(f"--push = {repository!r}: the hub did not take it ({reason}); to run this "
