@@ -522,3 +522,20 @@ def test_an_archive_cut_short_is_named(tmp_path: Path) -> None:
     with pytest.raises(EsoError, match=rf"{LM1B}.tar.gz': cannot be unpacked \(.*\); it may be cut short"):
         prepare.prepare("lm1b", tmp_path / "data", BYTES, 8, [str(path)])
     assert not list((tmp_path / "data" / "documents").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("action", ["prepare", "check", "train-tokenizer"])
+def test_help(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["data", action, "--help"])
+    assert not stop.value.code and f"example: eso-jax data {action}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--length", "0"], "--length = 0: must be at least 1"),
+    (["--length", "8", "--processes", "0"], "--processes = 0: must be at least 1"),
+    (["--length", "8", "--tokenizer", "nothing"], "data.tokenizer = 'nothing': choose bytes, characters"),
+])
+def test_options_are_checked(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "prepare", "ptb", "--tokenizer", "bytes", *options]) == 2
+    assert message in capsys.readouterr().err

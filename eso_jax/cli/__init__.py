@@ -48,8 +48,8 @@ def guarded(action: Callable[[], None]) -> int:
         print(f"eso-jax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("eso-jax: interrupted; by the same command, training goes on from its last checkpoint and scoring "
-              "from its last orders", file=sys.stderr)
+        print("eso-jax: interrupted; by the same command, training goes on from its last checkpoint, scoring from its "
+              "last orders and preparing from its last shard", file=sys.stderr)
         return 130
     return 0
 

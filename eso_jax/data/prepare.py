@@ -128,8 +128,8 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         return {}
     there = json.loads(found.read_text())
     for field, value in manifest.items():
-        require(there[field] == value, f"{found} {field}", there[field], f"this command would make {value!r}; give "
-                "another --out, or delete the folder")
+        require(there.get(field) == value, f"{found} {field}", there.get(field),
+                f"this command would make {value!r}; give another --out, or delete the folder")
     if found.name == prepared.MANIFEST:
         found.rename(folder / prepared.UNFINISHED)
     splits: dict[str, Any] = there["splits"]
@@ -224,8 +224,8 @@ def _progress(split: str, documents: int) -> Iterator[Any]:
 @contextlib.contextmanager
 def _streams(job: Job, processes: int | None, chunks: int) -> Iterator[Streams]:
     """A function from ranges of documents to their streams, in order, computed by processes where that pays."""
-    processes = min(processes or os.cpu_count() or 1, chunks)
-    if processes <= 1:
+    processes = processes or os.cpu_count() or 1
+    if processes == 1 or chunks < 4 * processes:  # the library has threads of its own
         _start(job)
         yield lambda ranges: map(_encode, ranges)
         return

@@ -67,7 +67,7 @@ class PreparedWindows:
         if not ((chosen >= 0) & (chosen < len(self))).all():
             raise IndexError(f"window {index} of {len(self)}")
         try:
-            records = [self._source[i] for i in chosen.ravel().tolist()]
+            records = self._source.__getitems__(chosen.ravel().tolist()) if chosen.size else []
         except Exception as error:  # ArrayRecord has checksums of its own; it raises what its C++ says
             raise EsoError(f"data.source = {str(self._folder)!r}: a shard cannot be read ({error}); eso-jax data check "
                            f"{self._folder} says which") from error
@@ -84,7 +84,8 @@ def is_prepared(source: str, config: Config | None = None) -> bool:
     folder = Path(source)
     require(not (folder / UNFINISHED).is_file(), "data.source", source,
             "its preparation was interrupted; repeat the same eso-jax data prepare, and it goes on")
-    require(folder.exists() or folder.name not in CORPORA, "data.source", source,
+    published = folder.name in CORPORA and bool(CORPORA[folder.name].urls)
+    require(folder.exists() or not published, "data.source", source,
             f"does not exist; eso-jax data prepare {folder.name} --data-dir {folder.parent} --tokenizer "
             f"{wanted[0]} --length {wanted[1]} makes it")
     return (folder / MANIFEST).is_file()

@@ -122,10 +122,12 @@ def read(name: str, flag: str, limit: int | None = None) -> Texts:
 
 def _windows(name: str, limit: int | None) -> Texts:
     from eso_jax import config as configs
-    from eso_jax.data import get_tokenizer, windows_of
+    from eso_jax import workdir
+    from eso_jax.data import windows_of
     from eso_jax.data.pipeline import eval_batches
 
     config = configs.from_file(Path(name) / "config.json")
-    windows = windows_of(config, "validation")
+    tokenizer = workdir.kept_tokenizer(Path(name), config)
+    windows = windows_of(config, "validation", tokenizer=tokenizer)
     (chosen,) = eval_batches(windows, len(windows), limit or len(windows))
-    return of_tokens(chosen, get_tokenizer(config.data.tokenizer))
+    return of_tokens(chosen, tokenizer)

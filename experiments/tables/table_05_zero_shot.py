@@ -2,7 +2,7 @@
 
 Command:   python experiments/tables/table_05_zero_shot.py --scale smoke
 Data:      at --scale paper, for each set: eso-jax data prepare NAME --data-dir data/zero_shot --tokenizer gpt2
-           --length 1024; at --scale smoke, text that any installation has
+           --length 1024 --wrapping zero-shot; at --scale smoke, text that any installation has
 """
 
 from __future__ import annotations
