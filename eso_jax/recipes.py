@@ -1,7 +1,7 @@
 """The paper's training recipes (its appendix C.3 and the authors' configs), and what becomes of one on a laptop.
 
-The files in experiments/ are each one call of `lm1b`, `owt` or `fine_tuned`. `smoke` keeps a run's family, loss and
-relative number of steps and shrinks everything else, so that the whole paper can be walked through in an hour.
+The files in experiments/ are each one call of `lm1b`, `owt` or `fine_tuned`. `smoke` keeps a run's family and loss and
+shrinks everything else, so that the whole paper can be walked through in an hour.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def owt(family: str, steps: int = 250_000, adaln: bool = True, **fields: Any) ->
 
 
 def fine_tuned(config: Config, start_from: str, length: int, steps: int) -> Config:
-    """A run that goes on from another's weights at another length."""
+    """A run that goes on from another's weights at another length, with the same warm-up (2500 steps)."""
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, length=length),
         data=dataclasses.replace(config.data, source=config.data.source.replace("data/", f"data/{length}/")),

@@ -153,21 +153,35 @@ def test_a_table_comes_out_and_is_not_made_twice(name: str, lab: Lab, monkeypatc
     module.run(lab)
     report = json.loads((lab.results / f"{name}.json").read_text())
     text = (lab.results / f"{name}.md").read_text()
-    assert report["title"] in text and report["commit"] in text and f"{name}.py --scale smoke" in text
+    assert report["title"] in text and report["measured"] and report["measured"][0] in text
+    assert f"{name}.py --scale smoke" in text
     for table in report["tables"].values():
         assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
         for row in table["rows"]:
             for column, cell in zip(table["columns"], row, strict=True):
-                number = cell[0] if isinstance(cell, list) else cell
+                number = cell["value"] if isinstance(cell, dict) else cell
                 if isinstance(number, float) and "repeated" not in column:  # 16 bytes may hold no four words
                     assert np.isfinite(number), (column, row)
     if name != "figures_24_to_26_samples":
         assert (lab.results / f"{name}.png").stat().st_size > 5000
+
+    fresh = Lab("smoke", lab.runs, lab.results)
 
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("is measured again")
 
     monkeypatch.setattr(Lab, "is_trained", refuse)
     monkeypatch.setattr(module, "measure", refuse, raising=False)
-    module.run(lab)
+    module.run(fresh)
     assert json.loads((lab.results / f"{name}.json").read_text())["tables"] == report["tables"]
+
+
+def test_what_depends_on_a_changed_constant_is_measured_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("table_02_estimators")
+    made = []
+    monkeypatch.setattr(module, "mdm_trials", lambda lab, model: made.append(module.TRIALS) or [1.0, 2.0])
+    monkeypatch.setattr(module, "ao_trials", lambda lab, model: [1.0, 3.0])
+    for trials in (3, 3, 4):
+        monkeypatch.setattr(module, "TRIALS", trials)
+        module.run(lab)
+    assert made == [3, 4]

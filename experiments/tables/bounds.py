@@ -34,7 +34,7 @@ def nelbo_per_window(lab: Lab, run: str, most: int | None = None,
                                             model.config.family.alpha_0, jax.random.key(0), samples=samples)
         return np.sum(list(terms.values()), axis=0).tolist()
 
-    return np.array(lab.measure(run, f"nelbo-{most}-windows-{samples}-samples", compute))
+    return np.array(lab.measure(run, "nelbo", {"windows": most, "samples": samples}, compute))
 
 
 def log_prob(lab: Lab, run: str, orders: int, most: int) -> Float[np.ndarray, "O M"]:
@@ -48,9 +48,9 @@ def log_prob(lab: Lab, run: str, orders: int, most: int) -> Float[np.ndarray, "O
         alpha_0 = 0.0 if model.config.family.name == "ar" else model.config.family.alpha_0
         found = importance.log_prob(model.weights, model.config, lab.test_windows(run, most), orders, alpha_0, 0,
                                     partial)
-        return found.tolist()
+        return found[:orders].tolist()
 
-    found = np.array(lab.measure(run, f"log-prob-{most}-windows-{orders}-orders", compute))
+    found = np.array(lab.measure(run, "log-prob", {"windows": most, "orders": orders}, compute))
     partial.unlink(missing_ok=True)
     return found
 

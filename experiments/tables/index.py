@@ -19,7 +19,7 @@ def run(lab: Lab) -> None:
              f"{lab.scale}`; a report says its own command, machine, date and commit.", ""]
     for path in sorted(lab.results.glob("*.json")):
         report = json.loads(path.read_text())
-        lines.append(f"- [{path.stem}]({path.stem}.md): {report['title']} ({report['date']}, {report['commit']})")
+        lines.append(f"- [{path.stem}]({path.stem}.md): {report['title']} ({'; '.join(report['measured'])})")
     lines += ["", "Not here:", "", *(f"- {name}: {why}" for name, why in NOT_HERE.items())]
     (lab.results / "README.md").write_text("\n".join(lines) + "\n")
 

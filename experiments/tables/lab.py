@@ -4,8 +4,8 @@
 there the corpora are replaced by one embedded text, so that an LM1B run and an OpenWebText run that differ in nothing
 else are one and the same.
 
-Whatever takes long is kept in the run's work directory (W/measured/) and not done again: an interrupted script goes on
-where it was.
+Whatever takes long is kept in the run's work directory (W/measured/), with where and when it was measured, and not done
+again: an interrupted script goes on where it was. It is kept under a hash of all that it depends on beside the run.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ def _show(cell: Cell) -> str:
     return "–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
+def _plain(cell: Cell) -> Any:
+    return cell.to_json() if isinstance(cell, Estimate) else cell
+
+
 @dataclass(frozen=True)
 class Lab:
     """Where and at which scale the paper is reproduced.
@@ -71,11 +75,13 @@ class Lab:
       scale: "smoke" or "paper".
       runs: the folder of the work directories.
       results: the folder of the reports.
+      sources: machine, date and commit of every measurement that was used.
     """
 
     scale: str
     runs: Path
     results: Path
+    sources: set[tuple[str, ...]] = dataclasses.field(default_factory=set, compare=False)
 
     @property
     def smoke(self) -> bool:
@@ -118,15 +124,31 @@ class Lab:
         start_from = configs.from_file(EXPERIMENTS / f"{run}.py").train.start_from
         return start_from and Path(start_from).relative_to(PAPER_RUNS).as_posix()
 
-    def measure(self, run: str, what: str, compute: Callable[[Model], Any]) -> Any:
-        """compute(model) of a run, as JSON values; kept under the name `what` (of a file), which must say all that it
-        depends on beside the run."""
+    def measure(self, run: str, what: str, settings: dict[str, Any], compute: Callable[[Model], Any]) -> Any:
+        """compute(model) of a run, as JSON values; `settings` are all that they depend on beside the run."""
         def with_model() -> Any:
             model = self.model(run)
-            say(f"{run}: {what}")
+            say(f"{run}: {what} {settings}")
             return compute(model)
 
-        return once(self.workdir(run) / "measured" / f"{what}.json", with_model)
+        return self.once(self.kept(run, what, settings, ".json"), with_model)
+
+    def kept(self, run: str, what: str, settings: dict[str, Any], suffix: str) -> Path:
+        """Where a measurement of a run, or what belongs to it, is kept."""
+        return self.workdir(run) / "measured" / _named(what, settings, suffix)
+
+    def measure_all(self, what: str, settings: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """The same of what is of no one run."""
+        return self.once(self.runs / "measured" / _named(what, settings, ".json"), compute)
+
+    def once(self, path: Path, compute: Callable[[], Any]) -> Any:
+        if not path.exists():
+            value = compute()
+            _write(path, json.dumps({**provenance(), "value": value}))
+        kept = json.loads(path.read_text())
+        value = kept.pop("value")
+        self.sources.add(tuple(kept.values()))
+        return value
 
     def test_windows(self, run: str, most: int) -> np.ndarray:
         """At most `most` windows of the run's test split, evenly spaced, int32 [M, L]."""
@@ -139,9 +161,8 @@ class Lab:
         self.results.mkdir(parents=True, exist_ok=True)
         header = {"title": doc.strip().splitlines()[0],
                   "command": f"python experiments/tables/{Path(sys.argv[0]).name} --scale {self.scale}",
-                  "machine": describe_machine(), "date": datetime.date.today().isoformat(), "commit": commit()}
-        lines = [f"# {header['title']}", "",
-                 f"`{header['command']}`, {header['machine']}, {header['date']}, commit {header['commit']}."]
+                  "measured": [", ".join(source) for source in sorted(self.sources)]}
+        lines = [f"# {header['title']}", "", f"`{header['command']}`; measured on {'; '.join(header['measured'])}."]
         for title, table in tables.items():
             lines += ["", *([f"## {title}", ""] if title else []), table.markdown()]
         lines += ["", *(f"- {note}" for note in notes)] if notes else []
@@ -149,22 +170,21 @@ class Lab:
             lines += ["", f"![{name}]({name}.png)"]
             _draw(draw, self.results / f"{name}.png")
         text = "\n".join(lines) + "\n"
-        values = {title or name: {"columns": table.columns, "rows": table.rows} for title, table in tables.items()}
+        values = {title or name: {"columns": table.columns, "rows": [[_plain(cell) for cell in row]
+                                                                     for row in table.rows]}
+                  for title, table in tables.items()}
         _write(self.results / f"{name}.json", json.dumps({**header, "tables": values, "notes": notes}, indent=1) + "\n")
         _write(self.results / f"{name}.md", text)
         say(f"{text}wrote {self.results / name}.md")
 
 
-def once(path: Path, compute: Callable[[], Any]) -> Any:
-    """compute() as JSON values, kept in a file."""
-    if not path.exists():
-        _write(path, json.dumps(compute()))
-    return json.loads(path.read_text())
-
-
 @functools.lru_cache(maxsize=4)
 def _load(workdir: Path) -> Model:
     return load(workdir)
+
+
+def _named(what: str, settings: dict[str, Any], suffix: str) -> str:
+    return f"{what}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}{suffix}"
 
 
 def _write(path: Path, text: str) -> None:
@@ -183,17 +203,25 @@ def _draw(draw: Callable[[Any], None], path: Path) -> None:
 
     figure = plt.figure(figsize=(9, 4.5), layout="constrained")
     draw(figure)
-    figure.savefig(path, dpi=100)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=100, format="png")
+    partial.replace(path)
     plt.close(figure)
 
 
-def commit() -> str:
-    """The commit of this checkout, with a + where files differ from it."""
+def provenance() -> dict[str, str]:
+    """Where and when something is measured, and on which commit of this checkout, with a + where files differ from it
+    (other than reports)."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=EXPERIMENTS, text=True, capture_output=True,
+                              check=True).stdout.strip()
+
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=EXPERIMENTS, text=True,
-                              capture_output=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+        commit = git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        commit = "unknown"
+    return {"machine": describe_machine(), "date": datetime.date.today().isoformat(), "commit": f"commit {commit}"}
 
 
 def main(doc: str | None, run: Callable[[Lab], None]) -> int:

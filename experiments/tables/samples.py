@@ -30,24 +30,19 @@ PAPER_LENGTH = 1024  # of the paper's plans: steps shrink with the length
 
 
 class Setting(NamedTuple):
-    """How a model is sampled. `steps`: the paper's T, at its length of 1024; scaled to the run's."""
+    """How a model is sampled. `steps`: the paper's T, at its length of 1024, None for AR; see `steps_of`."""
 
-    steps: int
+    steps: int | None
     alpha_0: float | None = None
     plan: str | None = None
     num_tries: int = 1
     min_entropy: float | None = None
 
-    @property
-    def label(self) -> str:
-        parts = [f"T{self.steps}", f"a{self.alpha_0}" if self.alpha_0 is not None else "", self.plan or "",
-                 f"tries{self.num_tries}-{self.min_entropy:.3f}" if self.min_entropy is not None else ""]
-        return "-".join(part for part in parts if part)
-
 
 class Found(NamedTuple):
     """What was measured: NFE and seconds of a batch, compilation not included, and the quality of all samples."""
 
+    steps: int
     nfe: int
     seconds: float
     gen_ppl: Estimate
@@ -59,28 +54,45 @@ class Found(NamedTuple):
 
 def measure(lab: Lab, run: str, setting: Setting) -> Found:
     """Draws the run's samples in a setting, keeps them beside the model, and judges them."""
-    count, path = COUNT[lab.scale], kept(lab, run, setting)
+    path = kept(lab, run, setting)
 
     def compute(model: Model) -> dict[str, Any]:
-        samples, seconds = draw(model, setting, count, BATCH[lab.scale])
+        samples, seconds = draw(lab, run, model, setting)
         drawn = texts.of_tokens(samples.tokens, model.tokenizer)
         path.parent.mkdir(exist_ok=True)
         np.savez(path, tokens=samples.tokens, order=samples.order, tokens_per_step=samples.tokens_per_step,
-                 diffusion=samples.diffusion, text=np.array(drawn.strings))
+                 diffusion=samples.diffusion)
         found = quality.measure(drawn, judge(lab), reference(lab, run), features(lab))
         return {"nfe": len(samples.tokens_per_step), "seconds": seconds, "quality": found.to_json(),
                 "redrawn": int((samples.tries > 1).sum())}
 
-    values = lab.measure(run, path.stem, compute)
+    values = lab.measure(run, "samples", settings_of(lab, run, setting), compute)
     parts = values["quality"]
     found = {key: Estimate(*(math.nan if parts[key][of] is None else parts[key][of] for of in Estimate._fields))
              for key in ("gen_ppl", "entropy", "mauve", "repetition")}
-    return Found(values["nfe"], values["seconds"], redrawn=values["redrawn"], **found)
+    return Found(steps_of(lab, run, setting), values["nfe"], values["seconds"], redrawn=values["redrawn"], **found)
 
 
-def draw(model: Model, setting: Setting, count: int, batch: int) -> tuple[Samples, float]:
+def steps_of(lab: Lab, run: str, setting: Setting) -> int:
+    """T in proportion to the run's length, at least 1."""
+    return max(1, (setting.steps or 0) * lab.config(run).model.length // PAPER_LENGTH)
+
+
+def settings_of(lab: Lab, run: str, setting: Setting) -> dict[str, Any]:
+    """All that samples and what is said of them depend on beside the run."""
+    return {**setting._asdict(), "steps": steps_of(lab, run, setting), "count": COUNT[lab.scale],
+            "batch": BATCH[lab.scale], "top_p": TOP_P, "repeats": REPEATS,
+            "judge": lab.workdir(JUDGE).name if lab.smoke else [judges.DEFAULT, mauve.DEFAULT]}
+
+
+def kept(lab: Lab, run: str, setting: Setting) -> Path:
+    """Where `measure` keeps the samples."""
+    return lab.kept(run, "samples", settings_of(lab, run, setting), ".npz")
+
+
+def draw(lab: Lab, run: str, model: Model, setting: Setting) -> tuple[Samples, float]:
     """Samples, and the median seconds of a batch."""
-    steps = max(1, setting.steps * model.config.model.length // PAPER_LENGTH)
+    steps, count, batch = steps_of(lab, run, setting), COUNT[lab.scale], BATCH[lab.scale]
 
     def sample(number: int) -> Samples:
         return model.sample(number, steps, setting.alpha_0, TOP_P, seed=0, batch_size=batch, plan=setting.plan,
@@ -132,8 +144,3 @@ def picture_of(points: dict[str, list[Found]]) -> Any:
 
 def value_of(number: Any) -> float:
     return number.value if isinstance(number, Estimate) else float(number)
-
-
-def kept(lab: Lab, run: str, setting: Setting) -> Path:
-    """Where `measure` keeps the samples."""
-    return lab.workdir(run) / "measured" / f"samples-{setting.label}-{COUNT[lab.scale]}.npz"

@@ -25,8 +25,9 @@ RUN, TRIALS, DRAWS = "owt/esolm_1", 100, 10
 
 
 def run(lab: Lab) -> None:
-    mdm = np.array(lab.measure(RUN, "estimator-mdm", lambda model: mdm_trials(lab, model)))
-    ao = np.array(lab.measure(RUN, "estimator-ao", lambda model: ao_trials(lab, model)))
+    settings = {"trials": TRIALS, "draws": DRAWS}
+    mdm = np.array(lab.measure(RUN, "estimator-mdm", settings, lambda model: mdm_trials(lab, model)))
+    ao = np.array(lab.measure(RUN, "estimator-ao", settings, lambda model: ao_trials(lab, model)))
     table = Table(["estimator", "passes per trial", "paper, mean", "paper, s.d.", "ours, mean (nats per token)",
                    "ours, s.d."],
                   [["MDM", DRAWS, 3.25, 0.56, mean(mdm), spread(mdm)], ["AO", 1, 3.28, 0.03, mean(ao), spread(ao)]])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from eso_jax.evaluation import throughput
-from lab import Cell, Lab, Table, main, once
+from lab import Cell, Lab, Table, main
 
 PAPER = {"AR": (13.3, 54.0), "Eso-LM": (14.6, 82.1), "BD3-LM (16)": (21.3, 268.1), "BD3-LM (4)": (24.3, 312.0),
          "MDLM": (201.3, 5438.3)}
@@ -23,10 +23,10 @@ PRESETS = {"smoke": "cpu", "paper": "table11"}
 
 
 def run(lab: Lab) -> None:
-    out, lengths = lab.runs / "table_11.json", LENGTHS[lab.scale]
+    out, lengths, preset = lab.runs / "table_11.json", LENGTHS[lab.scale], PRESETS[lab.scale]
     lab.runs.mkdir(parents=True, exist_ok=True)
-    found = once(lab.runs / "table_11_rows.json", lambda: throughput.run(PRESETS[lab.scale], out, lengths=lengths,
-                                                                         batches=(1,)))
+    found = lab.measure_all("table-11", {"preset": preset, "lengths": lengths},
+                            lambda: throughput.run(preset, out, lengths=lengths, batches=(1,)))
     seconds = {(row["sampler"], row["length"]): row for row in found}
     columns = ["sampler"]
     for paper_length, length in zip(LENGTHS["paper"], lengths, strict=True):

@@ -6,6 +6,7 @@ Command:   python experiments/tables/table_12_long.py --scale smoke
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,13 @@ COUNT = 16  # samples judged; seconds are of one alone, as the paper's
 def run(lab: Lab) -> None:
     rows: list[list[Cell]] = []
     for name, (experiment, gen_ppl, entropy, seconds) in PAPER.items():
-        found = lab.measure(experiment, f"samples-{COUNT}", lambda model: measure(lab, model))
+        settings = {"count": COUNT, "top_p": samples.TOP_P}
+        path = lab.kept(experiment, "long-samples", settings, ".npz")
+        found = lab.measure(experiment, "long-samples", settings, lambda model: measure(lab, model, path))
         rows.append([name, gen_ppl, Estimate(*found["gen_ppl"]), entropy, Estimate(*found["entropy"]), seconds,
-                     found["seconds"]])
-    columns = ["model", *(f"{what}, {whose}" for what in ("Gen PPL", "entropy", "s") for whose in ("paper", "ours"))]
+                     found["seconds"], found["cut"]])
+    columns = ["model", *(f"{what}, {whose}" for what in ("Gen PPL", "entropy", "s") for whose in ("paper", "ours")),
+               "ours, not judged to the end"]
     length = lab.config("owt/long_bd3lm_4").model.length
     notes = [f"L = {length}, {COUNT} samples, nucleus {samples.TOP_P}; seconds of one sample, draws included, "
              "compilation not."]
@@ -38,17 +42,20 @@ def run(lab: Lab) -> None:
     lab.report("table_12_long", __doc__ or "", {"": Table(columns, rows)}, notes, lambda figure: draw(figure, rows))
 
 
-def measure(lab: Lab, model: Model) -> dict[str, Any]:
+def measure(lab: Lab, model: Model, path: Path) -> dict[str, Any]:
+    """Judges samples, and keeps them in `path`."""
     many = model.sample(COUNT, 1, top_p=samples.TOP_P, batch_size=COUNT, plan="one-by-one")
     model.sample(1, 1, top_p=samples.TOP_P, plan="one-by-one")  # compiles
     alone = model.sample(1, 1, top_p=samples.TOP_P, plan="one-by-one")
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, tokens=many.tokens, order=many.order)
     tokens = many.tokens
     if lab.smoke:
         tokens = tokens.reshape(-1, lab.config(samples.JUDGE).model.length)
     scores = samples.judge(lab).score(of_tokens(tokens, model.tokenizer))
     entropy = unigram_entropy(np.asarray(many.tokens), many.tokens.shape[1])
     return {"gen_ppl": scores.perplexity(), "entropy": diversity.mean(entropy),
-            "seconds": alone.seconds - alone.compile_seconds}
+            "seconds": alone.seconds - alone.compile_seconds, "cut": scores.cut}
 
 
 def draw(figure: Any, rows: list[list[Cell]]) -> None:

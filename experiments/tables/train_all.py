@@ -3,7 +3,7 @@
 Command:   python experiments/tables/train_all.py --scale smoke
            at --scale paper one run after the other on all devices; on a pod, start each by its own command instead
 
-On a CPU, at smoke scale, a run to each core at a time: models this small gain nothing from a second one.
+On a CPU, at smoke scale, a run to each core at a time: models this small gain little from a second one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eso_jax.config import EsoError
 from eso_jax.metrics import say
 from lab import EXPERIMENTS, Lab, main
 
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
 def run(lab: Lab) -> None:
@@ -42,7 +42,7 @@ def names() -> list[str]:
 
 
 def side_by_side(lab: Lab, runs: list[str]) -> None:
-    """A process of one thread for each run, as many at a time as there are cores."""
+    """A process for each run, as many at a time as there are cores."""
     lab.runs.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"}
 
@@ -58,9 +58,12 @@ def side_by_side(lab: Lab, runs: list[str]) -> None:
         return name
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(runs), unit="run", disable=None) as bar:
-        for future in as_completed([pool.submit(train, name) for name in runs]):
-            say(f"{future.result()}: trained")
-            bar.update()
+        try:
+            for future in as_completed([pool.submit(train, name) for name in runs]):
+                say(f"{future.result()}: trained")
+                bar.update()
+        finally:  # after a failure or an interruption, none of those that wait
+            pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":
