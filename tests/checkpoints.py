@@ -44,7 +44,7 @@ def program(body: bytes) -> bytes:
     return b"\x80\x02" + body + b"."
 
 
-def tensor(key: str, count: int, shape: Sequence[int], strides: Sequence[int], offset: int = 0,
+def tensor(key: Any, count: Any, shape: Sequence[Any], strides: Sequence[Any], offset: Any = 0,
            storage: str = "FloatStorage") -> bytes:
     pointer = many(literal("storage"), named("torch", storage), literal(key), literal("cpu"), literal(count)) + b"Q"
     return call("torch._utils", "_rebuild_tensor_v2", pointer, literal(offset), literal(tuple(shape)),

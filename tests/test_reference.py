@@ -225,6 +225,11 @@ def test_export_mistakes(tmp_path: Path, run: Run, trained: Path, monkeypatch: p
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
+    rename = Path.rename
+    with monkeypatch.context() as patch:  # the weights, the last of three, after the others are in place
+        patch.setattr(Path, "rename", lambda path, to: full() if to.suffix == ".safetensors" else rename(path, to))
+        assert "No space left" in run(*export, tmp_path / "m.safetensors", code=2)
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("safetensors.numpy.save_file", full)
     assert "No space left" in run(*export, tmp_path / "m.safetensors", code=2)
     assert list(tmp_path.iterdir()) == []

@@ -54,6 +54,7 @@ def export_model(directory: str | Path, out: str | Path, ema: bool = True) -> Ex
     tensors = names.to_tensors(params, config.model)
     parameters = sum(x.size for x in jax.tree.leaves(params))
     text = card(config, step, parameters, ema, metrics.read(Path(directory)))
+    moved: list[Path] = []
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name, suffix=".partial") as folder:
             made = Path(folder)
@@ -65,7 +66,10 @@ def export_model(directory: str | Path, out: str | Path, ema: bool = True) -> Ex
             files = {name: file for name, file in files.items() if (made / name).exists()}
             for name, file in reversed(files.items()):  # the weights last
                 (made / name).rename(file)
+                moved.append(file)
     except OSError as error:
+        for file in moved:
+            file.unlink()
         raise EsoError(f"--out = {str(out)!r}: cannot be written ({error.strerror})") from error
     return Exported(files, len(tensors), parameters)
 

@@ -47,7 +47,8 @@ def read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[
     except EsoError:
         raise
     except zipfile.BadZipFile as error:
-        old = path.read_bytes()[:16].startswith(b"\x80\x02\x8a\nl\xfc\x9cF")  # the magic number of torch before 1.6
+        with path.open("rb") as file:
+            old = file.read(16).startswith(b"\x80\x02\x8a\nl\xfc\x9cF")  # the magic number of torch before 1.6
         raise EsoError(f"SRC = {str(path)!r}: " + (
             "written by a torch before 1.6; load it there and save it again with a newer one" if old else
             f"not a whole .ckpt of torch.save ({error})")) from error
@@ -69,11 +70,12 @@ class _Reader:
 
     def entry(self, name: str) -> bytes:
         """The bytes of an entry. torch.save compresses nothing, so that all entries together are smaller than the file:
-        no few bytes become many."""
+        no few bytes become many. The size said of a compressed one proves nothing, as it is unpacked to be counted."""
         info = self.archive.getinfo(name)
         self.unread -= info.file_size
-        require(self.unread >= 0, "SRC", self.source, f"unpacks to more than it is at {shown(name)}, as no file of "
-                "torch.save does")
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        require(stored and self.unread >= 0, "SRC", self.source, f"{shown(name)} in it is compressed or larger than "
+                "the file, as nothing of torch.save is")
         return self.archive.read(info)
 
     def read(self, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -109,6 +111,10 @@ class _Reader:
         pointer, offset, shape, strides = value.arguments[:4]
         require(isinstance(pointer, Persistent), shown(name), type(pointer).__name__, "should refer to a storage")
         kind, storage, key, _, count = pointer.identity
+        # Before any use: nested tuples may print as 2^n characters, and text times a number is long text.
+        plain = isinstance(key, str) and all(type(n) is int for n in (count, offset, *shape, *strides))
+        require(plain, shown(name), "a tensor", f"{self.source} should give its storage a name, and its count, offset, "
+                "shape and strides as integers")
         dtype = np.dtype(STORAGES[storage.name]) if isinstance(storage, Global) and storage.name in STORAGES else None
         if kind != "storage" or dtype is None:
             raise EsoError(f"{shown(name)}: {self.source} keeps it in a storage that is not read here; save it as "
@@ -137,7 +143,7 @@ def _described(hyper_parameters: Any) -> dict[str, Any]:
             value = _inside(value).get(part)
         value = _plain(value)
         if isinstance(value, (int, float)) or ours == "family" and isinstance(value, str):
-            found[ours] = value
+            found[ours] = shown(value) if isinstance(value, str) else value
     if found.get("family") == "esolm" and _plain(_inside(_inside(config).get("algo")).get(
             "diffusion_attn_mode")) == "mixed2":
         found["family"] = "esolm_a"

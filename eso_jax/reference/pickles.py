@@ -202,7 +202,9 @@ class _Machine:
             pairs = zip(items[::2], items[1::2], strict=True)
             self.stack[-1].update((key, value) for key, value in pairs if isinstance(key, _KEYS))
 
-    def find(self, module: str, name: str) -> Global:
+    def find(self, module: Any, name: Any) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str):  # to look up a deep tuple would exhaust the stack
+            raise EsoError(f"SRC = {self.source!r}: its pickle is damaged (a class or function whose name is not text)")
         # Python reads its old names, which torch.save writes, as today's: "commands" is subprocess.
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
