@@ -319,12 +319,7 @@ def test_texts(ours: Path, tmp_path: Path) -> None:
             Texts(tokens, strings)
 
 
-def test_frontiers(tmp_path: Path) -> None:
+def test_frontiers() -> None:
     points = [(3.0, 120.0), (6.4, 53.0), (10.0, 60.0), (24.0, 49.0), (3.0, 110.0)]
     assert frontier.frontier(points, True) == [(3.0, 110.0), (6.4, 53.0), (24.0, 49.0)]
     assert frontier.frontier(points, False) == [(3.0, 120.0)]
-    frontier.plot(tmp_path / "f.png", {"a": points, "b": points[:1]}, "seconds", "Gen PPL", True)
-    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-    for series, message in (({"a": []}, "has no points"), ({"a": [(0.0, 1.0)]}, "must be positive")):
-        with pytest.raises(EsoError, match=message):
-            frontier.plot(tmp_path / "g.png", series, "x", "y", True)
