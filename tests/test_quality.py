@@ -109,6 +109,23 @@ def test_the_transformers_judge_is_a_plain_loop(gpt2: Path) -> None:
     assert counts[5] == 8 + 1 + 4 - 1  # the second end is not counted
 
 
+def test_a_separator_is_the_judges_end_of_text(gpt2: Path, modernbert: Path, ours: Path) -> None:
+    """Of the transformers library's judges and features, and of our judges, which read the text in their own tokens."""
+    separator = ByteTokenizer.separator_id
+    rows = np.array([[*b"two docs", separator, *b"here", separator, *b"end"]])
+    theirs, shown = Texts(None, ["two docs<|endoftext|>here<|endoftext|>end"]), of_tokens(rows, ByteTokenizer())
+    judge = judges.TransformersJudge(str(gpt2))
+    found, exact = judge.score(shown), judge.score(theirs)
+    assert found.tokens.tolist() == [8 + 1 + 4 + 3 - 1]  # the second end is not counted, nor is the first token
+    np.testing.assert_allclose(found.nats, exact.nats)
+    features = mauve.TransformersFeatures(str(modernbert))
+    np.testing.assert_allclose(features.of(shown), features.of(theirs))
+    features.tokenizer.eos_token, features.tokenizer.sep_token = None, "<|endoftext|>"  # as ModernBERT-large has it
+    np.testing.assert_allclose(features.of(shown), features.of(theirs))
+    (again,) = Texts(None, shown.strings).tokens_for(eso_jax.load(ours), "here")
+    np.testing.assert_array_equal(again, rows[0])
+
+
 @pytest.mark.parametrize("family", ["ar", "esolm"])
 def test_our_judges_score_tokens_and_texts(family: str, tmp_path: Path) -> None:
     model = eso_jax.load(made(tmp_path / "w", family))

@@ -3,7 +3,7 @@
 Pillutla et al. 2021, by their library, mauve-text. It compares features of single texts, from one of
 
 - a model of the transformers library, ModernBERT-large in the paper: the last layer's state of a text's last token (an
-  end mark that the tokenizer adds, for ModernBERT), texts cut to 512 of its tokens;
+  end mark that the tokenizer adds, for ModernBERT), texts cut to 512 of its tokens, our separators as its end mark;
 - one of our own models, offline: the mean of the last layer's states over the tokens, the model reading clean text.
 
 The two are different quantities, and so are two models' features; the result says which it is of. MAUVE rises with the
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from eso_jax import attention, masks, transformer
 from eso_jax.config import Config, EsoError, require
-from eso_jax.evaluation.judges import pretrained
+from eso_jax.evaluation.judges import ended, pretrained
 from eso_jax.evaluation.texts import Texts, is_workdir
 from eso_jax.likelihood import batches
 from eso_jax.transformer import Weights
@@ -97,7 +97,7 @@ class TransformersFeatures:
     def of(self, texts: Texts) -> Float[np.ndarray, "N D"]:
         import torch
 
-        strings, rows = texts.strings_for(f"--features = {self.name!r}"), []
+        strings, rows = ended(texts.strings_for(f"--features = {self.name!r}"), self.tokenizer), []
         for low in tqdm(range(0, len(strings), self.batch_size), desc="features", unit="batch", disable=None,
                         file=sys.stderr):
             part = self.tokenizer(strings[low:low + self.batch_size], return_tensors="pt", padding=True,
