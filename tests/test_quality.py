@@ -258,7 +258,41 @@ def test_everything_offline_with_our_models(ours: Path, tmp_path: Path, capsys: 
         (line,) = (line for line in said.splitlines() if line.strip().startswith(name))
         assert line.count("+-") == 2  # of the samples, and of the reference
     assert "repeated 4-grams" in said and "self-BLEU" in said
-    assert set(found["distinct"]) == {"1", "2", "3", "4"} and found["reference"]["reference"] is None
+    assert set(found["distinct"]) == {"1", "2", "3", "4"}
+    assert set(found["reference"]) == set(found) - {"source", "reference"}
+
+
+def test_a_reference_is_read_once(ours: Path) -> None:
+    """Whatever number of samples it is compared with; and it is never judged."""
+    pytest.importorskip("mauve", reason="the extra eval is not installed")
+    model = eso_jax.load(ours)
+    read_by: dict[str, list[Texts]] = {"judge": [], "features": []}
+
+    class Judge(judges.ModelJudge):
+        def score(self, texts: Texts) -> Scores:
+            read_by["judge"].append(texts)
+            return super().score(texts)
+
+    class Features(mauve.ModelFeatures):
+        def of(self, texts: Texts) -> np.ndarray:
+            read_by["features"].append(texts)
+            return super().of(texts)
+
+    rng, judge, features = np.random.default_rng(0), Judge(model), Features(model)
+    first, second, reference = (of_tokens(rng.integers(60, 90, (30, 24)), model.tokenizer) for _ in range(3))
+    found = [quality.measure(samples, judge, reference, features) for samples in (first, second)]
+    assert read_by == {"judge": [first, second], "features": [first, reference, second]}
+    assert found[1].mauve == mauve.compare(second, Texts(reference.tokens, reference.strings), Features(model))
+
+
+def test_mauve_is_measured_where_asked_for(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference alone needs neither the network nor the extra eval."""
+    monkeypatch.setattr(mauve, "get", lambda name: pytest.fail(f"loads {name}"))
+    (tmp_path / "s.jsonl").write_text('{"text": "a b c"}\n{"text": "d"}\n')
+    assert main(["quality", "--samples", str(tmp_path / "s.jsonl"), "--judge", "none", "--reference", str(ours),
+                 "--out", str(tmp_path / "q.json")]) == 0
+    found = json.loads((tmp_path / "q.json").read_text())
+    assert found["mauve"] is None and found["reference"]["samples"] == 2
 
 
 def test_nothing_is_left_out_in_silence(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,11 +65,13 @@ class Mauve(NamedTuple):
 
 @runtime_checkable
 class Features(Protocol):
-    """Anything that turns texts into vectors."""
+    """Anything that turns texts into vectors; hashable, since those of a reference are kept."""
 
     name: str
 
     def of(self, texts: Texts) -> Float[np.ndarray, "N D"]: ...
+
+    def __hash__(self) -> int: ...
 
 
 def get(name: str) -> Features:
@@ -145,14 +147,19 @@ def _pooled(weights: Weights, config: Config, tokens: Int[Array, "B L"],
 
 
 def compare(samples: Texts, reference: Texts, features: Features) -> Mauve:
-    """MAUVE of samples against reference texts.
+    """MAUVE of samples against reference texts, whose features are kept for the next samples.
 
     Raises:
       EsoError: fewer than two texts on a side, or the library is not installed.
     """
     for name, texts in (("samples", samples), ("reference", reference)):
         require(len(texts) >= 2, name, len(texts), "MAUVE needs at least two texts on each side")
-    return of_features(features.of(samples), features.of(reference), features.name)
+    return of_features(features.of(samples), _kept(reference, features), features.name)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept(texts: Texts, features: Features) -> Float[np.ndarray, "N D"]:
+    return features.of(texts)
 
 
 def of_features(samples: Float[np.ndarray, "N D"], reference: Float[np.ndarray, "M D"], name: str) -> Mauve:
@@ -160,7 +167,7 @@ def of_features(samples: Float[np.ndarray, "N D"], reference: Float[np.ndarray, 
     try:
         import mauve
     except ImportError as error:
-        raise EsoError(f"MAUVE needs the extra eval ({error}); pip install 'eso-jax[eval]', or leave the reference "
+        raise EsoError(f"MAUVE needs the extra eval ({error}); pip install 'eso-jax[eval]', or leave the features "
                        "out") from error
 
     found = mauve.compute_mauve(p_features=samples, q_features=reference, mauve_scaling_factor=SCALING)

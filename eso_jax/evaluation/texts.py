@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from eso_jax.workdir import Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: arrays have no plain ==, and features are kept by it
 class Texts:
     """N texts as token ids, as strings, or as both; the strings are then what the tokens decode to.
 
