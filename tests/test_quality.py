@@ -109,6 +109,23 @@ def test_the_transformers_judge_is_a_plain_loop(gpt2: Path) -> None:
     assert counts[5] == 8 + 1 + 4 - 1  # the second end is not counted
 
 
+def test_a_separator_is_the_judges_end_of_text(gpt2: Path, modernbert: Path, ours: Path) -> None:
+    """Of the transformers library's judges and features, and of our judges, which read the text in their own tokens."""
+    separator = ByteTokenizer.separator_id
+    rows = np.array([[*b"two docs", separator, *b"here", separator, *b"end"]])
+    theirs, shown = Texts(None, ["two docs<|endoftext|>here<|endoftext|>end"]), of_tokens(rows, ByteTokenizer())
+    judge = judges.TransformersJudge(str(gpt2))
+    found, exact = judge.score(shown), judge.score(theirs)
+    assert found.tokens.tolist() == [8 + 1 + 4 + 3 - 1]  # the second end is not counted, nor is the first token
+    np.testing.assert_allclose(found.nats, exact.nats)
+    features = mauve.TransformersFeatures(str(modernbert))
+    np.testing.assert_allclose(features.of(shown), features.of(theirs))
+    features.tokenizer.eos_token, features.tokenizer.sep_token = None, "<|endoftext|>"  # as ModernBERT-large has it
+    np.testing.assert_allclose(features.of(shown), features.of(theirs))
+    (again,) = Texts(None, shown.strings).tokens_for(eso_jax.load(ours), "here")
+    np.testing.assert_array_equal(again, rows[0])
+
+
 @pytest.mark.parametrize("family", ["ar", "esolm"])
 def test_our_judges_score_tokens_and_texts(family: str, tmp_path: Path) -> None:
     model = eso_jax.load(made(tmp_path / "w", family))
@@ -241,7 +258,41 @@ def test_everything_offline_with_our_models(ours: Path, tmp_path: Path, capsys: 
         (line,) = (line for line in said.splitlines() if line.strip().startswith(name))
         assert line.count("+-") == 2  # of the samples, and of the reference
     assert "repeated 4-grams" in said and "self-BLEU" in said
-    assert set(found["distinct"]) == {"1", "2", "3", "4"} and found["reference"]["reference"] is None
+    assert set(found["distinct"]) == {"1", "2", "3", "4"}
+    assert set(found["reference"]) == set(found) - {"source", "reference"}
+
+
+def test_a_reference_is_read_once(ours: Path) -> None:
+    """Whatever number of samples it is compared with; and it is never judged."""
+    pytest.importorskip("mauve", reason="the extra eval is not installed")
+    model = eso_jax.load(ours)
+    read_by: dict[str, list[Texts]] = {"judge": [], "features": []}
+
+    class Judge(judges.ModelJudge):
+        def score(self, texts: Texts) -> Scores:
+            read_by["judge"].append(texts)
+            return super().score(texts)
+
+    class Features(mauve.ModelFeatures):
+        def of(self, texts: Texts) -> np.ndarray:
+            read_by["features"].append(texts)
+            return super().of(texts)
+
+    rng, judge, features = np.random.default_rng(0), Judge(model), Features(model)
+    first, second, reference = (of_tokens(rng.integers(60, 90, (30, 24)), model.tokenizer) for _ in range(3))
+    found = [quality.measure(samples, judge, reference, features) for samples in (first, second)]
+    assert read_by == {"judge": [first, second], "features": [first, reference, second]}
+    assert found[1].mauve == mauve.compare(second, Texts(reference.tokens, reference.strings), Features(model))
+
+
+def test_mauve_is_measured_where_asked_for(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference alone needs neither the network nor the extra eval."""
+    monkeypatch.setattr(mauve, "get", lambda name: pytest.fail(f"loads {name}"))
+    (tmp_path / "s.jsonl").write_text('{"text": "a b c"}\n{"text": "d"}\n')
+    assert main(["quality", "--samples", str(tmp_path / "s.jsonl"), "--judge", "none", "--reference", str(ours),
+                 "--out", str(tmp_path / "q.json")]) == 0
+    found = json.loads((tmp_path / "q.json").read_text())
+    assert found["mauve"] is None and found["reference"]["samples"] == 2
 
 
 def test_nothing_is_left_out_in_silence(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,12 +370,7 @@ def test_texts(ours: Path, tmp_path: Path) -> None:
             Texts(tokens, strings)
 
 
-def test_frontiers(tmp_path: Path) -> None:
+def test_frontiers() -> None:
     points = [(3.0, 120.0), (6.4, 53.0), (10.0, 60.0), (24.0, 49.0), (3.0, 110.0)]
     assert frontier.frontier(points, True) == [(3.0, 110.0), (6.4, 53.0), (24.0, 49.0)]
     assert frontier.frontier(points, False) == [(3.0, 120.0)]
-    frontier.plot(tmp_path / "f.png", {"a": points, "b": points[:1]}, "seconds", "Gen PPL", True)
-    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-    for series, message in (({"a": []}, "has no points"), ({"a": [(0.0, 1.0)]}, "must be positive")):
-        with pytest.raises(EsoError, match=message):
-            frontier.plot(tmp_path / "g.png", series, "x", "y", True)

@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of generative perplexity: a model of the transformers library (name or folder), a work "
                              "directory (AR or Eso-LM), or none (%(default)s)")
     parser.add_argument("--reference", help=f"texts to compare with: {TEXTS}")
-    parser.add_argument("--features", help="of MAUVE, with --reference: a model of the transformers library, a work "
-                                           "directory, or none (answerdotai/ModernBERT-large, the paper's)")
+    parser.add_argument("--features", default="none",
+                        help="of MAUVE, with --reference: a model of the transformers library (the paper's: "
+                             "answerdotai/ModernBERT-large), a work directory, or none, for no MAUVE (%(default)s)")
     parser.add_argument("--out", required=True, help="JSON")
 
 
@@ -32,22 +33,23 @@ def run(arguments: argparse.Namespace) -> None:
     check_out(arguments.out)
     samples = texts.read(arguments.samples, "--samples")
     reference = texts.read(arguments.reference, "--reference", len(samples)) if arguments.reference else None
-    require(arguments.features is None or reference is not None, "--features", arguments.features,
+    require(arguments.features == "none" or reference is not None, "--features", arguments.features,
             "MAUVE compares with texts; give --reference as well")
-    wanted = arguments.features or mauve.DEFAULT
-    features = None if reference is None or wanted == "none" else mauve.get(wanted)
+    features = None if arguments.features == "none" else mauve.get(arguments.features)
     judge = None if arguments.judge == "none" else judges.get(arguments.judge)
     found = quality.measure(samples, judge, reference, features)
+    beside = None if reference is None else quality.measure(reference, judge)
     say(f"{arguments.samples}, counted in {found.unit}")
-    _show(found)
-    write_json(arguments.out, {"source": arguments.samples, **found.to_json()})
+    _show(found, beside)
+    write_json(arguments.out, {"source": arguments.samples, **found.to_json(),
+                               "reference": None if beside is None else beside.to_json()})
 
 
-def _show(found: Quality) -> None:
+def _show(found: Quality, beside: Quality | None) -> None:
     """The measures as a table, the reference's beside them, and what there is to say of single samples."""
     columns = {"samples": _measures(found)}
-    if found.reference is not None:
-        columns["reference"] = _measures(found.reference)
+    if beside is not None:
+        columns["reference"] = _measures(beside)
     say(" " * 24 + "".join(f"{title:<24}" for title in columns).rstrip())
     for name in columns["samples"]:
         values = [column[name] for column in columns.values()]

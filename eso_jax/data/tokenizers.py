@@ -17,7 +17,7 @@ FILE = "tokenizer.json"  # what a library tokenizer is kept as
 HUB = {"gpt2": "openai-community/gpt2", "bert-base-uncased": "google-bert/bert-base-uncased"}
 _SEPARATORS = ("<|endoftext|>", "[CLS]", "</s>")
 _MASKS = ("[MASK]", "<mask>")
-_SHOWN_SEPARATOR, _SHOWN_MASK = "\n\f\n", "▒"
+SHOWN_SEPARATOR, _SHOWN_MASK = "\n\f\n", "▒"  # in decoded text
 
 
 @runtime_checkable
@@ -88,7 +88,7 @@ class ByteTokenizer:
         return np.concatenate([np.empty(0, np.uint16), *(part for text in texts for part in (self.encode(text), end))])
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        shown = [bytes([byte]) for byte in self.alphabet] + [_SHOWN_SEPARATOR.encode(), _SHOWN_MASK.encode()]
+        shown = [bytes([byte]) for byte in self.alphabet] + [SHOWN_SEPARATOR.encode(), _SHOWN_MASK.encode()]
         return b"".join(shown[i] for i in _checked(ids, self)).decode("utf-8", errors="replace")
 
     def num_bytes(self, tokens: np.ndarray) -> int:
@@ -187,7 +187,7 @@ class LibraryTokenizer:
                            dtype_of(self))
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        shown = {self.separator_id: _SHOWN_SEPARATOR, self.mask_id: _SHOWN_MASK}
+        shown = {self.separator_id: SHOWN_SEPARATOR, self.mask_id: _SHOWN_MASK}
         text, run = [], []
         for i in [*_checked(ids, self), None]:
             if i is not None and i not in shown:

@@ -3,11 +3,11 @@
 A judge is a causal language model of the transformers library, GPT-2 Large in the papers, or one of our own work
 directories. They do not count alike, so numbers of two judges do not compare, and neither do those of two folders:
 
-- A transformers model sees the text re-tokenized by its own tokenizer, cut to 1024 of its tokens. The first token is
-  not scored: nothing stands before it. All tokens count that are not the end of text, and so does the first end of
-  text, the one that padding puts behind a text of less than 1024 tokens included. (The authors' convention, but that
-  every text is judged, that theirs pads to the longest text of a call only, and so that the result depends on neither
-  the batch nor the other texts.)
+- A transformers model sees the text re-tokenized by its own tokenizer, our separators as its end of text, cut to 1024
+  of its tokens. The first token is not scored: nothing stands before it. All tokens count that are not the end of
+  text, and so does the first end of text, the one that padding puts behind a text of less than 1024 tokens included.
+  (The authors' convention, but that every text is judged, that theirs pads to the longest text of a call only, and so
+  that the result depends on neither the batch nor the other texts.)
 - Our own models score the tokens themselves where they share the vocabulary, otherwise the text in their own tokens,
   cut to their length. The first token is scored, since they have a law for it, and no end of text is added. An Eso-LM
   reads from left to right, at alpha_0 = 0.
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from eso_jax import likelihood
 from eso_jax.config import EsoError, require
+from eso_jax.data.tokenizers import SHOWN_SEPARATOR
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.texts import Texts, is_workdir
 
@@ -103,7 +104,7 @@ class TransformersJudge:
         """
         import torch
 
-        strings = texts.strings_for(f"--judge = {self.name!r}")
+        strings = ended(texts.strings_for(f"--judge = {self.name!r}"), self.tokenizer)
         end = self.tokenizer.eos_token_id
         whole = self.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else []
         nats, counts = np.zeros(len(whole)), np.zeros(len(whole), np.int64)
@@ -146,6 +147,13 @@ class ModelJudge:
         logp = likelihood.conditional(self.model.weights, config, tokens, np.zeros_like(wanted), wanted,
                                       self.batch_size)
         return Scores(-logp.astype(np.float64), counts, sum(len(row) > length for row in rows))
+
+
+def ended(strings: list[str], tokenizer: Any) -> list[str]:
+    """The strings for a tokenizer of the transformers library: each separator shown becomes its own end of text (of a
+    BERT, [SEP]), which it reads as one token."""
+    end = tokenizer.eos_token or tokenizer.sep_token or SHOWN_SEPARATOR
+    return [string.replace(SHOWN_SEPARATOR, end) for string in strings]
 
 
 def pretrained(name: str, flag: str, kind: str) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 Pillutla et al. 2021, by their library, mauve-text. It compares features of single texts, from one of
 
 - a model of the transformers library, ModernBERT-large in the paper: the last layer's state of a text's last token (an
-  end mark that the tokenizer adds, for ModernBERT), texts cut to 512 of its tokens;
+  end mark that the tokenizer adds, for ModernBERT), texts cut to 512 of its tokens, our separators as its end mark;
 - one of our own models, offline: the mean of the last layer's states over the tokens, the model reading clean text.
 
 The two are different quantities, and so are two models' features; the result says which it is of. MAUVE rises with the
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from eso_jax import attention, masks, transformer
 from eso_jax.config import Config, EsoError, require
-from eso_jax.evaluation.judges import pretrained
+from eso_jax.evaluation.judges import ended, pretrained
 from eso_jax.evaluation.texts import Texts, is_workdir
 from eso_jax.likelihood import batches
 from eso_jax.transformer import Weights
@@ -65,11 +65,13 @@ class Mauve(NamedTuple):
 
 @runtime_checkable
 class Features(Protocol):
-    """Anything that turns texts into vectors."""
+    """Anything that turns texts into vectors; hashable, since those of a reference are kept."""
 
     name: str
 
     def of(self, texts: Texts) -> Float[np.ndarray, "N D"]: ...
+
+    def __hash__(self) -> int: ...
 
 
 def get(name: str) -> Features:
@@ -97,7 +99,7 @@ class TransformersFeatures:
     def of(self, texts: Texts) -> Float[np.ndarray, "N D"]:
         import torch
 
-        strings, rows = texts.strings_for(f"--features = {self.name!r}"), []
+        strings, rows = ended(texts.strings_for(f"--features = {self.name!r}"), self.tokenizer), []
         for low in tqdm(range(0, len(strings), self.batch_size), desc="features", unit="batch", disable=None,
                         file=sys.stderr):
             part = self.tokenizer(strings[low:low + self.batch_size], return_tensors="pt", padding=True,
@@ -145,14 +147,19 @@ def _pooled(weights: Weights, config: Config, tokens: Int[Array, "B L"],
 
 
 def compare(samples: Texts, reference: Texts, features: Features) -> Mauve:
-    """MAUVE of samples against reference texts.
+    """MAUVE of samples against reference texts, whose features are kept for the next samples.
 
     Raises:
       EsoError: fewer than two texts on a side, or the library is not installed.
     """
     for name, texts in (("samples", samples), ("reference", reference)):
         require(len(texts) >= 2, name, len(texts), "MAUVE needs at least two texts on each side")
-    return of_features(features.of(samples), features.of(reference), features.name)
+    return of_features(features.of(samples), _kept(reference, features), features.name)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept(texts: Texts, features: Features) -> Float[np.ndarray, "N D"]:
+    return features.of(texts)
 
 
 def of_features(samples: Float[np.ndarray, "N D"], reference: Float[np.ndarray, "M D"], name: str) -> Mauve:
@@ -160,7 +167,7 @@ def of_features(samples: Float[np.ndarray, "N D"], reference: Float[np.ndarray, 
     try:
         import mauve
     except ImportError as error:
-        raise EsoError(f"MAUVE needs the extra eval ({error}); pip install 'eso-jax[eval]', or leave the reference "
+        raise EsoError(f"MAUVE needs the extra eval ({error}); pip install 'eso-jax[eval]', or leave the features "
                        "out") from error
 
     found = mauve.compute_mauve(p_features=samples, q_features=reference, mauve_scaling_factor=SCALING)

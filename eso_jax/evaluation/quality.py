@@ -39,7 +39,6 @@ class Quality(NamedTuple):
       unit: "words" or "tokens", in which the following are counted.
       repetition, distinct, self_bleu, short: see eso_jax.evaluation.diversity.Diversity.
       mauve: against the reference.
-      reference: the same of the reference texts: what to compare with, best where there are as many of them.
     """
 
     samples: int
@@ -56,13 +55,12 @@ class Quality(NamedTuple):
     self_bleu: Estimate
     short: int
     mauve: Mauve | None
-    reference: Quality | None
 
     def to_json(self) -> dict[str, Any]:
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
                 return {str(n): plain(found) for n, found in value.items()}
-            return value.to_json() if isinstance(value, (Quality, Mauve, Estimate)) else value
+            return value.to_json() if isinstance(value, (Mauve, Estimate)) else value
 
         return {name: plain(value) for name, value in self._asdict().items()}
 
@@ -71,12 +69,14 @@ def measure(samples: Texts, judge: Judge | None = None, reference: Texts | None 
             features: Features | None = None) -> Quality:
     """Everything that the arguments allow: generative perplexity with a judge, MAUVE with reference texts and features.
 
+    The reference's own measures, best of as many texts, are `measure(reference, judge)`: what to compare with. Its
+    features are computed once for all samples that the same `reference` is given with.
+
     Raises:
       EsoError: features without reference texts, or the judge or the features cannot read the texts.
     """
     if features is not None and reference is None:
         raise EsoError(f"features = {features.name!r}: MAUVE compares with reference texts; give some")
-    target = None if reference is None else measure(reference, judge)
     scores = None if judge is None else judge.score(samples)
     near = None if reference is None or features is None else mauves.compare(samples, reference, features)
     unit, units = samples.units()
@@ -90,4 +90,4 @@ def measure(samples: Texts, judge: Judge | None = None, reference: Texts | None 
         entropy=None if samples.tokens is None
         else diversity.mean(unigram_entropy(samples.tokens, samples.tokens.shape[1])),
         unit=unit, repetition=varied.repetition, distinct=varied.distinct, self_bleu=varied.self_bleu,
-        short=varied.short, mauve=near, reference=target)
+        short=varied.short, mauve=near)

@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Int
 
 from eso_jax.config import EsoError, require
+from eso_jax.data.tokenizers import SHOWN_SEPARATOR
 
 if TYPE_CHECKING:
     from eso_jax.data.tokenizers import Tokenizer
     from eso_jax.workdir import Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: arrays have no plain ==, and features are kept by it
 class Texts:
     """N texts as token ids, as strings, or as both; the strings are then what the tokens decode to.
 
@@ -53,7 +54,8 @@ class Texts:
 
     def tokens_for(self, model: Model, user: str) -> Sequence[Int[np.ndarray, " _"]]:
         """The ids of each text in the vocabulary of a model, for `user`: the tokens where that is theirs (its tokenizer
-        decodes them to the strings or, without strings, the ids are in its range), else the strings, encoded."""
+        decodes them to the strings or, without strings, the ids are in its range), else the strings, encoded,
+        each separator shown as its own."""
         tokenizer, config = model.tokenizer, model.config.model
         if self.tokens is not None:
             fits = ((self.tokens >= 0) & (self.tokens < config.vocab_size) & (self.tokens != config.mask)).all()
@@ -65,7 +67,8 @@ class Texts:
             raise EsoError(f"{user}: its vocabulary of {config.vocab_size} is not that of the tokens, and "
                            + ("there is no text to encode" if self.strings is None else "it has no tokenizer")
                            + "; use a model of the same vocabulary")
-        return [tokenizer.encode(string).astype(np.int64) for string in self.strings]
+        return [tokenizer.join(string.split(SHOWN_SEPARATOR), separate=True)[:-1].astype(np.int64)
+                for string in self.strings]
 
     def units(self) -> tuple[str, list[Int[np.ndarray, " _"]]]:
         """What diversity is counted in, and each text in it: "words", between white space, numbered; or "tokens"."""
