@@ -2,10 +2,10 @@
 
     python -m eso_jax.evaluation.harness --model eso_jax --model_args workdir=runs/ar --tasks lambada_openai
 
-takes the harness's own options. Requests for a log-likelihood are scored exactly, in one pass for many: the context
-comes first in the order, the continuation after it, and the padding last, where nothing sees it. AR and Eso-LM (B) have
-such conditionals; the others raise an EsoError. Texts are generated without a prompt so far, so generate_until raises
-one as well.
+takes the harness's own options (its batch size is 1 unless given). Requests for a log-likelihood are scored exactly, in
+one pass for many: the context comes first in the order, the continuation after it, and the padding last, where nothing
+sees it. AR and Eso-LM (B) have such conditionals; the others raise an EsoError. Texts are generated without a prompt so
+far, so generate_until raises one as well.
 """
 
 from __future__ import annotations
