@@ -12,7 +12,7 @@ from conftest import tiny_config
 from eso_jax import likelihood
 from eso_jax.config import EsoError
 from eso_jax.data import ByteTokenizer
-from test_quality import made
+from test_quality import made, subwords
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
@@ -88,6 +88,15 @@ def test_rolling_scores_every_token_once(harness: HarnessModel) -> None:
     found = harness.loglikelihood_rolling(requests("loglikelihood_rolling", (text,), ("short",)), disable_tqdm=True)
     assert found[0] == pytest.approx(total, abs=2e-3)
     assert found[1] == pytest.approx(plain(harness, [256], ids("short")), abs=1e-3)
+
+
+def test_subwords_are_split_where_the_context_ends(tmp_path: Path) -> None:
+    """The context and the whole are encoded; what the whole has more of is the continuation, a blank moved to it."""
+    harness = HarnessModel(str(subwords(tmp_path)))
+    whole = harness.tok_encode("the cat")
+    found = harness.loglikelihood(requests("loglikelihood", ("the ", "cat"), ("the", " cat")), disable_tqdm=True)
+    assert whole[0] == harness.tok_encode("the")[0] and len(whole) == 3
+    assert found[0] == found[1] == (pytest.approx(plain(harness, whole[:1], whole[1:]), abs=1e-3), found[0][1])
 
 
 def test_what_it_cannot_do_it_says(harness: HarnessModel, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,11 +15,12 @@ import eso_jax
 from conftest import random_params, tiny_config
 from eso_jax import likelihood, workdir
 from eso_jax.cli import main
-from eso_jax.config import Config, EsoError
-from eso_jax.data import ByteTokenizer
+from eso_jax.config import Config, DataConfig, EsoError
+from eso_jax.data import ByteTokenizer, Tokenizer
 from eso_jax.evaluation import frontier, judges, mauve, quality
 from eso_jax.evaluation.judges import Scores
 from eso_jax.evaluation.texts import Texts, is_workdir, of_tokens, read
+from vocabularies import gpt2_like
 
 TEXTS = ["a cat sat on the mat", "the dog", "", "a", "the dog sat on the dog sat on the dog sat on the dog"]
 
@@ -27,11 +29,20 @@ def bytes_config(family: str = "ar", length: int = 24) -> Config:
     return tiny_config(family, length=length, vocab_size=ByteTokenizer.vocab_size)
 
 
-def made(folder: Path, family: str = "ar", seed: int = 0, config: Config | None = None) -> Path:
+def made(folder: Path, family: str = "ar", config: Config | None = None, tokenizer: Tokenizer | None = None) -> Path:
     """A work directory with random weights."""
     config = config or bytes_config(family)
-    workdir.create(folder, config, random_params(config.model, seed))
+    workdir.create(folder, config, random_params(config.model), tokenizer)
     return folder
+
+
+def subwords(folder: Path) -> Path:
+    """The same, of a model whose tokens are a byte-level BPE's."""
+    tokenizer = gpt2_like()
+    (folder / "text.txt").write_text("the cat sat on the mat and the dog " * 200)
+    config = tiny_config("ar", length=24, vocab_size=tokenizer.vocab_size)
+    data = DataConfig(source=str(folder / "text.txt"), tokenizer="gpt2")
+    return made(folder / "w", config=dataclasses.replace(config, data=data), tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +172,18 @@ def test_our_judges_refuse_what_they_cannot_read(tmp_path: Path, ours: Path) -> 
         judges.get(str(made(tmp_path / "mdlm", "mdlm"))).score(Texts(low))
 
 
+def test_our_judges_read_text_by_their_own_tokenizers(tmp_path: Path) -> None:
+    """Windows of a work directory are its tokenizer's, and score as tokens; other text is encoded by it."""
+    folder = str(subwords(tmp_path))
+    judge, windows, tokenizer = judges.get(folder), read(folder, "--reference", 5), gpt2_like()
+    assert windows.tokens is not None and windows.strings is not None and "the cat" in windows.strings[0]
+    assert tokenizer.decode(windows.tokens[4]) == windows.strings[4]
+    assert judge.score(windows).tokens.tolist() == [24] * 5
+    found = judge.score(Texts(None, ["the cat"]))
+    assert found.tokens.tolist() == [len(tokenizer.encode("the cat"))] == [3]
+    np.testing.assert_allclose(judge.score(Texts(np.zeros((1, 9), int), ["the cat"])).nats, found.nats)
+
+
 def test_the_error_of_the_perplexity_is_the_spread_over_sets() -> None:
     """The delta method, for texts of very different lengths."""
     rng = np.random.default_rng(0)
@@ -195,8 +218,6 @@ def test_mauve_of_our_features(ours: Path) -> None:
 @pytest.mark.parametrize("family", ["ar", "esolm", "esolm_a", "mdlm", "bd3lm"])
 def test_our_features_look_at_the_text_alone(family: str, tmp_path: Path) -> None:
     """Short texts are pooled over their own tokens: a model half as long gives the same."""
-    import dataclasses
-
     config = bytes_config(family, 32)
     params = random_params(config.model)
     short = dataclasses.replace(config, model=dataclasses.replace(config.model, length=16))

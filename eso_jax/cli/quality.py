@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from eso_jax.evaluation.quality import Quality
 
 EXAMPLE = "eso-jax quality --samples samples.npz --judge /tmp/ar --reference /tmp/ar --features /tmp/ar --out q.json"
-TEXTS = ".npz with tokens or text, .npy of tokens, .jsonl of {\"text\": ...}, or a work directory (validation windows)"
+TEXTS = (".npz with tokens or text, .npy of tokens, .jsonl of {\"text\": ...}, or a work directory (validation windows "
+         "of its data)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -97,7 +97,8 @@ def is_workdir(name: str) -> bool:
 
 def read(name: str, flag: str, limit: int | None = None) -> Texts:
     """Texts from a .npz with tokens [N, L], text [N] or both (of eso-jax sample, say), a .npy of tokens, a .jsonl whose
-    lines have a "text", or a work directory: its validation windows, at most `limit`, evenly spaced.
+    lines have a "text", or a work directory: validation windows of its data.source, at most `limit`, evenly
+    spaced.
 
     Raises:
       EsoError: it cannot be read or holds no texts.
