@@ -1,6 +1,7 @@
 """Our models in the lm-evaluation-harness (extra eval), as its model "eso_jax":
 
-    python -m eso_jax.evaluation.harness --model eso_jax --model_args workdir=runs/ar --tasks lambada_openai
+    python -m eso_jax.evaluation.harness run --model eso_jax --model_args workdir=runs/ar --batch_size 64 \\
+        --tasks lambada_openai
 
 takes the harness's own options (its batch size is 1 unless given). Requests for a log-likelihood are scored exactly, in
 one pass for many: the context comes first in the order, the continuation after it, and the padding last, where nothing
