@@ -294,6 +294,26 @@ def test_every_document_is_there_once(tmp_path: Path, many: Path) -> None:
     assert len(manifest["splits"]["train"]["shards"]) > 5
 
 
+def test_a_source_that_has_changed_is_not_taken_for_what_was_read(tmp_path: Path) -> None:
+    """By the same path; one that is gone is not missed, since its documents are kept."""
+    (tmp_path / "texts").mkdir()
+    source = tmp_path / "texts" / "a.txt"
+    for path in (source, source.with_name("b.txt")):
+        path.write_text("one two three " * 50)
+
+    def prepared(out: str) -> Path:
+        return prepare.prepare("text", tmp_path / "data", BYTES, 8, [str(source.parent)], held_out=1,
+                               out=tmp_path / out)
+
+    prepared("first")
+    prepared("second")
+    source.write_text("four five six " * 51)
+    with pytest.raises(EsoError, match="has changed since"):
+        prepared("third")
+    source.parent.rename(tmp_path / "elsewhere")
+    prepared("third")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -38,7 +38,8 @@ class Corpora(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}), disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(source=self._files or list(CORPORA[self.builder_config.name].urls)))
+            metadata=tfds.core.MetadataDict(source=self._files or list(CORPORA[self.builder_config.name].urls),
+                                            state=_state(self._files)))
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
         name = self.builder_config.name
@@ -77,6 +78,16 @@ class Corpora(tfds.core.GeneratorBasedBuilder):
         return list(map(str, named))
 
 
+def _state(files: Sequence[str]) -> str:
+    """How many files there are below those given, their bytes and their last change; empty where they are gone."""
+    found = [file for path in map(Path, files) for file in (path.rglob("*") if path.is_dir() else [path])
+             if file.is_file()]
+    stats = [file.stat() for file in found]
+    if not stats:
+        return ""
+    return f"{len(stats)} files, {sum(s.st_size for s in stats)} bytes, changed {max(s.st_mtime_ns for s in stats)}"
+
+
 def documents(name: str, folder: Path, files: Sequence[str]) -> Corpora:
     """The documents of a corpus, written to `folder` unless they are there.
 
@@ -85,9 +96,11 @@ def documents(name: str, folder: Path, files: Sequence[str]) -> Corpora:
     """
     builder = Corpora(config=name, data_dir=str(folder), files=files)
     if Path(builder.data_dir).exists():
-        there, wanted = builder.info.metadata["source"], builder._info().metadata["source"]
-        require(there == wanted, "--from", wanted, f"{builder.data_dir} was made from {there}; give that, remove the "
-                "folder, or give another --data-dir")
+        there, wanted = builder.info.metadata, builder._info().metadata
+        require(there["source"] == wanted["source"], "--from", wanted["source"], f"{builder.data_dir} was made from "
+                f"{there['source']}; give that, remove the folder, or give another --data-dir")
+        require(wanted["state"] in ("", there["state"]), "--from", wanted["source"], f"has changed since "
+                f"{builder.data_dir} was made from it; remove the folder, to read it again, or give another --data-dir")
         return builder
     with _quiet():
         builder.download_and_prepare()

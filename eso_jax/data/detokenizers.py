@@ -1,9 +1,8 @@
 """Published test sets come split into words, blanks around punctuation; these rules put the text together again.
 
-Published test sets come split into words, with blanks around marks; these rules put the text together again.
-PTB go back to Megatron-LM's. Perplexities compare only under the same rules, so theirs are kept with their quirks: in
-order, each over the whole text. One WikiText rule of theirs, meant for blanks before years, matches nothing in practice
-and is left out.
+They are those of MDLM's evaluation, which for WikiText and PTB go back to Megatron-LM's. Perplexities compare only
+under the same rules, so theirs are kept with their quirks: in order, each over the whole text. One WikiText rule of
+theirs, meant for blanks before years, matches nothing in practice and is left out.
 """
 
 from __future__ import annotations
