@@ -7,7 +7,8 @@ byte-level BPE of GPT-2's size trained on a part of it:
   1. the tokenizers library's own encode_batch_fast on all cores, nothing kept: the ceiling,
   2. `eso-jax data prepare` from documents to packed, checksummed windows of 1,024 tokens,
   3. draining the training pipeline that reads these windows, batches of 512.
-Rounds of 1 and 2 alternate, and medians are reported.
+Rounds of 1 and 2 alternate, and medians are reported: of wall time, and of processor time, which a busy machine
+disturbs less.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, object]:
     size = sum(len(text.encode()) for text in texts) / 1e6
     with (folder / "texts.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    tokenizer, seconds = timed(lambda: train_tokenizer(texts[:len(texts) // 4], 50258, "bpe"))
+    tokenizer, seconds, _ = timed(lambda: train_tokenizer(texts[:len(texts) // 4], 50258, "bpe"))
     say(f"{len(texts):,} documents, {size:.0f} MB; a vocabulary of {tokenizer.vocab_size:,} learned in {seconds:.0f} s")
 
     def raw() -> None:
@@ -70,18 +71,20 @@ def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, object]:
 
     assert tokenizer.json is not None
     library = Tokenizer.from_str(tokenizer.json)
-    _, seconds = timed(ours)
+    made, seconds, _ = timed(ours)
     say(f"the first time, documents written as well: {size / seconds:.1f} MB/s")
-    speeds: dict[str, list[float]] = {"raw": [], "prepare": []}
+    speeds: dict[str, list[tuple[float, float]]] = {"raw": [], "prepare": []}
     for _ in range(rounds):
-        speeds["raw"].append(size / timed(raw)[1])
-        made, seconds = timed(ours)
-        speeds["prepare"].append(size / seconds)
-        say(", ".join(f"{name} {values[-1]:.1f} MB/s" for name, values in speeds.items()))
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    share = medians["prepare"] / medians["raw"]
-    say(f"medians: {', '.join(f'{name} {value:.1f} MB/s' for name, value in medians.items())}; tokenizing and packing "
-        f"runs at {100 * share:.0f}% of the library's raw encoding")
+        for name, action in (("raw", raw), ("prepare", ours)):
+            _, *seconds_of = timed(action)
+            speeds[name].append((size / seconds_of[0], size / seconds_of[1]))
+        say(", ".join(f"{name} {wall:.1f} MB/s, {busy:.1f} MB per second of processor"
+                      for name, values in speeds.items() for wall, busy in values[-1:]))
+    medians = {name: [statistics.median(column) for column in zip(*values, strict=True)]
+               for name, values in speeds.items()}
+    share = [ours / raw for ours, raw in zip(medians["prepare"], medians["raw"], strict=True)]
+    say(f"medians: tokenizing and packing at {100 * share[0]:.0f}% of the library's raw encoding by wall time, "
+        f"{100 * share[1]:.0f}% by processor time")
 
     drained = {}
     for length in (LENGTH, 128):
@@ -93,11 +96,11 @@ def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, object]:
         iterator = batches(windows_of(config, "train"), BATCH, seed=0)
         next(iterator)
         count = BATCHES * LENGTH // length
-        _, seconds = timed(lambda: [len(next(iterator)) for _ in range(count)])
+        _, seconds, _ = timed(lambda: [len(next(iterator)) for _ in range(count)])
         drained[str(length)] = count * BATCH * length / seconds
         say(f"draining the pipeline, batches of {BATCH} x {length}: {drained[str(length)] / 1e6:.2f} M tokens/s")
     return {"megabytes": size, "documents": len(texts), "cores": os.cpu_count(), "machine": platform.machine(),
-            "megabytes_per_second": speeds, "medians": medians, "share_of_raw": share,
+            "megabytes_per_second_wall_and_processor": speeds, "medians": medians, "share_of_raw": share,
             "drained_tokens_per_second": drained}
 
 
@@ -110,10 +113,11 @@ def make_texts(size: int) -> list[str]:
     return [text for text, _ in zip(itertools.cycle(found), itertools.takewhile(lambda total: total < size, totals))]
 
 
-def timed(action: Callable[[], Result]) -> tuple[Result, float]:
-    started = time.perf_counter()
+def timed(action: Callable[[], Result]) -> tuple[Result, float, float]:
+    """What an action gives, the seconds it takes, and those of processors in this process and its children."""
+    started, busy = time.perf_counter(), sum(os.times()[:4])
     result = action()
-    return result, time.perf_counter() - started
+    return result, time.perf_counter() - started, sum(os.times()[:4]) - busy
 
 
 if __name__ == "__main__":
