@@ -5,6 +5,16 @@ Time:      see experiments/results/smoke; --scale paper: 9K H200 hours in all, b
 
 The paper's main claim is the order of these numbers: perplexity falls as alpha_0 does, from masked diffusion to AR.
 Below the table, the steps between neighbours are tested on the same windows.
+
+What the paper calls AR + AdaLN is alpha_0 = 0 itself, whose masked tokens see those before them; our row of that name
+has the usual inputs, shifted by one. At smoke scale it lags behind, because its gates begin at zero: a model of shifted
+inputs can first learn bigrams without opening any, while two streams can do nothing before theirs are open (that is our
+guess; that the gates are the cause is measured). Validation nats per token after 1000 steps (2 cores of an AMD EPYC,
+2026-11-24, commit ccc4818), for three seeds (train.seed = 1, 2, 3; data.seed = 0, 2, 3):
+  alpha_0 = 0     1.355, 1.405, 1.368
+  AR + AdaLN      1.447, 1.408, 1.430
+and for the first seed, AR + AdaLN whose gates begin at one (train.start_from an AR without AdaLN that took one step at a
+rate of 1e-9): 1.319; AR without AdaLN: 1.340. So the two differ by 0.05 with a standard error of 0.02, of seeds.
 """
 
 from __future__ import annotations
