@@ -13,8 +13,8 @@ guess; that the gates are the cause is measured). Validation nats per token afte
 2026-11-24, commit ccc4818), for three seeds (train.seed = 1, 2, 3; data.seed = 0, 2, 3):
   alpha_0 = 0     1.355, 1.405, 1.368
   AR + AdaLN      1.447, 1.408, 1.430
-and for the first seed, AR + AdaLN whose gates begin at one (train.start_from an AR without AdaLN that took one step at a
-rate of 1e-9): 1.319; AR without AdaLN: 1.340. So the two differ by 0.05 with a standard error of 0.02, of seeds.
+and for the first seed, AR + AdaLN whose gates begin at one (train.start_from an AR without AdaLN that took one step at
+a rate of 1e-9): 1.319; AR without AdaLN: 1.340. So the two differ by 0.05 with a standard error of 0.02, of seeds.
 """
 
 from __future__ import annotations
