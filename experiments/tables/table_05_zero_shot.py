@@ -89,7 +89,8 @@ def draw(figure: Any, tables: dict[str, Table]) -> None:
         sets = table.columns[1:]
         for index, row in enumerate(table.rows):
             values = [cell.value if isinstance(cell, Estimate) else cell for cell in row[1:]]
-            ax.plot(np.arange(len(sets)) + 0.08 * index, values, "o", markersize=4, label=str(row[0]))
+            colour = f"C{list(PAPER).index(str(row[0]))}"  # of the same model in both
+            ax.plot(np.arange(len(sets)) + 0.08 * index, values, "o", color=colour, markersize=4, label=str(row[0]))
         ax.set(yscale="log", xticks=range(len(sets)), ylabel="perplexity (bound)", title=title)
         ax.set_xticklabels(sets, rotation=25, ha="right", fontsize=8)
         ax.grid(alpha=0.3, axis="y")
