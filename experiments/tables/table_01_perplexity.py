@@ -15,6 +15,9 @@ guess; that the gates are the cause is measured). Validation nats per token afte
   AR + AdaLN      1.447, 1.408, 1.430
 and for the first seed, AR + AdaLN whose gates begin at one (train.start_from an AR without AdaLN that took one step at
 a rate of 1e-9): 1.319; AR without AdaLN: 1.340. So the two differ by 0.05 with a standard error of 0.02, of seeds.
+
+At alpha_0 = 1 the 128 windows of the notes are too few to tell the exact likelihood's bound from the NELBO: on 512
+windows, 64 orders each against 64 draws each, the NELBO is 0.059 +- 0.019 nats per token above it (same machine).
 """
 
 from __future__ import annotations
