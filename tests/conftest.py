@@ -88,3 +88,15 @@ def random_tokens(config: Config, batch: int, seed: int = 0) -> jax.Array:
     """Clean tokens: the mask is the last id."""
     shape = (batch, config.model.length)
     return jax.random.randint(jax.random.key(seed), shape, 0, config.model.vocab_size - 1).astype(jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a small model after four steps."""
+    from eso_jax.train import train
+    from test_train import BASE  # which imports this file
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.py").write_text("x = 1\nprint(x)\n" * 300)
+    train(BASE.override(f"data.source={folder / 'text.py'}", "train.steps=4"), folder / "w")
+    return folder / "w"

@@ -17,21 +17,12 @@ import pytest
 import eso_jax
 from conftest import GOLDENS, Run, tiny_config
 from eso_jax import families
-from eso_jax import train as training
 from eso_jax.cli import COMMANDS, main
 from eso_jax.evaluation import throughput
 from eso_jax.sampling import check
 from eso_jax.sampling.plan import Plan
 from eso_jax.sampling.rejection import unigram_entropy
 from test_train import BASE
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.py").write_text("x = 1\nprint(x)\n" * 300)
-    training.train(BASE.override(f"data.source={folder / 'text.py'}", "train.steps=4"), folder / "w")
-    return folder / "w"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 import eso_jax
 from conftest import GOLDENS, Run, random_params
 from eso_jax import metrics, workdir
-from eso_jax import train as training
 from eso_jax.config import ModelConfig
 from eso_jax.reference import import_checkpoint, names
 from eso_jax.reference.card import card
@@ -25,14 +24,6 @@ from vocabularies import gpt2_like
 
 SIZES = GOLDENS / "config.json"
 FILES = {"esolm": "eso", "esolm_a": "eso", "mdlm": "eso", "bd3lm": "bd3lm", "ar": "ar"}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.py").write_text("x = 1\nprint(x)\n" * 300)
-    training.train(BASE.override(f"data.source={folder / 'text.py'}", "train.steps=4"), folder / "w")
-    return folder / "w"
 
 
 def source(family: str) -> Path:
