@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eso_jax import masks
+from eso_jax import masks, sharding
 
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
 Visible = Callable[[Array, Array], Array]  # (query slots, key slots) -> bool
@@ -41,7 +41,7 @@ def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array
     """Softmax attention under a dense mask [B or 1, S, L] (True: may see). Every query must see some key."""
     queries = heads_first(q)
     batch, heads, slots, size = queries.shape
-    most = TILE.get(jax.default_backend(), TILE_ELSEWHERE) // (heads * k.shape[-1])  # queries in a tile
+    most = TILE.get(sharding.platform(), TILE_ELSEWHERE) // (heads * k.shape[-1])  # queries in a tile
     if batch * slots <= most or slots <= FEW_QUERIES:
         return _dense(queries, k, v, mask)
     s = _divisor(slots, most)
@@ -110,7 +110,10 @@ def single_stream(visible: Visible) -> Attend:
     """Attention within one sequence. `visible` may close over per-row arrays of shape [B, 1, 1]."""
 
     def attend(q: Array, k: Array, v: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
-        return dense(q, keys_last(k), heads_first(v), _pattern(visible, q.shape[1])), cache
+        def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
+            return dense(q, keys_last(k), heads_first(v), mask)
+
+        return sharding.locally(local, (q, k, v), (_pattern(visible, q.shape[1]),)), cache
 
     return attend
 
@@ -129,11 +132,11 @@ def two_streams(block: int, clean: Int[Array, " B"] | None = None) -> Attend:
     def before(query: Array, key: Array) -> Array:
         return masks.blocks_before(query, key, block)
 
-    def attend(q: Array, k: Array, v: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
+    def local(q: Array, k: Array, v: Array, clean_mask: Array, noisy_mask: Array) -> Array:
         (q_noisy, q_clean), (k_noisy, k_clean), (v_noisy, v_clean) = (jnp.split(x, 2, axis=1) for x in (q, k, v))
         k_clean, v_clean = keys_last(k_clean), heads_first(v_clean)
         batch, length, heads, size = q_noisy.shape
-        out_clean = dense(q_clean, k_clean, v_clean, _pattern(up_to, length))
+        out_clean = dense(q_clean, k_clean, v_clean, clean_mask)
 
         def by_block(x: Array) -> Array:
             return x.reshape(batch * (length // block), block, heads, -1)
@@ -145,11 +148,15 @@ def two_streams(block: int, clean: Int[Array, " B"] | None = None) -> Attend:
             return x.reshape(batch, heads, -1, block, x.shape[-1]).swapaxes(1, 2).reshape(-1, heads, block, x.shape[-1])
 
         own = scores(heads_first(by_block(q_noisy)), keys_last(by_block(k_noisy)), jnp.ones((1, block, block), bool))
-        clean_scores = scores(heads_first(q_noisy), k_clean, _pattern(before, length))
+        clean_scores = scores(heads_first(q_noisy), k_clean, noisy_mask)
         (w_clean, w_own), total = joint_softmax(clean_scores, to_row(own))
         out_own = to_row(weigh(to_blocks(w_own), heads_first(by_block(v_noisy))))
         out_noisy = normalize(weigh(w_clean, v_clean) + out_own, total, q.dtype)
-        return jnp.concatenate([out_noisy, out_clean], axis=1), cache
+        return jnp.concatenate([out_noisy, out_clean], axis=1)
+
+    def attend(q: Array, k: Array, v: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
+        length = q.shape[1] // 2
+        return sharding.locally(local, (q, k, v), (_pattern(up_to, length), _pattern(before, length))), cache
 
     return attend
 

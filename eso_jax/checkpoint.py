@@ -1,77 +1,220 @@
-"""Checkpoints, by Orbax: `W/checkpoints/STEP/`, written in the background, whole or not at all.
+"""Checkpoints, by Orbax: `W/checkpoints/STEP/`, written in the background, whole or not at all, verified when read.
 
-A checkpoint holds named parts that can be read apart: `params`, `ema`, `optimizer`, `step` (the step and the model's
-length, which no parameter shows) and `data` (the position of the data iterator). An imported model has `params` and
-`step` alone, at step 0.
+A checkpoint holds named parts that can be read apart, on any mesh and by any number of processes: `params`, `ema`,
+`optimizer`, and `step` (the step, where the data stands as well; the model's length, which no parameter shows; and a
+fingerprint of each part). An imported model has `params` and `step` alone, at step 0.
+
+A checkpoint that cannot be read, or whose values are not those that were saved, is passed over for the one before.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, UInt32
 
+from eso_jax import metrics, multihost
 from eso_jax.config import EsoError, ModelConfig, require
 
+PARTS = ("params", "ema", "optimizer")
 
-def open_checkpoints(workdir: Path, keep: int | None = None) -> Any:
-    """An Orbax Checkpointer of a work directory, a context manager; `.latest` is the newest step, or None.
 
-    With `keep`, for writing: the last `keep` steps are kept, and what a killed process left half-written is removed.
-    Without, for reading: nothing is touched, so that a run in progress can be read.
+@contextlib.contextmanager
+def open_checkpoints(workdir: Path, keep: int | None = None, keep_every: int | None = None) -> Iterator[Any]:
+    """An Orbax Checkpointer of a work directory.
+
+    With `keep`, for writing: the last `keep` steps are kept, and each that `keep_every` divides; what a killed process
+    left half-written is removed. Without, for reading: nothing is touched, so that a run in progress can be read.
     """
     from orbax.checkpoint import v1 as ocp
 
     policies = ocp.training.preservation_policies
-    return ocp.training.Checkpointer(
-        (workdir / "checkpoints").absolute(), cleanup_tmp_directories=keep is not None,
-        preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
+    kept = policies.PreserveAll() if keep is None else policies.LatestN(keep)
+    if keep_every is not None:
+        kept = policies.AnyPreservationPolicy([kept, policies.EveryNSteps(keep_every)])
+    checkpoints = ocp.training.Checkpointer(
+        (workdir / "checkpoints").absolute(), cleanup_tmp_directories=keep is not None, preservation_policy=kept,
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
+    try:
+        yield checkpoints
+    except BaseException:
+        with contextlib.suppress(Exception):  # a save that failed is said already
+            checkpoints.close()
+        raise
+    checkpoints.close()
 
 
-def exists(workdir: Path) -> bool:
-    """Whether a work directory holds a whole checkpoint."""
-    if not (workdir / "checkpoints").is_dir():
-        return False
-    with open_checkpoints(workdir) as checkpoints:
-        return checkpoints.latest is not None
+def steps(workdir: Path) -> list[int]:
+    """The steps whose checkpoints were written to the end, ascending."""
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
-def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, Any]) -> dict[str, Any]:
-    """The newest checkpoint's parts, as `parts` describes them, and its `step`.
+@jax.jit
+def fingerprint(tree: Any) -> UInt32[Array, ""]:
+    """A number that any single changed bit changes, and two changes but by rare chance; the same on every mesh.
+
+    Every 32 bits times an odd number of their place, all added modulo 2**32.
+    """
+    total = jnp.uint32(0)
+    for number, x in enumerate(jax.tree.leaves(tree)):
+        place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+        total += (2 * number + 1) * jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32) * (2 * place + 1),
+                                            dtype=jnp.uint32)
+    return total
+
+
+def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, Any],
+         mend: bool = False) -> dict[str, Any]:
+    """The newest whole checkpoint's parts, as `parts` describes them, and its `step`.
+
+    Args:
+      mend: rename damaged ones (`damaged-STEP`), so that training can write theirs again.
 
     Raises:
-      EsoError: it is damaged, lacks a part, or is of another model.
+      EsoError: no checkpoint is whole, lacks none of the parts and is of this model.
     """
-    step = checkpoints.latest.step
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    try:
-        loaded = checkpoints.load_checkpointables(step, {**parts, "step": {"step": scalar, "length": scalar}})
-    except Exception as error:  # Orbax raises what its storage layers raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise EsoError(f"--workdir = {str(workdir)!r}: checkpoint {step} is damaged, not of this config, or lacks one "
-                       f"of {', '.join(parts)} ({reason}); remove checkpoints/{step} to use the one before") from error
-    length = int(loaded["step"]["length"])
-    require(length == config.length, "model.length", config.length, f"the checkpoint in {workdir} has length {length}")
-    return {**loaded, "step": int(loaded["step"]["step"])}
+    here = jax.tree.leaves(parts)[0].sharding
+    here = NamedSharding(here.mesh, P()) if isinstance(here, NamedSharding) else here
+    about = {"step": jnp.int32, "length": jnp.int32, **{name: jnp.uint32 for name in PARTS}}
+    abstract = {**parts, "step": {name: jax.ShapeDtypeStruct((), kind, sharding=here) for name, kind in about.items()}}
+    # What the writer sees: a shared file system may show others something older.
+    found = [int(step) for step in multihost.gathered("steps", " ".join(map(str, steps(workdir))))[0].split()]
+    problem = None
+    for step in reversed(found):
+        try:
+            loaded = checkpoints.load_checkpointables(step, abstract)
+            wrong = [name for name in parts if int(fingerprint(loaded[name])) != int(loaded["step"][name])]
+            problem = f"{', '.join(wrong)}: not what was saved" if wrong else None
+        except Exception as error:  # Orbax raises what its storage layers raise
+            problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        problem = multihost.agreed("load", problem)
+        if problem is None:
+            length = int(loaded["step"]["length"])
+            require(length == config.length, "model.length", config.length,
+                    f"the checkpoint in {workdir} has length {length}")
+            return {**{name: loaded[name] for name in parts}, "step": int(loaded["step"]["step"])}
+        metrics.say(f"warning: checkpoint {step} in {workdir} is damaged, or lacks one of {', '.join(parts)} "
+                    f"({problem}); looking at the one before")
+        if mend:
+            multihost.by_writer("mend", lambda: _set_aside(workdir / "checkpoints", step))
+            checkpoints.reload()
+    raise EsoError(f"--workdir = {str(workdir)!r}: none of its checkpoints ({', '.join(map(str, found))}) is whole and "
+                   f"of this config ({problem}); train in another --workdir, or restore this one from a copy")
+
+
+def _set_aside(folder: Path, step: int) -> None:
+    names = (f"damaged-{step}" + (f"-{again}" if again else "") for again in range(1000))
+    (folder / str(step)).rename(next(folder / name for name in names if not (folder / name).exists()))
 
 
 def load_params(workdir: Path, config: ModelConfig, abstract: Any, ema: bool) -> tuple[int, Any]:
-    """(step, parameters) of the newest checkpoint: the averaged ones if asked for, which only a trained one has."""
-    require(exists(workdir), "--workdir", str(workdir), "holds no checkpoint; train or import a model first")
+    """(step, parameters) of the newest whole checkpoint: the averaged ones if asked for, which only a trained one has.
+    """
+    found = steps(workdir)
+    require(bool(found), "--workdir", str(workdir), "holds no checkpoint; train or import a model first")
     with open_checkpoints(workdir) as checkpoints:
-        part = "ema" if ema and checkpoints.latest.step > 0 else "params"
+        part = "ema" if ema and found[-1] > 0 else "params"
         loaded = load(checkpoints, workdir, config, {part: abstract})
         return loaded["step"], loaded[part]
 
 
-def step_part(step: jax.Array | int, config: ModelConfig) -> dict[str, Any]:
-    return {"step": jnp.int32(step), "length": jnp.int32(config.length)}
+class Saver:
+    """Saves in the background, one checkpoint at a time, and says so when it failed. A context manager, which at its
+    end waits for the save in progress."""
+
+    def __init__(self, checkpoints: Any, workdir: Path, config: ModelConfig) -> None:
+        self._checkpoints, self._workdir, self._config = checkpoints, workdir, config
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._error: Exception | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            self.wait()
+
+    def save(self, step: int, parts: dict[str, Any]) -> None:
+        """Copies the parts and returns; `check` says what became of the save.
+
+        Raises:
+          EsoError: this save could not begin, or the one before failed.
+        """
+        self.wait()
+        about = {"step": np.array(step, np.int32), "length": np.array(self._config.length, np.int32)}
+        about |= {name: np.asarray(fingerprint(parts[name]) if name in parts else 0, np.uint32) for name in PARTS}
+        self._step = step
+        try:
+            response = self._checkpoints.save_checkpointables_async(step, {**parts, "step": about})
+        except Exception as error:  # as above
+            self._error = error
+        else:
+            self._thread = threading.Thread(target=self._finish, args=(response,), daemon=True)
+            self._thread.start()
+        self.check()
+
+    def _finish(self, response: Any) -> None:
+        try:
+            response.result()
+        except Exception as error:  # raised again by `check`, in the main thread
+            self._error = error
+
+    def check(self) -> None:
+        """Raises an EsoError if the save failed, as far as is known."""
+        if self._error is None:
+            return
+        if multihost.is_writer():
+            for path in (self._workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+        reason = f"{type(self._error).__name__}: {self._error}".splitlines()[0][:200]
+        full = os_error(self._error) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(self._error)
+        raise EsoError(f"--workdir = {str(self._workdir)!r}: the checkpoint of step {self._step} could not be written "
+                       f"({'the disk is full' if full else reason}); {self._last()}; "
+                       f"{'make room' if full else 'mend that'} and repeat the command") from self._error
+
+    def wait(self) -> None:
+        """Waits for the save in progress; raises as `check` does."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def last(self) -> str:
+        """The last checkpoint, for people; a save in progress is given a minute."""
+        if self._thread is not None:
+            self._thread.join(60)
+        return self._last()
+
+    def _last(self) -> str:
+        found = steps(self._workdir)
+        return f"the last good checkpoint is step {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def os_error(error: BaseException | None) -> int | None:
+    """The errno behind an exception, if an OSError is its cause."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def save_params(workdir: Path, config: ModelConfig, params: Any) -> None:
     """A checkpoint of parameters alone, at step 0."""
     with open_checkpoints(workdir, keep=1) as checkpoints:
-        checkpoints.save_checkpointables(0, {"params": jax.tree.map(jnp.asarray, params), "step": step_part(0, config)})
+        saver = Saver(checkpoints, workdir, config)
+        saver.save(0, {"params": jax.tree.map(jnp.asarray, params)})
+        saver.wait()

@@ -24,6 +24,13 @@ class EsoError(ValueError):
     """A mistake in the input that the user can mend. The command line prints it as one line and exits with 2."""
 
 
+class RunAgain(RuntimeError):
+    """The run stopped through no fault of its own: the same command goes on from its last checkpoint. The command line
+    prints it as one line and exits with EXIT, on which the scripts in launch/ do so."""
+
+    EXIT = 75  # the "try again" of sysexits.h
+
+
 def require(condition: bool, name: str, value: Any, remedy: str) -> None:
     """Raises an EsoError `name = value: remedy` unless `condition` holds."""
     if not condition:
@@ -141,6 +148,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the devices share the work; see eso_jax/sharding.py. A run may go on with another mesh."""
+
+    data: int | None = None  # copies of the model, each with its own rows; None: all devices that the others leave
+    fsdp: int = 1  # devices that share one copy's parameters and optimizer state
+    tensor: int = 1  # devices that share one copy's heads, hidden units, vocabulary and rows
+
+    def __post_init__(self) -> None:
+        _check_types("mesh", self)
+        for name in ("data", "fsdp", "tensor"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"mesh.{name}", value, "must be at least 1")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The optimizer and the loop. Defaults are the paper's (its appendix C.3 and the authors' configs)."""
 
@@ -157,21 +179,27 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema: float = 0.9999  # decay of the averaged weights that evaluation uses, ramped as (1 + n) / (10 + n)
     compute_dtype: str = "bfloat16"  # of activations; parameters, optimizer and loss are float32
+    remat: str = "none"  # what the backward pass computes again: "none", "dots" (all but products) or "full" (blocks)
+    non_finite: str = "stop"  # at a loss or gradient that is not finite: "stop", or "skip" the step and count it
     seed: int = 1
     log_every: int = 50
     eval_every: int = 5000
     eval_windows: int = 512  # validation windows per evaluation
     save_every: int = 1000
-    keep: int = 3  # checkpoints kept
+    keep: int = 3  # the last checkpoints kept
+    keep_every: int | None = None  # and those of every so many steps, for good
+    hang_seconds: int = 1800  # a step that takes longer ends the process, for the launcher to start again; 0: never
+    profile_steps: int = 0  # steps traced into W/profile, from the third of this process on
 
     def __post_init__(self) -> None:
         _check_types("train", self)
         require(self.start_from != "", "train.start_from", self.start_from, "give a work directory, or None")
         require(0 <= self.seed < 2**32, "train.seed", self.seed, "must be in [0, 2**32)")
         for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_windows", "save_every",
-                     "keep"):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        for name in ("warmup", "weight_decay"):
+                     "keep", "keep_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"train.{name}", value, "must be at least 1")
+        for name in ("warmup", "weight_decay", "hang_seconds", "profile_steps"):
             require(0 <= getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "must be >= 0")
         for name in ("learning_rate", "eps", "clip_norm"):
             require(0 < getattr(self, name) < math.inf, f"train.{name}", getattr(self, name),
@@ -180,8 +208,10 @@ class TrainConfig:
             require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "must be in [0, 1)")
         require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate,
                 f"must divide train.batch_size = {self.batch_size}")
-        require(self.compute_dtype in ("float32", "bfloat16"), "train.compute_dtype", self.compute_dtype,
-                "choose float32 or bfloat16")
+        for name, choices in (("compute_dtype", ("float32", "bfloat16")), ("remat", ("none", "dots", "full")),
+                              ("non_finite", ("stop", "skip"))):
+            value = getattr(self, name)
+            require(value in choices, f"train.{name}", value, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 @dataclass(frozen=True)
@@ -192,6 +222,7 @@ class Config:
     family: FamilyConfig = field(default_factory=FamilyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         require(self.family.name != "bd3lm" or self.model.length % self.family.block_size == 0,
@@ -223,7 +254,8 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
-_SECTIONS: dict[str, type] = {"model": ModelConfig, "family": FamilyConfig, "data": DataConfig, "train": TrainConfig}
+_SECTIONS: dict[str, type] = {"model": ModelConfig, "family": FamilyConfig, "data": DataConfig, "train": TrainConfig,
+                              "mesh": MeshConfig}
 
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:

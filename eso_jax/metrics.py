@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from eso_jax.multihost import is_writer
+
 FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends JSON lines, each with its step. Resuming at a step drops the lines a killed run wrote beyond it."""
+    """Appends JSON lines, each with its step; the writer's alone. Resuming at a step drops the lines a killed run wrote
+    beyond it."""
 
     def __init__(self, workdir: Path, resume_step: int) -> None:
         self.path = workdir / FILE
+        if not is_writer():
+            return
         kept = [line for line in read(workdir) if line["step"] <= resume_step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(self.path)
 
     def write(self, step: int, **values: Any) -> None:
+        if not is_writer():
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -43,14 +51,31 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 
 def say(message: str) -> None:
-    """A line for people, on stderr, above any progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    """A line for people, on stderr, above any progress bar; from the writer alone."""
+    if is_writer():
+        tqdm.write(message, file=sys.stderr)
 
 
 def progress(steps: Iterable[int], total: int, initial: int, label: str) -> tqdm:
-    """A progress bar on a terminal, silent elsewhere."""
-    return tqdm(steps, total=total, initial=initial, desc=label, unit="step", disable=None, file=sys.stderr,
+    """A progress bar on the writer's terminal, silent elsewhere."""
+    return tqdm(steps, total=total, initial=initial, desc=label, unit="step", file=sys.stderr,
+                disable=None if is_writer() else True,
                 dynamic_ncols=True)
+
+
+@contextmanager
+def profiled(workdir: Path, nth: int, count: int) -> Iterator[None]:
+    """Around the nth step of this process (from 1): traces `count` of them into `W/profile`, from the third on, by when
+    everything is compiled. The trace ends in the step after them, which has waited for the last."""
+    import jax.profiler
+
+    first = 3
+    if count and nth == first:
+        jax.profiler.start_trace(str(workdir / "profile"))
+    yield
+    if count and nth == first + count:
+        jax.profiler.stop_trace()
+        say(f"traced {count} steps into {workdir / 'profile'}")
 
 
 def plot_loss(workdir: Path, baselines: dict[str, float] | None = None) -> Path:

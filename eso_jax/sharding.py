@@ -1,50 +1,207 @@
-"""Where arrays live: one mesh, Auto axes (XLA places what is not said).
+"""Where arrays live: one mesh of three axes, and one table of rules.
 
-Training splits the batch over "data", which holds all devices, and replicates everything else. Sampling splits the
-batch over "data" and the attention heads and the hidden layer of the MLP over "tensor".
+  data    copies of the model, each with its own rows; across slices of a pod or nodes, this axis is outermost
+  fsdp    devices that share a copy's parameters, averages and optimizer state, each with its own rows
+  tensor  devices that share a copy's heads, hidden units, vocabulary and rows
+
+The axes are Auto: XLA places what is not said here, and inserts the communication. Training, sampling and planning for
+machines that are not there (eso_jax/planning) all use these meshes. There is no axis along the sequence: at the
+paper's lengths the rows of a batch are enough to keep every device busy.
+
+Axes: B batch, L length, S slots, H heads; of parameters see eso_jax/transformer.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from eso_jax.config import ModelConfig, require
+from eso_jax.config import Config, MeshConfig, ModelConfig, require
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
+
+# Parameter -> who holds which part. Averages and optimizer state follow their parameter. Vocabularies such as 50,258
+# divide by nothing, so the embedding and the head are kept split by width; `head_split` is how the head is used.
+RULES: dict[str, P] = {
+    "embedding": P(None, ("fsdp", "tensor")),
+    "qkv": P(None, "fsdp", None, "tensor", None),
+    "out": P(None, "tensor", None, "fsdp"),
+    "mlp_in_kernel": P(None, "fsdp", "tensor"),
+    "mlp_in_bias": P(None, "tensor"),
+    "mlp_out_kernel": P(None, "tensor", "fsdp"),
+    "mlp_out_bias": P(),
+    "norm1": P(),
+    "norm2": P(),
+    "adaln_kernel": P(None, None, None, "fsdp"),
+    "adaln_bias": P(None, None, "fsdp"),
+    "sigma_in_kernel": P(),
+    "sigma_in_bias": P(),
+    "sigma_out_kernel": P(),
+    "sigma_out_bias": P(),
+    "head_norm": P(),
+    "head_kernel": P(("fsdp", "tensor"), None),
+    "head_bias": P(),
+    "head_adaln_kernel": P(),
+    "head_adaln_bias": P(),
+}
+
+# Folded, unstacked weights of the sampler.
+OVER_TENSOR = {"qkv": P(None, None, "tensor"), "out": P("tensor"), "mlp_in.kernel": P(None, "tensor"),
+               "mlp_in.bias": P("tensor"), "mlp_out.kernel": P("tensor")}
 
 
-def mesh(batch_size: int) -> Mesh:
-    """All devices on one "data" axis."""
-    count = jax.device_count()
-    require(batch_size % count == 0, "train.batch_size", batch_size, f"must be a multiple of the {count} devices")
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
+def mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices, or of those given (which may be of a topology that is not there).
+
+    Slices of a pod are joined along "data" alone, so that only gradients go between them.
+
+    Raises:
+      EsoError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    count, model = len(devices), config.fsdp * config.tensor
+    require(count % model == 0, "mesh.fsdp x mesh.tensor", model, f"must divide the {count} devices")
+    data = count // model if config.data is None else config.data
+    require(data * model == count, "mesh.data", config.data,
+            f"times fsdp = {config.fsdp} and tensor = {config.tensor} must be the {count} devices; leave it unset")
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    require(data % slices == 0, "mesh.data", data, f"must be a multiple of the {slices} slices")
+    shape = (data // slices, config.fsdp, config.tensor)
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check(config: Config, mesh: Mesh) -> None:
+    """Raises an EsoError unless a config's batch and model divide over a mesh."""
+    size, (model, batch) = mesh.shape, (config.model, config.train.batch_size // config.train.accumulate)
+    rows, shards = math.prod(size[axis] for axis in BATCH), size["fsdp"] * size["tensor"]
+    require(batch % rows == 0, "train.batch_size", config.train.batch_size,
+            f"with train.accumulate = {config.train.accumulate}, must be a multiple of "
+            f"{rows * config.train.accumulate}: mesh.data x mesh.fsdp = {rows} devices split the rows")
+    require(model.heads % size["tensor"] == 0, "mesh.tensor", size["tensor"], f"must divide the {model.heads} heads")
+    require(model.width % shards == 0, "mesh.fsdp x mesh.tensor", shards,
+            f"must divide model.width = {model.width}; use more of mesh.data")
+
+
+def spec(path: tuple[Any, ...], ndim: int) -> P:
+    """The rule of a parameter, or of its average or optimizer state, by its path in a tree. Scalars are everywhere.
+
+    Raises:
+      EsoError: no rule has its name, or the rule cannot be right.
+    """
+    if ndim == 0:
+        return P()
+    name = next((str(part.key) for part in reversed(path) if hasattr(part, "key")), "")
+    require(name in RULES, "parameter", jax.tree_util.keystr(path), "has no rule in eso_jax/sharding.py; add one")
+    rule = RULES[name]
+    axes = [axis for entry in rule for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None]
+    require(len(rule) <= ndim, f"rule of {name}", rule, f"has more axes than the parameter's {ndim}")
+    require(set(axes) <= set(AXES), f"rule of {name}", rule, f"may name only {', '.join(AXES)}")
+    require(len(set(axes)) == len(axes), f"rule of {name}", rule, "names an axis twice; each splits one dimension")
+    return rule
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every leaf of a tree of parameters, averages or optimizer state (arrays or their shapes)."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, spec(path, x.ndim)), tree)
+
+
+def constrain_params(tree: Any) -> Any:
+    """A tree such as gradients, laid out by the rules on the mesh in force; itself where there is none."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *spec(path, x.ndim)), tree)
+
+
+def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """x laid out over these axes of the mesh in force (jax.set_mesh); x itself where there is none, or one device.
+
+    Inside a compiled function the parts may be of unequal size (XLA pads); outside, such an x stays as it is.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    if not here.axis_names or here.size == 1:
+        return x
+    even = all(axis is None or size % _size(*((axis,) if isinstance(axis, str) else axis)) == 0
+               for size, axis in zip(x.shape, axes, strict=False))
+    return jax.lax.with_sharding_constraint(x, P(*axes)) if even or isinstance(x, jax.core.Tracer) else x
+
+
+def head_split(kernel: Array) -> Array:
+    """The head's kernel [D, V] as it is multiplied with: split by vocabulary over "tensor" (unevenly, if need be; XLA
+    pads), so that no device makes or keeps all logits of a row."""
+    return constrain(kernel, None, "tensor")
+
+
+def batch_shards() -> int:
+    """Into how many parts the mesh in force splits the rows of a batch."""
+    return _size(*BATCH)
+
+
+def tensor_shards() -> int:
+    """Into how many parts the mesh in force splits heads and vocabulary."""
+    return _size("tensor")
+
+
+def _size(*axes: str) -> int:
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in axes)
+
+
+def platform() -> str:
+    """What the program being traced will run on: the platform of the mesh in force, else the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def locally(function: Callable[..., Array], heads: tuple[Array, ...], masks: tuple[Array, ...]) -> Array:
+    """function(*heads, *masks), computed by every device for its own rows and heads, without communication.
+
+    Args:
+      heads: arrays [B, S, H, K]; so is the result.
+      masks: arrays [B or 1, S, L].
+    """
+    batch, _, count, _ = heads[0].shape
+    rows, tensor = batch_shards(), tensor_shards()
+    if rows * tensor == 1 or batch % rows or count % tensor:
+        return function(*heads, *masks)
+    whole = P(BATCH, None, "tensor", None)
+    specs = (*(whole for _ in heads), *(P(BATCH if mask.shape[0] > 1 else None) for mask in masks))
+    return jax.shard_map(function, in_specs=specs, out_specs=whole, check_vma=False)(*heads, *masks)
+
+
+def rows_of_process(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " R"]:
+    """Which rows of a global batch this process's devices hold, ascending."""
+    held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
+
+
+def put_batch(tokens: Int[np.ndarray, "R L"], mesh: Mesh, batch_size: int) -> jax.Array:
+    """A global batch [B, L] from this process's rows of it."""
+    rows = rows_of_process(mesh, batch_size)
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # JAX's own type allows it
+        return tokens[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+
+    return jax.make_array_from_callback((batch_size, tokens.shape[1]), NamedSharding(mesh, P(BATCH, None)), part)
 
 
 def sampling_mesh(config: ModelConfig, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices (or those given) on "data" x "tensor", `tensor` of them to a copy of the model."""
+    """All devices (or those given), `tensor` of them to a copy of the model."""
     count = len(devices or jax.devices())
     require(tensor >= 1 and count % tensor == 0, "tensor", tensor, f"must divide the {count} devices")
     require(config.heads % tensor == 0, "tensor", tensor, f"must divide the {config.heads} heads")
-    return jax.make_mesh((count // tensor, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2,
-                         devices=devices)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
-
-
-def put_batch(tokens: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A global batch [B, L] from this process's rows."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, P("data", None)), tokens)
-
-
-OVER_TENSOR = {"qkv": P(None, None, "tensor"), "out": P("tensor"), "mlp_in.kernel": P(None, "tensor"),
-               "mlp_in.bias": P("tensor"), "mlp_out.kernel": P("tensor")}
+    return mesh(MeshConfig(tensor=tensor), devices)
 
 
 def put_weights(weights: Any, mesh: Mesh) -> Any:
@@ -54,9 +211,3 @@ def put_weights(weights: Any, mesh: Mesh) -> Any:
         return jax.device_put(w, NamedSharding(mesh, OVER_TENSOR.get(name, P())))
 
     return jax.tree_util.tree_map_with_path(put, weights)
-
-
-def constrain(x: Array, *axes: str | None) -> Array:
-    """x laid out over these axes of the mesh in force (jax.set_mesh); x itself where there is none."""
-    names = jax.sharding.get_abstract_mesh().axis_names
-    return jax.lax.with_sharding_constraint(x, P(*(a if a in names else None for a in axes))) if names else x

@@ -2,12 +2,14 @@
 
   W/config.json     the run's config
   W/tokenizer.json  its tokenizer, unless that is code alone (bytes)
-  W/checkpoints/    parameters, averages, optimizer and data position, together
+  W/checkpoints/    parameters, averages, optimizer and step, together
   W/metrics.jsonl   a line per `train.log_every` steps and per evaluation
   W/loss.png        drawn at the end
+  W/profile/        a trace of `train.profile_steps` steps, for TensorBoard or Perfetto
 
 The same command resumes from the last whole checkpoint, and N steps are the same N steps, bit for bit, however often
-the run was interrupted. (Logged losses are means since the line before, or since the resumed step.)
+the run was interrupted. (Logged losses are means since the line before, or since the resumed step.) The devices, the
+mesh and the number of processes may change in between; the losses then agree to rounding.
 
 Axes: B global batch, A micro-batches, L length.
 """
@@ -26,15 +28,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from eso_jax import checkpoint, families, finetune, metrics, sharding, transformer, workdir
-from eso_jax.config import Config, EsoError, require
+from eso_jax import checkpoint, families, finetune, metrics, multihost, sharding, transformer, workdir
+from eso_jax.config import Config, EsoError, RunAgain, require
 from eso_jax.data import tokenizer_of, windows_of
 from eso_jax.evaluation import perplexity
 from eso_jax.noise import Draws
 from eso_jax.optim import optimizer, update_ema
 from eso_jax.transformer import Params
+
+SKIPS_IN_A_ROW = 100  # more steps that are not finite end the run, also where train.non_finite = "skip"
 
 
 @struct.dataclass
@@ -46,9 +52,11 @@ class TrainState:
       params: float32 parameters.
       ema: their moving average, which evaluation and sampling use.
       optimizer: optax's state.
+
+    Or a description of each of these (its shape, its sharding).
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Params
     ema: Params
     optimizer: Any
@@ -61,8 +69,43 @@ def init_state(config: Config, params: Params | None = None) -> TrainState:
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer(config.train).init(params))
 
 
+def shardings(config: Config, mesh: Mesh) -> TrainState:
+    """Where each part of the state lives."""
+    return sharding.shardings(jax.eval_shape(functools.partial(init_state, config)), mesh)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """The shapes, types and shardings of the state."""
+    shapes = jax.eval_shape(functools.partial(init_state, config))
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes,
+                        sharding.shardings(shapes, mesh))
+
+
+def begin(config: Config, mesh: Mesh, start: Params | None = None) -> TrainState:
+    """The state at step 0, born where it lives: no device ever holds all of it."""
+    where = shardings(config, mesh)
+    if start is not None:
+        start = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda part: x[part]), start,
+                             where.params)
+    return jax.jit(functools.partial(init_state, config), out_shardings=where)(start)
+
+
+def jit_step(config: Config, mesh: Mesh) -> Any:
+    """The compiled training step on a mesh: (state, tokens [B, L]) -> (state, metrics); the state is donated."""
+    return jax.jit(functools.partial(train_step, config), donate_argnums=0,
+                   out_shardings=(shardings(config, mesh), NamedSharding(mesh, P())))
+
+
+def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """The training step, lowered for a mesh whose devices need not be there."""
+    tokens = jax.ShapeDtypeStruct((config.train.batch_size, config.model.length), jnp.int32,
+                                  sharding=NamedSharding(mesh, P(sharding.BATCH, None)))
+    with jax.set_mesh(mesh):
+        return jit_step(config, mesh).lower(abstract_state(config, mesh), tokens)
+
+
 def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> tuple[TrainState, dict[str, Array]]:
-    """One update on a global batch.
+    """One update on a global batch; none, but for the step, if it is not finite and train.non_finite = "skip".
 
     Metrics are scalars: loss, its terms, gradient norm, and whether these and the new parameters are finite.
     """
@@ -71,16 +114,19 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     def loss(params: Params, rows: tuple[Array, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
         weights = transformer.fold(config.model, params, jnp.dtype(config.train.compute_dtype))
         tokens, index = rows
+        tokens = sharding.constrain(tokens, sharding.BATCH)
         terms = families.get(config).loss(weights, config, tokens, Draws(draws_key, index, config.train.batch_size))
         return jnp.sum(jnp.stack(list(terms.values()))), terms
 
     def add_micro_batch(total: Any, rows: tuple[Array, Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss, has_aux=True)(state.params, rows)), None
+        values, gradients = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
+        # Each device needs the gradients of the parameters that it holds, and no others.
+        return jax.tree.map(jnp.add, total, (values, sharding.constrain_params(gradients))), None
 
     micro_batches = jax.tree.map(functools.partial(_split, config), (tokens, jnp.arange(tokens.shape[0])))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
         jax.value_and_grad(loss, has_aux=True), state.params, jax.tree.map(lambda x: x[0], micro_batches)))
-    total, _ = jax.lax.scan(add_micro_batch, zero, micro_batches)
+    total, _ = jax.lax.scan(add_micro_batch, (zero[0], sharding.constrain_params(zero[1])), micro_batches)
     (mean_loss, terms), gradients = jax.tree.map(lambda x: x / config.train.accumulate, total)
 
     updates, opt_state = optimizer(config.train).update(gradients, state.optimizer, state.params)
@@ -89,6 +135,9 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     new = TrainState(step, params, update_ema(state.ema, params, step, config.train.ema), opt_state)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(mean_loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
+    if config.train.non_finite == "skip":
+        old = TrainState(step, state.params, state.ema, state.optimizer)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
     return new, {"loss": mean_loss, **terms, "gradient_norm": norm, "finite": finite}
 
 
@@ -102,64 +151,85 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     """Trains, or goes on training, in a work directory; returns the last state.
 
     Args:
+      directory: of several processes, one that all of them see.
       baselines: validation bits per byte by name, drawn beside the model's.
 
     Raises:
-      EsoError: the directory holds another run, the data does not fit, or the loss stopped being finite.
+      EsoError: the directory holds another run, the data does not fit, the loss stopped being finite, or a checkpoint
+        could not be written.
+      RunAgain: the run was asked to stop (SIGTERM), and has saved; or another process did not come.
     """
     from eso_jax.data.pipeline import batches, eval_batches
 
     settings = config.train
+    mesh = sharding.mesh(config.mesh)
+    sharding.check(config, mesh)
     tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
-    mesh = sharding.mesh(settings.batch_size)
     iterator = batches(windows_of(config, "train", tokenizer=tokenizer), settings.batch_size, config.data.seed,
-                       jax.process_index(), jax.process_count())
+                       sharding.rows_of_process(mesh, settings.batch_size))
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
     validation = np.concatenate(list(eval_batches(held_out, 64, settings.eval_windows)))
-    resumes = checkpoint.exists(directory)  # and then has parameters of its own
+    resumes = bool(checkpoint.steps(directory))  # and then has parameters of its own
     start = None if resumes else finetune.starting_params(config, tokenizer)
-    workdir.claim(directory, config, tokenizer)  # once the data and the start are known to be there
-    state = jax.jit(functools.partial(init_state, config), out_shardings=sharding.replicated(mesh))(start)
-    step_fn = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+    # Once the data and the start are known to be there.
+    multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))
+    workdir.check_shared(directory)
 
-    with checkpoint.open_checkpoints(directory, settings.keep) as checkpoints, jax.set_mesh(mesh):
-        state = _restore(checkpoints, directory, config, state, iterator)
+    preemption = multihost.Preemption()
+    with (checkpoint.open_checkpoints(directory, settings.keep, settings.keep_every) as checkpoints,
+          jax.set_mesh(mesh), preemption.watched(),
+          checkpoint.Saver(checkpoints, directory, config.model) as saver, multihost.together(saver.last)):
+        state = _restore(checkpoints, directory, config, mesh) if resumes else begin(config, mesh, start)
         first = int(state.step)
         require(first <= settings.steps, "train.steps", settings.steps, f"{directory} is at step {first} already")
-        workdir.save_config(directory, config)
+        iterator.set_state({"next_index": first})  # every step draws a batch
+        if multihost.is_writer():
+            workdir.save_config(directory, config)
         log = metrics.MetricsLog(directory, first)
         count = sum(x.size for x in jax.tree.leaves(state.params))
         metrics.say(f"{config.family.name}: {count:,} parameters, {jax.device_count()} {jax.default_backend()} "
                     f"device(s), step {first} of {settings.steps}, in {directory}")
-        meter = _Meter(config, log, lambda: checkpoints.latest)
+        watchdog, meter = multihost.Watchdog(settings.hang_seconds, saver.last), _Meter(config, log, saver.last)
+        step_fn = jit_step(config, mesh)
+        fold = jax.jit(functools.partial(transformer.fold, config.model, dtype=jnp.dtype(settings.compute_dtype)))
+        traced = max(0, min(settings.profile_steps, settings.steps - first - 3))
         bar = metrics.progress(range(first + 1, settings.steps + 1), settings.steps, first, "train")
         for step in bar:
-            state, values = step_fn(state, sharding.put_batch(next(iterator), mesh))
-            meter.add(step, values)  # reads the step before this one, so that the device is never idle
-            if step % settings.eval_every == 0 or step == settings.steps:
+            if step > first + 1:  # the first compiles
+                watchdog.begin()
+            with metrics.profiled(directory, step - first, traced):
+                state, values = step_fn(state, sharding.put_batch(next(iterator), mesh, settings.batch_size))
+                meter.add(step, values)  # reads the step before this one, so that the device is never idle
+            watchdog.rest()
+            saver.check()
+            ends = step == settings.steps
+            if step % settings.eval_every == 0 or ends:
                 meter.flush()
-                weights = transformer.fold(config.model, state.ema, jnp.dtype(settings.compute_dtype))
-                found = perplexity.nelbo(weights, config, validation, tokenizer, config.family.alpha_0,
+                found = perplexity.nelbo(fold(state.ema), config, validation, tokenizer, config.family.alpha_0,
                                          jax.random.key(0))
                 log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
                 metrics.say(f"step {step}: validation {found.bits_per_byte:.3f} bits per byte")
                 meter.restart_clock()
-            if step % settings.save_every == 0 or step == settings.steps:
+            stops = preemption.asked(step)
+            if step % settings.save_every == 0 or ends or stops:
                 meter.flush()  # a state is saved only once it is known to be finite
-                checkpoints.save_checkpointables_async(step, {**_parts(state), "data": iterator,
-                                                              "step": checkpoint.step_part(step, config.model)})
+                saver.save(step, _parts(state))
                 meter.restart_clock()
-    metrics.plot_loss(directory, baselines)
+            if stops and not ends:
+                saver.wait()
+                raise RunAgain(f"asked to stop (SIGTERM), saved step {step} of {settings.steps}; the same command goes "
+                               "on from there")
+    if multihost.is_writer():
+        metrics.plot_loss(directory, baselines)
+    multihost.barrier("end")
     return state
 
 
-def _restore(checkpoints: Any, directory: Path, config: Config, state: TrainState, iterator: Any) -> TrainState:
-    """The newest checkpoint's state, and the iterator moved to its position; the given ones where there is none."""
-    if checkpoints.latest is None:
-        return state
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _parts(state))
-    loaded = checkpoint.load(checkpoints, directory, config.model, {**abstract, "data": iterator})
-    step = jax.device_put(jnp.int32(loaded["step"]), state.step.sharding)
+def _restore(checkpoints: Any, directory: Path, config: Config, mesh: Mesh) -> TrainState:
+    """The newest whole checkpoint's state."""
+    abstract = abstract_state(config, mesh)
+    loaded = checkpoint.load(checkpoints, directory, config.model, _parts(abstract), mend=True)
+    step = jax.make_array_from_callback((), abstract.step.sharding, lambda _: np.int32(loaded["step"]))
     return TrainState(step, loaded["params"], loaded["ema"], loaded["optimizer"])
 
 
@@ -170,10 +240,11 @@ def _parts(state: TrainState) -> dict[str, Any]:
 class _Meter:
     """Reads each step's metrics one step late, checks the loss, and logs means over `log_every` steps."""
 
-    def __init__(self, config: Config, log: metrics.MetricsLog, latest: Callable[[], Any]) -> None:
-        self.config, self.log, self.latest = config, log, latest
+    def __init__(self, config: Config, log: metrics.MetricsLog, last: Callable[[], str]) -> None:
+        self.config, self.log, self.last = config, log, last
         self.pending: tuple[int, dict[str, Array]] | None = None
         self.seen: list[dict[str, float]] = []
+        self.skipped = self.skipped_in_a_row = 0
         self.started = False
         self.restart_clock()
 
@@ -190,14 +261,11 @@ class _Meter:
             return
         (step, values), self.pending = self.pending, None
         now = {name: float(value) for name, value in values.items()}
-        if not now.pop("finite"):
-            latest = self.latest()
-            good = f"the last good checkpoint is step {latest.step}" if latest else "there is no checkpoint yet"
-            seeds = f"train.seed = {self.config.train.seed}, data.seed = {self.config.data.seed}"
-            raise EsoError(f"loss = {now['loss']}, gradient_norm = {now['gradient_norm']} at step {step}: the update "
-                           f"is not finite ({seeds}); {good}; rerun in a new --workdir with a lower "
-                           "train.learning_rate or train.clip_norm")
-        self.seen.append(now)
+        if now.pop("finite"):
+            self.seen.append(now)
+            self.skipped_in_a_row = 0
+        else:
+            self.skip(step, now)
         if not self.started:  # the first step compiled
             self.started = True
             self.restart_clock()
@@ -206,11 +274,30 @@ class _Meter:
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             seconds = time.perf_counter() - self.clock
             tokens = self.clocked * self.config.train.batch_size * self.config.model.length
-            means = {name: float(np.mean([s[name] for s in self.seen])) for name in self.seen[0]}
+            means = {name: float(np.mean([s[name] for s in self.seen])) for name in (self.seen or [{}])[0]}
             speed = {"tokens_per_second": tokens / seconds} if tokens else {}
-            self.log.write(step, **means, **speed)
+            skipped = {"skipped": self.skipped} if self.skipped else {}
+            self.log.write(step, **means, **speed, **skipped)
             if not sys.stderr.isatty():  # a terminal has the progress bar
-                metrics.say(f"step {step} of {self.config.train.steps}: loss {means['loss']:.3f}"
-                            + "".join(f", {tokens_per_second:,.0f} tokens/s" for tokens_per_second in speed.values()))
-            self.seen = []
+                parts = [f"loss {means['loss']:.3f}"] if means else []
+                rates = {"tokens/s": speed.get("tokens_per_second"), "steps skipped": self.skipped}
+                parts += [f"{value:,.0f} {name}" for name, value in rates.items() if value]
+                metrics.say(f"step {step} of {self.config.train.steps}: {', '.join(parts)}")
+            self.seen, self.skipped = [], 0
             self.restart_clock()
+
+    def skip(self, step: int, now: dict[str, float]) -> None:
+        """Counts a step that was not finite.
+
+        Raises:
+          EsoError: such steps may not be skipped, or are too many.
+        """
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        settings, many = self.config.train, self.skipped_in_a_row > SKIPS_IN_A_ROW
+        if settings.non_finite == "stop" or many:
+            seeds = f"train.seed = {settings.seed}, data.seed = {self.config.data.seed}"
+            raise EsoError(f"loss = {now['loss']}, gradient_norm = {now['gradient_norm']} at step {step}"
+                           f"{f', the last of {self.skipped_in_a_row} in a row' if many else ''}: the update is not "
+                           f"finite ({seeds}); {self.last()}; rerun in a new --workdir with a lower train.learning_rate "
+                           "or train.clip_norm, or skip such steps by train.non_finite=skip")

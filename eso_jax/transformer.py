@@ -20,7 +20,7 @@ Weights (stacked over layers, or unstacked into a tuple by `unstack`):
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +28,34 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from eso_jax import noise
+from eso_jax import noise, sharding
 from eso_jax.attention import Attend
-from eso_jax.config import ModelConfig
+from eso_jax.config import Config, ModelConfig
 
 Params = dict[str, Any]
 Weights = dict[str, Any]
-Dropout = tuple[float, Key[Array, " B"]] | None  # the rate, and one key per row
 
 MASK_LOGIT = -1e6
 LOGITS_AT_ONCE = 2**27  # of a loss or a step: half a gigabyte in float32
 FREQUENCIES = 256  # width of the timestep embedding, the authors'
 GATES = (2, 5)  # of the six modulations of a block: shift, scale and gate of attention, then of the MLP
+
+
+UNROLLED = 12  # layers in one turn of the scan, on CPU
+
+
+class Training(NamedTuple):
+    """What a training pass does that others do not.
+
+    Attributes:
+      dropout: the rate.
+      keys: one per row; None if the rate is 0.
+      remat: what the backward pass computes again, train.remat.
+    """
+
+    dropout: float
+    keys: Key[Array, " B"] | None
+    remat: str
 
 
 class Denoiser(nn.Module):
@@ -137,7 +153,7 @@ def unstack(weights: Weights) -> Weights:
 
 
 def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], attend: Attend,
-          cache: Any = None, dropout: Dropout = None) -> tuple[Float[Array, "B S D"], Any]:
+          cache: Any = None, training: Training | None = None) -> tuple[Float[Array, "B S D"], Any]:
     """Everything but the head.
 
     Args:
@@ -146,7 +162,7 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
       positions: natural positions in [0, L), for the rotary embedding.
       attend: who sees whom; see eso_jax/attention.py.
       cache: whatever `attend` carries through the layers (None, or a KVCache; the latter needs unstacked weights).
-      dropout: rate, and one key per row.
+      training: dropout and rematerialization of a training pass.
 
     Returns:
       The hidden states after the last normalization, and the cache.
@@ -156,10 +172,10 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
     rotary = rotary_table(positions, head_size)
 
     def drop(x: Array, layer: Any, site: int) -> Array:
-        if dropout is None:
+        if training is None or training.keys is None:
             return x
-        rate, keys = dropout
-        return noise.dropout(x, rate, jax.vmap(lambda key: jax.random.fold_in(key, 2 * layer + site))(keys))
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 2 * layer + site))(training.keys)
+        return noise.dropout(x, training.dropout, keys)
 
     def block(carry: tuple[Array, Any], scanned: tuple[Any, Any]) -> tuple[tuple[Array, Any], None]:
         (x, cache), (layer, w) = carry, scanned
@@ -170,23 +186,31 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
         hidden = linear(_layer_norm(x, w["norm2"]).astype(w["qkv"].dtype), w["mlp_in"]["kernel"])
         hidden = nn.gelu(hidden + w["mlp_in"]["bias"].astype(hidden.dtype), approximate=True)
         x = x + drop(linear(hidden, w["mlp_out"]["kernel"]) + w["mlp_out"]["bias"], layer, 1)
-        return (x, cache), None
+        return (sharding.constrain(x, sharding.BATCH), cache), None
 
-    carry = (weights["embedding"][tokens], cache)
+    carry = (sharding.constrain(weights["embedding"][tokens], sharding.BATCH), cache)
     if isinstance(weights["blocks"], tuple):
         for scanned in enumerate(weights["blocks"]):
             carry, _ = block(carry, scanned)
     else:
-        layers = jnp.arange(weights["blocks"]["qkv"].shape[0])
-        # Unrolled, a step is 30-60% faster on CPU; scanned, it compiles in half the time on TPU.
-        carry, _ = jax.lax.scan(block, carry, (layers, weights["blocks"]), unroll=jax.default_backend() == "cpu")
+        count, remat = weights["blocks"]["qkv"].shape[0], "none" if training is None else training.remat
+        # Unrolled, a step is 30-60% faster on CPU; scanned, it compiles in half the time on TPU, and however deep the
+        # model is. Rematerialization saves memory under a scan alone.
+        unroll = 1
+        if remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        elif sharding.platform() == "cpu":
+            unroll = max(n for n in range(1, UNROLLED + 1) if count % n == 0)
+        carry, _ = jax.lax.scan(block, carry, (jnp.arange(count), weights["blocks"]), unroll=unroll)
     x, cache = carry
     return _layer_norm(x, weights["head"]["norm"]).astype(weights["head"]["kernel"].dtype), cache
 
 
 def head(weights: Weights, hidden: Float[Array, "*s D"], mask_id: int) -> Float[Array, "*s V"]:
     """Float32 logits of hidden states, the mask's set to MASK_LOGIT."""
-    logits = linear(hidden, weights["head"]["kernel"], dtype=jnp.float32) + weights["head"]["bias"]
+    logits = linear(hidden, sharding.head_split(weights["head"]["kernel"]), dtype=jnp.float32) + weights["head"]["bias"]
+    logits = sharding.constrain(logits, sharding.BATCH, *[None] * (logits.ndim - 2), "tensor")
     return jnp.where(jnp.arange(logits.shape[-1]) == mask_id, MASK_LOGIT, logits)
 
 
@@ -195,7 +219,8 @@ def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B 
     """-log p of the targets, in nats. Logits are made and dropped in chunks along L."""
     def chunk_nll(hidden: Array, targets: Array) -> Array:
         logits = head(weights, hidden, mask_id)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        # A sum, so that each device looks among its own share of the vocabulary.
+        picked = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0).sum(-1)
         return jax.nn.logsumexp(logits, axis=-1) - picked
 
     return in_chunks(chunk_nll, weights["head"]["kernel"].shape[1], hidden, targets)
@@ -211,10 +236,11 @@ def likeliest(weights: Weights, hidden: Float[Array, "B L D"], mask_id: int) -> 
 
 def in_chunks(function: Callable[..., Array], vocab: int, *args: Array) -> Array:
     """function(*args) -> [B, L] for args [B, L, ...], which makes logits of all slots: in the fewest equal parts of the
-    length with at most LOGITS_AT_ONCE each (or parts of one slot), made again for the gradient."""
+    length with at most LOGITS_AT_ONCE on a device (or parts of one slot), made again for the gradient."""
     batch, length = args[0].shape[:2]
+    logits = batch * length * vocab // (sharding.batch_shards() * sharding.tensor_shards())
     chunks = next(n for n in range(1, length + 1)
-                  if n == length or length % n == 0 and batch * length * vocab <= n * LOGITS_AT_ONCE)
+                  if n == length or length % n == 0 and logits <= n * LOGITS_AT_ONCE)
     if chunks == 1:
         return function(*args)
     split = [jnp.moveaxis(x.reshape(batch, chunks, -1, *x.shape[2:]), 1, 0) for x in args]
@@ -234,9 +260,10 @@ def linear(x: Float[Array, "*rows"], w: Float[Array, "*w"], axes: int = 1, dtype
     return out.reshape(*rows, *w.shape[axes:])
 
 
-def dropout_of(config: ModelConfig, draws: noise.Draws, train: bool) -> Dropout:
-    """The dropout of a training pass; None otherwise."""
-    return (config.dropout, draws.per_example(noise.DROPOUT)) if train and config.dropout else None
+def training_of(config: Config, draws: noise.Draws, train: bool) -> Training | None:
+    """What is special about a training pass; None for others."""
+    rate = config.model.dropout
+    return Training(rate, draws.per_example(noise.DROPOUT) if rate else None, config.train.remat) if train else None
 
 
 def natural_positions(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:

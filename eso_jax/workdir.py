@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from eso_jax import config as configs
-from eso_jax import families, likelihood, sharding, transformer
+from eso_jax import families, likelihood, multihost, sharding, transformer
 from eso_jax.config import Config, EsoError, require
 from eso_jax.data import tokenizers
 from eso_jax.data.tokenizers import Tokenizer
@@ -32,7 +33,9 @@ from eso_jax.timing import Stopwatch
 from eso_jax.transformer import Params, Weights
 
 CONFIG = "config.json"
-MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_windows", "save_every", "keep")  # of train, when resuming
+# What may differ when a run goes on: of train, and all of mesh. None of it changes what is computed, but for rounding.
+MAY_CHANGE = ("steps", "accumulate", "remat", "non_finite", "log_every", "eval_every", "eval_windows", "save_every",
+              "keep", "keep_every", "hang_seconds", "profile_steps")
 
 
 def claim(directory: Path, config: Config, tokenizer: Tokenizer | None = None) -> None:
@@ -46,7 +49,8 @@ def claim(directory: Path, config: Config, tokenizer: Tokenizer | None = None) -
         there, here = (dataclasses.asdict(c) for c in (configs.from_file(path), config))
         for section, fields in here.items():
             for name, value in fields.items():
-                same = there[section][name] == value or (section == "train" and name in MAY_CHANGE)
+                may_change = section == "mesh" or section == "train" and name in MAY_CHANGE
+                same = there[section][name] == value or may_change
                 require(same, f"{section}.{name}", value,
                         f"--workdir {directory} holds a run with {there[section][name]!r}; repeat that, or give "
                         "another --workdir")
@@ -61,6 +65,16 @@ def claim(directory: Path, config: Config, tokenizer: Tokenizer | None = None) -
         keep_tokenizer(directory, tokenizer)
     except OSError as error:
         raise EsoError(f"--workdir = {str(directory)!r}: cannot be written ({error.strerror})") from error
+
+
+def check_shared(directory: Path, wait: int = 30) -> None:
+    """Raises an EsoError, in all processes, unless all of them see the directory that the writer made."""
+    deadline = time.monotonic() + wait  # a network file system may take its time
+    while not (seen := (directory / CONFIG).is_file()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    problem = multihost.agreed("shared", None if seen else "does not see it; give a directory that all hosts share")
+    if problem:
+        raise EsoError(f"--workdir = {str(directory)!r}: {problem}")
 
 
 def save_config(directory: Path, config: Config) -> None:
@@ -242,7 +256,7 @@ def read(directory: str | Path, ema: bool = True) -> tuple[Config, int, Params]:
     directory = Path(directory)
     require((directory / CONFIG).is_file(), "--workdir", str(directory), f"not a work directory (no {CONFIG})")
     config = configs.from_file(directory / CONFIG)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
                             jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0))))
     return config, *checkpoint.load_params(directory, config.model, abstract, ema)

@@ -26,7 +26,8 @@ workdir, out = sys.argv[1:]
 found = {}
 for tensor in (1, 4):
     model = eso_jax.load(workdir, tensor=tensor)
-    assert dict(model.mesh.shape) == {"data": jax.device_count() // tensor, "tensor": tensor} or jax.device_count() == 1
+    assert dict(model.mesh.shape) == {
+        "data": jax.device_count() // tensor, "fsdp": 1, "tensor": tensor} or jax.device_count() == 1
     samples = model.sample(6, steps=6, alpha_0=0.5, batch_size=6)
     sampler = families.get(model.config).sampler(model.config)
     x = sort(jnp.asarray(np.arange(6 * 16).reshape(6, 16) % 32), samples.plan.order)

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from eso_jax.cli import bench, check_cache, data, evaluate, export, import_, quality, sample, score, train
 from eso_jax.cli.files import read_plan
-from eso_jax.config import EsoError
+from eso_jax.config import EsoError, RunAgain
 
 __all__ = ["guarded", "keep_compilations", "main", "read_plan"]
 
@@ -47,6 +47,9 @@ def guarded(action: Callable[[], None]) -> int:
     except EsoError as error:
         print(f"eso-jax: error: {error}", file=sys.stderr)
         return 2
+    except RunAgain as error:
+        print(f"eso-jax: {error}", file=sys.stderr)
+        return RunAgain.EXIT
     except KeyboardInterrupt:
         print("eso-jax: interrupted; by the same command, training goes on from its last checkpoint, scoring from its "
               "last orders and preparing from its last shard", file=sys.stderr)

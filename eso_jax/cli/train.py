@@ -6,16 +6,21 @@ import argparse
 from pathlib import Path
 
 EXAMPLE = "eso-jax train experiments/quickstart.py --workdir /tmp/w train.steps=100"
-USAGE = "%(prog)s [-h] experiment --workdir WORKDIR [section.field=value ...]"
+USAGE = "%(prog)s [-h] experiment --workdir WORKDIR [--multi-host] [section.field=value ...]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", help="a Python file that defines `config`, or a config.json")
     parser.add_argument("--workdir", required=True, help="made, or resumed from if it holds this run")
+    parser.add_argument("--multi-host", action="store_true", help="join the other processes of the run: of Slurm, of a "
+                        "TPU pod, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from eso_jax import config
+    from eso_jax import config, multihost
+
+    if arguments.multi_host:
+        multihost.start()
     from eso_jax.train import train
 
     train(config.from_file(arguments.experiment).override(*arguments.overrides), Path(arguments.workdir))

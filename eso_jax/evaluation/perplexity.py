@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from eso_jax import families
+from eso_jax import families, sharding
 from eso_jax.config import Config, require
 from eso_jax.data import Tokenizer
 from eso_jax.noise import Draws
@@ -61,7 +61,7 @@ def nelbo_per_window(weights: Weights, config: Config, windows: np.ndarray, alph
     require(len(windows) > 0, "windows", 0, "nothing to evaluate")
     totals: list[dict[str, np.ndarray]] = []
     for low in range(0, len(windows), rows):
-        tokens = jnp.asarray(windows[low:low + rows], jnp.int32)
+        tokens = np.asarray(windows[low:low + rows], np.int32)
         keys = jax.random.split(jax.random.fold_in(key, low), samples)
         estimates = [_per_row(weights, config, tokens, alpha_0, draw) for draw in keys]
         totals.append({term: np.mean([np.asarray(e[term], np.float64) for e in estimates], axis=0)
@@ -73,4 +73,5 @@ def nelbo_per_window(weights: Weights, config: Config, windows: np.ndarray, alph
 def _per_row(weights: Weights, config: Config, tokens: Int[Array, "B L"], alpha_0: float,
              key: Key[Array, ""]) -> dict[str, Float[Array, " B"]]:
     draws = Draws(key, jnp.arange(len(tokens)), len(tokens))
-    return families.get(config).nelbo(weights, config, tokens, draws, alpha_0)
+    terms = families.get(config).nelbo(weights, config, sharding.constrain(tokens, sharding.BATCH), draws, alpha_0)
+    return {term: sharding.constrain(x) for term, x in terms.items()}  # every process sees all rows

@@ -22,8 +22,8 @@ from eso_jax.transformer import Weights
 
 
 def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws) -> dict[str, Float[Array, ""]]:
-    dropout = transformer.dropout_of(config.model, draws, train=True)
-    return {"sequential": jnp.mean(next_token_nll(weights, config, shift(config, tokens), tokens, dropout))}
+    training = transformer.training_of(config, draws, train=True)
+    return {"sequential": jnp.mean(next_token_nll(weights, config, shift(config, tokens), tokens, training))}
 
 
 def nelbo(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
@@ -38,14 +38,15 @@ def shift(config: Config, tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 def next_token_nll(weights: Weights, config: Config, inputs: Int[Array, "B L"], targets: Int[Array, "B L"],
-                   dropout: transformer.Dropout = None) -> Float[Array, "B L"]:
+                   training: transformer.Training | None = None) -> Float[Array, "B L"]:
     """-log p(targets[i] | inputs[<= i])."""
-    return transformer.nll(weights, _trunk(weights, inputs, dropout), targets, config.model.mask)
+    return transformer.nll(weights, _trunk(weights, inputs, training), targets, config.model.mask)
 
 
-def _trunk(weights: Weights, inputs: Int[Array, "B L"], dropout: transformer.Dropout = None) -> Float[Array, "B L D"]:
+def _trunk(weights: Weights, inputs: Int[Array, "B L"],
+           training: transformer.Training | None = None) -> Float[Array, "B L D"]:
     positions = transformer.natural_positions(inputs)
-    return transformer.trunk(weights, inputs, positions, single_stream(masks.causal), dropout=dropout)[0]
+    return transformer.trunk(weights, inputs, positions, single_stream(masks.causal), training=training)[0]
 
 
 def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],

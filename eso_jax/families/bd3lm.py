@@ -40,8 +40,8 @@ def _weighted_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], d
     t = jnp.repeat(block_times(draws, tokens.shape[1] // config.family.block_size, low, high),
                    config.family.block_size, axis=1)
     masked = noise.draw_masked(draws.per_example(noise.MASK), 1 - t, tokens.shape[1])
-    dropout = transformer.dropout_of(config.model, draws, train)
-    return masked_nll(weights, config, tokens, masked, dropout) / t
+    training = transformer.training_of(config, draws, train)
+    return masked_nll(weights, config, tokens, masked, training) / t
 
 
 def block_times(draws: Draws, blocks: int, low: float, high: float) -> Float[Array, "B J"]:
@@ -51,12 +51,12 @@ def block_times(draws: Draws, blocks: int, low: float, high: float) -> Float[Arr
 
 
 def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-               dropout: transformer.Dropout = None) -> Float[Array, "B L"]:
+               training: transformer.Training | None = None) -> Float[Array, "B L"]:
     """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens."""
     zt = jnp.where(masked, config.model.mask, tokens)
     positions = transformer.natural_positions(tokens)
     hidden, _ = transformer.trunk(weights, jnp.concatenate([zt, tokens], 1), jnp.concatenate([positions, positions], 1),
-                                  two_streams(config.family.block_size), dropout=dropout)
+                                  two_streams(config.family.block_size), training=training)
     return jnp.where(masked, transformer.nll(weights, hidden[:, :tokens.shape[1]], tokens, config.model.mask), 0)
 
 

@@ -60,7 +60,7 @@ def _diffusion(weights: Weights, config: Config, tokens: Int[Array, "B L"], draw
                alpha_0: float, train: bool) -> Float[Array, "B L"]:
     masked = noise.draw_masked(draws.per_example(noise.MASK), noise.alpha(t, alpha_0)[:, None], tokens.shape[1])
     order = clean_first(draws.per_example(noise.ORDER), masked, shuffle_clean=True, shuffle_masked=True)
-    return diffusion_nll(weights, config, tokens, masked, order, transformer.dropout_of(config.model, draws, train))
+    return diffusion_nll(weights, config, tokens, masked, order, transformer.training_of(config, draws, train))
 
 
 def _sequential(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, alpha_0: float,
@@ -69,11 +69,11 @@ def _sequential(weights: Weights, config: Config, tokens: Int[Array, "B L"], dra
     masked = noise.draw_masked(draws.per_example(noise.MASK_0), keep, tokens.shape[1])
     order = clean_first(draws.per_example(noise.ORDER_0), masked, shuffle_clean=config.family.name == "esolm",
                         shuffle_masked=False)
-    return sequential_nll(weights, config, tokens, masked, order, transformer.dropout_of(config.model, draws, train))
+    return sequential_nll(weights, config, tokens, masked, order, transformer.training_of(config, draws, train))
 
 
 def diffusion_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-                  order: Int[Array, "B L"], dropout: transformer.Dropout = None) -> Float[Array, "B L"]:
+                  order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L"]:
     """-log p of the masked tokens in one diffusion pass, unweighted and along the order; 0 on clean tokens.
 
     A masked token sees the clean ones, the masked ones before it in the order, and itself.
@@ -85,29 +85,29 @@ def diffusion_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], m
     else:
         attend = single_stream(masks.causal)
     zt = jnp.where(hidden_from, config.model.mask, x)
-    hidden, _ = transformer.trunk(weights, zt, order, attend, dropout=dropout)
+    hidden, _ = transformer.trunk(weights, zt, order, attend, training=training)
     return jnp.where(hidden_from, transformer.nll(weights, hidden, x, config.model.mask), 0)
 
 
 def sequential_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-                   order: Int[Array, "B L"], dropout: transformer.Dropout = None) -> Float[Array, "B L"]:
+                   order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L"]:
     """-log p of each masked token given the tokens before it in the order, along the order; 0 on clean tokens.
 
     Two streams, z_0 and x: the z_0 copy of a token sees itself and the x copies before it. No shift by one.
     """
-    hidden = _two_streams(weights, config, tokens, masked, order, dropout)
+    hidden = _two_streams(weights, config, tokens, masked, order, training)
     nll = transformer.nll(weights, hidden, sort(tokens, order), config.model.mask)
     return jnp.where(sort(masked, order), nll, 0)
 
 
 def _two_streams(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-                 order: Int[Array, "B L"], dropout: transformer.Dropout = None) -> Float[Array, "B L D"]:
+                 order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L D"]:
     """The hidden states of the z_0 stream, along the order."""
     x = sort(tokens, order)
     z0 = jnp.where(sort(masked, order), config.model.mask, x)
     clean = (~masked).sum(1) if config.family.name == "esolm_a" else None
     hidden, _ = transformer.trunk(weights, jnp.concatenate([z0, x], 1), jnp.concatenate([order, order], 1),
-                                  two_streams(1, clean), dropout=dropout)
+                                  two_streams(1, clean), training=training)
     return hidden[:, :x.shape[1]]
 
 

@@ -38,15 +38,15 @@ def _weighted_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], d
     masked = noise.draw_masked(draws.per_example(noise.MASK), noise.alpha(t, 1.0)[:, None], tokens.shape[1])
     weight = jnp.ones_like(t) if low_var else noise.elbo_weight(t, 1.0)
     return weight[:, None] * masked_nll(weights, config, tokens, masked,
-                                        transformer.dropout_of(config.model, draws, train))
+                                        transformer.training_of(config, draws, train))
 
 
 def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-               dropout: transformer.Dropout = None) -> Float[Array, "B L"]:
+               training: transformer.Training | None = None) -> Float[Array, "B L"]:
     """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens."""
     zt = jnp.where(masked, config.model.mask, tokens)
     positions = transformer.natural_positions(tokens)
-    hidden, _ = transformer.trunk(weights, zt, positions, single_stream(masks.everyone), dropout=dropout)
+    hidden, _ = transformer.trunk(weights, zt, positions, single_stream(masks.everyone), training=training)
     return jnp.where(masked, transformer.nll(weights, hidden, tokens, config.model.mask), 0)
 
 

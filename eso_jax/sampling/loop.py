@@ -170,7 +170,7 @@ def start(weights: Weights, config: ModelConfig, sampler: Sampler, order: Int[Ar
     if sampler.start_id is not None:
         tokens = jnp.concatenate([jnp.full((batch, 1), sampler.start_id, jnp.int32), tokens], axis=1)
     cache = kv.empty(config, batch, 0, weights["head"]["kernel"].dtype) if sampler.cached else None
-    tokens, positions = (sharding.constrain(x, "data") for x in (tokens, jnp.array(order, jnp.int32)))
+    tokens, positions = (sharding.constrain(x, sharding.BATCH) for x in (tokens, jnp.array(order, jnp.int32)))
     return State(tokens, positions, None, cache)
 
 
@@ -183,7 +183,7 @@ def grow(state: State, shape: Shape) -> State:
 
 @functools.partial(jax.jit, static_argnames="slots")
 def _grown(cache: kv.KVCache, slots: int) -> kv.KVCache:
-    return jax.tree.map(lambda x: sharding.constrain(x, "data", "tensor"), kv.grown(cache, slots))
+    return jax.tree.map(lambda x: sharding.constrain(x, sharding.BATCH, "tensor"), kv.grown(cache, slots))
 
 
 def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> tuple[Step, list[Run]]:
@@ -255,7 +255,7 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
     mine = (slots >= step.first) & (slots < step.first + step.count)
 
     def logits_of(hidden: Array) -> Array:
-        return sharding.constrain(transformer.head(weights, hidden, config.mask), "data")
+        return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
 
     def drawn(hidden: Array, uniforms: Array) -> Array:
         return categorical.draw(logits_of(hidden), uniforms, rule).astype(state.tokens.dtype)

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eso_jax import sharding
-from eso_jax.train import TrainState, init_state, train_step
+from eso_jax import sharding, train
+from eso_jax.config import MeshConfig
+from eso_jax.train import TrainState
 from lab import Cell, Lab, Table, main
 
 RUNS = {"MDLM": "owt/mdlm", "AR": "owt/ar", "Eso-LM, alpha_0 = 1": "owt/esolm_1",
@@ -59,15 +60,14 @@ def measure(lab: Lab) -> dict[str, list[float]]:
     states: dict[str, TrainState] = {}
     steps: dict[str, Any] = {}
     rng = np.random.default_rng(0)
-    mesh = sharding.mesh(lab.config(RUNS["MDLM"]).train.batch_size)
+    mesh = sharding.mesh(MeshConfig())
     for name, run in RUNS.items():
         config = lab.config(run)
         tokens = rng.integers(0, 100, (config.train.batch_size, config.model.length), dtype=np.int32)
-        batch = sharding.put_batch(tokens, mesh)
+        batch = sharding.put_batch(tokens, mesh, len(tokens))
         with jax.set_mesh(mesh):
-            states[name] = jax.jit(functools.partial(init_state, config), out_shardings=sharding.replicated(mesh))()
-            step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
-            steps[name] = functools.partial(_step, step, batch)
+            states[name] = train.begin(config, mesh)
+            steps[name] = functools.partial(_step, train.jit_step(config, mesh), batch)
             states[name], _ = steps[name](states[name])
     seconds: dict[str, list[float]] = {name: [] for name in RUNS}
     with jax.set_mesh(mesh):

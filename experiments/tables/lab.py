@@ -114,10 +114,7 @@ class Lab:
         return _load(self.workdir(run))
 
     def is_trained(self, run: str) -> bool:
-        if not (self.workdir(run) / "checkpoints").is_dir():
-            return False
-        with checkpoint.open_checkpoints(self.workdir(run)) as checkpoints:
-            return bool(checkpoints.latest) and checkpoints.latest.step == self.config(run).train.steps
+        return checkpoint.steps(self.workdir(run))[-1:] == [self.config(run).train.steps]
 
     def _source(self, run: str) -> str | None:
         """The run that this one goes on from."""

@@ -1,0 +1,225 @@
+"""Several processes as one run: who they are, how they wait for each other, and how they stop.
+
+`start` joins this process to the others (`eso-jax train --multi-host`). A process that was not started so is a run of
+its own, and everything here then does nothing. Process 0 is the writer: it alone writes to the work directory (but for
+its share of a checkpoint) and speaks.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from eso_jax.config import EsoError, RunAgain, require
+
+WAIT = 600  # seconds that a process waits for the others before it says who is missing
+
+
+def start(wait: int = WAIT) -> None:
+    """Joins the run, before anything else touches a device.
+
+    Who takes part is found by JAX (Slurm, Cloud TPU, Kubernetes, Open MPI), or said by JAX_COORDINATOR_ADDRESS
+    (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+      EsoError: nothing says who takes part.
+    """
+    index, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
+    for name, value in (("JAX_PROCESS_ID", index), ("JAX_NUM_PROCESSES", count)):
+        require(value is None or value.isdigit(), name, value, "must be a number")
+    # JAX ends a process that waits in vain, and names the tasks that are missing by number; this says what they are.
+    timer = threading.Timer(wait - 1, lambda: print(
+        f"eso-jax: {socket.gethostname()} has waited {wait} s for all {count or ''} processes of the run to start "
+        f"({_expected()}); JAX names those that are missing by their number, below", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(num_processes=int(count) if count else None,
+                                   process_id=int(index) if index else None, initialization_timeout=wait)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EsoError(f"--multi-host: this process could not join the others ({reason}); start it by srun or on a TPU "
+                       "pod, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID") from error
+    finally:
+        timer.cancel()
+    client = _client()
+    if client is not None:
+        client.key_value_set(f"eso_jax/host/{jax.process_index()}", socket.gethostname())
+    barrier("start", wait)
+
+
+def _expected() -> str:
+    for name in ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS"):
+        if name in os.environ:
+            return f"{name} = {os.environ[name]}"
+    return "no list of hosts is known"
+
+
+def _client() -> Any:
+    """JAX's connection to the run's key-value store, or None. JAX has no public name for it."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def is_writer() -> bool:
+    return jax.process_index() == 0
+
+
+def barrier(name: str, wait: int = WAIT) -> None:
+    """Waits until all processes have come here; raises as `gathered` does."""
+    gathered(name, "here", wait)
+
+
+def host(index: int) -> str:
+    """A process by its number and host, for people."""
+    client = _client()
+    found = client.key_value_try_get(f"eso_jax/host/{index}") if client is not None else socket.gethostname()
+    return f"process {index} on {found}"
+
+
+def gathered(name: str, text: str, wait: int = WAIT) -> list[str]:
+    """Every process's text, in order; all must ask.
+
+    Raises:
+      RunAgain: one did not come in time; it names its host.
+    """
+    client, count = _client(), jax.process_count()
+    if client is None or count == 1:
+        return [text]
+    place, texts = f"eso_jax/{name}/{_turn(name)}", []
+    client.key_value_set(f"{place}/{jax.process_index()}", text)
+    for index in range(count):
+        try:
+            texts.append(client.blocking_key_value_get(f"{place}/{index}", wait * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            raise RunAgain(f"waited {wait} s at {name!r} for {host(index)}; see what its log says") from error
+    return texts
+
+
+def agreed(name: str, problem: str | None) -> str | None:
+    """The first process's problem, if any has one; all must ask. So that they go on, or stop, together."""
+    for index, found in enumerate(gathered(name, problem or "")):
+        if found:
+            return found if jax.process_count() == 1 else f"{host(index)}: {found}"
+    return None
+
+
+def by_writer(name: str, action: Callable[[], None]) -> None:
+    """Has the writer do something while the others wait; its EsoError is raised in all of them."""
+    problem = ""
+    if is_writer():
+        try:
+            action()
+        except EsoError as error:
+            problem = str(error)
+    problem = gathered(name, problem)[0]
+    if problem:
+        raise EsoError(problem)
+
+
+_turns: dict[str, int] = {}  # how often each name was used: JAX wants new ones
+
+
+def _turn(name: str) -> int:
+    _turns[name] = _turns.get(name, 0) + 1
+    return _turns[name]
+
+
+class Preemption:
+    """Whether the run was asked to stop by SIGTERM.
+
+    All processes of a run learn of it, whichever got the signal, and stop behind the same step: JAX's preemption
+    service sees to that, and takes the signal over.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    @contextmanager
+    def watched(self) -> Iterator[Preemption]:
+        """Takes SIGTERM over for its block, where Python allows it (in the main thread)."""
+        ours = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        if not ours:
+            yield self
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop behind this step; all processes must ask at every step."""
+        if jax.process_count() == 1:
+            return self._asked
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextmanager
+def together(last: Callable[[], str]) -> Iterator[None]:
+    """Of several processes, ends this one at once on an error in its block: the others stand in a step that will not
+    finish, and JAX would wait for them to come to the end. They find out by themselves."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):  # what a collective raises when a peer is gone
+            reason = str(error).splitlines()[0][:200]
+            leave(RunAgain(f"lost another process of the run ({reason}); {last()}"))
+        leave(error)
+
+
+class Watchdog:
+    """Ends the process when a step hangs (a peer is gone, a device or a file system does not answer), with the stacks
+    of all threads, for the launcher to start it again.
+
+    Args:
+      seconds: how long a step may take; 0: any time.
+      last: says which checkpoint is the last.
+    """
+
+    def __init__(self, seconds: int, last: Callable[[], str]) -> None:
+        self._seconds, self._last = seconds, last
+        self._deadline: float | None = None
+        if seconds:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def begin(self) -> None:
+        """A step begins, and the one before is over."""
+        self._deadline = time.monotonic() + self._seconds
+
+    def rest(self) -> None:
+        """What follows is no step: compiling, evaluating, saving."""
+        self._deadline = None
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(1.0, self._seconds / 4))
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                faulthandler.dump_traceback(all_threads=True)
+                leave(RunAgain(f"a step took longer than train.hang_seconds = {self._seconds}; {self._last()}"))
+
+
+def leave(error: Exception) -> None:
+    """Ends the process at once, without waiting for peers that may be gone; with the exit code of the command line."""
+    known = isinstance(error, EsoError | RunAgain)
+    if not known:
+        traceback.print_exception(error)
+    print(f"eso-jax: {host(jax.process_index())}: {error if known else repr(error)}", file=sys.stderr, flush=True)
+    os._exit(RunAgain.EXIT if isinstance(error, RunAgain) else 2 if known else 1)

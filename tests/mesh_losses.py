@@ -1,0 +1,74 @@
+"""Losses of 20 training steps of every family on several meshes; run by tests/test_mesh.py in processes of its own.
+
+    python tests/mesh_losses.py OUT.json [MESH ...]     MESH: data,fsdp,tensor (of all devices) or 1 (the first alone)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import jax
+import numpy as np
+
+from eso_jax import multihost, sharding, train
+from eso_jax.config import FAMILIES, Config, FamilyConfig, MeshConfig, ModelConfig, TrainConfig
+
+STEPS = 20
+# 33 tokens divide by none of the meshes.
+MODEL = ModelConfig(length=16, vocab_size=33, width=32, layers=2, heads=4, cond_dim=8, dropout=0.1)
+TRAIN = TrainConfig(steps=STEPS, batch_size=16, accumulate=1, learning_rate=1e-3, warmup=5, compute_dtype="float32")
+
+
+def config_of(family: str, mesh: MeshConfig = MeshConfig()) -> Config:
+    alpha_0 = 0.5 if family.startswith("esolm") else 1.0
+    return Config(MODEL, FamilyConfig(name=family, alpha_0=alpha_0, block_size=4), train=TRAIN, mesh=mesh)
+
+
+def losses(config: Config, devices: list[jax.Device]) -> list[float]:
+    mesh = sharding.mesh(config.mesh, devices)
+    sharding.check(config, mesh)
+    rng = np.random.default_rng(0)
+    found = []
+    with jax.set_mesh(mesh):
+        state, step = train.begin(config, mesh), train.jit_step(config, mesh)
+        check_split(config, state)
+        for _ in range(STEPS):
+            tokens = rng.integers(0, 32, (TRAIN.batch_size, MODEL.length)).astype(np.int32)
+            rows = sharding.rows_of_process(mesh, TRAIN.batch_size)
+            state, values = step(state, sharding.put_batch(tokens[rows], mesh, TRAIN.batch_size))
+            found.append(float(values["loss"]))
+        check_split(config, state)
+    return found
+
+
+def check_split(config: Config, state: train.TrainState) -> None:
+    """Parameters, averages and both moments are split over fsdp x tensor: no device holds a whole one."""
+    parts = config.mesh.fsdp * config.mesh.tensor
+    for name in ("qkv", "out", "mlp_in_kernel", "mlp_out_kernel", "embedding", "head_kernel"):
+        leaves = [x for path, x in jax.tree_util.tree_leaves_with_path(state) if f"'{name}'" in str(path)]
+        assert len(leaves) == 4, name
+        for x in leaves:
+            assert np.prod(x.sharding.shard_shape(x.shape)) * parts == x.size, (name, x.sharding)
+
+
+def main() -> None:
+    out, meshes = sys.argv[1], sys.argv[2:]
+    if "JAX_NUM_PROCESSES" in os.environ:
+        multihost.start(120)
+    found = {}
+    for family in FAMILIES:
+        for mesh in meshes:
+            shape = [int(n) for n in mesh.split(",")]
+            devices = jax.devices() if len(shape) > 1 else jax.devices()[:1]
+            axes = MeshConfig(*shape) if len(shape) > 1 else MeshConfig()
+            found[f"{family} {mesh}"] = losses(config_of(family, axes), devices)
+    if multihost.is_writer():
+        with open(out, "w") as file:
+            json.dump(found, file)
+    multihost.barrier("end")
+
+
+if __name__ == "__main__":
+    main()
