@@ -32,10 +32,10 @@ echo "run $run"
 read -ra codes <<<"$CODES"
 case ${codes[run - 1]} in
   wait)
-    trap 'exit 75' TERM
+    trap 'sleep 0.2; exit 75' TERM
     trap 'exit 130' INT
     touch "$STAND_INS/waiting"
-    while true; do sleep 0.02; done ;;
+    for _ in {1..2000}; do sleep 0.02; done ;;
   preempted) echo SUSPENDED >"$STAND_INS/state"; exit 255 ;;
   *) exit "${codes[run - 1]}" ;;
 esac
@@ -62,6 +62,8 @@ STAND_INS = {
     "gcloud": GCLOUD,
     "nvidia-smi": NOTE + 'exit "${NO_GPU:-0}"\n',
     "srun": NOTE + 'while [[ $1 == -* ]]; do shift; done\nexec "$@"\n',
+    "venv/bin/python": NOTE + 'exit "${PIP:-0}"\n',
+    "venv/bin/eso-jax": TRAINER,
     "python3": NOTE + 'if [ "$2" = uv ]; then mkdir -p .venv/bin; cp "$STAND_INS/venv/bin"/* .venv/bin; fi\n',
 } | {name: NOTE for name in ("scontrol", "ssh-add", "sudo", "gcsfuse")} | {"mountpoint": "#!/bin/sh\nexit 1\n"}
 
@@ -79,7 +81,7 @@ class Project:
         (self.root / "experiments" / "untracked.py").write_text("config = 2\n")
         for worker in "01":
             (self.stand_ins / "workers" / worker).mkdir(parents=True)
-        for name, text in STAND_INS.items() | {("venv/bin/python", NOTE), ("venv/bin/eso-jax", TRAINER)}:
+        for name, text in STAND_INS.items():
             path = self.stand_ins / ("bin" if "/" not in name else "") / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -302,7 +304,7 @@ SETUP = ["create", "scp", "tar", "install"]
 @pytest.mark.parametrize(("codes", "code", "steps"), [
     ("0", 0, [*SETUP, "run", "delete"]),
     ("2", 2, [*SETUP, "run", "delete"]),
-    ("preempted 0", 0, [*SETUP, "run", "delete", *SETUP, "run", "delete"]),
+    ("preempted preempted preempted 0", 0, [*SETUP, "run", "delete"] * 4),  # not counted as crashes
     ("75 0", 0, [*SETUP, "run", *SETUP[1:], "run", "delete"]),  # still there: not asked for again
     ("134 1 139", 139, [*SETUP, "run", *SETUP[1:], "run", *SETUP[1:], "run", "delete"]),
 ])
@@ -325,6 +327,11 @@ def test_tpu_pod_installs_and_mounts(project: Project) -> None:
                  r"python -m pip install --quiet --disable-pip-version-check --editable .\[tpu\]",
                  "sudo mkdir -p /gcs/bucket", mount):
         assert project.calls().count(call) == 2, call  # on each worker
+
+
+def test_tpu_pod_does_not_run_what_it_could_not_install(project: Project) -> None:
+    project.run("tpu_pod.sh", *POD, code=1, PIP="1", CRASHES="1")
+    assert project.steps() == [*SETUP, *SETUP[1:], "delete"]
 
 
 def test_tpu_pod_kept(project: Project) -> None:
@@ -357,6 +364,6 @@ def test_a_worker_stops_what_a_lost_connection_left(project: Project) -> None:
         assert first.poll() is None
         time.sleep(0.01)
     assert project.run("tpu_worker.sh", "run", "train", codes="wait 0").endswith(": run 2\n")
-    assert first.wait(timeout=10) == 75
+    assert first.poll() == 75  # before the second began
     first.communicate()
     project.run("tpu_worker.sh", "stop")  # nothing to stop
