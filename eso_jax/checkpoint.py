@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import gc
 import shutil
+import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +87,7 @@ def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, 
       mend: rename damaged ones (`damaged-STEP`), so that training can write theirs again.
 
     Raises:
-      EsoError: no checkpoint is whole, lacks none of the parts and is of this model.
+      EsoError: no checkpoint is whole, has the parts and is of this model.
     """
     here = jax.tree.leaves(parts)[0].sharding
     here = NamedSharding(here.mesh, P()) if isinstance(here, NamedSharding) else here
@@ -91,27 +95,46 @@ def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, 
     abstract = {**parts, "step": {name: jax.ShapeDtypeStruct((), kind, sharding=here) for name, kind in about.items()}}
     # What the writer sees: a shared file system may show others something older.
     found = [int(step) for step in multihost.gathered("steps", " ".join(map(str, steps(workdir))))[0].split()]
-    problem = None
+    problems: dict[int, str] = {}
     for step in reversed(found):
-        try:
-            loaded = checkpoints.load_checkpointables(step, abstract)
-            wrong = [name for name in parts if int(fingerprint(loaded[name])) != int(loaded["step"][name])]
-            problem = f"{', '.join(wrong)}: not what was saved" if wrong else None
-        except Exception as error:  # Orbax raises what its storage layers raise
-            problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        problem = None
+        with _quietly():
+            try:
+                loaded = checkpoints.load_checkpointables(step, abstract)
+                wrong = [name for name in parts if int(fingerprint(loaded[name])) != int(loaded["step"][name])]
+                problem = f"{', '.join(wrong)}: not what was saved" if wrong else None
+            except Exception as error:  # Orbax raises what its storage layers raise
+                problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         problem = multihost.agreed("load", problem)
         if problem is None:
+            for damaged, why in problems.items():
+                metrics.say(f"warning: checkpoint {damaged} in {workdir} is damaged, or lacks one of "
+                            f"{', '.join(parts)} ({why}); using {step}")
+                if mend:
+                    multihost.by_writer("mend", functools.partial(_set_aside, workdir / "checkpoints", damaged))
+            if mend and problems:
+                checkpoints.reload()
             length = int(loaded["step"]["length"])
             require(length == config.length, "model.length", config.length,
                     f"the checkpoint in {workdir} has length {length}")
             return {**{name: loaded[name] for name in parts}, "step": int(loaded["step"]["step"])}
-        metrics.say(f"warning: checkpoint {step} in {workdir} is damaged, or lacks one of {', '.join(parts)} "
-                    f"({problem}); looking at the one before")
-        if mend:
-            multihost.by_writer("mend", lambda: _set_aside(workdir / "checkpoints", step))
-            checkpoints.reload()
-    raise EsoError(f"--workdir = {str(workdir)!r}: none of its checkpoints ({', '.join(map(str, found))}) is whole and "
-                   f"of this config ({problem}); train in another --workdir, or restore this one from a copy")
+        problems[step] = problem
+    raise EsoError(f"--workdir = {str(workdir)!r}: none of its checkpoints ({', '.join(map(str, found))}) is whole, "
+                   f"has {', '.join(parts)} and is of this config ({next(iter(problems.values()))}); train in another "
+                   "--workdir, or restore this one from a copy")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the tracebacks of what Orbax had begun and left when a read failed."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda *_: None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+            yield
+            gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _set_aside(folder: Path, step: int) -> None:

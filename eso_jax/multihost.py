@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,11 +28,15 @@ from eso_jax.config import EsoError, RunAgain, require
 WAIT = 600  # seconds that a process waits for the others before it says who is missing
 
 
-def start(wait: int = WAIT) -> None:
+def start(roll: Path, wait: int = WAIT) -> None:
     """Joins the run, before anything else touches a device.
 
     Who takes part is found by JAX (Slurm, Cloud TPU, Kubernetes, Open MPI), or said by JAX_COORDINATOR_ADDRESS
     (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Args:
+      roll: a directory that all hosts share, where each process leaves its name until all have come.
+      wait: seconds after which this process says who is missing, and ends.
 
     Raises:
       EsoError: nothing says who takes part.
@@ -38,16 +44,20 @@ def start(wait: int = WAIT) -> None:
     index, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
     for name, value in (("JAX_PROCESS_ID", index), ("JAX_NUM_PROCESSES", count)):
         require(value is None or value.isdigit(), name, value, "must be a number")
-    # JAX ends a process that waits in vain, and names the tasks that are missing by number; this says what they are.
-    timer = threading.Timer(wait - 1, lambda: print(
-        f"eso-jax: {socket.gethostname()} has waited {wait} s for all {count or ''} processes of the run to start "
-        f"({_expected()}); JAX names those that are missing by their number, below", file=sys.stderr, flush=True))
+    try:
+        roll.mkdir(parents=True, exist_ok=True)
+        mine = roll / f"{_number()} on {socket.gethostname()}"
+        mine.touch()
+    except OSError as error:
+        raise EsoError(f"--workdir = {str(roll.parent)!r}: cannot be written ({error.strerror})") from error
+    timer = threading.Timer(max(wait - 1, 1), _say_who_is_missing, (roll, time.time(), wait))
     timer.daemon = True
     timer.start()
     try:
         jax.distributed.initialize(num_processes=int(count) if count else None,
-                                   process_id=int(index) if index else None, initialization_timeout=wait)
+                                   process_id=int(index) if index else None, initialization_timeout=wait + 30)
     except (ValueError, RuntimeError) as error:
+        mine.unlink(missing_ok=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EsoError(f"--multi-host: this process could not join the others ({reason}); start it by srun or on a TPU "
                        "pod, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID") from error
@@ -57,13 +67,30 @@ def start(wait: int = WAIT) -> None:
     if client is not None:
         client.key_value_set(f"eso_jax/host/{jax.process_index()}", socket.gethostname())
     barrier("start", wait)
+    mine.unlink(missing_ok=True)
+    barrier("roll", wait)
+    if is_writer():
+        shutil.rmtree(roll, ignore_errors=True)
 
 
-def _expected() -> str:
-    for name in ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS"):
-        if name in os.environ:
-            return f"{name} = {os.environ[name]}"
-    return "no list of hosts is known"
+def _number() -> str:
+    """This process's number in the run, before JAX knows it; "?" where only JAX will find it."""
+    names = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
+    return next((os.environ[name] for name in names if name in os.environ), "?")
+
+
+def _say_who_is_missing(roll: Path, started: float, wait: int) -> None:
+    """JAX itself would end the process without a name. A restart may have left names behind, but no recent ones."""
+    came = sorted(path.name for path in roll.iterdir() if path.stat().st_mtime > started - wait)
+    counts = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    count = next((int(os.environ[name]) for name in counts if os.environ.get(name, "").isdigit()), 0)
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    here = {name.partition(" ")[0] for name in came}
+    missing = [f"process {n}" + (f" on {hosts[n]}" if n < len(hosts) and hosts[n] else "") for n in range(count)
+               if str(n) not in here] if "?" not in here else []
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    leave(RunAgain(f"waited {wait} s for the other processes to start; missing: {', '.join(missing) or 'some'}"
+                   f"{f' (of the nodes {nodes})' if nodes else ''}; came: {', '.join(came)}"))
 
 
 def _client() -> Any:
@@ -170,9 +197,9 @@ class Preemption:
 
 
 @contextmanager
-def together(last: Callable[[], str]) -> Iterator[None]:
-    """Of several processes, ends this one at once on an error in its block: the others stand in a step that will not
-    finish, and JAX would wait for them to come to the end. They find out by themselves."""
+def together(last: Callable[[], str] = lambda: "the last checkpoint is still there") -> Iterator[None]:
+    """Of several processes, ends this one on an error in its block: the others may stand in a step that will not
+    finish, and Python would wait for them at its end. They find out by themselves."""
     try:
         yield
     except Exception as error:
@@ -217,9 +244,13 @@ class Watchdog:
 
 
 def leave(error: Exception) -> None:
-    """Ends the process at once, without waiting for peers that may be gone; with the exit code of the command line."""
+    """Ends the process with the exit code of the command line; without its peers, if they do not come to the end."""
     known = isinstance(error, EsoError | RunAgain)
     if not known:
         traceback.print_exception(error)
-    print(f"eso-jax: {host(jax.process_index())}: {error if known else repr(error)}", file=sys.stderr, flush=True)
+    print(f"eso-jax: {socket.gethostname()}: {error if known else repr(error)}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():  # all may be leaving: then none should find the others gone
+        parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        parting.start()
+        parting.join(10)
     os._exit(RunAgain.EXIT if isinstance(error, RunAgain) else 2 if known else 1)

@@ -163,7 +163,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
 
     settings = config.train
     mesh = sharding.mesh(config.mesh)
-    sharding.check(config, mesh)
+    sharding.check(config, mesh.shape)
     tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
     iterator = batches(windows_of(config, "train", tokenizer=tokenizer), settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
@@ -274,13 +274,14 @@ class _Meter:
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             seconds = time.perf_counter() - self.clock
             tokens = self.clocked * self.config.train.batch_size * self.config.model.length
-            means = {name: float(np.mean([s[name] for s in self.seen])) for name in (self.seen or [{}])[0]}
+            names = self.seen[0] if self.seen else ()
+            means = {name: float(np.mean([s[name] for s in self.seen])) for name in names}
             speed = {"tokens_per_second": tokens / seconds} if tokens else {}
             skipped = {"skipped": self.skipped} if self.skipped else {}
             self.log.write(step, **means, **speed, **skipped)
             if not sys.stderr.isatty():  # a terminal has the progress bar
                 parts = [f"loss {means['loss']:.3f}"] if means else []
-                rates = {"tokens/s": speed.get("tokens_per_second"), "steps skipped": self.skipped}
+                rates: dict[str, float | None] = {"tokens/s": speed.get("tokens_per_second"), "steps skipped": self.skipped}
                 parts += [f"{value:,.0f} {name}" for name, value in rates.items() if value]
                 metrics.say(f"step {step} of {self.config.train.steps}: {', '.join(parts)}")
             self.seen, self.skipped = [], 0
@@ -297,7 +298,7 @@ class _Meter:
         settings, many = self.config.train, self.skipped_in_a_row > SKIPS_IN_A_ROW
         if settings.non_finite == "stop" or many:
             seeds = f"train.seed = {settings.seed}, data.seed = {self.config.data.seed}"
-            raise EsoError(f"loss = {now['loss']}, gradient_norm = {now['gradient_norm']} at step {step}"
-                           f"{f', the last of {self.skipped_in_a_row} in a row' if many else ''}: the update is not "
-                           f"finite ({seeds}); {self.last()}; rerun in a new --workdir with a lower train.learning_rate "
-                           "or train.clip_norm, or skip such steps by train.non_finite=skip")
+            row = f", the last of {self.skipped_in_a_row} in a row" if many else ""
+            raise EsoError(f"loss = {now['loss']}, gradient_norm = {now['gradient_norm']} at step {step}{row}: the "
+                           f"update is not finite ({seeds}); {self.last()}; rerun in a new --workdir with a lower "
+                           "train.learning_rate or train.clip_norm, or skip such steps by train.non_finite=skip")

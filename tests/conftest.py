@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,28 @@ from eso_jax.transformer import Weights  # noqa: E402
 GOLDENS = Path(__file__).parent / "goldens"
 
 Run = Callable[..., str]
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def together(commands: list[list[str]], devices: int, limit: int = 300) -> list[str]:
+    """Runs commands as the processes of one run; their outputs, once all have ended well."""
+    address = f"127.0.0.1:{free_port()}"
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
+        **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(commands)), "JAX_PROCESS_ID": str(index)})
+        for index, command in enumerate(commands)]
+    outputs = [process.communicate(timeout=limit)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(commands), "\n".join(outputs)
+    return outputs
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=2, help="how often tests/test_faults.py kills a run")
 
 
 @pytest.fixture

@@ -318,11 +318,11 @@ def test_an_experiment_that_does_not_run(tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops its other reads
 def test_damaged_and_foreign_checkpoints(tmp_path: Path, run: Run, trained: Path) -> None:
-    """Another length, another width, a truncated or a missing part: each one line, and nothing is sampled."""
+    """Another length or width: one line, and nothing is sampled. A truncated or a missing part: the one before is used."""
     config = (trained / "config.json").read_text()
     sample = ["sample", "--workdir", tmp_path / "w", "--out", tmp_path / "s.npz"]
     for old, new, message in (('"length": 16', '"length": 8', "model.length = 8: the checkpoint in"),
-                              ('"width": 16', '"width": 32', "not of this config"), ('"heads"', '"haeds"', "unknown")):
+                              ('"width": 16', '"width": 32', "is of this config"), ('"heads"', '"haeds"', "unknown")):
         shutil.copytree(trained, tmp_path / "w", dirs_exist_ok=True)
         assert old in config
         (tmp_path / "w" / "config.json").write_text(config.replace(old, new))
@@ -336,9 +336,8 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path, run: Run, trained: Path
             for path in (tmp_path / "w" / "checkpoints" / "4" / "ema").rglob("*"):
                 if path.is_file():
                     path.write_bytes(path.read_bytes()[:10])
-        assert "checkpoint 4 is damaged" in run(*sample, code=2)
-        shutil.rmtree(tmp_path / "w" / "checkpoints" / "4")
-        run(*sample)  # the remedy named
+        said = run(*sample)
+        assert "warning: checkpoint 4 in" in said and "using 3" in said
     assert eso_jax.load(tmp_path / "w").step == 3
 
 

@@ -19,8 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from eso_jax import config, multihost
 
+    run_config, workdir = config.from_file(arguments.experiment).override(*arguments.overrides), Path(arguments.workdir)
     if arguments.multi_host:
-        multihost.start()
+        multihost.start(workdir / "hosts.partial")
     from eso_jax.train import train
 
-    train(config.from_file(arguments.experiment).override(*arguments.overrides), Path(arguments.workdir))
+    with multihost.together():
+        train(run_config, workdir)

@@ -1,0 +1,435 @@
+"""What goes wrong on real machines: processes die, disks fill, files rot, hosts do not come, steps hang.
+
+    pytest tests/test_faults.py --kills 20     the long form: that many kills in a row
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eso_jax
+from conftest import free_port
+from eso_jax import checkpoint, metrics, multihost
+from eso_jax import train as training
+from eso_jax.config import Config, EsoError, RunAgain
+from test_train import BASE, step_lines
+
+TRAIN = [sys.executable, "-m", "eso_jax", "train"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    path = tmp_path_factory.mktemp("corpus") / "text.py"
+    path.write_text("for i in range(10):\n    print(i)\n" * 200)
+    return BASE.override(f"data.source={path}")
+
+
+def start(run: Path, workdir: Path, processes: int = 1, *overrides: str) -> list[subprocess.Popen]:
+    """The processes of a run, one emulated device each (two in all, so that one process alone has them as well)."""
+    address, devices = f"127.0.0.1:{free_port()}", 2 // processes
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [*TRAIN, str(run), "--workdir", str(workdir), *overrides]
+    if processes == 1:
+        return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)]
+    env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [subprocess.Popen([*command, "--multi-host"], stderr=subprocess.PIPE, text=True,
+                             env={**env, "JAX_PROCESS_ID": str(index)}) for index in range(processes)]
+
+
+def finish(processes: list[subprocess.Popen], limit: float = 120) -> list[str]:
+    """What they wrote on stderr, once they have ended."""
+    try:
+        return [process.communicate(timeout=limit)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in metrics.read(workdir)):
+        alive = all(process.poll() is None for process in processes)
+        assert alive and time.monotonic() < deadline, finish(processes, 1)
+        time.sleep(0.01)
+
+
+def test_kill_9_at_random_moments(base: Config, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Two processes; one of them, or both, are killed at random moments, again and again. The other one ends by itself,
+    each start goes on from the newest checkpoint, and what comes out is the uninterrupted run, bit for bit."""
+    kills, dice = request.config.getoption("--kills"), random.Random(0)
+    interval = 20
+    run, workdir = tmp_path / "run.json", tmp_path / "w"
+    endless = base.override("train.steps=1000000", f"train.save_every={interval}", "train.eval_every=1000000")
+    run.write_text(endless.to_json())
+    reached = 0
+    for kill in range(kills):
+        processes = start(run, workdir, 2)
+        if dice.random() < 0.8:  # else: somewhere in its start
+            wait_for_step(workdir, reached + 1, processes)
+            time.sleep(dice.uniform(0, 1))
+        else:
+            time.sleep(dice.uniform(0, 8))
+        victims = dice.choice([[0], [1], [0, 1]])
+        for victim in victims:
+            os.kill(processes[victim].pid, signal.SIGKILL)
+        outputs = finish(processes)
+        for index in {0, 1} - set(victims):  # 75 by itself, or JAX's abort where it noticed first
+            assert processes[index].returncode in (RunAgain.EXIT, -signal.SIGABRT), outputs[index]
+        resumed = [int(n) for n in re.findall(r"step (\d+) of", outputs[0])[:1]]
+        if resumed:
+            assert resumed[0] >= reached - 2 * interval, f"kill {kill}: from {resumed[0]}, had been at {reached}"
+        reached = max([reached, *(line["step"] for line in metrics.read(workdir))])
+        assert max([0, *checkpoint.steps(workdir)]) >= reached - 2 * interval
+    last = max([0, *checkpoint.steps(workdir)])
+    steps = last + 15
+    end = f"train.steps={steps}"
+    processes = start(run, workdir, 2, end)
+    outputs = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert f"step {last} of {steps}" in outputs[0]
+    whole = start(run, tmp_path / "whole", 2, end)
+    outputs = finish(whole, 300)
+    assert [process.returncode for process in whole] == [0, 0], outputs
+    assert step_lines(workdir) == step_lines(tmp_path / "whole")
+    assert [line["step"] for line in step_lines(workdir)] == list(range(1, steps + 1))
+    chex.assert_trees_all_equal(eso_jax.load(workdir).params, eso_jax.load(tmp_path / "whole").params)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_asks_to_be_run_again(processes: int, base: Config, tmp_path: Path) -> None:
+    """Only one of two processes gets the signal; both save, at the same step, and exit with 75."""
+    run, workdir = tmp_path / "run.json", tmp_path / "w"
+    run.write_text(base.override(*(f"train.{n}=1000000" for n in ("steps", "save_every", "eval_every"))).to_json())
+    running = start(run, workdir, processes)
+    wait_for_step(workdir, 3, running)
+    running[-1].terminate()
+    outputs = finish(running)
+    assert [process.returncode for process in running] == [RunAgain.EXIT] * processes, outputs
+    (step,) = checkpoint.steps(workdir)
+    assert f"asked to stop (SIGTERM), saved step {step} of 1000000" in outputs[0]
+    assert max(line["step"] for line in metrics.read(workdir)) == step
+    end = f"train.steps={step + 5}"
+    again = start(run, workdir, processes, end)
+    outputs = finish(again)
+    assert again[0].returncode == 0 and f"step {step} of {step + 5}" in outputs[0], outputs
+    whole = start(run, tmp_path / "whole", processes, end)
+    finish(whole)
+    assert step_lines(workdir) == step_lines(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def nine_steps(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with the checkpoints of steps 3, 6 and 9."""
+    workdir = tmp_path_factory.mktemp("nine") / "w"
+    training.train(base.override("train.steps=9"), workdir)
+    assert checkpoint.steps(workdir) == [3, 6, 9]
+    return workdir
+
+
+def damage(path: Path, how: str, dice: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(content[:dice.randrange(len(content))])
+    elif how == "flipped":
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        path.write_bytes(content)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(how: str, nine_steps: Path, base: Config, tmp_path: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever of its files is damaged: the run goes on from there or from the one before, always with the values that
+    were saved, and says so."""
+    dice = random.Random(how)
+    files = sorted(path.relative_to(nine_steps) for path in (nine_steps / "checkpoints" / "9").rglob("*")
+                   if path.is_file() and path.stat().st_size)
+    largest = sorted(files, key=lambda path: (nine_steps / path).stat().st_size)[-3:]  # the values are in there
+    whole = {step: step_lines(nine_steps)[step - 1] for step in range(1, 10)}
+    passed_over = 0
+    for number, path in enumerate(dice.sample(files, 2) + largest):
+        workdir = tmp_path / f"{number}"
+        shutil.copytree(nine_steps, workdir)
+        damage(workdir / path, how, dice)
+        capsys.readouterr()
+        training.train(base.override("train.steps=10"), workdir)
+        said = capsys.readouterr().err
+        if "step 9 of 10, in" not in said:
+            passed_over += 1
+            assert "step 6 of 10, in" in said and "warning: checkpoint 9 in" in said, (path, said)
+            assert (workdir / "checkpoints" / "damaged-9").is_dir()
+        assert {line["step"]: line for line in step_lines(workdir) if line["step"] < 10} == whole, path
+        assert checkpoint.steps(workdir)[-1] == 10
+    assert passed_over >= 1
+
+
+def test_any_flipped_bit_of_the_values_is_seen(nine_steps: Path) -> None:
+    dice = random.Random(0)
+    params = jax.device_get(eso_jax.load(nine_steps).params)
+    right = int(checkpoint.fingerprint(params))
+    for _ in range(50):
+        name = dice.choice(sorted(params))
+        wrong = {**params, name: params[name].copy()}
+        bits = wrong[name].reshape(-1).view(np.uint32)
+        bits[dice.randrange(len(bits))] ^= np.uint32(1 << dice.randrange(32))
+        assert int(checkpoint.fingerprint(wrong)) != right
+    swapped = {**params, "qkv": params["qkv"][..., ::-1]}
+    assert int(checkpoint.fingerprint(swapped)) != right
+
+
+def test_values_that_changed_unseen_by_the_storage_are_caught(nine_steps: Path, base: Config, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    workdir = tmp_path / "w"
+    shutil.copytree(nine_steps, workdir)
+    real = checkpoint.fingerprint
+    lies = iter([1])
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda tree: real(tree) + next(lies, 0))
+    assert eso_jax.load(workdir).step == 6  # for reading too, and then nothing is touched
+    assert "ema: not what was saved" in capsys.readouterr().err
+    assert checkpoint.steps(workdir) == [3, 6, 9]
+
+
+def test_no_whole_checkpoint_is_an_error_and_no_new_start(nine_steps: Path, base: Config, tmp_path: Path) -> None:
+    workdir = tmp_path / "w"
+    shutil.copytree(nine_steps, workdir)
+    for step in (3, 6, 9):
+        shutil.rmtree(workdir / "checkpoints" / str(step) / "ema")
+    with pytest.raises(EsoError, match=r"none of its checkpoints \(3, 6, 9\) is whole"):
+        training.train(base.override("train.steps=10"), workdir)
+    assert checkpoint.steps(workdir) == [3, 6, 9]
+
+
+DISK_FULL = """
+set -e
+mount -t tmpfs -o size=$SIZE tmpfs $DISK
+set +e
+"$@" --workdir $DISK/w 2> $DISK.first
+echo $? > $DISK.code
+set -e
+mount -o remount,size=256m $DISK
+"$@" --workdir $DISK/w 2> $DISK.second
+cp $DISK/w/metrics.jsonl $DISK.jsonl
+"""
+
+
+def test_a_full_disk_stops_cleanly_and_loses_nothing(base: Config, tmp_path: Path) -> None:
+    """On a small tmpfs where all checkpoints are kept; with more room the same command goes on."""
+    run, disk = tmp_path / "run.json", tmp_path / "disk"
+    disk.mkdir()
+    run.write_text(base.override("train.steps=30", "train.keep_every=1", "train.eval_every=1000").to_json())
+    inside = ["unshare", "--map-root-user", "--mount"]
+    if subprocess.run([*inside, "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    done = subprocess.run([*inside, "bash", "-c", DISK_FULL, "bash", *TRAIN, str(run)], capture_output=True, text=True,
+                          env={**os.environ, "DISK": str(disk), "SIZE": "3m"})
+    first = (tmp_path / "disk.first").read_text()
+    assert done.returncode == 0, done.stderr + first
+    assert (tmp_path / "disk.code").read_text() == "2\n"
+    found = re.search(r"the checkpoint of step (\d+) could not be written \(the disk is full\); the last good "
+                      r"checkpoint is step (\d+); make room and repeat the command", first)
+    assert found and int(found[1]) - int(found[2]) == 3, first
+    assert f"step {found[2]} of 30" in (tmp_path / "disk.second").read_text()
+    training.train(base.override("train.steps=30", "train.eval_every=1000"), tmp_path / "whole")
+    lines = [json.loads(line) for line in (tmp_path / "disk.jsonl").read_text().splitlines()]
+    found_losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert found_losses == {line["step"]: line["loss"] for line in step_lines(tmp_path / "whole")}
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from eso_jax import multihost
+from eso_jax.config import RunAgain
+multihost.start(Path(sys.argv[1]), 60)
+if multihost.is_writer():
+    try:
+        multihost.barrier("data", 2)
+    except RunAgain as error:
+        multihost.leave(error)
+time.sleep(60)
+"""
+
+
+def test_a_barrier_names_the_host_that_does_not_come(tmp_path: Path) -> None:
+    env = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "roll")]
+    waits, sleeps = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                                      env={**env, "JAX_PROCESS_ID": str(index)}) for index in (0, 1))
+    said = waits.communicate(timeout=90)[1]
+    sleeps.kill()
+    sleeps.communicate()
+    assert waits.returncode == RunAgain.EXIT, said
+    assert re.search(rf"waited 2 s at 'data' for process 1 on {re.escape(os.uname().nodename)}", said), said
+
+
+def test_a_process_that_is_never_started_is_named(base: Config, tmp_path: Path) -> None:
+    script = "import sys, pathlib; from eso_jax import multihost; multihost.start(pathlib.Path(sys.argv[1]), 4)"
+    env = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2",
+           "JAX_PROCESS_ID": "0", "TPU_WORKER_HOSTNAMES": "here,there"}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "w" / "hosts.partial")], capture_output=True,
+                          text=True, env=env, timeout=90)
+    assert done.returncode == RunAgain.EXIT, done.stderr
+    assert "waited 4 s for the other processes to start; missing: process 1 on there; came: 0 on " in done.stderr
+    training.train(base.override("train.steps=1"), tmp_path / "w")  # what it left is in nobody's way
+
+
+@pytest.mark.parametrize("environment, message", [
+    ({}, "--multi-host: this process could not join the others"),
+    ({"JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID = 'first': must be a number")])
+def test_multi_host_without_others_is_an_error(environment: dict[str, str], message: str, tmp_path: Path,
+                                               base: Config) -> None:
+    (tmp_path / "run.json").write_text(base.to_json())
+    done = subprocess.run([*TRAIN, str(tmp_path / "run.json"), "--workdir", str(tmp_path / "w"), "--multi-host"],
+                          capture_output=True, text=True, env={**os.environ, **environment}, timeout=90)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+HANGING = """
+import sys, time
+from eso_jax import cli, sharding
+real, calls = sharding.put_batch, []
+def put_batch(*arguments):
+    calls.append(1)
+    if len(calls) == 5:
+        time.sleep(60)
+    return real(*arguments)
+sharding.put_batch = put_batch
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_step_that_hangs_ends_the_process(base: Config, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(base.override("train.hang_seconds=2", "train.steps=20").to_json())
+    done = subprocess.run([sys.executable, "-c", HANGING, "train", str(tmp_path / "run.json"), "--workdir",
+                           str(tmp_path / "w")], capture_output=True, text=True, timeout=100)
+    assert done.returncode == RunAgain.EXIT, done.stderr
+    assert "a step took longer than train.hang_seconds = 2; the last good checkpoint is step 3" in done.stderr
+    assert "put_batch" in done.stderr  # where it hangs
+
+
+def test_a_step_that_is_not_finite_may_be_skipped(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.families.get
+
+    class Poisoned:
+        @staticmethod
+        def loss(weights: dict, config: Config, tokens: jax.Array, draws: object) -> dict[str, jax.Array]:
+            terms = real(config).loss(weights, config, tokens, draws)
+            return {name: jnp.where(tokens.sum() % 3 == 0, jnp.nan, value) for name, value in terms.items()}
+
+    monkeypatch.setattr(training.families, "get", lambda config: Poisoned)
+    run = base.override("train.non_finite=skip")
+    tokens = jnp.zeros((8, 16), jnp.int32)
+    state = training.init_state(run)
+    after, values = jax.jit(training.train_step, static_argnums=0)(run, state, tokens)
+    assert not values["finite"] and int(after.step) == 1
+    chex.assert_trees_all_equal((after.params, after.ema, after.optimizer), (state.params, state.ema, state.optimizer))
+    _, values = jax.jit(training.train_step, static_argnums=0)(run, state, tokens.at[0, 0].set(1))
+    assert values["finite"]
+
+
+def test_skipped_steps_are_counted_and_too_many_stop(base: Config, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.train_step
+
+    def poisoned(config: Config, state: training.TrainState, tokens: jax.Array) -> tuple:
+        state, values = real(config, state, tokens)
+        return state, values | {"finite": (state.step < 4) | (state.step > 6)}
+
+    monkeypatch.setattr(training, "train_step", poisoned)
+    run = base.override("train.non_finite=skip", "train.log_every=2")
+    training.train(run, tmp_path / "w")
+    assert {line["step"]: line.get("skipped", 0) for line in metrics.read(tmp_path / "w") if line["step"] % 2 == 0
+            and "validation_perplexity" not in line} == {2: 0, 4: 1, 6: 2, 8: 0}
+    monkeypatch.setattr(training, "SKIPS_IN_A_ROW", 2)
+    with pytest.raises(EsoError, match="at step 6, the last of 3 in a row: the update is not finite"):
+        training.train(run, tmp_path / "v")
+
+
+def test_milestones_are_kept(base: Config, tmp_path: Path) -> None:
+    training.train(base.override("train.steps=12", "train.save_every=2", "train.keep=1", "train.keep_every=4"),
+                   tmp_path / "w")
+    assert checkpoint.steps(tmp_path / "w") == [4, 8, 12]
+
+
+RESTORE = """
+import sys, jax, numpy as np
+from jax.experimental import multihost_utils
+from eso_jax import checkpoint, config, multihost, sharding, train
+from eso_jax.data import windows_of
+from eso_jax.data.pipeline import batches
+from pathlib import Path
+workdir, out, *overrides = sys.argv[1:]
+multihost.start(Path(workdir) / 'hosts.partial', 60)
+run = config.from_file(Path(workdir) / "config.json").override(*overrides)
+mesh = sharding.mesh(run.mesh)
+with jax.set_mesh(mesh), checkpoint.open_checkpoints(Path(workdir), 3) as checkpoints:
+    state = train._restore(checkpoints, Path(workdir), run, mesh)
+    rows = sharding.rows_of_process(mesh, run.train.batch_size)
+    iterator = batches(windows_of(run, "train"), run.train.batch_size, run.data.seed, rows)
+    iterator.set_state({"next_index": int(state.step)})
+    batch = sharding.put_batch(next(iterator), mesh, run.train.batch_size)
+    found = multihost_utils.process_allgather({"batch": batch, **state.params}, tiled=True)
+if multihost.is_writer():
+    np.savez(out, **found)
+multihost.barrier("end")
+"""
+
+
+def test_a_checkpoint_is_restored_on_any_mesh_and_process_count(base: Config, tmp_path: Path) -> None:
+    """Written by one process with 8 devices along fsdp; read by two processes with tensor = 2, and by one with one
+    device; and each goes on with the losses of a run that never changed."""
+    run, workdir = tmp_path / "run.json", tmp_path / "w"
+    run.write_text(base.override("train.steps=9", "train.save_every=3").to_json())
+    whole = training.train(base.override("train.steps=9"), tmp_path / "whole")
+
+    def go(devices: int, *overrides: str) -> None:
+        done = subprocess.run([*TRAIN, str(run), "--workdir", str(workdir), *overrides], capture_output=True, text=True,
+                              env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"})
+        assert done.returncode == 0, done.stderr
+
+    go(8, "train.steps=3", "mesh.fsdp=8")
+    one = eso_jax.load(workdir, ema=False)
+    from conftest import together
+
+    together([[sys.executable, "-c", RESTORE, str(workdir), str(tmp_path / "restored.npz"), "mesh.tensor=2",
+               "mesh.fsdp=2"]] * 2, devices=2)
+    restored = dict(np.load(tmp_path / "restored.npz"))
+    from eso_jax.data import windows_of
+    from eso_jax.data.pipeline import batches
+
+    iterator = batches(windows_of(base, "train"), 8, 0)
+    for _ in range(4):
+        batch = next(iterator)
+    np.testing.assert_array_equal(restored.pop("batch"), batch)
+    chex.assert_trees_all_equal(restored, jax.device_get(one.params))
+    together([[*TRAIN, str(run), "--workdir", str(workdir), "--multi-host", "mesh.tensor=2", "mesh.fsdp=2",
+               "train.steps=6"]] * 2, devices=2)
+    go(1)
+    losses, reference = ([line["loss"] for line in step_lines(path)] for path in (workdir, tmp_path / "whole"))
+    np.testing.assert_allclose(losses, reference, rtol=1e-5)
+    chex.assert_trees_all_close(eso_jax.load(workdir).params, jax.device_get(whole.ema), atol=1e-4)
+
+
+def test_a_run_of_one_process_waits_for_nobody() -> None:
+    multihost.barrier("anything", 1)
+    assert multihost.gathered("anything", "text") == ["text"]
+    assert multihost.agreed("anything", None) is None and multihost.agreed("anything", "bad") == "bad"
+    with pytest.raises(EsoError, match="^said$"):
+        multihost.by_writer("anything", lambda: (_ for _ in ()).throw(EsoError("said")))

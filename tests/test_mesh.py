@@ -1,0 +1,174 @@
+"""One run on any mesh: rules, born-sharded state, and losses that depend on no topology."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import mesh_losses
+from conftest import tiny_config, together
+from eso_jax import sharding, transformer
+from eso_jax.config import FAMILIES, Config, EsoError, MeshConfig
+from eso_jax.train import init_state
+
+SCRIPT = Path(mesh_losses.__file__)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_agree_on_every_mesh(family: str, tmp_path: Path) -> None:
+    """20 steps on one device, 8 along data, 8 along fsdp, 4 along tensor x 2 along data; and two processes of 4
+    devices, whose parameters are split over both."""
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "one.json"), family, "1", "8,1,1", "1,8,1", "2,1,4"]
+    done = subprocess.run(command, capture_output=True, text=True, env={
+        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    assert done.returncode == 0 and "Involuntary" not in done.stderr, done.stderr
+    together([[sys.executable, str(SCRIPT), str(tmp_path / "two.json"), family, "1,4,2"]] * 2, devices=4)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    reference = np.array(one["1"])
+    assert len(reference) == 20 and np.ptp(reference) > 0.2
+    for mesh, losses in (one | two).items():
+        np.testing.assert_allclose(losses, reference, rtol=1e-5, err_msg=f"mesh {mesh}")
+
+
+def test_every_parameter_has_a_rule_and_no_rule_is_dead() -> None:
+    paths = set()
+    for config in (tiny_config("esolm"), tiny_config("ar").override("model.cond_dim=0")):
+        state = jax.eval_shape(lambda config=config: init_state(config).__dict__)
+        for path, x in jax.tree_util.tree_leaves_with_path(state):
+            sharding.spec(path, x.ndim)
+        paths |= set(state["params"])
+    assert paths == set(sharding.RULES)
+
+
+@pytest.mark.parametrize("rule, message", [
+    (None, r"parameter = \"\['norm1'\]\": has no rule in eso_jax/sharding.py"),
+    (P("fsdp", "fsdp"), "names an axis twice"), (P(("data", "fsdp"), "data"), "names an axis twice"),
+    (P("model"), "may name only data, fsdp, tensor"), (P(None, None, "fsdp"), "has more axes than the parameter's 2")])
+def test_bad_rules_are_refused(rule: P | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sharding.RULES, "norm1")
+    if rule is not None:
+        monkeypatch.setitem(sharding.RULES, "norm1", rule)
+    with pytest.raises(EsoError, match=message):
+        sharding.shardings({"norm1": jnp.zeros((2, 16))}, sharding.mesh(MeshConfig()))
+
+
+@pytest.mark.parametrize("mesh, message", [
+    ({"fsdp": 3}, "mesh.fsdp x mesh.tensor = 3: must divide the 1 devices"),
+    ({"data": 2}, "mesh.data = 2: times fsdp = 1 and tensor = 1 must be the 1 devices")])
+def test_meshes_that_do_not_fit_the_devices(mesh: dict[str, int], message: str) -> None:
+    with pytest.raises(EsoError, match=message):
+        sharding.mesh(MeshConfig(**mesh))
+
+
+@pytest.mark.parametrize("overrides, shape, message", [
+    (["train.batch_size=12"], (8, 1, 1), "train.batch_size = 12: with train.accumulate = 1, must be a multiple of 8"),
+    (["train.accumulate=4"], (2, 4, 1), "train.batch_size = 16: with train.accumulate = 4, must be a multiple of 32"),
+    ([], (1, 1, 8), "mesh.tensor = 8: must divide the 4 heads"),
+    (["model.width=24"], (1, 4, 4), "mesh.fsdp x mesh.tensor = 16: must divide model.width = 24")])
+def test_models_that_do_not_fit_the_mesh(overrides: list[str], shape: tuple[int, ...], message: str) -> None:
+    config = mesh_losses.config_of("mdlm").override(*overrides)
+    with pytest.raises(EsoError, match=message):
+        sharding.check(config, dict(zip(sharding.AXES, shape, strict=True)))
+
+
+def test_the_program_does_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch,
+                                                   request: pytest.FixtureRequest) -> None:
+    """Scanned, as on accelerators: 2, 8 and 32 layers are one program, in lines of HLO and in seconds to compile it."""
+    import time
+
+    import jaxtyping
+
+    from eso_jax import train
+
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts descriptions where arrays belong
+    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
+    jax.config.update("jax_enable_compilation_cache", False)
+    request.addfinalizer(lambda: jax.config.update("jax_enable_compilation_cache", True))
+    lines, seconds = [], []
+    for layers in (2, 8, 32):
+        config = mesh_losses.config_of("ar").override(f"model.layers={layers}", "train.remat=full")
+        lowered = train.lower_step(config, sharding.mesh(MeshConfig()))
+        begin = time.perf_counter()
+        compiled = lowered.compile()
+        seconds.append(time.perf_counter() - begin)
+        lines.append((len(lowered.as_text().splitlines()), len(compiled.as_text().splitlines())))
+    assert max(n for n, _ in lines) <= 1.02 * min(n for n, _ in lines), lines
+    assert max(n for _, n in lines) <= 1.1 * min(n for _, n in lines), lines
+    assert seconds[2] < 2 * min(seconds[:2]) + 1, seconds
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialization_changes_no_step_and_saves_memory(remat: str, monkeypatch: pytest.MonkeyPatch,
+                                                            request: pytest.FixtureRequest) -> None:
+    import jaxtyping
+
+    from eso_jax import train
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")  # scanned without it as well
+    found = []
+    for name in ("none", remat):
+        config = mesh_losses.config_of("esolm").override("model.layers=8", "model.length=64", f"train.remat={name}")
+        mesh = sharding.mesh(config.mesh)
+        compiled = train.lower_step(config, mesh).compile()
+        tokens = sharding.put_batch(np.arange(16 * 64, dtype=np.int32).reshape(16, 64) % 32, mesh, 16)
+        with jax.set_mesh(mesh):
+            state = train.begin(config, mesh)
+            for _ in range(3):
+                state, values = compiled(state, tokens)
+        found.append((float(values["loss"]), compiled.memory_analysis().temp_size_in_bytes))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] < 0.8 * found[0][1], found
+
+
+def test_head_is_split_by_vocabulary_and_logits_are_never_whole() -> None:
+    """On 8 devices: compiled for tensor = 4, no array holds all 33 (padded: 36) logits of a row."""
+    script = """
+import re, jax, mesh_losses
+from eso_jax import sharding, train
+from eso_jax.config import MeshConfig
+config = mesh_losses.config_of("mdlm", MeshConfig(2, 1, 4))
+text = train.lower_step(config, sharding.mesh(config.mesh)).compile().as_text()
+shapes = set(re.findall(r"f32\\[(?:8,16|128),\\d+\\]", text))
+assert any(s.endswith(",9]") for s in shapes), shapes
+assert not any(s.endswith((",33]", ",36]")) for s in shapes), shapes
+"""
+    flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+             "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=flags)
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_of_one_process_are_all() -> None:
+    mesh = sharding.mesh(MeshConfig())
+    assert sharding.rows_of_process(mesh, 6).tolist() == list(range(6))
+    tokens = np.arange(12, dtype=np.int32).reshape(6, 2)
+    np.testing.assert_array_equal(sharding.put_batch(tokens, mesh, 6), tokens)
+
+
+def test_deep_models_are_not_unrolled_whole_on_cpu() -> None:
+    def lines(layers: int) -> int:
+        model = Config().override(f"model.layers={layers}", "model.width=16", "model.heads=2").model
+        params = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+        from eso_jax import masks
+        from eso_jax.attention import single_stream
+
+        def hidden(params: dict, tokens: jax.Array) -> jax.Array:
+            weights = transformer.fold(model, params)
+            return transformer.trunk(weights, tokens, transformer.natural_positions(tokens),
+                                     single_stream(masks.causal))[0]
+
+        return len(jax.jit(hidden).lower(params, jax.ShapeDtypeStruct((2, 8), jnp.int32)).as_text().splitlines())
+
+    assert lines(48) <= 1.25 * lines(12) and lines(12) > 1.5 * lines(2)
