@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NoReturn
 
-from eso_jax.cli import bench, check_cache, data, evaluate, export, import_, quality, sample, score, train
+from eso_jax.cli import bench, check_cache, data, evaluate, export, import_, plan, quality, sample, score, train
 from eso_jax.cli.files import read_plan
 from eso_jax.config import EsoError, RunAgain
 
@@ -23,7 +23,7 @@ __all__ = ["guarded", "keep_compilations", "main", "read_plan"]
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train, "eval": evaluate, "score": score, "sample": sample, "quality": quality,
-    "check-cache": check_cache, "bench": bench, "data": data, "import": import_, "export": export}
+    "check-cache": check_cache, "bench": bench, "plan": plan, "data": data, "import": import_, "export": export}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,35 @@
+"""Does a run fit a TPU slice, and how fast could it be? Compiled here, without one."""
+
+from __future__ import annotations
+
+import argparse
+
+from eso_jax.cli.files import check_out, say, write_json
+
+EXAMPLE = "eso-jax plan experiments/scale/esolm_1b.py --topology v5p:8x8x8 --out plan.json train.remat=dots"
+USAGE = "%(prog)s [-h] experiment --topology TOPOLOGY [options] [section.field=value ...]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="a Python file that defines `config`, or a config.json")
+    parser.add_argument("--topology", required=True, help="v5p:8x8x8, v5e:2x4, v6e:16x16, ...; an accelerator type of "
+                        "the cloud (v5p-1024, v5litepod-8); h100:8 for GPUs")
+    parser.add_argument("--tensor", type=int, default=1, help="devices to a copy of the model when sampling; doubled "
+                        "until it fits (%(default)s)")
+    parser.add_argument("--sample-batch", type=int, default=16, help="sequences that each copy decodes together "
+                        "(%(default)s)")
+    parser.add_argument("--target-config", help="GPUs only: XLA's description of one, a .txtpb")
+    parser.add_argument("--out", help="the plan as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from eso_jax import config as configs
+    from eso_jax.config import require
+    from eso_jax.planning import plan
+
+    if arguments.out:
+        check_out(arguments.out)
+    require(arguments.sample_batch >= 1, "--sample-batch", arguments.sample_batch, "must be at least 1")
+    config = configs.from_file(arguments.experiment).override(*arguments.overrides)
+    found = plan(config, arguments.topology, say, arguments.tensor, arguments.sample_batch, arguments.target_config)
+    write_json(arguments.out, {"experiment": arguments.experiment, "overrides": arguments.overrides, **found})

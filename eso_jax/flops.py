@@ -1,0 +1,107 @@
+"""How many floating-point operations a step takes, counted from its config as this code executes it.
+
+A multiply and an add are two operations, and only products of matrices count (and folding AdaLN into the weights, which
+is as large as a few rows of the batch). Softmax, norms, activations, draws and the optimizer, a few per cent at the
+paper's sizes, do not. Attention counts every pair of a query and a key it scores, hidden ones too.
+
+*Model FLOPs* are the forward pass and a backward pass of twice its cost; MFU divides them by the chip's peak. What
+`train.remat` computes again is counted apart, by `recomputed`. XLA's own count agrees where the layers are unrolled
+(tests/test_flops.py); of a scan over layers it counts one.
+
+Axes: B batch, L length, S slots of a pass, D width, N layers, V vocabulary, C conditioning.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import NamedTuple
+
+from eso_jax.config import Config, ModelConfig
+from eso_jax.transformer import FREQUENCIES
+
+Parts = dict[str, int]  # FLOPs by part: qkv, attention, out, mlp_in, mlp_out, head, adaln
+
+
+class Pass(NamedTuple):
+    """One forward pass of the training loss over some rows of the batch.
+
+    Attributes:
+      share: of the batch's rows.
+      streams: 1, or 2 where a noisy and a clean copy pass together; only one stream has logits.
+      own: noisy keys that a noisy slot scores beside the L clean ones (a block), 0 with one stream.
+    """
+
+    share: Fraction
+    streams: int
+    own: int
+
+
+def passes(config: Config) -> list[Pass]:
+    """The passes of a family's loss: an Eso-LM's share kappa in one stream (diffusion), the rest in two."""
+    one, two = Pass(Fraction(1), 1, 0), Pass(Fraction(1), 2, 1)
+    if config.family.name in ("mdlm", "ar"):
+        return [one]
+    if config.family.name == "bd3lm":
+        return [two._replace(own=config.family.block_size)]
+    kappa = config.family.split
+    return [p for p in (one._replace(share=kappa), two._replace(share=1 - kappa)) if p.share]
+
+
+def forward(config: Config) -> Parts:
+    """Forward FLOPs of one training step, all devices and micro-batches together."""
+    model, length = config.model, config.model.length
+    total = dict.fromkeys(("qkv", "attention", "out", "mlp_in", "mlp_out", "head"), 0)
+    for one in passes(config):
+        rows = int(config.train.batch_size * one.share)
+        parts = layers(model, rows * one.streams * length)
+        parts["attention"] = attention(model, rows * length, one.streams * length + one.own)
+        parts["head"] = head(model, rows * length)
+        total = {name: total[name] + parts[name] for name in total}
+    return {**total, "adaln": config.train.accumulate * fold(model)}
+
+
+def training_step(config: Config) -> Parts:
+    """Model FLOPs of one training step by part, forward and backward, nothing computed twice."""
+    return {name: 3 * count for name, count in forward(config).items()}
+
+
+def recomputed(config: Config, remat: str) -> Parts:
+    """What the backward pass of one training step computes again under a `train.remat`, by part.
+
+    "dots" keeps the products of the weights and computes attention again; "full" keeps each layer's input alone, and
+    computes all of the layer again but its last product, whose result no gradient needs.
+    """
+    again = {"none": (), "dots": ("attention",), "full": ("qkv", "attention", "out", "mlp_in")}[remat]
+    return {name: count for name, count in forward(config).items() if name in again}
+
+
+def sampling_step(model: ModelConfig, batch: int, window: int, width: int, live: int) -> Parts:
+    """Forward FLOPs of one step of the decoding loop.
+
+    Args:
+      window, width, live: slots of the pass, those whose logits are taken, and keys that each slot scores, as in
+        eso_jax.sampling.loop.Shape.
+    """
+    return {**layers(model, batch * window), "attention": attention(model, batch * window, live),
+            "head": head(model, batch * width)}
+
+
+def layers(model: ModelConfig, slots: int) -> Parts:
+    """The products with the weights of all layers, for so many slots in all."""
+    square = 2 * slots * model.layers * model.width**2
+    return {"qkv": 3 * square, "out": square, "mlp_in": 4 * square, "mlp_out": 4 * square}
+
+
+def attention(model: ModelConfig, queries: int, keys: int) -> int:
+    """Scores and weighted values of all layers, for so many queries in all, each against so many keys."""
+    return 4 * queries * keys * model.layers * model.width
+
+
+def head(model: ModelConfig, slots: int) -> int:
+    return 2 * slots * model.width * model.vocab_size
+
+
+def fold(model: ModelConfig) -> int:
+    """The conditioning MLP, the modulations it makes, and their products with the weights they scale."""
+    c, d, n = model.cond_dim, model.width, model.layers
+    return (2 * c * (FREQUENCIES + c + 6 * n * d + 2 * d) + 5 * n * d * d) if c else 0

@@ -1,0 +1,85 @@
+"""Planning a run for accelerators that are not here: does it fit, what does it do, how fast could it be?
+
+`eso-jax plan` compiles the training step and a step of the sampler ahead of time for a slice of TPUs (or a box of
+GPUs), and reads from the compiled programs what they hold, compute, move and send.
+
+  target.py    devices that are not here       programs.py  the two programs, compiled for them
+  hlo.py       what a compiled program does    fit.py       what to change when it does not fit
+  report.py    the plan in words and in JSON
+
+Operations are counted in eso_jax/flops.py, peaks kept in eso_jax/chips.py.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from eso_jax import chips, sharding
+from eso_jax.config import Config
+from eso_jax.planning import fit, programs, report, target
+
+
+def plan(config: Config, topology: str, say: Callable[[str], None], tensor: int = 1, batch_per_copy: int = 16,
+         target_config: str | None = None) -> dict[str, Any]:
+    """The plan of a run on a slice; if its training does not fit, also of the first change to it that does.
+
+    Args:
+      topology: of chips.topology.
+      say: told what is found, line by line.
+      tensor: devices to a copy of the model, when sampling; doubled until that fits.
+      batch_per_copy: sequences that each copy decodes together.
+      target_config: see target.devices.
+
+    Raises:
+      EsoError: the slice is unknown, its compiler not installed, or the config does not divide over it.
+    """
+    slice_ = chips.topology(topology)
+    devices = target.devices(slice_, target_config)
+    mesh = sharding.mesh(config.mesh, devices)
+    sharding.check(config, mesh)
+    cloud = f" ({slice_.accelerator_type})" if slice_.accelerator_type else ""
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    say(f"{slice_.name}{cloud}, {len(devices)} devices, {devices[0].device_kind}; mesh {axes}; train.remat="
+        f"{config.train.remat}, train.accumulate={config.train.accumulate}")
+
+    found: dict[str, Any] = {"topology": slice_.name, "accelerator_type": slice_.accelerator_type,
+                             "devices": len(devices), "mesh": dict(mesh.shape), "versions": versions()}
+    program = programs.training(config, slice_, devices)
+    found["training"] = report.training(program, config, slice_)
+    _say_all(say, report.lines("Training", found["training"]))
+    if not program.fits:
+        found["instead"] = None
+        if better := fit.first_that_fits(config, slice_, devices, say):
+            one, program = better
+            where = "" if one.topology == slice_ else f"--topology {one.topology.name} "
+            found["instead"] = {"topology": one.topology.name, "overrides": one.overrides,
+                                "training": report.training(program, one.config, one.topology)}
+            _say_all(say, report.lines(f"With {where}{' '.join(one.overrides)}, training",
+                                       found["instead"]["training"]))
+        else:
+            say("nothing that was tried fits; use larger chips, or more of mesh.tensor")
+
+    while True:
+        step, program = programs.sampling(config, slice_, devices, batch_per_copy, tensor)
+        found["sampling"] = report.sampling(program, step, slice_)
+        name = f"Sampling, {step.batch} sequences, a copy of the model to {tensor} device{'s' * (tensor > 1)}, a pass"
+        _say_all(say, report.lines(name, found["sampling"]))
+        if program.fits or len(devices) % (2 * tensor) or config.model.heads % (2 * tensor):
+            return found
+        tensor *= 2
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    return {"jax": jax.__version__, **{name: importlib.metadata.version(name) for name in ("libtpu",)
+                                       if importlib.util.find_spec(name)}}
+
+
+def _say_all(say: Callable[[str], None], text: list[str]) -> None:
+    for line in text:
+        say(line)

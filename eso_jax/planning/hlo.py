@@ -1,0 +1,377 @@
+"""What a compiled program does, read from its text: products, memory traffic and communication.
+
+XLA's own cost analysis counts the body of a loop once. Here an operation counts as often as it runs: a loop's trip
+count is what XLA says it knows, or the bound that the loop's condition compares with; a loop whose bound is data (the
+decoding loop's) counts once, so that its program is one step.
+
+All counts are of one device. FLOPs are those of products alone. Bytes are those that fused operations read and write
+in main memory: what TPUs keep in their vector memory (a layout in a memory space, "S(1)") costs nothing, of a slice
+only the slice is read, and an update in place writes the update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+# Operations without a memory access of their own: names for parts of others' results, the ends of asynchronous
+# operations, which count where they start, and those whose bodies are counted.
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+         "after-all", "partition-id", "replica-id", "opt-barrier", "iota", "async-start", "async-update")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "c64": 64, "c128": 128, "token": 0}
+_TYPE = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+)\s?\(.*\{$")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An array: element type, dimensions, and whether it lives in main memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    main: bool
+
+    @property
+    def bytes(self) -> int:
+        bits = _BITS.get(self.dtype) or int(re.sub(r"\D", "", self.dtype[:3]) or 0)
+        return math.prod(self.dims) * bits // 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: its name, result (the arrays of a tuple), operation, operands' names, and the rest of the line.
+
+    Attributes:
+      value: what stands between the parentheses: the value of a constant, the number of a parameter.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    value: str
+    attributes: str
+
+    def called(self, key: str) -> str | None:
+        """The computation named by an attribute."""
+        found = re.search(rf"\b{key}=%?([\w.-]+)", self.attributes)
+        return found[1] if found else None
+
+
+@dataclass
+class Computation:
+    """Instructions by name, in order; the last is the result."""
+
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Instruction:
+        return next(reversed(self.instructions.values()))
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        return [self.instructions[name] for name in instruction.operands if name in self.instructions]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Communications of one kind and size.
+
+    Attributes:
+      kind: of COLLECTIVES.
+      bytes: the whole payload on one device: what it holds before a reduction, or after a gathering.
+      group: devices that take part.
+      dtype: of its largest array.
+    """
+
+    kind: str
+    bytes: int
+    group: int
+    dtype: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device must send, however the network is used well."""
+        share = (self.group - 1) / self.group
+        return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+
+
+@dataclass
+class Cost:
+    """What one device does in one run of a program.
+
+    Attributes:
+      flops: of products.
+      wide_flops: the part of them that has a float32 operand, for which a matrix unit takes several passes.
+      bytes: read and written in main memory.
+      collectives: how often each runs.
+    """
+
+    flops: float = 0.0
+    wide_flops: float = 0.0
+    bytes: float = 0.0
+    collectives: Counter[Collective] = field(default_factory=Counter)
+
+    def add(self, other: Cost, times: int = 1) -> None:
+        self.flops += times * other.flops
+        self.wide_flops += times * other.wide_flops
+        self.bytes += times * other.bytes
+        for collective, count in other.collectives.items():
+            self.collectives[collective] += times * count
+
+    @property
+    def sent(self) -> float:
+        """Bytes sent to other devices."""
+        return sum(count * collective.sent for collective, count in self.collectives.items())
+
+
+def cost(text: str) -> Cost:
+    """The cost of a program, from the text of its compiled form."""
+    computations, entry = parse(text)
+    devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
+    return _Counter(computations, devices).computation(entry)
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a program by name, and the name of the one it begins with."""
+    computations: dict[str, Computation] = {}
+    entry = ""
+    current = Computation()
+    for line in text.splitlines():
+        if found := _INSTRUCTION.match(line):
+            instruction = _instruction(found[1], line[found.end():])
+            current.instructions[instruction.name] = instruction
+        elif found := _COMPUTATION.match(line):
+            current = computations[found[2]] = Computation()
+            entry = found[2] if found[1] else entry
+    return computations, entry
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    kind = _balanced(rest) if rest.startswith("(") else rest[:rest.index(" ")]
+    call = rest[len(kind):].lstrip()
+    opcode = call[:call.index("(")]
+    operands = _balanced(call[len(opcode):])
+    return Instruction(name, _shapes(kind), opcode, tuple(re.findall(r"%([\w.-]+)", operands)),
+                       operands[1:-1], call[len(opcode) + len(operands):])
+
+
+def _balanced(text: str) -> str:
+    """The parenthesis that text begins with, up to its end."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return text[:index + 1]
+    return text
+
+
+def _shapes(kind: str) -> tuple[Shape, ...]:
+    return tuple(Shape(dtype, tuple(map(int, dims.split(","))) if dims else (), not re.search(r"S\([1-9]", layout))
+                 for dtype, dims, layout in _TYPE.findall(kind))
+
+
+class _Counter:
+    """Counts computations, each once, however often it is called."""
+
+    def __init__(self, computations: dict[str, Computation], devices: int) -> None:
+        self.computations, self.devices = computations, devices
+        self.known: dict[str, Cost] = {}
+
+    def computation(self, name: str) -> Cost:
+        if name not in self.known:
+            total = Cost()
+            here = self.computations[name]
+            for instruction in here.instructions.values():
+                total.add(self.instruction(here, instruction))
+            self.known[name] = total
+        return self.known[name]
+
+    def instruction(self, here: Computation, one: Instruction) -> Cost:
+        total = Cost()
+        if one.opcode == "while":
+            total.add(self.computation(_must(one, "body")), self.trips(one))
+        elif one.opcode == "conditional":
+            for name in re.findall(r"%([\w.-]+)", " ".join(re.findall(r"computations?={?([^}]*?)[},]",
+                                                                     one.attributes))):
+                total.add(self.computation(name))
+        elif one.opcode in ("call", "async-start"):
+            total.add(self.computation(one.called("to_apply") or _must(one, "calls")))
+        else:
+            if one.opcode == "fusion":
+                inside = self.computation(_must(one, "calls"))
+                total.add(dataclasses.replace(inside, bytes=0.0))
+            elif one.opcode in ("dot", "convolution"):
+                total.flops = float(_product(here, one))
+                if any(shape.dtype == "f32" for source in here.operands(one) for shape in source.shapes):
+                    total.wide_flops = total.flops
+            kind = one.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                total.collectives[self.collective(here, one, kind)] += 1
+            total.bytes = float(self.traffic(here, one))
+        return total
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a loop's body runs; 1 if that is not known."""
+        if found := re.search(r'known_trip_count\D*(\d+)', loop.attributes):
+            return int(found[1])
+        condition = self.computations[_must(loop, "condition")]
+        root = condition.root
+        inner = self.computations[_must(root, "calls")] if root.opcode == "fusion" else condition
+        compared = inner.root
+        if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
+            return 1
+        bound = inner.instructions.get(compared.operands[1])
+        if bound is not None and bound.opcode == "parameter" and root is not compared:  # handed to the fusion
+            bound = condition.instructions.get(root.operands[int(bound.value)])
+        if bound is None or bound.opcode != "constant":
+            return 1
+        return int(bound.value) if bound.value.isdigit() else 1
+
+    def collective(self, here: Computation, one: Instruction, kind: str) -> Collective:
+        shapes = [shape for source in here.operands(one) for shape in source.shapes]
+        group = _group(one.attributes, self.devices)
+        size = sum(shape.bytes for shape in shapes) * (group if kind == "all-gather" else 1)
+        largest = max(shapes, key=lambda shape: shape.bytes)
+        # TPUs scatter a reduction by a fusion of the two.
+        scattered = kind == "all-reduce" and any(
+            user.opcode in ("dynamic-slice", "slice") and one.name in user.operands
+            for user in here.instructions.values())
+        return Collective("reduce-scatter" if scattered else kind, size, group, largest.dtype)
+
+    def traffic(self, here: Computation, one: Instruction) -> int:
+        """Bytes of main memory that an instruction reads and writes."""
+        if one.opcode in _FREE or one.opcode.endswith("-done"):
+            return 0
+        if one.opcode.endswith("-start") and one.opcode != "copy-start" and one.opcode != "slice-start":
+            return sum(_main(source) for source in here.operands(one))
+        if one.opcode in ("copy-start", "slice-start"):
+            target = one.shapes[0]
+            source = here.operands(one)[0].shapes[0]
+            return target.bytes * (target.main + source.main)
+        if one.opcode != "fusion":
+            return self.written(here, one) + sum(self.read(here, one, number) for number in range(len(one.operands)))
+        inner = self.computations[_must(one, "calls")]
+        parameters = {int(p.value): p for p in inner.instructions.values()
+                      if p.opcode == "parameter"}
+        total = sum(_main_bytes(source.shapes, self.read_inside(inner, parameters[number]))
+                    for number, source in enumerate(here.operands(one)) if number in parameters)
+        roots = inner.operands(inner.root) if inner.root.opcode == "tuple" else [inner.root]
+        for root, shape in zip(roots, one.shapes, strict=False):
+            total += self.written_inside(inner, root) if shape.main else 0
+        return total
+
+    def read(self, here: Computation, one: Instruction, number: int) -> int:
+        """Bytes that an unfused instruction reads of one operand."""
+        source = here.instructions.get(one.operands[number])
+        return 0 if source is None else _main_bytes(source.shapes, _part_read(here, one, number))
+
+    def read_inside(self, inner: Computation, source: Instruction) -> int | None:
+        """Bytes that a fusion reads of a parameter; None: all of it."""
+        total = 0
+        for user in inner.instructions.values():
+            if source.name not in user.operands:
+                continue
+            if user.opcode == "bitcast":
+                part = self.read_inside(inner, user)
+            elif user.opcode == "fusion":
+                deeper = self.computations[_must(user, "calls")]
+                number = user.operands.index(source.name)
+                part = self.read_inside(deeper, next(p for p in deeper.instructions.values() if p.opcode == "parameter"
+                                                     and p.value == str(number)))
+            else:
+                part = _part_read(inner, user, user.operands.index(source.name))
+            if part is None:
+                return None
+            total += part
+        return total
+
+    def written(self, here: Computation, one: Instruction) -> int:
+        if one.opcode == "dynamic-update-slice":
+            return _main_bytes(one.shapes, sum(shape.bytes for shape in here.operands(one)[1].shapes))
+        return sum(shape.bytes for shape in one.shapes if shape.main)
+
+    def written_inside(self, inner: Computation, root: Instruction) -> int:
+        """Bytes of one result of a fusion: of an update in place, the update."""
+        while root.opcode in ("bitcast", "convert", "copy") and inner.operands(root):
+            root = inner.operands(root)[0]
+        if root.opcode == "fusion":
+            deeper = self.computations[_must(root, "calls")]
+            return self.written_inside(deeper, deeper.root)
+        update = inner.operands(root)[1] if root.opcode == "dynamic-update-slice" else root
+        return sum(shape.bytes for shape in update.shapes)
+
+
+def _part_read(here: Computation, one: Instruction, number: int) -> int | None:
+    """Bytes that an operation reads of an operand; None: all of it."""
+    if number == 0 and one.opcode in ("dynamic-slice", "slice", "gather"):
+        return sum(shape.bytes for shape in one.shapes)
+    return 0 if number == 0 and one.opcode == "dynamic-update-slice" else None
+
+
+def _main(one: Instruction) -> int:
+    return sum(shape.bytes for shape in one.shapes if shape.main)
+
+
+def _main_bytes(shapes: tuple[Shape, ...], part: int | None) -> int:
+    """The bytes of shapes that are in main memory; or, if they are, of a part of them."""
+    whole = sum(shape.bytes for shape in shapes if shape.main)
+    return whole if part is None else min(whole, part)
+
+
+def _must(one: Instruction, key: str) -> str:
+    name = one.called(key)
+    assert name is not None, f"{one.opcode} without {key}"
+    return name
+
+
+def _group(attributes: str, devices: int) -> int:
+    """Devices in one group of a collective."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
+    return devices
+
+
+def _product(here: Computation, one: Instruction) -> int:
+    """Operations of a product of two arrays."""
+    left, right = (source.shapes[0].dims for source in here.operands(one))
+    out = one.shapes[0].dims
+    if one.opcode == "dot":
+        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
+        axes = [int(axis) for axis in found[1].split(",") if axis] if found else []
+        return 2 * math.prod(out) * math.prod(left[axis] for axis in axes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    assert labels is not None
+    window = dict(re.findall(r"(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)", one.attributes.split("}")[0]))
+    pairs = 1
+    spatial = sorted(set(labels[1]) - {"b", "f"})
+    for number, axis in enumerate(spatial):
+        def of(name: str, default: str) -> str:
+            return window[name].split("x")[number] if name in window else default
+
+        low = int(of("pad", "0_0").split("_")[0])
+        place = (np.arange(out[labels[3].index(axis)])[:, None] * int(of("stride", "1")) - low
+                 + np.arange(right[labels[2].index(axis)])[None, :] * int(of("rhs_dilate", "1")))
+        dilate = int(of("lhs_dilate", "1"))
+        size = left[labels[1].index(axis)]
+        pairs *= int(((place % dilate == 0) & (place >= 0) & (place // dilate < size)).sum())
+    batch, features = out[labels[3].index("b")], out[labels[3].index("f")]
+    return 2 * batch * features * right[labels[2].index("i")] * pairs
+
+
+def groups(collectives: Counter[Collective]) -> Iterator[tuple[Collective, int]]:
+    """Collectives and how often each runs, those that send most first."""
+    yield from sorted(collectives.items(), key=lambda item: -item[1] * item[0].sent)

@@ -1,0 +1,175 @@
+"""The programs of a plan, compiled for devices that need not be there, and what the compiler says of each.
+
+Whether a program fits is the compiler's word: XLA for TPUs lays out the memory as it compiles and refuses what exceeds
+it. (XLA for GPUs only warns; there the sum of what it says is compared with the published size.)
+
+Axes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from eso_jax import families, flops, sharding, train, transformer
+from eso_jax.chips import Topology
+from eso_jax.config import Config
+from eso_jax.planning import hlo
+from eso_jax.sampling import loop
+from eso_jax.sampling.categorical import Rule
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program on one device.
+
+    Attributes:
+      memory: bytes by part. What goes in is counted from sharded shapes; "temporaries" and "program" are the
+        compiler's, and missing where it refused.
+      fits: whether the compiler found room.
+      asked, available: bytes that it wanted and had, where it refused.
+      model_flops: our own count, without what is computed twice, all devices together.
+      cost: what the compiled program does; None where there is none.
+      compile_seconds: on this machine.
+    """
+
+    memory: dict[str, int]
+    fits: bool
+    asked: int | None
+    available: int | None
+    model_flops: float
+    cost: hlo.Cost | None
+    compile_seconds: float
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory in all."""
+        return self.asked or sum(self.memory.values())
+
+
+def training(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Program:
+    """The training step of a config on its mesh of the devices.
+
+    Raises:
+      EsoError: the mesh, the batch or the model does not divide over them.
+    """
+    mesh = sharding.mesh(config.mesh, devices)
+    sharding.check(config, mesh)
+    begun = time.perf_counter()
+    return _compiled(train.lower_step(config, mesh), state_bytes(config, mesh), topology,
+                     sum(flops.training_step(config).values()), begun)
+
+
+def state_bytes(config: Config, mesh: Mesh) -> dict[str, int]:
+    """What one device holds of the training state, and its rows of the batch."""
+    state = train.abstract_state(config, mesh)
+    rows = config.train.batch_size // math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+    return {"parameters": _held(state.params), "averages": _held(state.ema), "optimizer": _held(state.optimizer),
+            "batch": 4 * rows * config.model.length}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A step of the decoding loop to plan for.
+
+    Attributes:
+      batch: sequences decoded together, all devices together.
+      tensor: devices to a copy of the model.
+      shape: of the step.
+      cached: whether there is a key-value cache.
+    """
+
+    batch: int
+    tensor: int
+    shape: loop.Shape
+    cached: bool
+
+
+def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], batch_per_copy: int,
+             tensor: int) -> tuple[Sampling, Program]:
+    """The last step of decoding one token per pass, where the cache is full, in the training's compute type."""
+    model, dtype = config.model, jnp.dtype(config.train.compute_dtype)
+    mesh = sharding.sampling_mesh(model, tensor, devices)
+    batch, family = batch_per_copy * (len(devices) // tensor), families.get(config)
+    plan = family.plan(jax.random.key(0), config, 1, model.length, config.family.alpha_0,
+                       "left-to-right" if config.family.name == "ar" else "one-by-one")
+    sampler = family.sampler(config)
+    steps, runs = loop.schedule(plan, sampler)
+    step = Sampling(batch, tensor, runs[-1].shape, sampler.cached)
+
+    def everywhere(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+
+    def laid_out(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:  # as sharding.put_weights
+        name = ".".join(str(part.key) for part in path if hasattr(part, "key")).removeprefix("blocks.")
+        where = NamedSharding(mesh, sharding.OVER_TENSOR.get(name, P()))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    def rows(x: Any, *axes: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(sharding.BATCH, *axes)))
+
+    weights = jax.tree_util.tree_map_with_path(laid_out, jax.eval_shape(lambda: transformer.unstack(
+        transformer.fold(model, transformer.init(model, jax.random.key(0)), dtype))))
+    order = jax.ShapeDtypeStruct((batch, model.length), jnp.int32)
+    state = jax.eval_shape(lambda weights, order: loop.grow(loop.start(weights, model, sampler, order), step.shape),
+                           weights, order)
+    state = dataclasses.replace(state, tokens=rows(state.tokens), positions=rows(state.positions),
+                                cache=jax.tree.map(lambda x: rows(x, "tensor"), state.cache))
+    uniforms = rows(jax.ShapeDtypeStruct((batch, model.length, 2), jnp.float32))
+    scalar = everywhere(jax.ShapeDtypeStruct((), jnp.int32))
+    begun = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, steps), scalar, scalar, uniforms,
+                                        model, sampler, Rule(), step.shape)
+    memory = {"weights": _held(weights), "cache": _held(state.cache),
+              "tokens": _held((state.tokens, state.positions, uniforms))}
+    return step, _compiled(lowered, memory, topology,
+                           sum(flops.sampling_step(model, batch, *step.shape).values()), begun)
+
+
+def _compiled(lowered: jax.stages.Lowered, memory: dict[str, int], topology: Topology, model_flops: float,
+              begun: float) -> Program:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        asked, available = _refused(str(error))
+        return Program(memory, False, asked, available, model_flops, None, time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    found, text = compiled.memory_analysis(), compiled.as_text()
+    assert found is not None and text is not None  # JAX's own types allow it
+    # The state is donated: what comes out lies where it came in.
+    extra = found.output_size_in_bytes - found.alias_size_in_bytes
+    memory = {**memory, "temporaries": found.temp_size_in_bytes + max(0, extra),
+              "program": found.generated_code_size_in_bytes}
+    room = topology.chip.memory / topology.chip.devices
+    fits = topology.chip.platform == "tpu" or sum(memory.values()) <= room
+    return Program(memory, fits, None, None, model_flops, hlo.cost(text), seconds)
+
+
+def _refused(message: str) -> tuple[int | None, int | None]:
+    """Bytes that the compiler wanted and had, from "Used 37.00G of 15.75G hbm" or "temporaries (310.71G) exceeds
+    available HBM (15.75G)"."""
+    found = (re.search(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", message)
+             or re.search(r"\(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)", message))
+    if found is None:
+        return None, None
+    return int(float(found[1]) * _UNITS[found[2]]), int(float(found[3]) * _UNITS[found[4]])
+
+
+def _held(tree: Any) -> int:
+    """Bytes of a tree's arrays that one device holds."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

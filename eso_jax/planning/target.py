@@ -1,0 +1,69 @@
+"""Devices that are not here: a slice of TPUs as libtpu describes it, or a box of GPUs as XLA's plugin for CUDA does.
+
+Programs compile for them on any machine, and run on none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from eso_jax.chips import Topology
+from eso_jax.config import EsoError, require
+
+# libtpu reads these as it loads: without them it asks the cloud's metadata server what it is part of, and lets in one
+# process at a time.
+_FOR_LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
+               "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# No driver is looked for, and no kernel is timed on a GPU that is not there.
+_FOR_CUDA = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+
+
+def devices(topology: Topology, target_config: str | None = None) -> Sequence[jax.Device]:
+    """The devices of a slice, to make a mesh of. To be called before JAX is first used.
+
+    What runs here (drawing a decoding plan) then runs on the CPU. The cache of compiled programs is turned off: what
+    was compiled for devices that are not there cannot be read back from it.
+
+    Args:
+      target_config: of GPUs, a file with XLA's description of one.
+
+    Raises:
+      EsoError: what describes the devices is missing, or knows no such slice.
+    """
+    from jax.experimental import topologies
+
+    tpu = topology.chip.platform == "tpu"
+    for name, value in (_FOR_LIBTPU if tpu else _FOR_CUDA).items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_enable_compilation_cache", False)
+    options: dict[str, Any] = {}
+    if tpu:
+        require(importlib.util.find_spec("libtpu") is not None, "--topology", topology.name,
+                "libtpu, which compiles for TPUs, is not installed: pip install -e '.[tpu]' (it needs no TPU)")
+        jax.config.update("jax_platforms", "cpu")  # this machine's own TPU, if any, stays free
+        name = topology.name
+        if topology.kind == "v4":
+            options["chip_config_name"] = "megacore"  # or each of its two cores would be a device
+        if topology.shape == (1, 1):
+            options["chips_per_host_bounds"] = (1, 1, 1)
+    else:
+        plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+        require(any(importlib.util.find_spec(plugin) for plugin in plugins), "--topology", topology.name,
+                "JAX's plugin for CUDA, which compiles for GPUs, is not installed: pip install -e '.[cuda]'")
+        require(target_config is not None and Path(target_config).is_file(), "--target-config", target_config,
+                "give XLA's description of the GPU, a .txtpb of xla/backends/gpu/target_config/specs in openxla/xla")
+        assert target_config is not None
+        hosts, gpus = topology.shape if len(topology.shape) == 2 else (1, topology.shape[0])
+        name, options = topology.kind, {"topology": f"1x{hosts}x{gpus}",
+                                        "target_config": Path(target_config).read_text()}
+    try:
+        return topologies.get_topology_desc(platform=topology.chip.platform, topology_name=name, **options).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise EsoError(f"--topology = {topology.name!r}: no such slice ({' '.join(str(error).split())[:200]})"
+                       ) from error
