@@ -50,6 +50,20 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def speed(tokens_per_second: float, flops_per_second: float) -> dict[str, float]:
+    """Tokens and model TFLOPs per second over all devices, and, where the chip's peak is known, the model FLOPs
+    utilization: their share of the peak (eso_jax/flops.py says what is counted, eso_jax/chips.py the peaks)."""
+    import jax
+
+    from eso_jax import chips
+
+    found = {"tokens_per_second": tokens_per_second, "tflops_per_second": flops_per_second / 1e12}
+    chip = chips.of_device(jax.devices()[0].device_kind)
+    if chip is not None:
+        found["mfu"] = flops_per_second / (chip.flops / chip.devices * jax.device_count())
+    return found
+
+
 def say(message: str) -> None:
     """A line for people, on stderr, above any progress bar; from the writer alone."""
     if is_writer():

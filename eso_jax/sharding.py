@@ -14,13 +14,13 @@ Axes: B batch, L length, S slots, H heads; of parameters see eso_jax/transformer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
@@ -83,9 +83,9 @@ def mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check(config: Config, size: Mapping[str, int]) -> None:
-    """Raises an EsoError unless a config's batch and model divide over a mesh of such a shape."""
-    model, batch = config.model, config.train.batch_size // config.train.accumulate
+def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Raises an EsoError unless a config's batch and model divide over a mesh."""
+    size, model, batch = mesh.shape, config.model, config.train.batch_size // config.train.accumulate
     rows, shards = math.prod(size[axis] for axis in BATCH), size["fsdp"] * size["tensor"]
     require(batch % rows == 0, "train.batch_size", config.train.batch_size,
             f"with train.accumulate = {config.train.accumulate}, must be a multiple of "

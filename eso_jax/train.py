@@ -32,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from eso_jax import checkpoint, families, finetune, metrics, multihost, sharding, transformer, workdir
+from eso_jax import checkpoint, families, finetune, flops, metrics, multihost, sharding, transformer, workdir
 from eso_jax.config import Config, EsoError, RunAgain, require
 from eso_jax.data import tokenizer_of, windows_of
 from eso_jax.evaluation import perplexity
@@ -163,7 +163,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
 
     settings = config.train
     mesh = sharding.mesh(config.mesh)
-    sharding.check(config, mesh.shape)
+    sharding.check(config, mesh)
     tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
     iterator = batches(windows_of(config, "train", tokenizer=tokenizer), settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
@@ -242,6 +242,7 @@ class _Meter:
 
     def __init__(self, config: Config, log: metrics.MetricsLog, last: Callable[[], str]) -> None:
         self.config, self.log, self.last = config, log, last
+        self.flops = sum(flops.training_step(config).values())
         self.pending: tuple[int, dict[str, Array]] | None = None
         self.seen: list[dict[str, float]] = []
         self.skipped = self.skipped_in_a_row = 0
@@ -274,15 +275,17 @@ class _Meter:
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             seconds = time.perf_counter() - self.clock
             tokens = self.clocked * self.config.train.batch_size * self.config.model.length
+            rate = self.clocked / seconds  # steps per second
             names = self.seen[0] if self.seen else ()
             means = {name: float(np.mean([s[name] for s in self.seen])) for name in names}
-            speed = {"tokens_per_second": tokens / seconds} if tokens else {}
+            speed = metrics.speed(tokens / seconds, self.flops * rate) if tokens else {}
             skipped = {"skipped": self.skipped} if self.skipped else {}
             self.log.write(step, **means, **speed, **skipped)
             if not sys.stderr.isatty():  # a terminal has the progress bar
                 parts = [f"loss {means['loss']:.3f}"] if means else []
-                rates: dict[str, float | None] = {"tokens/s": speed.get("tokens_per_second"), "steps skipped": self.skipped}
-                parts += [f"{value:,.0f} {name}" for name, value in rates.items() if value]
+                parts += [f"{speed['tokens_per_second']:,.0f} tokens/s"] if speed else []
+                parts += [f"MFU {speed['mfu']:.1%}"] if "mfu" in speed else []
+                parts += [f"{self.skipped} steps skipped"] if self.skipped else []
                 metrics.say(f"step {step} of {self.config.train.steps}: {', '.join(parts)}")
             self.seen, self.skipped = [], 0
             self.restart_clock()

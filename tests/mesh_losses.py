@@ -29,7 +29,7 @@ def config_of(family: str, mesh: MeshConfig = MeshConfig()) -> Config:
 
 def losses(config: Config, devices: list[jax.Device]) -> list[float]:
     mesh = sharding.mesh(config.mesh, devices)
-    sharding.check(config, mesh.shape)
+    sharding.check(config, mesh)
     rng = np.random.default_rng(0)
     found = []
     with jax.set_mesh(mesh):

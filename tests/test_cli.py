@@ -318,7 +318,7 @@ def test_an_experiment_that_does_not_run(tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops its other reads
 def test_damaged_and_foreign_checkpoints(tmp_path: Path, run: Run, trained: Path) -> None:
-    """Another length or width: one line, and nothing is sampled. A truncated or a missing part: the one before is used."""
+    """Another length or width: one line, and nothing is sampled. A truncated or missing part: the one before it is."""
     config = (trained / "config.json").read_text()
     sample = ["sample", "--workdir", tmp_path / "w", "--out", tmp_path / "s.npz"]
     for old, new, message in (('"length": 16', '"length": 8', "model.length = 8: the checkpoint in"),

@@ -122,7 +122,8 @@ def test_models_that_do_not_fit(base: Config, tmp_path: Path, run: Run) -> None:
             (source, "model.layers=3", "has 2"), (source, "model.heads=4", "model.heads = 4"),
             (source, "model.cond_dim=16", "has 8; AdaLN"),
             (source, "model.cond_dim=0", "model.cond_dim = 0"), (bare, "model.width=32", "has 16"),
-            (tmp_path / "absent", "train.steps=1", "not a work directory"), (broken, "train.steps=1", "none of its checkpoints"),
+            (tmp_path / "absent", "train.steps=1", "not a work directory"),
+            (broken, "train.steps=1", "none of its checkpoints"),
             ("", "train.steps=1", "give a work directory, or None")):
         text = run("train", tmp_path / "e.json", "--workdir", tmp_path / "w", f"train.start_from={start}", override,
                    code=2)

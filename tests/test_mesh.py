@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import mesh_losses
@@ -77,7 +78,7 @@ def test_meshes_that_do_not_fit_the_devices(mesh: dict[str, int], message: str) 
 def test_models_that_do_not_fit_the_mesh(overrides: list[str], shape: tuple[int, ...], message: str) -> None:
     config = mesh_losses.config_of("mdlm").override(*overrides)
     with pytest.raises(EsoError, match=message):
-        sharding.check(config, dict(zip(sharding.AXES, shape, strict=True)))
+        sharding.check(config, AbstractMesh(shape, sharding.AXES))
 
 
 def test_the_program_does_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch,

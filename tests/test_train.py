@@ -19,7 +19,7 @@ import pytest
 
 import eso_jax
 from conftest import random_tokens, tiny_config
-from eso_jax import metrics
+from eso_jax import flops, metrics
 from eso_jax import train as training
 from eso_jax.config import FAMILIES, Config, EsoError
 from eso_jax.optim import optimizer, update_ema
@@ -45,7 +45,8 @@ def base(corpus: str) -> Config:
 
 def step_lines(workdir: Path) -> list[dict[str, float]]:
     lines = [line for line in metrics.read(workdir) if "loss" in line]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    speeds = ("tokens_per_second", "tflops_per_second")
+    return [{name: value for name, value in line.items() if name not in speeds} for line in lines]
 
 
 def test_it_learns_logs_and_draws(base: Config, tmp_path: Path) -> None:
@@ -54,7 +55,10 @@ def test_it_learns_logs_and_draws(base: Config, tmp_path: Path) -> None:
     lines = metrics.read(tmp_path / "w")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0] - 1
-    assert {"loss", "diffusion", "sequential", "gradient_norm", "tokens_per_second", "step"} == set(lines[0])
+    assert {"loss", "diffusion", "sequential", "gradient_norm", "tokens_per_second", "tflops_per_second",
+            "step"} == set(lines[0])
+    per_token = lines[1]["tflops_per_second"] * 1e12 / lines[1]["tokens_per_second"]
+    assert per_token == pytest.approx(sum(flops.training_step(run).values()) / (8 * 16))
     found = [line for line in lines if "validation_bits_per_byte" in line]
     assert [line["step"] for line in found] == [30, 60]
     assert found[1]["validation_nats_per_token"] < found[0]["validation_nats_per_token"]
@@ -216,6 +220,24 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
     _, state = tx.update(params, state, params)  # past the two warm-up steps
     updates, _ = tx.update({"w": jnp.full(1, 100.0)}, state, params)
     assert float(updates["w"][0]) == pytest.approx(-0.01 * 0.5 / 1.5, rel=1e-4)
+
+
+def test_steps_are_traced(base: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    training.train(base.override("train.profile_steps=2"), tmp_path / "w")
+    assert "traced 2 steps into" in capsys.readouterr().err
+    assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
+    training.train(base.override("train.profile_steps=100", "train.steps=9"), tmp_path / "w")  # too few are left: none
+
+
+def test_utilization_is_of_the_chips_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(metrics.speed(10.0, 2e12)) == {"tokens_per_second", "tflops_per_second"}  # of a CPU there is no peak
+
+    class V5e:
+        device_kind = "TPU v5 lite"
+
+    monkeypatch.setattr(jax, "devices", lambda: [V5e()] * 4)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert metrics.speed(10.0, 394e12)["mfu"] == pytest.approx(0.5)
 
 
 def test_config_is_kept_as_text(base: Config, tmp_path: Path) -> None:
