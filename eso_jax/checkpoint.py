@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
 from eso_jax import metrics, multihost
-from eso_jax.config import EsoError, ModelConfig, require
+from eso_jax.config import EsoError, ModelConfig, RunAgain, require
 
 PARTS = ("params", "ema", "optimizer")
 
@@ -196,13 +196,15 @@ class Saver:
             self._error = error
 
     def check(self) -> None:
-        """Raises an EsoError if the save failed, as far as is known."""
+        """Raises an EsoError if the save failed, as far as is known; a RunAgain if it did for want of a peer."""
         if self._error is None:
             return
         if multihost.is_writer():
             for path in (self._workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
         reason = f"{type(self._error).__name__}: {self._error}".splitlines()[0][:200]
+        if multihost.is_loss(self._error) and os_error(self._error) is None:
+            raise RunAgain(f"lost another process of the run while saving step {self._step} ({reason}); {self._last()}")
         full = os_error(self._error) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(self._error)
         raise EsoError(f"--workdir = {str(self._workdir)!r}: the checkpoint of step {self._step} could not be written "
                        f"({'the disk is full' if full else reason}); {self._last()}; "

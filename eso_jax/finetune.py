@@ -10,8 +10,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from eso_jax import transformer, workdir
+from eso_jax import sharding, transformer, workdir
 from eso_jax.config import Config, EsoError, require
 from eso_jax.data.tokenizers import Tokenizer, sha256
 from eso_jax.transformer import GATES, Params
@@ -22,8 +23,8 @@ def random_params(config: Config) -> Params:
     return transformer.init(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0))
 
 
-def starting_params(config: Config, tokenizer: Tokenizer | None = None) -> Params | None:
-    """The (averaged) parameters of train.start_from, fit for the config's model; None where it isn't set.
+def starting_params(config: Config, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Params | None:
+    """The (averaged) parameters of train.start_from on a mesh, fit for the config's model; None where it isn't set.
 
     Args:
       tokenizer: of the new run, whose ids must mean what they did, where the source holds a tokenizer.
@@ -35,7 +36,7 @@ def starting_params(config: Config, tokenizer: Tokenizer | None = None) -> Param
     if source is None:
         return None
     try:
-        theirs, _, params = workdir.read(source)
+        theirs = workdir.read_config(source)
     except EsoError as error:
         raise EsoError(f"train.start_from = {source!r}: no model to start from ({error})") from error
     for name in ("width", "layers", "heads", "vocab_size", "mask"):
@@ -46,13 +47,19 @@ def starting_params(config: Config, tokenizer: Tokenizer | None = None) -> Param
     require(kept is None or tokenizer is None or _same(kept, tokenizer), "data.tokenizer", config.data.tokenizer,
             f"the model in train.start_from = {source!r} was trained with {theirs.data.tokenizer!r}, whose ids stand "
             "for other text")
-    params = jax.tree.map(jnp.asarray, jax.device_get(params))  # bound to no device
-    if config.model.cond_dim == theirs.model.cond_dim:
-        return params
-    require(theirs.model.cond_dim == 0, "model.cond_dim", config.model.cond_dim,
+    require(theirs.model.cond_dim in (0, config.model.cond_dim), "model.cond_dim", config.model.cond_dim,
             f"the model in train.start_from = {source!r} has {theirs.model.cond_dim}; AdaLN can be added to a model, "
             "but not resized, nor dropped, since its shifts leave biases that a model without has no place for")
-    return add_adaln(params, random_params(config))
+    try:
+        params = workdir.read(source, mesh=mesh)[2]
+    except EsoError as error:
+        raise EsoError(f"train.start_from = {source!r}: no model to start from ({error})") from error
+    if config.model.cond_dim == theirs.model.cond_dim:
+        return params
+    fresh = jax.eval_shape(lambda: random_params(config))
+    add = jax.jit(lambda params: add_adaln(params, random_params(config)),
+                  out_shardings=sharding.shardings(fresh, mesh))
+    return add(params)
 
 
 def _same(a: Tokenizer, b: Tokenizer) -> bool:

@@ -205,10 +205,16 @@ def together(last: Callable[[], str] = lambda: "the last checkpoint is still the
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):  # what a collective raises when a peer is gone
+        if is_loss(error):
             reason = str(error).splitlines()[0][:200]
             leave(RunAgain(f"lost another process of the run ({reason}); {last()}"))
         leave(error)
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an error is what a collective or a barrier raises when another process is gone."""
+    return jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError)
+                                        or any(sign in str(error) for sign in ("Gloo", "Barrier", "DEADLINE_EXCEEDED")))
 
 
 class Watchdog:

@@ -83,11 +83,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 def begin(config: Config, mesh: Mesh, start: Params | None = None) -> TrainState:
     """The state at step 0, born where it lives: no device ever holds all of it."""
-    where = shardings(config, mesh)
-    if start is not None:
-        start = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda part: x[part]), start,
-                             where.params)
-    return jax.jit(functools.partial(init_state, config), out_shardings=where)(start)
+    return jax.jit(functools.partial(init_state, config), out_shardings=shardings(config, mesh))(start)
 
 
 def jit_step(config: Config, mesh: Mesh) -> Any:
@@ -170,7 +166,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
     validation = np.concatenate(list(eval_batches(held_out, 64, settings.eval_windows)))
     resumes = bool(checkpoint.steps(directory))  # and then has parameters of its own
-    start = None if resumes else finetune.starting_params(config, tokenizer)
+    start = None if resumes else finetune.starting_params(config, mesh, tokenizer)
     # Once the data and the start are known to be there.
     multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))
     workdir.check_shared(directory)

@@ -249,17 +249,27 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
                  kept_tokenizer(Path(directory), config))
 
 
-def read(directory: str | Path, ema: bool = True) -> tuple[Config, int, Params]:
-    """(config, step, float32 parameters on the first device) of a work directory's newest checkpoint; as `load`."""
+def read_config(directory: str | Path) -> Config:
+    """The config of a work directory; raises an EsoError where there is none."""
+    path = Path(directory) / CONFIG
+    require(path.is_file(), "--workdir", str(directory), f"not a work directory (no {CONFIG})")
+    return configs.from_file(path)
+
+
+def read(directory: str | Path, ema: bool = True, mesh: Mesh | None = None) -> tuple[Config, int, Params]:
+    """(config, step, float32 parameters) of a work directory's newest whole checkpoint; as `load`.
+
+    Args:
+      mesh: where the parameters go, by the rules of eso_jax/sharding.py; None: this process's first device.
+    """
     from eso_jax import checkpoint
 
-    directory = Path(directory)
-    require((directory / CONFIG).is_file(), "--workdir", str(directory), f"not a work directory (no {CONFIG})")
-    config = configs.from_file(directory / CONFIG)
+    config = read_config(directory)
+    abstract = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-                            jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0))))
-    return config, *checkpoint.load_params(directory, config.model, abstract, ema)
+    where = jax.tree.map(lambda _: here, abstract) if mesh is None else sharding.shardings(abstract, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+    return config, *checkpoint.load_params(Path(directory), config.model, abstract, ema)
 
 
 def create(directory: Path, config: Config, params: Params, tokenizer: Tokenizer | None = None) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import eso_jax
-from conftest import free_port
+from conftest import free_port, together
 from eso_jax import checkpoint, metrics, multihost
 from eso_jax import train as training
 from eso_jax.config import Config, EsoError, RunAgain
@@ -406,8 +406,6 @@ def test_a_checkpoint_is_restored_on_any_mesh_and_process_count(base: Config, tm
 
     go(8, "train.steps=3", "mesh.fsdp=8")
     one = eso_jax.load(workdir, ema=False)
-    from conftest import together
-
     together([[sys.executable, "-c", RESTORE, str(workdir), str(tmp_path / "restored.npz"), "mesh.tensor=2",
                "mesh.fsdp=2"]] * 2, devices=2)
     restored = dict(np.load(tmp_path / "restored.npz"))
@@ -421,6 +419,9 @@ def test_a_checkpoint_is_restored_on_any_mesh_and_process_count(base: Config, tm
     chex.assert_trees_all_equal(restored, jax.device_get(one.params))
     together([[*TRAIN, str(run), "--workdir", str(workdir), "--multi-host", "mesh.tensor=2", "mesh.fsdp=2",
                "train.steps=6"]] * 2, devices=2)
+    together([[*TRAIN, str(run), "--workdir", str(tmp_path / "from"), "--multi-host", f"train.start_from={workdir}",
+               "mesh.fsdp=4", "train.steps=1"]] * 2, devices=2)
+    assert eso_jax.load(tmp_path / "from").step == 1
     go(1)
     losses, reference = ([line["loss"] for line in step_lines(path)] for path in (workdir, tmp_path / "whole"))
     np.testing.assert_allclose(losses, reference, rtol=1e-5)

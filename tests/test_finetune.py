@@ -14,12 +14,14 @@ import pytest
 
 import eso_jax
 from conftest import GOLDENS, Run, random_params, random_tokens
-from eso_jax import attention, finetune, masks, transformer, workdir
+from eso_jax import attention, finetune, masks, sharding, transformer, workdir
 from eso_jax import train as training
-from eso_jax.config import Config, EsoError, from_file
+from eso_jax.config import Config, EsoError, MeshConfig, from_file
 from eso_jax.data.tokenizers import LibraryTokenizer
 from test_train import BASE
 from vocabularies import gpt2_like
+
+MESH = sharding.mesh(MeshConfig())
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_ar_without_adaln_becomes_an_eso_lm(base: Config, tmp_path: Path) -> Non
     """The folded weights are the same to the bit, so the logits are; and the new modulation then learns."""
     source = made(tmp_path / "ar", base, "family.name=ar", "model.cond_dim=0")
     run = base.override(f"train.start_from={source}")
-    params = finetune.starting_params(run)
+    params = finetune.starting_params(run, MESH)
     assert params is not None
     theirs, _, before = workdir.read(source)
     chex.assert_trees_all_equal(transformer.fold(run.model, params), transformer.fold(theirs.model, before))
@@ -65,7 +67,7 @@ def test_the_golden_ar_becomes_an_eso_lm(run: Run, tmp_path: Path) -> None:
         tmp_path / "ar")
     theirs = eso_jax.load(tmp_path / "ar")
     config = theirs.config.override("family.name=esolm", "model.cond_dim=24", f"train.start_from={tmp_path / 'ar'}")
-    params = finetune.starting_params(config)
+    params = finetune.starting_params(config, MESH)
     assert params is not None and params["adaln_kernel"].shape == (2, 24, 6, 48)
     cases = np.load(GOLDENS / "cases.npz")
     found = logits(config, params, jnp.asarray(cases["x0"][:, :-1]))
@@ -90,7 +92,7 @@ def test_another_family_and_a_longer_length(family: str, base: Config, tmp_path:
 
 def test_a_trained_source_gives_its_averages(base: Config, tmp_path: Path) -> None:
     before = training.train(base.override("train.steps=4"), tmp_path / "source")
-    params = finetune.starting_params(base.override(f"train.start_from={tmp_path / 'source'}"))
+    params = finetune.starting_params(base.override(f"train.start_from={tmp_path / 'source'}"), MESH)
     chex.assert_trees_all_equal(params, jax.device_get(before.ema))
     assert any((before.ema[name] != before.params[name]).any() for name in before.ema)
 
@@ -131,7 +133,7 @@ def test_models_that_do_not_fit(base: Config, tmp_path: Path, run: Run) -> None:
         assert not (tmp_path / "w").exists()
     for override, message in (("model.vocab_size=9", "vocab_size = 9: .* has 258"), ("model.mask_id=3", "= 3: .* 257")):
         with pytest.raises(EsoError, match=message):
-            finetune.starting_params(base.override(override, f"train.start_from={source}"))
+            finetune.starting_params(base.override(override, f"train.start_from={source}"), MESH)
 
 
 def test_ids_must_mean_what_they_meant(base: Config, tmp_path: Path) -> None:
@@ -144,9 +146,9 @@ def test_ids_must_mean_what_they_meant(base: Config, tmp_path: Path) -> None:
     swapped = json.loads(kept.json)
     ids = swapped["model"]["vocab"]
     ids["a"], ids["b"] = ids["b"], ids["a"]
-    assert finetune.starting_params(run, LibraryTokenizer("mine", kept.json + " ")) is not None
+    assert finetune.starting_params(run, MESH, LibraryTokenizer("mine", kept.json + " ")) is not None
     with pytest.raises(EsoError, match="data.tokenizer = 'gpt2': .* whose ids stand for other text"):
-        finetune.starting_params(run, LibraryTokenizer("gpt2", json.dumps(swapped)))
+        finetune.starting_params(run, MESH, LibraryTokenizer("gpt2", json.dumps(swapped)))
 
 
 def test_start_from_in_the_config(base: Config, tmp_path: Path) -> None:
@@ -154,4 +156,4 @@ def test_start_from_in_the_config(base: Config, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(run.to_json())
     assert from_file(tmp_path / "c.json").train.start_from == "runs/a"
     assert run.override("train.start_from=None").train.start_from is None
-    assert finetune.starting_params(base) is None
+    assert finetune.starting_params(base, MESH) is None
