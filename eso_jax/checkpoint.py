@@ -32,6 +32,7 @@ from eso_jax import metrics, multihost
 from eso_jax.config import EsoError, ModelConfig, RunAgain, require
 
 PARTS = ("params", "ema", "optimizer")
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: a full disk, or quota
 
 
 @contextlib.contextmanager
@@ -65,6 +66,12 @@ def steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
+def last(workdir: Path) -> str:
+    """The last checkpoint, for people."""
+    found = steps(workdir)
+    return f"the last good checkpoint is step {found[-1]}" if found else "there is no checkpoint yet"
+
+
 @jax.jit
 def fingerprint(tree: Any) -> UInt32[Array, ""]:
     """A number that any single changed bit changes, and two changes but by rare chance; the same on every mesh.
@@ -73,7 +80,9 @@ def fingerprint(tree: Any) -> UInt32[Array, ""]:
     """
     total = jnp.uint32(0)
     for number, x in enumerate(jax.tree.leaves(tree)):
-        place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+        place = jnp.zeros(x.shape, jnp.uint32)  # in the flattened array; made axis by axis, so that no device makes all
+        for axis, size in enumerate(x.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         total += (2 * number + 1) * jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32) * (2 * place + 1),
                                             dtype=jnp.uint32)
     return total
@@ -154,8 +163,11 @@ def load_params(workdir: Path, config: ModelConfig, abstract: Any, ema: bool) ->
 
 
 class Saver:
-    """Saves in the background, one checkpoint at a time, and says so when it failed. A context manager, which at its
-    end waits for the save in progress."""
+    """Saves in the background, one checkpoint at a time, and says so when it failed.
+
+    A context manager: at the end of its block it waits for the save in progress, and if something else met a full disk
+    in its block, it raises an EsoError of that.
+    """
 
     def __init__(self, checkpoints: Any, workdir: Path, config: ModelConfig) -> None:
         self._checkpoints, self._workdir, self._config = checkpoints, workdir, config
@@ -166,9 +178,13 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None:
+    def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:
+        if error is None:
             self.wait()
+        elif isinstance(error, OSError) and error.errno in FULL:
+            self.wait()  # which says the same, if it met it too
+            raise EsoError(f"--workdir = {str(self._workdir)!r}: the disk is full; {last(self._workdir)}; make room "
+                           "and repeat the command") from error
 
     def save(self, step: int, parts: dict[str, Any]) -> None:
         """Copies the parts and returns; `check` says what became of the save.
@@ -204,10 +220,11 @@ class Saver:
                 shutil.rmtree(path, ignore_errors=True)
         reason = f"{type(self._error).__name__}: {self._error}".splitlines()[0][:200]
         if multihost.is_loss(self._error) and os_error(self._error) is None:
-            raise RunAgain(f"lost another process of the run while saving step {self._step} ({reason}); {self._last()}")
-        full = os_error(self._error) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(self._error)
+            raise RunAgain(f"lost another process of the run while saving step {self._step} ({reason}); "
+                           f"{last(self._workdir)}")
+        full = os_error(self._error) in FULL or "No space left" in str(self._error)
         raise EsoError(f"--workdir = {str(self._workdir)!r}: the checkpoint of step {self._step} could not be written "
-                       f"({'the disk is full' if full else reason}); {self._last()}; "
+                       f"({'the disk is full' if full else reason}); {last(self._workdir)}; "
                        f"{'make room' if full else 'mend that'} and repeat the command") from self._error
 
     def wait(self) -> None:
@@ -221,11 +238,7 @@ class Saver:
         """The last checkpoint, for people; a save in progress is given a minute."""
         if self._thread is not None:
             self._thread.join(60)
-        return self._last()
-
-    def _last(self) -> str:
-        found = steps(self._workdir)
-        return f"the last good checkpoint is step {found[-1]}" if found else "there is no checkpoint yet"
+        return last(self._workdir)
 
 
 def os_error(error: BaseException | None) -> int | None:

@@ -161,11 +161,16 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     mesh = sharding.mesh(config.mesh)
     sharding.check(config, mesh)
     tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
-    iterator = batches(windows_of(config, "train", tokenizer=tokenizer), settings.batch_size, config.data.seed,
+    windows = windows_of(config, "train", tokenizer=tokenizer)
+    counts = multihost.gathered("data", str(len(windows)))
+    require(len(set(counts)) == 1, "data.source", config.data.source,
+            f"the processes see different data: {', '.join(counts)} windows")
+    iterator = batches(windows, settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
     validation = np.concatenate(list(eval_batches(held_out, 64, settings.eval_windows)))
-    resumes = bool(checkpoint.steps(directory))  # and then has parameters of its own
+    # If it resumes, it has parameters of its own. The writer says so: others may see an older directory.
+    resumes = bool(multihost.gathered("resumes", " ".join(map(str, checkpoint.steps(directory))))[0])
     start = None if resumes else finetune.starting_params(config, mesh, tokenizer)
     # Once the data and the start are known to be there.
     multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))
@@ -173,8 +178,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
 
     preemption = multihost.Preemption()
     with (checkpoint.open_checkpoints(directory, settings.keep, settings.keep_every) as checkpoints,
-          jax.set_mesh(mesh), preemption.watched(),
-          checkpoint.Saver(checkpoints, directory, config.model) as saver, multihost.together(saver.last)):
+          jax.set_mesh(mesh), preemption.watched(), multihost.together(functools.partial(checkpoint.last, directory)),
+          checkpoint.Saver(checkpoints, directory, config.model) as saver):
         state = _restore(checkpoints, directory, config, mesh) if resumes else begin(config, mesh, start)
         first = int(state.step)
         require(first <= settings.steps, "train.steps", settings.steps, f"{directory} is at step {first} already")

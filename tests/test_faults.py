@@ -79,12 +79,13 @@ def test_kill_9_at_random_moments(base: Config, tmp_path: Path, request: pytest.
     reached = 0
     for kill in range(kills):
         processes = start(run, workdir, 2)
-        if dice.random() < 0.8:  # else: somewhere in its start
+        if dice.random() < 0.8:
             wait_for_step(workdir, reached + 1, processes)
             time.sleep(dice.uniform(0, 1))
-        else:
+            victims = dice.choice([[0], [1], [0, 1]])
+        else:  # somewhere in its start, where a process would wait ten minutes for the other
             time.sleep(dice.uniform(0, 8))
-        victims = dice.choice([[0], [1], [0, 1]])
+            victims = [0, 1]
         for victim in victims:
             os.kill(processes[victim].pid, signal.SIGKILL)
         outputs = finish(processes)
