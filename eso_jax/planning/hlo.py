@@ -2,7 +2,7 @@
 
 XLA's own cost analysis counts the body of a loop once. Here an operation counts as often as it runs: a loop's trip
 count is what XLA says it knows, or the bound that the loop's condition compares with; a loop whose bound is data (the
-decoding loop's) counts once, so that its program is one step.
+decoding loop's) counts once, and `turn` counts nothing but its body: a step.
 
 All counts are of one device. FLOPs are those of products alone. Bytes are those that fused operations read and write
 in main memory: what TPUs keep in their vector memory (a layout in a memory space, "S(1)") costs nothing, of a slice
@@ -135,9 +135,22 @@ class Cost:
 
 def cost(text: str) -> Cost:
     """The cost of a program, from the text of its compiled form."""
+    counter, entry = _counter(text)
+    return counter.computation(entry)
+
+
+def turn(text: str) -> Cost:
+    """The cost of one turn of a program's loop, the one whose bound is data."""
+    counter, entry = _counter(text)
+    loops = [one for one in counter.computations[entry].instructions.values()
+             if one.opcode == "while" and counter.trips(one) is None]
+    return counter.computation(_must(loops[0], "body"))
+
+
+def _counter(text: str) -> tuple[_Counter, str]:
     computations, entry = parse(text)
     devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
-    return _Counter(computations, devices).computation(entry)
+    return _Counter(computations, devices), entry
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -198,7 +211,7 @@ class _Counter:
     def instruction(self, here: Computation, one: Instruction) -> Cost:
         total = Cost()
         if one.opcode == "while":
-            total.add(self.computation(_must(one, "body")), self.trips(one))
+            total.add(self.computation(_must(one, "body")), self.trips(one) or 1)
         elif one.opcode == "conditional":
             for name in re.findall(r"%([\w.-]+)", " ".join(re.findall(r"computations?={?([^}]*?)[},]",
                                                                      one.attributes))):
@@ -219,8 +232,8 @@ class _Counter:
             total.bytes = float(self.traffic(here, one))
         return total
 
-    def trips(self, loop: Instruction) -> int:
-        """How often a loop's body runs; 1 if that is not known."""
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a loop's body runs; None if that is data."""
         if found := re.search(r'known_trip_count\D*(\d+)', loop.attributes):
             return int(found[1])
         condition = self.computations[_must(loop, "condition")]
@@ -228,13 +241,13 @@ class _Counter:
         inner = self.computations[_must(root, "calls")] if root.opcode == "fusion" else condition
         compared = inner.root
         if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
-            return 1
+            return None
         bound = inner.instructions.get(compared.operands[1])
         if bound is not None and bound.opcode == "parameter" and root is not compared:  # handed to the fusion
             bound = condition.instructions.get(root.operands[int(bound.value)])
         if bound is None or bound.opcode != "constant":
-            return 1
-        return int(bound.value) if bound.value.isdigit() else 1
+            return None
+        return int(bound.value) if bound.value.isdigit() else None
 
     def collective(self, here: Computation, one: Instruction, kind: str) -> Collective:
         shapes = [shape for source in here.operands(one) for shape in source.shapes]
@@ -254,16 +267,14 @@ class _Counter:
         if one.opcode.endswith("-start") and one.opcode != "copy-start" and one.opcode != "slice-start":
             return sum(_main(source) for source in here.operands(one))
         if one.opcode in ("copy-start", "slice-start"):
-            target = one.shapes[0]
             source = here.operands(one)[0].shapes[0]
-            return target.bytes * (target.main + source.main)
+            made = one.shapes[0 if one.opcode == "copy-start" else 1]  # (copy, source, ...) or (source, slice, ...)
+            return made.bytes * (made.main + source.main)
         if one.opcode != "fusion":
             return self.written(here, one) + sum(self.read(here, one, number) for number in range(len(one.operands)))
         inner = self.computations[_must(one, "calls")]
-        parameters = {int(p.value): p for p in inner.instructions.values()
-                      if p.opcode == "parameter"}
-        total = sum(_main_bytes(source.shapes, self.read_inside(inner, parameters[number]))
-                    for number, source in enumerate(here.operands(one)) if number in parameters)
+        total = sum(_main_bytes(source.shapes, self.read_inside(inner, _parameter(inner, number)))
+                    for number, source in enumerate(here.operands(one)))
         roots = inner.operands(inner.root) if inner.root.opcode == "tuple" else [inner.root]
         for root, shape in zip(roots, one.shapes, strict=False):
             total += self.written_inside(inner, root) if shape.main else 0
@@ -280,19 +291,23 @@ class _Counter:
         for user in inner.instructions.values():
             if source.name not in user.operands:
                 continue
-            if user.opcode == "bitcast":
-                part = self.read_inside(inner, user)
-            elif user.opcode == "fusion":
+            number = user.operands.index(source.name)
+            if user.opcode == "fusion" and not self.renames(user):
                 deeper = self.computations[_must(user, "calls")]
-                number = user.operands.index(source.name)
-                part = self.read_inside(deeper, next(p for p in deeper.instructions.values() if p.opcode == "parameter"
-                                                     and p.value == str(number)))
+                part = self.read_inside(deeper, _parameter(deeper, number))
+            elif user.opcode in ("bitcast", "fusion"):  # the same under another name
+                part = None if user is inner.root else self.read_inside(inner, user)
             else:
-                part = _part_read(inner, user, user.operands.index(source.name))
+                part = _part_read(inner, user, number)
             if part is None:
                 return None
             total += part
         return total
+
+    def renames(self, fusion: Instruction) -> bool:
+        """Whether a fusion only gives its operand another shape."""
+        inner = self.computations[_must(fusion, "calls")]
+        return all(one.opcode in ("parameter", "bitcast") for one in inner.instructions.values())
 
     def written(self, here: Computation, one: Instruction) -> int:
         if one.opcode == "dynamic-update-slice":
@@ -308,6 +323,10 @@ class _Counter:
             return self.written_inside(deeper, deeper.root)
         update = inner.operands(root)[1] if root.opcode == "dynamic-update-slice" else root
         return sum(shape.bytes for shape in update.shapes)
+
+
+def _parameter(inner: Computation, number: int) -> Instruction:
+    return next(one for one in inner.instructions.values() if one.opcode == "parameter" and one.value == str(number))
 
 
 def _part_read(here: Computation, one: Instruction, number: int) -> int | None:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,14 +133,15 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     with jax.set_mesh(mesh):
         lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, steps), scalar, scalar, uniforms,
                                         model, sampler, Rule(), step.shape)
-    memory = {"weights": _held(weights), "cache": _held(state.cache),
+    memory = {"weights": _held((weights["blocks"], weights["head"])), "embedding": _held(weights["embedding"]),
+              "cache": _held(state.cache),
               "tokens": _held((state.tokens, state.positions, uniforms))}
     return step, _compiled(lowered, memory, topology,
-                           sum(flops.sampling_step(model, batch, *step.shape).values()), begun)
+                           sum(flops.sampling_step(model, batch, *step.shape).values()), begun, hlo.turn)
 
 
 def _compiled(lowered: jax.stages.Lowered, memory: dict[str, int], topology: Topology, model_flops: float,
-              begun: float) -> Program:
+              begun: float, cost: Callable[[str], hlo.Cost] = hlo.cost) -> Program:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -157,7 +158,7 @@ def _compiled(lowered: jax.stages.Lowered, memory: dict[str, int], topology: Top
               "program": found.generated_code_size_in_bytes}
     room = topology.chip.memory / topology.chip.devices
     fits = topology.chip.platform == "tpu" or sum(memory.values()) <= room
-    return Program(memory, fits, None, None, model_flops, hlo.cost(text), seconds)
+    return Program(memory, fits, None, None, model_flops, cost(text), seconds)
 
 
 def _refused(message: str) -> tuple[int | None, int | None]:

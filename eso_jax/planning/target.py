@@ -39,14 +39,10 @@ def devices(topology: Topology, target_config: str | None = None) -> Sequence[ja
     from jax.experimental import topologies
 
     tpu = topology.chip.platform == "tpu"
-    for name, value in (_FOR_LIBTPU if tpu else _FOR_CUDA).items():
-        os.environ.setdefault(name, value)
-    jax.config.update("jax_enable_compilation_cache", False)
     options: dict[str, Any] = {}
     if tpu:
         require(importlib.util.find_spec("libtpu") is not None, "--topology", topology.name,
                 "libtpu, which compiles for TPUs, is not installed: pip install -e '.[tpu]' (it needs no TPU)")
-        jax.config.update("jax_platforms", "cpu")  # this machine's own TPU, if any, stays free
         name = topology.name
         if topology.kind == "v4":
             options["chip_config_name"] = "megacore"  # or each of its two cores would be a device
@@ -62,6 +58,11 @@ def devices(topology: Topology, target_config: str | None = None) -> Sequence[ja
         hosts, gpus = topology.shape if len(topology.shape) == 2 else (1, topology.shape[0])
         name, options = topology.kind, {"topology": f"1x{hosts}x{gpus}",
                                         "target_config": Path(target_config).read_text()}
+    for variable, value in (_FOR_LIBTPU if tpu else _FOR_CUDA).items():
+        os.environ.setdefault(variable, value)
+    jax.config.update("jax_enable_compilation_cache", False)
+    if tpu:
+        jax.config.update("jax_platforms", "cpu")  # this machine's own TPU, if any, stays free
     try:
         return topologies.get_topology_desc(platform=topology.chip.platform, topology_name=name, **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:

@@ -1,0 +1,242 @@
+"""Plans: what is read from a program's text, what a report says of it, and what is tried where it does not fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+from conftest import Run
+from eso_jax import flops, sharding, train
+from eso_jax.cli import main
+from eso_jax.config import MeshConfig
+from eso_jax.planning import hlo, report, target
+from eso_jax.planning.programs import _refused
+from test_flops import FAMILIES, ident, wide
+
+ROOT = Path(__file__).parents[1]
+
+# A loop of 12 turns over a matrix kept in main memory, of which a turn reads a twelfth into vector memory, multiplies
+# with it, and reduces over pairs of devices; then a gathering and a scattered reduction over all eight.
+PROGRAM = """HloModule jit_step, num_partitions=8
+
+%take (source: f32[12,64,64], at: s32[]) -> f32[64,64] {
+  %source = f32[12,64,64]{2,1,0:T(8,128)} parameter(0)
+  %at = s32[]{:T(128)} parameter(1)
+  %zero = s32[] constant(0)
+  %part = f32[1,64,64]{2,1,0} dynamic-slice(%source, %at, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  ROOT %flat = f32[64,64]{1,0} bitcast(%part)
+}
+
+%body (carry: (s32[], f32[64,64], f32[12,64,64])) -> (s32[], f32[64,64], f32[12,64,64]) {
+  %carry = (s32[], f32[64,64]{1,0}, /*index=2*/f32[12,64,64]{2,1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%carry), index=0
+  %x = f32[64,64]{1,0} get-tuple-element(%carry), index=1
+  %all = f32[12,64,64]{2,1,0:T(8,128)} get-tuple-element(%carry), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%n, %one)
+  %w = f32[64,64]{1,0:T(8,128)S(1)} fusion(%all, %n), kind=kLoop, calls=%take
+  %y = f32[64,64]{1,0:T(8,128)} convolution(%x, %w), dim_labels=bf_io->bf
+  %sum = f32[64,64]{1,0:T(8,128)} all-reduce(%y), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  ROOT %out = (s32[], f32[64,64], f32[12,64,64]) tuple(%next, %sum, %all)
+}
+
+%condition (carry: (s32[], f32[64,64], f32[12,64,64])) -> pred[] {
+  %carry = (s32[], f32[64,64]{1,0}, f32[12,64,64]{2,1,0}) parameter(0)
+  %limit = s32[] constant(12)
+  %n = s32[] get-tuple-element(%carry), index=0
+  ROOT %less = pred[] compare(%n, %limit), direction=LT
+}
+
+%scatter (x: bf16[64,64]) -> bf16[8,64] {
+  %x = bf16[64,64]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %reduced = bf16[64,64]{1,0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %mine = bf16[8,64]{1,0} dynamic-slice(%reduced, %zero, %zero), dynamic_slice_sizes={8,64}
+}
+
+ENTRY %main (x: f32[64,64], all: f32[12,64,64], b: bf16[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  %all = f32[12,64,64]{2,1,0} parameter(1)
+  %b = bf16[64,64]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[64,64]{1,0}, f32[12,64,64]{2,1,0}) tuple(%zero, %x, %all)
+  %while = (s32[], f32[64,64]{1,0}, f32[12,64,64]{2,1,0}) while(%start), condition=%condition, body=%body
+  %mine = bf16[8,64]{1,0} fusion(%b), kind=kCustom, calls=%scatter
+  %begun = (bf16[8,64]{1,0}, bf16[64,64]{1,0}) all-gather-start(%mine), \
+replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a','b'}, dimensions={0}
+  %done = bf16[64,64]{1,0} all-gather-done(%begun)
+  ROOT %result = f32[64,64]{1,0} get-tuple-element(%while), index=1
+}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_shape_checks(request: pytest.FixtureRequest) -> None:
+    """Lowering puts descriptions where arrays belong."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
+
+
+def test_a_program_is_counted_as_it_runs() -> None:
+    found = hlo.cost(PROGRAM)
+    assert found.flops == found.wide_flops == 12 * 2 * 64**3
+    assert found.collectives == {
+        hlo.Collective("all-reduce", 4 * 64 * 64, 2, "f32"): 12,
+        hlo.Collective("reduce-scatter", 2 * 64 * 64, 8, "bf16"): 1,
+        hlo.Collective("all-gather", 2 * 64 * 64, 8, "bf16"): 1}
+    assert found.sent == 12 * 4 * 64 * 64 + 2 * (2 * 64 * 64 * 7 / 8)
+    tile, half = 4 * 64 * 64, 2 * 64 * 64
+    turn = 8 + 4 + 4  # the count: two numbers read and one written; and the fusion reads it
+    turn += tile + 2 * tile + 2 * tile  # a slice to vector memory; x read, y written; y read, its sum written
+    assert found.bytes == 12 * turn + (half + half // 8) + half // 8
+
+
+def test_a_loop_whose_bound_is_data_counts_once() -> None:
+    endless = PROGRAM.replace("constant(12)", "get-tuple-element(%carry), index=0")
+    assert endless != PROGRAM and hlo.cost(endless).flops == hlo.turn(endless).flops == 2 * 64**3
+    assert {one.kind for one in hlo.turn(endless).collectives} == {"all-reduce"}  # what is around it is not a turn's
+    known = endless.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
+    assert hlo.cost(known).flops == 5 * 2 * 64**3
+
+
+def test_products_that_tpus_write_as_convolutions() -> None:
+    """A batched product [16, 12, 128, 64] x [16, 12, 64, 32], and a contraction of two axes."""
+    lines = ["HloModule m", "ENTRY %main (a: bf16[16,12,128,64], b: bf16[16,12,64,32]) -> f32[16,12,128,32] {",
+             "  %a = bf16[16,12,128,64]{3,2,1,0} parameter(0)", "  %b = bf16[16,12,64,32]{3,2,1,0} parameter(1)",
+             "  ROOT %c = f32[16,12,128,32]{3,2,1,0} convolution(%a, %b), window={size=16x12 stride=15x11 "
+             "lhs_dilate=16x12}, dim_labels=01bf_01io->01bf", "}"]
+    found = hlo.cost("\n".join(lines))
+    assert found.flops == 2 * 16 * 12 * 128 * 64 * 32 and found.wide_flops == 0
+    two = ["HloModule m", "ENTRY %main (a: f32[8,12,64], b: f32[12,64,32]) -> f32[8,1,32] {",
+           "  %a = f32[8,12,64]{2,1,0} parameter(0)", "  %b = f32[12,64,32]{2,1,0} parameter(1)",
+           "  ROOT %c = f32[8,1,32]{2,1,0} convolution(%a, %b), window={size=12}, dim_labels=b0f_0io->b0f", "}"]
+    assert hlo.cost("\n".join(two)).flops == 2 * 8 * 12 * 64 * 32
+
+
+@pytest.mark.parametrize(("family", "remat"), [(FAMILIES[0], "none"), (FAMILIES[0], "dots"), (FAMILIES[0], "full"),
+                                               (FAMILIES[6], "none")], ids=lambda x: x if isinstance(x, str) else ident(x))
+def test_the_compiled_step_does_what_we_count(family: dict[str, Any], remat: str) -> None:
+    """Products alone, so to the digit, but for AdaLN's, which XLA may not write as products; "full" is scanned."""
+    config = wide(**family).override(f"train.remat={remat}")
+    mesh = sharding.mesh(MeshConfig(), jax.devices()[:1])
+    found = hlo.cost(train.lower_step(config, mesh).compile().as_text())
+    ours = sum(flops.training_step(config).values()) + sum(flops.recomputed(config, remat).values())
+    assert found.flops == pytest.approx(ours, rel=2e-3)
+    assert not found.collectives
+
+
+SCRIPT = """
+import dataclasses, json, sys
+import jax
+from eso_jax import chips, flops, sharding, train
+from eso_jax.planning import fit, hlo, programs, report
+from test_flops import wide
+config = wide(name="esolm", alpha_0=0.5).override("mesh.fsdp=2", "mesh.tensor=2", "train.batch_size=32")
+topology = chips.topology("v5e:2x4")
+program = programs.training(config, topology, jax.devices())
+compiled = train.lower_step(config, sharding.mesh(config.mesh)).compile()
+found = report.training(program, config, topology)
+step, sampled = programs.sampling(config, topology, jax.devices(), 2, 2)
+tried = []
+def training(config, topology, devices):
+    tried.append([topology.name, config.train.remat, config.train.accumulate, config.mesh.fsdp])
+    return dataclasses.replace(program, fits=len(tried) == 6)
+programs.training = training
+best, _ = fit.first_that_fits(config, topology, jax.devices(), lambda line: None)
+json.dump(dict(found=found, arguments=compiled.memory_analysis().argument_size_in_bytes, tried=tried,
+               overrides=best.overrides, lines=report.lines("Training", found),
+               sampling=report.sampling(sampled, step, topology)), open(sys.argv[1], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A plan of eight emulated devices, data 2 x fsdp 2 x tensor 2."""
+    out = tmp_path_factory.mktemp("plan") / "found.json"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    subprocess.run([sys.executable, "-c", SCRIPT, str(out)], env={**os.environ, **flags}, check=True)
+    return json.loads(out.read_text())
+
+
+def test_memory_is_counted_by_part(eight: dict[str, Any]) -> None:
+    memory = eight["found"]["memory"]
+    # All that goes in, but for two counters of the optimizer and the step.
+    assert sum(memory[part] for part in ("parameters", "averages", "optimizer", "batch")) == pytest.approx(
+        eight["arguments"], abs=16)
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], abs=16)
+    assert eight["found"]["memory_total"] == sum(memory.values()) and memory["temporaries"] > 0
+
+
+def test_work_is_shared_by_the_devices(eight: dict[str, Any]) -> None:
+    found = eight["found"]
+    assert found["flops"]["compiled"] == pytest.approx(found["flops"]["model"], rel=1e-3)
+    kinds = {one["kind"] for one in found["collectives"]}
+    assert {"all-gather", "all-reduce"} <= kinds
+    assert found["bytes_sent"] == pytest.approx(sum(one["bytes_sent"] for one in found["collectives"]))
+    seconds = found["seconds"]
+    assert seconds["bound"] == max(seconds["compute"], seconds["memory"], seconds["network"])
+    assert seconds["compute"] == pytest.approx(found["flops"]["compiled"] / 197e12)
+    assert found["tokens_per_second"] == pytest.approx(32 * 128 / seconds["bound"])
+    assert found["mfu"] == pytest.approx(found["flops"]["model"] / seconds["bound"] / 197e12)
+    assert "fits" in eight["lines"][0] and "MFU" in eight["lines"][-1]
+
+
+def test_a_sampling_step(eight: dict[str, Any]) -> None:
+    found = eight["sampling"]
+    assert found["batch"] == 8 and found["tensor"] == 2 and found["live"] == 128
+    assert found["memory"]["cache"] == 2 * 2 * 2 * 512 * 128 * 4 // 2  # layers, keys and values, rows; half the heads
+    assert found["flops"]["compiled"] == pytest.approx(found["flops"]["model"], rel=0.05)
+    assert 0.9 < found["seconds"]["memory"] / found["seconds"]["weights_and_cache_once"] < 2
+
+
+def test_what_is_tried_in_order(eight: dict[str, Any]) -> None:
+    """More remat, smaller micro-batches (down to a row of each loss on each of 4 devices), more fsdp."""
+    assert eight["tried"] == [
+        ["v5e:2x4", "dots", 1, 2], ["v5e:2x4", "full", 1, 2], ["v5e:2x4", "full", 2, 2], ["v5e:2x4", "full", 4, 2],
+        ["v5e:2x4", "full", 1, 4], ["v5e:2x4", "full", 4, 4]]
+    assert eight["overrides"] == ["train.remat=full", "mesh.data=None", "mesh.fsdp=4", "train.accumulate=4"]
+
+
+def test_what_the_compiler_refuses() -> None:
+    gib = 2**30
+    assert _refused("Ran out of memory in memory space hbm. Used 37.00G of 15.75G hbm.") == (37 * gib, 15.75 * gib)
+    assert _refused("the total memory required for HLO temporaries (310.50G) exceeds available HBM (15.75G).") == (
+        310.5 * gib, 15.75 * gib)
+    assert _refused("something else") == (None, None)
+    assert report.size(1536) == "1.50 KiB" and report.size(3 * gib) == "3.00 GiB" and report.size(12) == "12 B"
+
+
+def test_what_must_be_installed(monkeypatch: pytest.MonkeyPatch, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for topology, says in (("v5e:2x2", r"pip install -e '.[tpu]'"), ("h100:8", r"pip install -e '.[cuda]'")):
+        assert main(["plan", str(ROOT / "experiments/quickstart.py"), "--topology", topology]) == 2
+        assert says in capsys.readouterr().err
+    assert target.importlib.util.find_spec("libtpu") is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
+def test_a_plan_for_a_tpu(tmp_path: Path) -> None:
+    """By the command, on a machine without one: v5e:2x2, also by its other name; and a batch too large for it."""
+    command = [sys.executable, "-m", "eso_jax", "plan", str(ROOT / "experiments/quickstart.py"), "--topology",
+               "v5litepod-4", "--out", str(tmp_path / "plan.json"), "mesh.fsdp=2", "train.remat=full"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    training = found["training"]
+    assert found["topology"] == "v5e:2x2" and found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and training["fits"]
+    work = training["flops"]
+    assert work["compiled"] == pytest.approx(work["model"] + work["remat"], rel=0.03)
+    assert {one["group"] for one in training["collectives"]} <= {2, 4} and training["bytes_sent"] > 0
+    assert found["sampling"]["fits"] and found["sampling"]["flops"]["compiled"] > 0
+    assert "rematerialization" not in done.stderr
