@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jaxtyping
 import pytest
 
@@ -124,7 +123,8 @@ def test_products_that_tpus_write_as_convolutions() -> None:
 
 
 @pytest.mark.parametrize(("family", "remat"), [(FAMILIES[0], "none"), (FAMILIES[0], "dots"), (FAMILIES[0], "full"),
-                                               (FAMILIES[6], "none")], ids=lambda x: x if isinstance(x, str) else ident(x))
+                                               (FAMILIES[6], "none")],
+                         ids=lambda x: x if isinstance(x, str) else ident(x))
 def test_the_compiled_step_does_what_we_count(family: dict[str, Any], remat: str) -> None:
     """Products alone, so to the digit, but for AdaLN's, which XLA may not write as products; "full" is scanned."""
     config = wide(**family).override(f"train.remat={remat}")
@@ -227,7 +227,7 @@ def test_what_must_be_installed(monkeypatch: pytest.MonkeyPatch, run: Run, capsy
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 def test_a_plan_for_a_tpu(tmp_path: Path) -> None:
-    """By the command, on a machine without one: v5e:2x2, also by its other name; and a batch too large for it."""
+    """By the command, on a machine without one: v5e:2x2, by its other name."""
     command = [sys.executable, "-m", "eso_jax", "plan", str(ROOT / "experiments/quickstart.py"), "--topology",
                "v5litepod-4", "--out", str(tmp_path / "plan.json"), "mesh.fsdp=2", "train.remat=full"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
@@ -239,4 +239,3 @@ def test_a_plan_for_a_tpu(tmp_path: Path) -> None:
     assert work["compiled"] == pytest.approx(work["model"] + work["remat"], rel=0.03)
     assert {one["group"] for one in training["collectives"]} <= {2, 4} and training["bytes_sent"] > 0
     assert found["sampling"]["fits"] and found["sampling"]["flops"]["compiled"] > 0
-    assert "rematerialization" not in done.stderr

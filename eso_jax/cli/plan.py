@@ -23,13 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from eso_jax import chips
     from eso_jax import config as configs
     from eso_jax.config import require
-    from eso_jax.planning import plan
+    from eso_jax.planning import plan, target
 
     if arguments.out:
         check_out(arguments.out)
     require(arguments.sample_batch >= 1, "--sample-batch", arguments.sample_batch, "must be at least 1")
+    topology = chips.topology(arguments.topology)
+    target.prepare(topology)  # an experiment may use JAX as it is read
     config = configs.from_file(arguments.experiment).override(*arguments.overrides)
-    found = plan(config, arguments.topology, say, arguments.tensor, arguments.sample_batch, arguments.target_config)
+    found = plan(config, topology, say, arguments.tensor, arguments.sample_batch, arguments.target_config)
     write_json(arguments.out, {"experiment": arguments.experiment, "overrides": arguments.overrides, **found})

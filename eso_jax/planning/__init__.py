@@ -19,17 +19,18 @@ from typing import Any
 
 import jax
 
-from eso_jax import chips, sharding
+from eso_jax import sharding
+from eso_jax.chips import Topology
 from eso_jax.config import Config
 from eso_jax.planning import fit, programs, report, target
 
 
-def plan(config: Config, topology: str, say: Callable[[str], None], tensor: int = 1, batch_per_copy: int = 16,
+def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor: int = 1, batch_per_copy: int = 16,
          target_config: str | None = None) -> dict[str, Any]:
     """The plan of a run on a slice; if its training does not fit, also of the first change to it that does.
 
     Args:
-      topology: of chips.topology.
+      topology: of chips.topology; after target.prepare.
       say: told what is found, line by line.
       tensor: devices to a copy of the model, when sampling; doubled until that fits.
       batch_per_copy: sequences that each copy decodes together.
@@ -38,25 +39,24 @@ def plan(config: Config, topology: str, say: Callable[[str], None], tensor: int 
     Raises:
       EsoError: the slice is unknown, its compiler not installed, or the config does not divide over it.
     """
-    slice_ = chips.topology(topology)
-    devices = target.devices(slice_, target_config)
+    devices = target.devices(topology, target_config)
     mesh = sharding.mesh(config.mesh, devices)
     sharding.check(config, mesh)
-    cloud = f" ({slice_.accelerator_type})" if slice_.accelerator_type else ""
+    cloud = f" ({topology.accelerator_type})" if topology.accelerator_type else ""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    say(f"{slice_.name}{cloud}, {len(devices)} devices, {devices[0].device_kind}; mesh {axes}; train.remat="
+    say(f"{topology.name}{cloud}, {len(devices)} devices, {devices[0].device_kind}; mesh {axes}; train.remat="
         f"{config.train.remat}, train.accumulate={config.train.accumulate}")
 
-    found: dict[str, Any] = {"topology": slice_.name, "accelerator_type": slice_.accelerator_type,
+    found: dict[str, Any] = {"topology": topology.name, "accelerator_type": topology.accelerator_type,
                              "devices": len(devices), "mesh": dict(mesh.shape), "versions": versions()}
-    program = programs.training(config, slice_, devices)
-    found["training"] = report.training(program, config, slice_)
+    program = programs.training(config, topology, devices)
+    found["training"] = report.training(program, config, topology)
     _say_all(say, report.lines("Training", found["training"]))
     if not program.fits:
         found["instead"] = None
-        if better := fit.first_that_fits(config, slice_, devices, say):
+        if better := fit.first_that_fits(config, topology, devices, say):
             one, program = better
-            where = "" if one.topology == slice_ else f"--topology {one.topology.name} "
+            where = "" if one.topology == topology else f"--topology {one.topology.name} "
             found["instead"] = {"topology": one.topology.name, "overrides": one.overrides,
                                 "training": report.training(program, one.config, one.topology)}
             _say_all(say, report.lines(f"With {where}{' '.join(one.overrides)}, training",
@@ -65,8 +65,8 @@ def plan(config: Config, topology: str, say: Callable[[str], None], tensor: int 
             say("nothing that was tried fits; use larger chips, or more of mesh.tensor")
 
     while True:
-        step, program = programs.sampling(config, slice_, devices, batch_per_copy, tensor)
-        found["sampling"] = report.sampling(program, step, slice_)
+        step, program = programs.sampling(config, topology, devices, batch_per_copy, tensor)
+        found["sampling"] = report.sampling(program, step, topology)
         name = f"Sampling, {step.batch} sequences, a copy of the model to {tensor} device{'s' * (tensor > 1)}, a pass"
         _say_all(say, report.lines(name, found["sampling"]))
         if program.fits or len(devices) % (2 * tensor) or config.model.heads % (2 * tensor):

@@ -24,11 +24,20 @@ _FOR_LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
 _FOR_CUDA = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
 
 
-def devices(topology: Topology, target_config: str | None = None) -> Sequence[jax.Device]:
-    """The devices of a slice, to make a mesh of. To be called before JAX is first used.
+def prepare(topology: Topology) -> None:
+    """Settings of JAX for compiling for a slice, to be made before anything else uses JAX.
 
-    What runs here (drawing a decoding plan) then runs on the CPU. The cache of compiled programs is turned off: what
-    was compiled for devices that are not there cannot be read back from it.
+    What runs here (drawing a decoding plan) runs on the CPU. The cache of compiled programs is off: what was compiled
+    for devices that are not there cannot be read back from it.
+    """
+    for variable, value in (_FOR_LIBTPU if topology.chip.platform == "tpu" else _FOR_CUDA).items():
+        os.environ.setdefault(variable, value)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def devices(topology: Topology, target_config: str | None = None) -> Sequence[jax.Device]:
+    """The devices of a slice, to make a mesh of; after `prepare`.
 
     Args:
       target_config: of GPUs, a file with XLA's description of one.
@@ -58,11 +67,6 @@ def devices(topology: Topology, target_config: str | None = None) -> Sequence[ja
         hosts, gpus = topology.shape if len(topology.shape) == 2 else (1, topology.shape[0])
         name, options = topology.kind, {"topology": f"1x{hosts}x{gpus}",
                                         "target_config": Path(target_config).read_text()}
-    for variable, value in (_FOR_LIBTPU if tpu else _FOR_CUDA).items():
-        os.environ.setdefault(variable, value)
-    jax.config.update("jax_enable_compilation_cache", False)
-    if tpu:
-        jax.config.update("jax_platforms", "cpu")  # this machine's own TPU, if any, stays free
     try:
         return topologies.get_topology_desc(platform=topology.chip.platform, topology_name=name, **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
