@@ -15,7 +15,8 @@ import jaxtyping
 import pytest
 
 from conftest import Run
-from eso_jax import flops, sharding, train
+from eso_jax import config as configs
+from eso_jax import flops, sharding, train, transformer
 from eso_jax.cli import main
 from eso_jax.config import MeshConfig
 from eso_jax.planning import hlo, report, target
@@ -239,3 +240,14 @@ def test_a_plan_for_a_tpu(tmp_path: Path) -> None:
     assert work["compiled"] == pytest.approx(work["model"] + work["remat"], rel=0.03)
     assert {one["group"] for one in training["collectives"]} <= {2, 4} and training["bytes_sent"] > 0
     assert found["sampling"]["fits"] and found["sampling"]["flops"]["compiled"] > 0
+
+
+@pytest.mark.parametrize(("name", "billions"), [("1b", 1.04), ("8b", 7.78)])
+def test_the_runs_at_scale(name: str, billions: float) -> None:
+    """They are as large as they say, and their batch divides over both slices that they are for."""
+    config = configs.from_file(ROOT / "experiments/scale" / f"esolm_{name}.py")
+    params = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
+    assert sum(x.size for x in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, abs=0.005)
+    for chips_ in (256, 512):
+        assert chips_ % config.mesh.fsdp == 0 and config.model.width % config.mesh.fsdp == 0
+        assert config.train.batch_size % (chips_ * config.family.split.denominator) == 0

@@ -89,12 +89,14 @@ class Sampling:
       tensor: devices to a copy of the model.
       shape: of the step.
       cached: whether there is a key-value cache.
+      read: bytes of weights and cache that a device cannot but read once; of the head, its share of the vocabulary.
     """
 
     batch: int
     tensor: int
     shape: loop.Shape
     cached: bool
+    read: int
 
 
 def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], batch_per_copy: int,
@@ -107,7 +109,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
                        "left-to-right" if config.family.name == "ar" else "one-by-one")
     sampler = family.sampler(config)
     steps, runs = loop.schedule(plan, sampler)
-    step = Sampling(batch, tensor, runs[-1].shape, sampler.cached)
+    shape = runs[-1].shape
 
     def everywhere(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
@@ -123,7 +125,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     weights = jax.tree_util.tree_map_with_path(laid_out, jax.eval_shape(lambda: transformer.unstack(
         transformer.fold(model, transformer.init(model, jax.random.key(0)), dtype))))
     order = jax.ShapeDtypeStruct((batch, model.length), jnp.int32)
-    state = jax.eval_shape(lambda weights, order: loop.grow(loop.start(weights, model, sampler, order), step.shape),
+    state = jax.eval_shape(lambda weights, order: loop.grow(loop.start(weights, model, sampler, order), shape),
                            weights, order)
     state = dataclasses.replace(state, tokens=rows(state.tokens), positions=rows(state.positions),
                                 cache=jax.tree.map(lambda x: rows(x, "tensor"), state.cache))
@@ -132,12 +134,14 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, steps), scalar, scalar, uniforms,
-                                        model, sampler, Rule(), step.shape)
+                                        model, sampler, Rule(), shape)
     memory = {"weights": _held((weights["blocks"], weights["head"])), "embedding": _held(weights["embedding"]),
               "cache": _held(state.cache),
               "tokens": _held((state.tokens, state.positions, uniforms))}
+    read = _held(weights["blocks"]) + _held(weights["head"]) // tensor + memory["cache"]
+    step = Sampling(batch, tensor, shape, sampler.cached, read)
     return step, _compiled(lowered, memory, topology,
-                           sum(flops.sampling_step(model, batch, *step.shape).values()), begun, hlo.turn)
+                           sum(flops.sampling_step(model, batch, *shape).values()), begun, hlo.turn)
 
 
 def _compiled(lowered: jax.stages.Lowered, memory: dict[str, int], topology: Topology, model_flops: float,

@@ -31,7 +31,7 @@ def training(program: Program, config: Config, topology: Topology) -> dict[str, 
 def sampling(program: Program, step: Sampling, topology: Topology) -> dict[str, Any]:
     """A step of decoding: the same, and the floor of reading the weights and the cache once."""
     found = _program(program, topology)
-    least = (program.memory["weights"] + program.memory["cache"]) / topology.chip.bandwidth * topology.chip.devices
+    least = step.read / topology.chip.bandwidth * topology.chip.devices
     found |= {"batch": step.batch, "tensor": step.tensor, **step.shape._asdict(), "cached": step.cached}
     if program.cost is not None:
         found["seconds"]["weights_and_cache_once"] = least
