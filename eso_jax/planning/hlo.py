@@ -233,21 +233,40 @@ class _Counter:
         return total
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a loop's body runs; None if that is data."""
+        """How often a loop's body runs; None if that is data. Counters begin at 0."""
         if found := re.search(r'known_trip_count\D*(\d+)', loop.attributes):
             return int(found[1])
         condition = self.computations[_must(loop, "condition")]
-        root = condition.root
-        inner = self.computations[_must(root, "calls")] if root.opcode == "fusion" else condition
-        compared = inner.root
+        compared = self.inside(condition, condition.root)
         if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
             return None
-        bound = inner.instructions.get(compared.operands[1])
-        if bound is not None and bound.opcode == "parameter" and root is not compared:  # handed to the fusion
-            bound = condition.instructions.get(root.operands[int(bound.value)])
-        if bound is None or bound.opcode != "constant":
+        counter, bound = self.compared(condition, compared)
+        if bound is None or counter is None or not bound.value.isdigit():
             return None
-        return int(bound.value) if bound.value.isdigit() else None
+        found = re.search(r"index=(\d+)", counter.attributes)
+        return -(-int(bound.value) // (self.step(loop, int(found[1])) if found else 1))
+
+    def compared(self, condition: Computation, one: Instruction) -> list[Instruction | None]:
+        """The two sides of a condition's comparison, which may be fused."""
+        if condition.root is one:
+            return [condition.instructions.get(name) for name in one.operands]
+        inner = self.computations[_must(condition.root, "calls")]
+        sides = [inner.instructions[name] for name in one.operands]
+        return [condition.instructions.get(condition.root.operands[int(side.value)])
+                if side.opcode == "parameter" else side for side in sides]
+
+    def step(self, loop: Instruction, index: int) -> int:
+        """By how much a turn raises the counter at an index of the loop's carry."""
+        body = self.computations[_must(loop, "body")]
+        raised = body.instructions.get(body.root.operands[index])
+        if raised is None or raised.opcode != "add":
+            return 1
+        constants = [one.value for one in body.operands(raised) if one.opcode == "constant"]
+        return int(constants[0]) if constants else 1
+
+    def inside(self, here: Computation, one: Instruction) -> Instruction:
+        """An instruction, or the result of what is fused in it."""
+        return self.computations[_must(one, "calls")].root if one.opcode == "fusion" else one
 
     def collective(self, here: Computation, one: Instruction, kind: str) -> Collective:
         shapes = [shape for source in here.operands(one) for shape in source.shapes]
