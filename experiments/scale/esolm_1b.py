@@ -1,4 +1,4 @@
-"""Eso-LM, alpha_0 = 0.25, at 1.0 B parameters: the paper's recipe, eight times as wide a step.
+"""Eso-LM, alpha_0 = 0.25, at 1.0 B parameters: six times the paper's model.
 
 Data:      eso-jax data prepare openwebtext --data-dir data/2048 --tokenizer gpt2 --length 2048
 Command:   eso-jax train experiments/scale/esolm_1b.py --workdir runs/scale/esolm_1b --multi-host
