@@ -32,7 +32,7 @@ BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
 # Parameter -> who holds which part. Averages and optimizer state follow their parameter. Vocabularies such as 50,258
 # divide by nothing, so the embedding and the head are kept split by width; `head_split` is how the head is used.
 RULES: dict[str, P] = {
-    "embedding": P(None, ("fsdp", "tensor")),
+    "embedding": P(None, ("tensor", "fsdp")),
     "qkv": P(None, "fsdp", None, "tensor", None),
     "out": P(None, "tensor", None, "fsdp"),
     "mlp_in_kernel": P(None, "fsdp", "tensor"),
@@ -136,10 +136,29 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.with_sharding_constraint(x, P(*axes)) if even or isinstance(x, jax.core.Tracer) else x
 
 
-def head_split(kernel: Array) -> Array:
-    """The head's kernel [D, V] as it is multiplied with: split by vocabulary over "tensor" (unevenly, if need be; XLA
-    pads), so that no device makes or keeps all logits of a row."""
-    return constrain(kernel, None, "tensor")
+def _used(name: str, *layouts: P) -> Callable[[Array], Array]:
+    """Lays a parameter out for its use, from where it is kept by way of `layouts`; its gradient goes back the same way,
+    but for the last layout, whose parts are first added up over the rows: so no device gets more than it keeps."""
+    @jax.custom_vjp
+    def used(w: Array) -> Array:
+        for layout in layouts:
+            w = constrain(w, *layout)
+        return w
+
+    def back(_: None, gradient: Array) -> tuple[Array]:
+        for layout in (*reversed(layouts[:-1]), RULES[name]):
+            gradient = constrain(gradient, *layout)
+        return (gradient,)
+
+    used.defvjp(lambda w: (used(w), None), back)
+    return used
+
+
+# The embedding [V, D] split by width: each device looks its part of a token's vector up.
+embedding_split = _used("embedding", P(None, "tensor"))
+# The head's kernel [D, V] split by vocabulary (unevenly, if need be; XLA pads): no device makes or keeps all logits of
+# a row. In two steps, exchange and gather: in one, XLA would gather all of it everywhere.
+head_split = _used("head_kernel", P("fsdp", "tensor"), P(None, "tensor"))
 
 
 def batch_shards() -> int:

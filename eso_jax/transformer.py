@@ -188,7 +188,7 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
         x = x + drop(linear(hidden, w["mlp_out"]["kernel"]) + w["mlp_out"]["bias"], layer, 1)
         return (sharding.constrain(x, sharding.BATCH), cache), None
 
-    carry = (sharding.constrain(weights["embedding"][tokens], sharding.BATCH), cache)
+    carry = (sharding.constrain(sharding.embedding_split(weights["embedding"])[tokens], sharding.BATCH), cache)
     if isinstance(weights["blocks"], tuple):
         for scanned in enumerate(weights["blocks"]):
             carry, _ = block(carry, scanned)
