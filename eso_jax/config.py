@@ -208,6 +208,8 @@ class TrainConfig:
             require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "must be in [0, 1)")
         require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate,
                 f"must divide train.batch_size = {self.batch_size}")
+        require(self.keep_every is None or self.keep_every % self.save_every == 0, "train.keep_every", self.keep_every,
+                f"must be a multiple of train.save_every = {self.save_every}")
         for name, choices in (("compute_dtype", ("float32", "bfloat16")), ("remat", ("none", "dots", "full")),
                               ("non_finite", ("stop", "skip"))):
             value = getattr(self, name)

@@ -52,7 +52,8 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 def speed(tokens_per_second: float, flops_per_second: float) -> dict[str, float]:
     """Tokens and model TFLOPs per second over all devices, and, where the chip's peak is known, the model FLOPs
-    utilization: their share of the peak (eso_jax/flops.py says what is counted, eso_jax/chips.py the peaks)."""
+    utilization: their share of the chips' bfloat16 peak (eso_jax/flops.py says what is counted, eso_jax/chips.py the
+    peaks)."""
     import jax
 
     from eso_jax import chips

@@ -1,8 +1,8 @@
 """Several processes as one run: who they are, how they wait for each other, and how they stop.
 
 `start` joins this process to the others (`eso-jax train --multi-host`). A process that was not started so is a run of
-its own, and everything here then does nothing. Process 0 is the writer: it alone writes to the work directory (but for
-its share of a checkpoint) and speaks.
+its own, and everything here then does nothing. Process 0 is the writer: it alone speaks, and writes to the work
+directory what is not each process's own (its share of a checkpoint, a trace).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,11 @@ def _number() -> str:
 
 
 def _say_who_is_missing(roll: Path, started: float, wait: int) -> None:
-    """JAX itself would end the process without a name. A restart may have left names behind, but no recent ones."""
-    came = sorted(path.name for path in roll.iterdir() if path.stat().st_mtime > started - wait)
+    """JAX itself would end the process without a name. What an earlier start left behind does not count."""
+    came = []
+    for path in sorted(roll.iterdir()):
+        with suppress(FileNotFoundError):
+            came += [path.name] if path.stat().st_mtime > started - 60 else []
     counts = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     count = next((int(os.environ[name]) for name in counts if os.environ.get(name, "").isdigit()), 0)
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
@@ -101,7 +104,8 @@ def _client() -> Any:
 
 
 def is_writer() -> bool:
-    return jax.process_index() == 0
+    """Whether this is process 0, or a run of its own; without touching a device in the latter case."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def barrier(name: str, wait: int = WAIT) -> None:
@@ -211,15 +215,19 @@ def together(last: Callable[[], str] = lambda: "the last checkpoint is still the
         leave(error)
 
 
+# What JAX, Gloo, NCCL and Orbax say when another process is gone. Other errors of theirs (no memory, say) would only
+# come again.
+_LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection closed", "Barrier")
+
+
 def is_loss(error: Exception) -> bool:
     """Whether an error is what a collective or a barrier raises when another process is gone."""
-    return jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError)
-                                        or any(sign in str(error) for sign in ("Gloo", "Barrier", "DEADLINE_EXCEEDED")))
+    return jax.process_count() > 1 and any(sign in str(error) for sign in _LOSS)
 
 
 class Watchdog:
-    """Ends the process when a step hangs (a peer is gone, a device or a file system does not answer), with the stacks
-    of all threads, for the launcher to start it again.
+    """Ends the process when a step in its block hangs (a peer is gone, a device or a file system does not answer), with
+    the stacks of all threads, for the launcher to start it again.
 
     Args:
       seconds: how long a step may take; 0: any time.
@@ -229,8 +237,15 @@ class Watchdog:
     def __init__(self, seconds: int, last: Callable[[], str]) -> None:
         self._seconds, self._last = seconds, last
         self._deadline: float | None = None
-        if seconds:
+        self._over = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        if self._seconds:
             threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
 
     def begin(self) -> None:
         """A step begins, and the one before is over."""
@@ -241,11 +256,13 @@ class Watchdog:
         self._deadline = None
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(min(1.0, self._seconds / 4))
+        while not self._over.wait(min(1.0, self._seconds / 4)):
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
                 faulthandler.dump_traceback(all_threads=True)
+                last_resort = threading.Timer(90, os._exit, (RunAgain.EXIT,))  # what hangs may be the file system
+                last_resort.daemon = True
+                last_resort.start()
                 leave(RunAgain(f"a step took longer than train.hang_seconds = {self._seconds}; {self._last()}"))
 
 

@@ -59,7 +59,7 @@ OVER_TENSOR = {"qkv": P(None, None, "tensor"), "out": P("tensor"), "mlp_in.kerne
                "mlp_in.bias": P("tensor"), "mlp_out.kernel": P("tensor")}
 
 
-def mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices, or of those given (which may be of a topology that is not there).
 
     Slices of a pod are joined along "data" alone, so that only gradients go between them.
@@ -85,11 +85,13 @@ def mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
 
 def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises an EsoError unless a config's batch and model divide over a mesh."""
-    size, model, batch = mesh.shape, config.model, config.train.batch_size // config.train.accumulate
+    size, model, train = mesh.shape, config.model, config.train
     rows, shards = math.prod(size[axis] for axis in BATCH), size["fsdp"] * size["tensor"]
-    require(batch % rows == 0, "train.batch_size", config.train.batch_size,
-            f"with train.accumulate = {config.train.accumulate}, must be a multiple of "
-            f"{rows * config.train.accumulate}: mesh.data x mesh.fsdp = {rows} devices split the rows")
+    # Each of an Eso-LM's two losses has its own rows; with less than one of each on a device, layers would communicate.
+    least = rows * train.accumulate * config.family.split.denominator
+    require(train.batch_size % least == 0, "train.batch_size", train.batch_size,
+            f"must be a multiple of {least}: mesh.data x mesh.fsdp = {rows} devices split the rows, in "
+            f"train.accumulate = {train.accumulate} parts, by kappa = {config.family.split}")
     require(model.heads % size["tensor"] == 0, "mesh.tensor", size["tensor"], f"must divide the {model.heads} heads")
     require(model.width % shards == 0, "mesh.fsdp x mesh.tensor", shards,
             f"must divide model.width = {model.width}; use more of mesh.data")
@@ -223,10 +225,14 @@ def sampling_mesh(config: ModelConfig, tensor: int = 1, devices: Sequence[jax.De
     return mesh(MeshConfig(tensor=tensor), devices)
 
 
-def put_weights(weights: Any, mesh: Mesh) -> Any:
-    """Unstacked weights on a sampling mesh: heads and hidden units over "tensor", the rest on every device."""
-    def put(path: tuple[Any, ...], w: Array) -> Array:
-        name = ".".join(str(part.key) for part in path if hasattr(part, "key")).removeprefix("blocks.")
-        return jax.device_put(w, NamedSharding(mesh, OVER_TENSOR.get(name, P())))
+def weight_spec(path: tuple[Any, ...]) -> P:
+    """Where an unstacked weight of the sampler lives, by its path: heads and hidden units over "tensor", the rest on
+    every device."""
+    name = ".".join(str(part.key) for part in path if hasattr(part, "key")).removeprefix("blocks.")
+    return OVER_TENSOR.get(name, P())
 
-    return jax.tree_util.tree_map_with_path(put, weights)
+
+def put_weights(weights: Any, mesh: Mesh) -> Any:
+    """Unstacked weights on a sampling mesh."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: jax.device_put(w, NamedSharding(mesh, weight_spec(path))), weights)

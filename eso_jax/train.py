@@ -179,7 +179,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     preemption = multihost.Preemption()
     with (checkpoint.open_checkpoints(directory, settings.keep, settings.keep_every) as checkpoints,
           jax.set_mesh(mesh), preemption.watched(), multihost.together(functools.partial(checkpoint.last, directory)),
-          checkpoint.Saver(checkpoints, directory, config.model) as saver):
+          checkpoint.Saver(checkpoints, directory, config.model) as saver,
+          multihost.Watchdog(settings.hang_seconds, saver.last) as watchdog):
         state = _restore(checkpoints, directory, config, mesh) if resumes else begin(config, mesh, start)
         first = int(state.step)
         require(first <= settings.steps, "train.steps", settings.steps, f"{directory} is at step {first} already")
@@ -190,7 +191,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         count = sum(x.size for x in jax.tree.leaves(state.params))
         metrics.say(f"{config.family.name}: {count:,} parameters, {jax.device_count()} {jax.default_backend()} "
                     f"device(s), step {first} of {settings.steps}, in {directory}")
-        watchdog, meter = multihost.Watchdog(settings.hang_seconds, saver.last), _Meter(config, log, saver.last)
+        meter = _Meter(config, log, saver.last)
         step_fn = jit_step(config, mesh)
         fold = jax.jit(functools.partial(transformer.fold, config.model, dtype=jnp.dtype(settings.compute_dtype)))
         traced = max(0, min(settings.profile_steps, settings.steps - first - 3))
@@ -203,7 +204,13 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 meter.add(step, values)  # reads the step before this one, so that the device is never idle
             watchdog.rest()
             saver.check()
-            ends = step == settings.steps
+            ends, stops = step == settings.steps, preemption.asked(step)
+            if stops and not ends:  # before all else: there may be seconds left
+                meter.flush()
+                saver.save(step, _parts(state))
+                saver.wait()
+                raise RunAgain(f"asked to stop (SIGTERM), saved step {step} of {settings.steps}; the same command goes "
+                               "on from there")
             if step % settings.eval_every == 0 or ends:
                 meter.flush()
                 found = perplexity.nelbo(fold(state.ema), config, validation, tokenizer, config.family.alpha_0,
@@ -211,17 +218,12 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
                 metrics.say(f"step {step}: validation {found.bits_per_byte:.3f} bits per byte")
                 meter.restart_clock()
-            stops = preemption.asked(step)
-            if step % settings.save_every == 0 or ends or stops:
+            if step % settings.save_every == 0 or ends:
                 meter.flush()  # a state is saved only once it is known to be finite
                 saver.save(step, _parts(state))
                 meter.restart_clock()
-            if stops and not ends:
-                saver.wait()
-                raise RunAgain(f"asked to stop (SIGTERM), saved step {step} of {settings.steps}; the same command goes "
-                               "on from there")
-    if multihost.is_writer():
-        metrics.plot_loss(directory, baselines)
+        if multihost.is_writer():
+            metrics.plot_loss(directory, baselines)
     multihost.barrier("end")
     return state
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -190,8 +191,9 @@ def test_any_flipped_bit_of_the_values_is_seen(nine_steps: Path) -> None:
         bits = wrong[name].reshape(-1).view(np.uint32)
         bits[dice.randrange(len(bits))] ^= np.uint32(1 << dice.randrange(32))
         assert int(checkpoint.fingerprint(wrong)) != right
-    swapped = {**params, "qkv": params["qkv"][..., ::-1]}
-    assert int(checkpoint.fingerprint(swapped)) != right
+    for swapped in ({**params, "qkv": params["qkv"][..., ::-1]},
+                    {**params, "sigma_in_bias": params["sigma_out_bias"], "sigma_out_bias": params["sigma_in_bias"]}):
+        assert int(checkpoint.fingerprint(swapped)) != right
 
 
 def test_values_that_changed_unseen_by_the_storage_are_caught(nine_steps: Path, base: Config, tmp_path: Path,
@@ -234,7 +236,7 @@ def test_a_full_disk_stops_cleanly_and_loses_nothing(base: Config, tmp_path: Pat
     """On a small tmpfs where all checkpoints are kept; with more room the same command goes on."""
     run, disk = tmp_path / "run.json", tmp_path / "disk"
     disk.mkdir()
-    run.write_text(base.override("train.steps=30", "train.keep_every=1", "train.eval_every=1000").to_json())
+    run.write_text(base.override("train.steps=30", "train.keep_every=3", "train.eval_every=1000").to_json())
     inside = ["unshare", "--map-root-user", "--mount"]
     if subprocess.run([*inside, "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a tmpfs")
@@ -363,6 +365,77 @@ def test_skipped_steps_are_counted_and_too_many_stop(base: Config, tmp_path: Pat
         training.train(run, tmp_path / "v")
 
 
+@pytest.mark.parametrize("said, lost", [
+    ("UNKNOWN: Gloo all-reduce failed: Connection closed by peer", True), ("DEADLINE_EXCEEDED: barrier", True),
+    ("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes", False), ("INVALID_ARGUMENT: shapes", False)])
+def test_only_a_lost_peer_is_run_again_without_end(said: str, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without memory is a crash: it would come again."""
+    error = jax.errors.JaxRuntimeError(said)
+    assert not multihost.is_loss(error)  # one process has no peers
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert multihost.is_loss(error) == lost
+
+
+def test_a_peer_lost_while_saving_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def save_checkpointables_async(self, *_: object) -> None:
+            raise self.error
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for error, kind in ((ValueError("UNKNOWN: Gloo AllGather failed"), RunAgain), (ValueError("shape"), EsoError),
+                        (OSError(errno.ENOSPC, "No space left"), EsoError)):
+        with pytest.raises(kind):
+            checkpoint.Saver(Failing(error), tmp_path, BASE.model).save(3, {})
+
+
+def test_only_steps_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Exception] = []
+    monkeypatch.setattr(multihost, "leave", left.append)
+    monkeypatch.setattr(multihost.faulthandler, "dump_traceback", lambda **_: None)
+    with multihost.Watchdog(1, lambda: "") as watchdog:
+        watchdog.begin()
+        watchdog.rest()  # an evaluation
+        time.sleep(1.6)
+        assert not left
+
+
+def test_all_processes_hear_of_the_writers_mistake(base: Config, tmp_path: Path) -> None:
+    """A work directory of another run: both exit with 2 and its words."""
+    (tmp_path / "run.json").write_text(base.to_json())
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "thesis.tex").write_text("precious")
+    running = start(tmp_path / "run.json", tmp_path / "w", 2)
+    outputs = finish(running)
+    assert [process.returncode for process in running] == [2, 2], outputs
+    assert all("exists and is not a run's" in output for output in outputs), outputs
+
+
+def test_a_stopped_run_has_no_watchdog_left(base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever calls train from Python and catches its error lives on."""
+    left: list[Exception] = []
+    monkeypatch.setattr(multihost, "leave", left.append)
+    monkeypatch.setattr(multihost.faulthandler, "dump_traceback", lambda **_: None)
+    real = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *arguments: (
+        (found := real(*arguments))[0], found[1] | {"finite": found[0].step < 4}))
+    with pytest.raises(EsoError, match="is not finite"):
+        training.train(base.override("train.hang_seconds=1"), tmp_path / "w")
+    time.sleep(2)
+    assert not left
+
+
+def test_a_full_disk_beside_the_checkpoints(base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics, "plot_loss", full)
+    with pytest.raises(EsoError, match="the disk is full; the last good checkpoint is step 3; make room and repeat"):
+        training.train(base.override("train.steps=3"), tmp_path / "w")
+
+
 def test_milestones_are_kept(base: Config, tmp_path: Path) -> None:
     training.train(base.override("train.steps=12", "train.save_every=2", "train.keep=1", "train.keep_every=4"),
                    tmp_path / "w")
@@ -396,9 +469,9 @@ multihost.barrier("end")
 def test_a_checkpoint_is_restored_on_any_mesh_and_process_count(base: Config, tmp_path: Path) -> None:
     """Written by one process with 8 devices along fsdp; read by two processes with tensor = 2, and by one with one
     device; and each goes on with the losses of a run that never changed."""
-    run, workdir = tmp_path / "run.json", tmp_path / "w"
-    run.write_text(base.override("train.steps=9", "train.save_every=3").to_json())
-    whole = training.train(base.override("train.steps=9"), tmp_path / "whole")
+    run, workdir, base = tmp_path / "run.json", tmp_path / "w", base.override("train.steps=9", "train.batch_size=16")
+    run.write_text(base.to_json())
+    whole = training.train(base, tmp_path / "whole")
 
     def go(devices: int, *overrides: str) -> None:
         done = subprocess.run([*TRAIN, str(run), "--workdir", str(workdir), *overrides], capture_output=True, text=True,
@@ -413,7 +486,7 @@ def test_a_checkpoint_is_restored_on_any_mesh_and_process_count(base: Config, tm
     from eso_jax.data import windows_of
     from eso_jax.data.pipeline import batches
 
-    iterator = batches(windows_of(base, "train"), 8, 0)
+    iterator = batches(windows_of(base, "train"), 16, 0)
     for _ in range(4):
         batch = next(iterator)
     np.testing.assert_array_equal(restored.pop("batch"), batch)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +72,33 @@ def test_meshes_that_do_not_fit_the_devices(mesh: dict[str, int], message: str) 
         sharding.mesh(MeshConfig(**mesh))
 
 
+def test_slices_are_joined_along_data_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        platform = "tpu"
+
+        def __init__(self, slice_index: int) -> None:
+            self.slice_index = slice_index
+
+    asked = []
+
+    def grid(*arguments: Any, **options: Any) -> None:
+        asked.append(arguments[:2])
+        raise InterruptedError
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", grid)
+    devices = [Device(n // 8) for n in range(16)]
+    with pytest.raises(InterruptedError):
+        sharding.mesh(MeshConfig(fsdp=2, tensor=2), devices)
+    assert asked == [((2, 2, 2), (2, 1, 1))]
+    with pytest.raises(EsoError, match="mesh.data = 1: must be a multiple of the 2 slices"):
+        sharding.mesh(MeshConfig(fsdp=8, tensor=2), devices)
+
+
 @pytest.mark.parametrize("overrides, shape, message", [
-    (["train.batch_size=12"], (8, 1, 1), "train.batch_size = 12: with train.accumulate = 1, must be a multiple of 8"),
-    (["train.accumulate=4"], (2, 4, 1), "train.batch_size = 16: with train.accumulate = 4, must be a multiple of 32"),
+    (["train.batch_size=12"], (8, 1, 1), "train.batch_size = 12: must be a multiple of 8: mesh.data x mesh.fsdp = 8"),
+    (["train.accumulate=4"], (2, 4, 1), "train.batch_size = 16: must be a multiple of 32: .* in train.accumulate = 4"),
+    (["family.name=esolm", "family.alpha_0=0.5", "train.batch_size=8"], (8, 1, 1),
+     "train.batch_size = 8: must be a multiple of 16: .* by kappa = 1/2"),
     ([], (1, 1, 8), "mesh.tensor = 8: must divide the 4 heads"),
     (["model.width=24"], (1, 4, 4), "mesh.fsdp x mesh.tensor = 16: must divide model.width = 24")])
 def test_models_that_do_not_fit_the_mesh(overrides: list[str], shape: tuple[int, ...], message: str) -> None:

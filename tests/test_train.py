@@ -191,11 +191,12 @@ def test_a_work_directory_is_of_one_run(base: Config, tmp_path: Path) -> None:
 
 def test_eight_devices_take_the_same_steps(base: Config, tmp_path: Path) -> None:
     """The loss does not depend on the number of devices (here eight emulated ones)."""
-    (tmp_path / "run.json").write_text(base.override("train.steps=4").to_json())
+    run = base.override("train.steps=4", "train.batch_size=16")
+    (tmp_path / "run.json").write_text(run.to_json())
     flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     subprocess.run([sys.executable, "-m", "eso_jax", "train", str(tmp_path / "run.json"), "--workdir",
                     str(tmp_path / "eight")], check=True, capture_output=True, env=flags)
-    training.train(base.override("train.steps=4"), tmp_path / "one")
+    training.train(run, tmp_path / "one")
     one, eight = (np.array([line["loss"] for line in step_lines(tmp_path / name)]) for name in ("one", "eight"))
     np.testing.assert_allclose(eight, one, rtol=1e-5)
 

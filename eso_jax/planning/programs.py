@@ -114,10 +114,8 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     def everywhere(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
 
-    def laid_out(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:  # as sharding.put_weights
-        name = ".".join(str(part.key) for part in path if hasattr(part, "key")).removeprefix("blocks.")
-        where = NamedSharding(mesh, sharding.OVER_TENSOR.get(name, P()))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    def laid_out(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, sharding.weight_spec(path)))
 
     def rows(x: Any, *axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(sharding.BATCH, *axes)))
