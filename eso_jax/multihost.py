@@ -56,11 +56,12 @@ def start(roll: Path, wait: int = WAIT) -> None:
     try:
         jax.distributed.initialize(num_processes=int(count) if count else None,
                                    process_id=int(index) if index else None, initialization_timeout=wait + 30)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
         mine.unlink(missing_ok=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EsoError(f"--multi-host: this process could not join the others ({reason}); start it by srun or on a TPU "
-                       "pod, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID") from error
+                       "pod, or set JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and "
+                       "JAX_PROCESS_ID") from error
     finally:
         timer.cancel()
     client = _client()

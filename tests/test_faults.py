@@ -295,6 +295,7 @@ def test_a_process_that_is_never_started_is_named(base: Config, tmp_path: Path) 
 
 @pytest.mark.parametrize("environment, message", [
     ({}, "--multi-host: this process could not join the others"),
+    ({"JAX_COORDINATOR_ADDRESS": "localhost", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "(HOST:PORT)"),
     ({"JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID = 'first': must be a number")])
 def test_multi_host_without_others_is_an_error(environment: dict[str, str], message: str, tmp_path: Path,
                                                base: Config) -> None:
@@ -400,6 +401,16 @@ def test_only_steps_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
         watchdog.rest()  # an evaluation
         time.sleep(1.6)
         assert not left
+
+
+def test_an_experiment_that_asks_for_devices_is_run_after_joining(base: Config, tmp_path: Path) -> None:
+    """As experiments/quickstart.py does."""
+    (tmp_path / "run.json").write_text(base.override("train.steps=1").to_json())
+    (tmp_path / "run.py").write_text("import jax\nfrom eso_jax import config as configs\njax.default_backend()\n"
+                                     f"config = configs.from_file({str(tmp_path / 'run.json')!r})\n")
+    running = start(tmp_path / "run.py", tmp_path / "w", 2)
+    outputs = finish(running)
+    assert [process.returncode for process in running] == [0, 0], outputs
 
 
 def test_all_processes_hear_of_the_writers_mistake(base: Config, tmp_path: Path) -> None:

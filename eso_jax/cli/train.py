@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from eso_jax import config, multihost
 
-    run_config, workdir = config.from_file(arguments.experiment).override(*arguments.overrides), Path(arguments.workdir)
-    if arguments.multi_host:
+    workdir = Path(arguments.workdir)
+    if arguments.multi_host:  # before the experiment is run, which may ask JAX for its devices
         multihost.start(workdir / "hosts.partial")
     from eso_jax.train import train
 
     with multihost.together():
-        train(run_config, workdir)
+        train(config.from_file(arguments.experiment).override(*arguments.overrides), workdir)
