@@ -54,6 +54,8 @@ if [[ $workdir == gs://* ]]; then
   workdir=/gcs/${workdir#gs://}
   bucket=${workdir#/gcs/} bucket=${bucket%%/*}
 fi
+[[ $workdir == /* ]] ||
+  fail "WORKDIR = '$workdir': would be deleted with the machine; give gs://BUCKET/PATH, or an absolute path all workers share"
 logs=logs/$name
 
 queued() { run gcloud compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"; }

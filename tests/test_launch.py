@@ -157,6 +157,7 @@ def test_help_is_the_header(script: str, project: Project) -> None:
 
 
 @pytest.mark.parametrize(("script", "arguments", "said"), [
+    ("tpu_pod.sh", ("eso", "v6e-8", "experiments/toy.py", "runs/toy"), "would be deleted with the machine"),
     *((script, ["--nonsense"], "--nonsense") for script in NEW),
     *((script, [], "--help") for script in NEW),
     ("gpu.sh", ["experiments/toy.py"], "1 arguments"),
