@@ -109,10 +109,10 @@ def normalize(out: Float[Array, "B H S K"], total: Float[Array, "B H S"], dtype:
 def single_stream(visible: Visible) -> Attend:
     """Attention within one sequence. `visible` may close over per-row arrays of shape [B, 1, 1]."""
 
-    def attend(q: Array, k: Array, v: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
-        def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
-            return dense(q, keys_last(k), heads_first(v), mask)
+    def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        return dense(q, keys_last(k), heads_first(v), mask)
 
+    def attend(q: Array, k: Array, v: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
         return sharding.locally(local, (q, k, v), (_pattern(visible, q.shape[1]),)), cache
 
     return attend

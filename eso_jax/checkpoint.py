@@ -66,6 +66,11 @@ def steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
+def agreed_steps(workdir: Path) -> list[int]:
+    """As `steps`, as the writer sees them: a shared file system may show others something older. All must ask."""
+    return [int(step) for step in multihost.gathered("steps", " ".join(map(str, steps(workdir))))[0].split()]
+
+
 def last(workdir: Path) -> str:
     """The last checkpoint, for people."""
     found = steps(workdir)
@@ -102,8 +107,7 @@ def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, 
     here = NamedSharding(here.mesh, P()) if isinstance(here, NamedSharding) else here
     about = {"step": jnp.int32, "length": jnp.int32, **{name: jnp.uint32 for name in PARTS}}
     abstract = {**parts, "step": {name: jax.ShapeDtypeStruct((), kind, sharding=here) for name, kind in about.items()}}
-    # What the writer sees: a shared file system may show others something older.
-    found = [int(step) for step in multihost.gathered("steps", " ".join(map(str, steps(workdir))))[0].split()]
+    found = agreed_steps(workdir)
     problems: dict[int, str] = {}
     for step in reversed(found):
         problem = None
@@ -200,7 +204,7 @@ class Saver:
         self._step = step
         try:
             response = self._checkpoints.save_checkpointables_async(step, {**parts, "step": about})
-        except Exception as error:  # as above
+        except Exception as error:  # what its storage layers raise, again
             self._error = error
         else:
             self._thread = threading.Thread(target=self._finish, args=(response,), daemon=True)
@@ -254,7 +258,5 @@ def os_error(error: BaseException | None) -> int | None:
 
 def save_params(workdir: Path, config: ModelConfig, params: Any) -> None:
     """A checkpoint of parameters alone, at step 0."""
-    with open_checkpoints(workdir, keep=1) as checkpoints:
-        saver = Saver(checkpoints, workdir, config)
+    with open_checkpoints(workdir, keep=1) as checkpoints, Saver(checkpoints, workdir, config) as saver:
         saver.save(0, {"params": jax.tree.map(jnp.asarray, params)})
-        saver.wait()

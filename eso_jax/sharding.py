@@ -13,6 +13,7 @@ Axes: B batch, L length, S slots, H heads; of parameters see eso_jax/transformer
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -120,6 +121,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, spec(path, x.ndim)), tree)
 
 
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """The shapes, types and shardings of a tree as above, without its values."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree,
+                        shardings(tree, mesh))
+
+
 def constrain_params(tree: Any) -> Any:
     """A tree such as gradients, laid out by the rules on the mesh in force; itself where there is none."""
     return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *spec(path, x.ndim)), tree)
@@ -200,6 +207,7 @@ def locally(function: Callable[..., Array], heads: tuple[Array, ...], masks: tup
     return jax.shard_map(function, in_specs=specs, out_specs=whole, check_vma=False)(*heads, *masks)
 
 
+@functools.cache  # asked for every batch
 def rows_of_process(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " R"]:
     """Which rows of a global batch this process's devices hold, ascending."""
     held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_size,))

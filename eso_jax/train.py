@@ -69,16 +69,14 @@ def init_state(config: Config, params: Params | None = None) -> TrainState:
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer(config.train).init(params))
 
 
-def shardings(config: Config, mesh: Mesh) -> TrainState:
-    """Where each part of the state lives."""
-    return sharding.shardings(jax.eval_shape(functools.partial(init_state, config)), mesh)
-
-
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The shapes, types and shardings of the state."""
-    shapes = jax.eval_shape(functools.partial(init_state, config))
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes,
-                        sharding.shardings(shapes, mesh))
+    return sharding.placed(jax.eval_shape(functools.partial(init_state, config)), mesh)
+
+
+def shardings(config: Config, mesh: Mesh) -> TrainState:
+    """Where each part of the state lives."""
+    return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
 
 
 def begin(config: Config, mesh: Mesh, start: Params | None = None) -> TrainState:
@@ -169,8 +167,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                        sharding.rows_of_process(mesh, settings.batch_size))
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
     validation = np.concatenate(list(eval_batches(held_out, 64, settings.eval_windows)))
-    # If it resumes, it has parameters of its own. The writer says so: others may see an older directory.
-    resumes = bool(multihost.gathered("resumes", " ".join(map(str, checkpoint.steps(directory))))[0])
+    resumes = bool(checkpoint.agreed_steps(directory))  # and then has parameters of its own
     start = None if resumes else finetune.starting_params(config, mesh, tokenizer)
     # Once the data and the start are known to be there.
     multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))
@@ -276,12 +273,11 @@ class _Meter:
         else:
             self.clocked += 1
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
-            seconds = time.perf_counter() - self.clock
-            tokens = self.clocked * self.config.train.batch_size * self.config.model.length
-            rate = self.clocked / seconds  # steps per second
+            rate = self.clocked / (time.perf_counter() - self.clock)  # steps per second
+            tokens = self.config.train.batch_size * self.config.model.length
             names = self.seen[0] if self.seen else ()
             means = {name: float(np.mean([s[name] for s in self.seen])) for name in names}
-            speed = metrics.speed(tokens / seconds, self.flops * rate) if tokens else {}
+            speed = metrics.speed(rate * tokens, rate * self.flops) if rate else {}
             skipped = {"skipped": self.skipped} if self.skipped else {}
             self.log.write(step, **means, **speed, **skipped)
             if not sys.stderr.isatty():  # a terminal has the progress bar

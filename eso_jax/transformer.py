@@ -39,8 +39,6 @@ MASK_LOGIT = -1e6
 LOGITS_AT_ONCE = 2**27  # of a loss or a step: half a gigabyte in float32
 FREQUENCIES = 256  # width of the timestep embedding, the authors'
 GATES = (2, 5)  # of the six modulations of a block: shift, scale and gate of attention, then of the MLP
-
-
 UNROLLED = 12  # layers in one turn of the scan, on CPU
 
 

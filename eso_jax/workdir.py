@@ -265,10 +265,10 @@ def read(directory: str | Path, ema: bool = True, mesh: Mesh | None = None) -> t
     from eso_jax import checkpoint
 
     config = read_config(directory)
-    abstract = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    where = jax.tree.map(lambda _: here, abstract) if mesh is None else sharding.shardings(abstract, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+    abstract = sharding.placed(shapes, mesh) if mesh is not None else jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     return config, *checkpoint.load_params(Path(directory), config.model, abstract, ema)
 
 

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -30,6 +31,29 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 Run = Callable[..., str]
 
+# A run of a few seconds, but for its data.
+BASE = Config().override(
+    "model.length=16", "model.width=16", "model.layers=2", "model.heads=2", "model.cond_dim=8", "model.dropout=0.1",
+    "family.alpha_0=0.5", "train.batch_size=8", "train.steps=8", "train.warmup=2", "train.learning_rate=0.01",
+    "train.log_every=1", "train.eval_every=4", "train.eval_windows=16", "train.save_every=3",
+    "train.compute_dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """BASE on a small corpus."""
+    path = tmp_path_factory.mktemp("corpus") / "text.py"
+    path.write_text("for i in range(10):\n    print(i)\n" * 200)
+    return BASE.override(f"data.source={path}")
+
+
+@pytest.fixture
+def no_shape_checks() -> Iterator[None]:
+    """For lowering, which puts descriptions where arrays belong."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
 
 def free_port() -> int:
     with socket.socket() as listening:
@@ -37,14 +61,23 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
+def emulated(devices: int) -> dict[str, str]:
+    """The environment of a process with so many devices."""
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def launch(commands: list[list[str]], devices: int = 1) -> list[subprocess.Popen]:
+    """Starts commands as the processes of one run, with so many devices each; their stderr is kept."""
+    env = emulated(devices) | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+                               "JAX_NUM_PROCESSES": str(len(commands))}
+    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env | {"JAX_PROCESS_ID": str(index)})
+            for index, command in enumerate(commands)]
+
+
 def together(commands: list[list[str]], devices: int, limit: int = 300) -> list[str]:
-    """Runs commands as the processes of one run; their outputs, once all have ended well."""
-    address = f"127.0.0.1:{free_port()}"
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
-        **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(commands)), "JAX_PROCESS_ID": str(index)})
-        for index, command in enumerate(commands)]
-    outputs = [process.communicate(timeout=limit)[0] for process in processes]
+    """Runs commands as the processes of one run; what they said on stderr, once all have ended well."""
+    processes = launch(commands, devices)
+    outputs = [process.communicate(timeout=limit)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(commands), "\n".join(outputs)
     return outputs
 
@@ -118,7 +151,6 @@ def random_tokens(config: Config, batch: int, seed: int = 0) -> jax.Array:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of a small model after four steps."""
     from eso_jax.train import train
-    from test_train import BASE  # which imports this file
 
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.py").write_text("x = 1\nprint(x)\n" * 300)

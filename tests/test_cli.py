@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 
 import eso_jax
-from conftest import GOLDENS, Run, tiny_config
+from conftest import BASE, GOLDENS, Run, tiny_config
 from eso_jax import families
 from eso_jax.cli import COMMANDS, main
 from eso_jax.evaluation import throughput
 from eso_jax.sampling import check
 from eso_jax.sampling.plan import Plan
 from eso_jax.sampling.rejection import unigram_entropy
-from test_train import BASE
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 
 from conftest import random_weights, tiny_config
@@ -18,8 +17,9 @@ from eso_jax.sampling.plan import Plan, left_to_right
 BATCH, LENGTH = 3, 40
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize("name", ["esolm", "esolm_a", "ar", "bd3lm"])
-def test_no_copy_the_size_of_the_cache(name: str, request: pytest.FixtureRequest) -> None:
+def test_no_copy_the_size_of_the_cache(name: str) -> None:
     config = tiny_config(name, LENGTH, **({"block_size": 4} if name == "bd3lm" else {}))
     plan: Plan = left_to_right(BATCH, LENGTH)
     sampler = families.get(config).sampler(config)
@@ -27,8 +27,6 @@ def test_no_copy_the_size_of_the_cache(name: str, request: pytest.FixtureRequest
     uniforms = loop.draw_uniforms(jax.random.key(0), jnp.arange(BATCH), LENGTH)
     run = max(runs, key=lambda run: run.high - run.low)
     state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan.order), run.shape)
-    jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts descriptions where arrays belong
-    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
     lowered = loop.decode_run.lower(random_weights(config.model), state, steps, run.low, run.high, uniforms,
                                     config.model, sampler, Rule(), run.shape)
     compiled = lowered.compile()

@@ -21,6 +21,7 @@ import pytest
 from pyarrow import parquet
 
 import eso_jax
+from conftest import BASE
 from eso_jax import train as training
 from eso_jax.cli import main
 from eso_jax.config import Config, DataConfig, EsoError, ModelConfig
@@ -28,7 +29,6 @@ from eso_jax.data import ByteTokenizer, Tokenizer, is_prepared, prepare, prepare
 from eso_jax.data.catalog import CORPORA, Corpus
 from eso_jax.data.pipeline import batches, eval_batches
 from eso_jax.data.prepared import PreparedWindows, check
-from test_train import BASE
 from vocabularies import BERT_WORDS, bert_like, gpt2_like
 
 BYTES = ByteTokenizer()

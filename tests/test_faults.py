@@ -24,32 +24,23 @@ import numpy as np
 import pytest
 
 import eso_jax
-from conftest import free_port, together
+from conftest import BASE, emulated, free_port, launch, together
 from eso_jax import checkpoint, metrics, multihost
 from eso_jax import train as training
 from eso_jax.config import Config, EsoError, RunAgain
-from test_train import BASE, step_lines
+from eso_jax.data import windows_of
+from eso_jax.data.pipeline import batches
+from test_train import step_lines
 
 TRAIN = [sys.executable, "-m", "eso_jax", "train"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    path = tmp_path_factory.mktemp("corpus") / "text.py"
-    path.write_text("for i in range(10):\n    print(i)\n" * 200)
-    return BASE.override(f"data.source={path}")
-
-
 def start(run: Path, workdir: Path, processes: int = 1, *overrides: str) -> list[subprocess.Popen]:
     """The processes of a run, one emulated device each (two in all, so that one process alone has them as well)."""
-    address, devices = f"127.0.0.1:{free_port()}", 2 // processes
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [*TRAIN, str(run), "--workdir", str(workdir), *overrides]
     if processes == 1:
-        return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)]
-    env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    return [subprocess.Popen([*command, "--multi-host"], stderr=subprocess.PIPE, text=True,
-                             env={**env, "JAX_PROCESS_ID": str(index)}) for index in range(processes)]
+        return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=emulated(2))]
+    return launch([[*command, "--multi-host"]] * processes)
 
 
 def finish(processes: list[subprocess.Popen], limit: float = 120) -> list[str]:
@@ -271,10 +262,7 @@ time.sleep(60)
 
 
 def test_a_barrier_names_the_host_that_does_not_come(tmp_path: Path) -> None:
-    env = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    command = [sys.executable, "-c", WAITING, str(tmp_path / "roll")]
-    waits, sleeps = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
-                                      env={**env, "JAX_PROCESS_ID": str(index)}) for index in (0, 1))
+    waits, sleeps = launch([[sys.executable, "-c", WAITING, str(tmp_path / "roll")]] * 2)
     said = waits.communicate(timeout=90)[1]
     sleeps.kill()
     sleeps.communicate()
@@ -486,7 +474,7 @@ def test_a_checkpoint_is_restored_on_any_mesh_and_process_count(base: Config, tm
 
     def go(devices: int, *overrides: str) -> None:
         done = subprocess.run([*TRAIN, str(run), "--workdir", str(workdir), *overrides], capture_output=True, text=True,
-                              env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"})
+                              env=emulated(devices))
         assert done.returncode == 0, done.stderr
 
     go(8, "train.steps=3", "mesh.fsdp=8")
@@ -494,9 +482,6 @@ def test_a_checkpoint_is_restored_on_any_mesh_and_process_count(base: Config, tm
     together([[sys.executable, "-c", RESTORE, str(workdir), str(tmp_path / "restored.npz"), "mesh.tensor=2",
                "mesh.fsdp=2"]] * 2, devices=2)
     restored = dict(np.load(tmp_path / "restored.npz"))
-    from eso_jax.data import windows_of
-    from eso_jax.data.pipeline import batches
-
     iterator = batches(windows_of(base, "train"), 16, 0)
     for _ in range(4):
         batch = next(iterator)

@@ -18,17 +18,14 @@ from eso_jax import attention, finetune, masks, sharding, transformer, workdir
 from eso_jax import train as training
 from eso_jax.config import Config, EsoError, MeshConfig, from_file
 from eso_jax.data.tokenizers import LibraryTokenizer
-from test_train import BASE
 from vocabularies import gpt2_like
 
 MESH = sharding.mesh(MeshConfig())
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    path = tmp_path_factory.mktemp("corpus") / "text.py"
-    path.write_text("for i in range(10):\n    print(i)\n" * 200)
-    return BASE.override(f"data.source={path}", "family.alpha_0=0.25")
+def base(base: Config) -> Config:
+    return base.override("family.alpha_0=0.25")
 
 
 def made(directory: Path, base: Config, *overrides: str) -> Path:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 
 from eso_jax import families, flops, transformer
@@ -17,6 +16,8 @@ from eso_jax.sampling import loop
 from eso_jax.sampling.categorical import Rule
 from eso_jax.sampling.plan import left_to_right
 from eso_jax.train import init_state, train_step
+
+pytestmark = pytest.mark.usefixtures("no_shape_checks")
 
 FAMILIES: list[dict[str, Any]] = [
     dict(name="esolm", alpha_0=0.25), dict(name="esolm", alpha_0=1.0), dict(name="esolm", alpha_0=0.0),
@@ -33,13 +34,6 @@ def wide(accumulate: int = 1, **family: Any) -> Config:
 
 def ident(fields: dict[str, Any]) -> str:
     return " ".join(map(str, fields.values()))
-
-
-@pytest.fixture(autouse=True)
-def no_shape_checks(request: pytest.FixtureRequest) -> None:
-    """Lowering puts descriptions where arrays belong."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
 
 
 def xla_count(config: Config) -> float:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import mesh_losses
-from conftest import tiny_config, together
-from eso_jax import sharding, transformer
+from conftest import emulated, tiny_config, together
+from eso_jax import masks, sharding, train, transformer
+from eso_jax.attention import single_stream
 from eso_jax.config import FAMILIES, Config, EsoError, MeshConfig
-from eso_jax.train import init_state
 
 SCRIPT = Path(mesh_losses.__file__)
 
@@ -30,8 +31,7 @@ def test_losses_agree_on_every_mesh(family: str, tmp_path: Path) -> None:
     """20 steps on one device, 8 along data, 8 along fsdp, 4 along tensor x 2 along data; and two processes of 4
     devices, whose parameters are split over both."""
     command = [sys.executable, str(SCRIPT), str(tmp_path / "one.json"), family, "1", "8,1,1", "1,8,1", "2,1,4"]
-    done = subprocess.run(command, capture_output=True, text=True, env={
-        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    done = subprocess.run(command, capture_output=True, text=True, env=emulated(8))
     assert done.returncode == 0 and "Involuntary" not in done.stderr, done.stderr
     outputs = together([[sys.executable, str(SCRIPT), str(tmp_path / "two.json"), family, "1,4,2"]] * 2, devices=4)
     assert "Involuntary" not in "".join(outputs)  # XLA's word for gathering what should stay split
@@ -45,7 +45,7 @@ def test_losses_agree_on_every_mesh(family: str, tmp_path: Path) -> None:
 def test_every_parameter_has_a_rule_and_no_rule_is_dead() -> None:
     paths = set()
     for config in (tiny_config("esolm"), tiny_config("ar").override("model.cond_dim=0")):
-        state = jax.eval_shape(lambda config=config: init_state(config).__dict__)
+        state = jax.eval_shape(lambda config=config: train.init_state(config).__dict__)
         for path, x in jax.tree_util.tree_leaves_with_path(state):
             sharding.spec(path, x.ndim)
         paths |= set(state["params"])
@@ -107,18 +107,11 @@ def test_models_that_do_not_fit_the_mesh(overrides: list[str], shape: tuple[int,
         sharding.check(config, AbstractMesh(shape, sharding.AXES))
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_the_program_does_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch,
                                                    request: pytest.FixtureRequest) -> None:
     """Scanned, as on accelerators: 2, 8 and 32 layers are one program, in lines of HLO and in seconds to compile it."""
-    import time
-
-    import jaxtyping
-
-    from eso_jax import train
-
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
-    jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts descriptions where arrays belong
-    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
     jax.config.update("jax_enable_compilation_cache", False)
     request.addfinalizer(lambda: jax.config.update("jax_enable_compilation_cache", True))
     lines, seconds = [], []
@@ -134,15 +127,9 @@ def test_the_program_does_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPat
     assert seconds[2] < 2 * min(seconds[:2]) + 1, seconds
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialization_changes_no_step_and_saves_memory(remat: str, monkeypatch: pytest.MonkeyPatch,
-                                                            request: pytest.FixtureRequest) -> None:
-    import jaxtyping
-
-    from eso_jax import train
-
-    jaxtyping.config.update("jaxtyping_disable", True)
-    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
+def test_rematerialization_changes_no_step_and_saves_memory(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")  # scanned without it as well
     found = []
     for name in ("none", remat):
@@ -171,9 +158,8 @@ shapes = set(re.findall(r"f32\\[(?:8,16|128),\\d+\\]", text))
 assert any(s.endswith(",9]") for s in shapes), shapes
 assert not any(s.endswith((",33]", ",36]")) for s in shapes), shapes
 """
-    flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-             "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=flags)
+    flags = {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=emulated(8) | flags)
     assert done.returncode == 0, done.stderr
 
 
@@ -188,8 +174,6 @@ def test_deep_models_are_not_unrolled_whole_on_cpu() -> None:
     def lines(layers: int) -> int:
         model = Config().override(f"model.layers={layers}", "model.width=16", "model.heads=2").model
         params = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-        from eso_jax import masks
-        from eso_jax.attention import single_stream
 
         def hidden(params: dict, tokens: jax.Array) -> jax.Array:
             weights = transformer.fold(model, params)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxtyping
 import pytest
 
 from conftest import Run
@@ -22,6 +21,8 @@ from eso_jax.config import MeshConfig
 from eso_jax.planning import hlo, report, target
 from eso_jax.planning.programs import _refused
 from test_flops import FAMILIES, ident, wide
+
+pytestmark = pytest.mark.usefixtures("no_shape_checks")
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,13 +79,6 @@ replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a','b'}, dimensions
   ROOT %result = f32[64,64]{1,0} get-tuple-element(%while), index=1
 }
 """
-
-
-@pytest.fixture(autouse=True)
-def no_shape_checks(request: pytest.FixtureRequest) -> None:
-    """Lowering puts descriptions where arrays belong."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
 
 
 def test_a_program_is_counted_as_it_runs() -> None:

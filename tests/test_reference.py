@@ -14,12 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import eso_jax
-from conftest import GOLDENS, Run, random_params
+from conftest import BASE, GOLDENS, Run, random_params
 from eso_jax import metrics, workdir
 from eso_jax.config import ModelConfig
 from eso_jax.reference import import_checkpoint, names
 from eso_jax.reference.card import card
-from test_train import BASE
 from vocabularies import gpt2_like
 
 SIZES = GOLDENS / "config.json"

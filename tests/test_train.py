@@ -18,29 +18,11 @@ import optax
 import pytest
 
 import eso_jax
-from conftest import random_tokens, tiny_config
+from conftest import BASE, random_tokens, tiny_config
 from eso_jax import flops, metrics
 from eso_jax import train as training
 from eso_jax.config import FAMILIES, Config, EsoError
 from eso_jax.optim import optimizer, update_ema
-
-BASE = Config().override(
-    "model.length=16", "model.width=16", "model.layers=2", "model.heads=2", "model.cond_dim=8", "model.dropout=0.1",
-    "family.alpha_0=0.5", "train.batch_size=8", "train.steps=8", "train.warmup=2", "train.learning_rate=0.01",
-    "train.log_every=1", "train.eval_every=4", "train.eval_windows=16", "train.save_every=3",
-    "train.compute_dtype=float32")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "text.py"
-    path.write_text("for i in range(10):\n    print(i)\n" * 200)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def base(corpus: str) -> Config:
-    return BASE.override(f"data.source={corpus}")
 
 
 def step_lines(workdir: Path) -> list[dict[str, float]]:

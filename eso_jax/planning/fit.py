@@ -54,13 +54,10 @@ def _tries(config: Config, topology: Topology, devices: Sequence[jax.Device]) ->
         """The try, unless the batch or the model does not divide so."""
         try:
             changed = config.override(*overrides)
-            sharding.check(changed, mesh := sharding.mesh(changed.mesh, on))
+            sharding.check(changed, sharding.mesh(changed.mesh, on))
         except EsoError:
             return []
-        rows = changed.train.batch_size // changed.train.accumulate
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        # Both losses of an Eso-LM need a row on every device.
-        return [Try(overrides, changed, where, on)] if rows % (shards * config.family.split.denominator) == 0 else []
+        return [Try(overrides, changed, where, on)]
 
     def micro_batches(where: Topology, on: Sequence[jax.Device], *overrides: str) -> list[Try]:
         """Ever smaller ones, down to a row of each kind on a device."""

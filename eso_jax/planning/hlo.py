@@ -237,7 +237,7 @@ class _Counter:
         if found := re.search(r'known_trip_count\D*(\d+)', loop.attributes):
             return int(found[1])
         condition = self.computations[_must(loop, "condition")]
-        compared = self.inside(condition, condition.root)
+        compared = self.inside(condition.root)
         if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
             return None
         counter, bound = self.compared(condition, compared)
@@ -264,7 +264,7 @@ class _Counter:
         constants = [one.value for one in body.operands(raised) if one.opcode == "constant"]
         return int(constants[0]) if constants else 1
 
-    def inside(self, here: Computation, one: Instruction) -> Instruction:
+    def inside(self, one: Instruction) -> Instruction:
         """An instruction, or the result of what is fused in it."""
         return self.computations[_must(one, "calls")].root if one.opcode == "fusion" else one
 
@@ -283,12 +283,12 @@ class _Counter:
         """Bytes of main memory that an instruction reads and writes."""
         if one.opcode in _FREE or one.opcode.endswith("-done"):
             return 0
-        if one.opcode.endswith("-start") and one.opcode != "copy-start" and one.opcode != "slice-start":
-            return sum(_main(source) for source in here.operands(one))
         if one.opcode in ("copy-start", "slice-start"):
             source = here.operands(one)[0].shapes[0]
             made = one.shapes[0 if one.opcode == "copy-start" else 1]  # (copy, source, ...) or (source, slice, ...)
             return made.bytes * (made.main + source.main)
+        if one.opcode.endswith("-start"):
+            return sum(_main(source) for source in here.operands(one))
         if one.opcode != "fusion":
             return self.written(here, one) + sum(self.read(here, one, number) for number in range(len(one.operands)))
         inner = self.computations[_must(one, "calls")]
