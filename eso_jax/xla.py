@@ -1,0 +1,31 @@
+"""What XLA must be told before JAX starts; `import eso_jax` does.
+
+jaxlib 0.10.2 to 0.11 hand small products and sums on CPU to YNNPACK ("__ynn_fusion" in compiled code). Some of what it
+builds is wrong, in one compilation of a program and not in the next, and then at every call. Public reports are jax
+issues 39103, 39257 and 40412; here, one compilation in about a hundred of a sampling loop made nothing but NaN.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+from jax._src import xla_bridge
+from jaxlib import version
+
+_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+
+
+def without_ynn_fusions() -> None:
+    """Adds the flag that turns YNNPACK's fusions off (its list of kinds, empty) to XLA_FLAGS, where jaxlib is one of
+    those with the fault and the flag is not given. Warns if JAX has started and no longer reads it."""
+    if not (0, 10, 2) <= version.__version_info__ < (0, 12):
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _FLAG in flags:
+        return
+    if xla_bridge.backends_are_initialized():
+        warnings.warn(f"JAX started before eso_jax was imported: on CPU, jaxlib {version.__version__} may now compute "
+                      f"wrong numbers. Import eso_jax first, or set XLA_FLAGS={_FLAG}=", RuntimeWarning, stacklevel=3)
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=".strip()
