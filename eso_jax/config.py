@@ -12,6 +12,7 @@ import ast
 import difflib
 import json
 import math
+import textwrap
 import types
 import typing
 from dataclasses import dataclass, field
@@ -258,6 +259,13 @@ class Config:
 
 _SECTIONS: dict[str, type] = {"model": ModelConfig, "family": FamilyConfig, "data": DataConfig, "train": TrainConfig,
                               "mesh": MeshConfig}
+
+
+def fields() -> str:
+    """The names of all fields, for people."""
+    sections = [textwrap.fill(f"  {section}: {', '.join(f.name for f in dataclasses.fields(kind))}", 100,
+                              subsequent_indent="    ") for section, kind in _SECTIONS.items()]
+    return "\n".join(["fields (what they mean: eso_jax/config.py):", *sections])
 
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:

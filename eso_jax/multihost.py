@@ -19,13 +19,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 from eso_jax.config import EsoError, RunAgain, require
 
-WAIT = 600  # seconds that a process waits for the others before it says who is missing
+WAIT = 600  # seconds that a process waits for the others before it gives up
+PATIENCE = 15  # seconds between two words about it
 
 
 def start(roll: Path, wait: int = WAIT) -> None:
@@ -50,28 +51,62 @@ def start(roll: Path, wait: int = WAIT) -> None:
         mine.touch()
     except OSError as error:
         raise EsoError(f"--workdir = {str(roll.parent)!r}: cannot be written ({error.strerror})") from error
-    timer = threading.Timer(max(wait - 1, 1), _say_who_is_missing, (roll, time.time(), wait))
-    timer.daemon = True
-    timer.start()
     try:
-        jax.distributed.initialize(num_processes=int(count) if count else None,
-                                   process_id=int(index) if index else None, initialization_timeout=wait + 30)
+        _join(roll, wait, num_processes=int(count) if count else None, process_id=int(index) if index else None,
+              initialization_timeout=wait + 30)
+        _hosts[:] = gathered("start", socket.gethostname(), wait)
+        mine.unlink(missing_ok=True)
+        barrier("roll", wait)
     except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
         mine.unlink(missing_ok=True)
+        if isinstance(error, EsoError | RunAgain):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EsoError(f"--multi-host: this process could not join the others ({reason}); start it by srun or on a TPU "
                        "pod, or set JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and "
                        "JAX_PROCESS_ID") from error
-    finally:
-        timer.cancel()
-    client = _client()
-    if client is not None:
-        client.key_value_set(f"eso_jax/host/{jax.process_index()}", socket.gethostname())
-    barrier("start", wait)
-    mine.unlink(missing_ok=True)
-    barrier("roll", wait)
+    except KeyboardInterrupt as error:
+        mine.unlink(missing_ok=True)
+        leave(error)
     if is_writer():
         shutil.rmtree(roll, ignore_errors=True)
+
+
+def check_alone() -> None:
+    """Raises an EsoError where a process that has not joined the others was started as one of several: each would be
+    a run of its own, all in one work directory."""
+    if jax.distributed.is_initialized():
+        return
+    counts = {name: os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS",
+                                                          "OMPI_COMM_WORLD_SIZE")}
+    for name, count in counts.items():
+        require(not count.isdigit() or int(count) <= 1, name, count,
+                "this process is one of several; give --multi-host to eso-jax train, or unset it for a run of its own")
+
+
+def _join(roll: Path, wait: int, **arguments: Any) -> None:
+    """jax.distributed.initialize, in a thread: so that this one can say whom it waits for, and hears Ctrl-C."""
+    failures: list[Exception] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(**arguments)
+        except Exception as error:
+            failures.append(error)
+
+    thread, began = threading.Thread(target=join, daemon=True), time.time()
+    thread.start()
+    while thread.is_alive():
+        thread.join(min(PATIENCE, max(began + wait - time.time(), 0.1)))
+        if not thread.is_alive():
+            break
+        came, missing = _roll_call(roll, began)
+        if time.time() >= began + wait:  # JAX itself would end the process without a name
+            leave(RunAgain(f"waited {wait} s for the other processes to start; {missing}"))
+        if _number() in ("?", next(iter(came), "?")):
+            _tell(f"waiting for the other processes; {missing}")
+    if failures:
+        raise failures[0]
 
 
 def _number() -> str:
@@ -80,21 +115,26 @@ def _number() -> str:
     return next((os.environ[name] for name in names if name in os.environ), "?")
 
 
-def _say_who_is_missing(roll: Path, started: float, wait: int) -> None:
-    """JAX itself would end the process without a name. What an earlier start left behind does not count."""
+def _roll_call(roll: Path, began: float) -> tuple[list[str], str]:
+    """The numbers of the processes that have come, and who has and has not, for people. What an earlier start left
+    behind does not count."""
     came = []
     for path in sorted(roll.iterdir()):
         with suppress(FileNotFoundError):
-            came += [path.name] if path.stat().st_mtime > started - 60 else []
+            came += [path.name] if path.stat().st_mtime > began - 60 else []
     counts = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     count = next((int(os.environ[name]) for name in counts if os.environ.get(name, "").isdigit()), 0)
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    here = {name.partition(" ")[0] for name in came}
+    here = sorted({name.partition(" ")[0] for name in came}, key=lambda number: (len(number), number))
     missing = [f"process {n}" + (f" on {hosts[n]}" if n < len(hosts) and hosts[n] else "") for n in range(count)
                if str(n) not in here] if "?" not in here else []
     nodes = os.environ.get("SLURM_STEP_NODELIST")
-    leave(RunAgain(f"waited {wait} s for the other processes to start; missing: {', '.join(missing) or 'some'}"
-                   f"{f' (of the nodes {nodes})' if nodes else ''}; came: {', '.join(came)}"))
+    return here, (f"missing: {', '.join(missing) or 'some'}{f' (of the nodes {nodes})' if nodes else ''}; "
+                  f"came: {', '.join(came)}")
+
+
+def _tell(message: str) -> None:
+    print(f"eso-jax: {message}", file=sys.stderr, flush=True)
 
 
 def _client() -> Any:
@@ -114,11 +154,12 @@ def barrier(name: str, wait: int = WAIT) -> None:
     gathered(name, "here", wait)
 
 
+_hosts: list[str] = []  # of each process; known once all have started
+
+
 def host(index: int) -> str:
     """A process by its number and host, for people."""
-    client = _client()
-    found = client.key_value_try_get(f"eso_jax/host/{index}") if client is not None else socket.gethostname()
-    return f"process {index} on {found}"
+    return f"process {index}" + (f" on {_hosts[index]}" if index < len(_hosts) else "")
 
 
 def gathered(name: str, text: str, wait: int = WAIT) -> list[str]:
@@ -130,14 +171,51 @@ def gathered(name: str, text: str, wait: int = WAIT) -> list[str]:
     client, count = _client(), jax.process_count()
     if client is None or count == 1:
         return [text]
-    place, texts = f"eso_jax/{name}/{_turn(name)}", []
+    place = f"eso_jax/{name}/{_turn(name)}"
     client.key_value_set(f"{place}/{jax.process_index()}", text)
-    for index in range(count):
+    return [_text_of(index, place, name, wait) for index in range(count)]
+
+
+def _text_of(index: int, place: str, name: str, wait: int) -> str:
+    """What a process has put there. Asked for again and again, so that Ctrl-C is heard."""
+    began = told = time.monotonic()
+    while True:
         try:
-            texts.append(client.blocking_key_value_get(f"{place}/{index}", wait * 1000))
+            return _client().blocking_key_value_get(f"{place}/{index}", 1000 * min(wait, 5))
         except jax.errors.JaxRuntimeError as error:
-            raise RunAgain(f"waited {wait} s at {name!r} for {host(index)}; see what its log says") from error
-    return texts
+            now = time.monotonic()
+            if now - began >= wait or not _is_late(error):
+                raise RunAgain(f"waited {now - began:.0f} s at {name!r} for {host(index)}; see what its log "
+                               "says") from error
+        if now - told >= PATIENCE and is_writer():
+            _tell(f"waiting at {name!r} for {host(index)}")
+            told = now
+
+
+def _is_late(error: Exception) -> bool:
+    """Whether the store was there, and what was asked for was not."""
+    return "DEADLINE_EXCEEDED" in str(error)
+
+
+def _silent(wait: int = 5) -> str:
+    """Who gives no sign when something went wrong that the processes did together, and so ended it for all of them.
+
+    Process 0 keeps the store by which they speak: without it, it is the one.
+    """
+    client, place, until = _client(), "eso_jax/still here", time.monotonic() + wait
+    silent = []
+    try:
+        client.key_value_set(f"{place}/{jax.process_index()}", "yes", allow_overwrite=True)
+        for index in range(jax.process_count()):
+            try:
+                client.blocking_key_value_get(f"{place}/{index}", int(1000 * max(until - time.monotonic(), 0.1)))
+            except jax.errors.JaxRuntimeError as error:
+                if not _is_late(error):
+                    raise
+                silent.append(host(index))
+    except jax.errors.JaxRuntimeError:
+        return host(0)
+    return ", ".join(silent)
 
 
 def agreed(name: str, problem: str | None) -> str | None:
@@ -212,7 +290,11 @@ def together(last: Callable[[], str] = lambda: "the last checkpoint is still the
             raise
         if is_loss(error):
             reason = str(error).splitlines()[0][:200]
-            leave(RunAgain(f"lost another process of the run ({reason}); {last()}"))
+            leave(RunAgain(f"lost {_silent() or 'another process of the run'} ({reason}); {last()}"))
+        leave(error)
+    except KeyboardInterrupt as error:
+        if jax.process_count() == 1:
+            raise
         leave(error)
 
 
@@ -264,17 +346,21 @@ class Watchdog:
                 last_resort = threading.Timer(90, os._exit, (RunAgain.EXIT,))  # what hangs may be the file system
                 last_resort.daemon = True
                 last_resort.start()
-                leave(RunAgain(f"a step took longer than train.hang_seconds = {self._seconds}; {self._last()}"))
+                silent = _silent() if jax.process_count() > 1 else ""
+                leave(RunAgain(f"a step took longer than train.hang_seconds = {self._seconds}; "
+                               f"{f'no sign from {silent}; ' if silent else ''}{self._last()}"))
 
 
-def leave(error: Exception) -> None:
+def leave(error: BaseException) -> NoReturn:
     """Ends the process with the exit code of the command line; without its peers, if they do not come to the end."""
-    known = isinstance(error, EsoError | RunAgain)
-    if not known:
+    code = next((code for kind, code in {RunAgain: RunAgain.EXIT, EsoError: 2, KeyboardInterrupt: 130}.items()
+                 if isinstance(error, kind)), 1)
+    if code == 1:
         traceback.print_exception(error)
-    print(f"eso-jax: {socket.gethostname()}: {error if known else repr(error)}", file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():  # all may be leaving: then none should find the others gone
+    said = str(error) if code in (2, RunAgain.EXIT) else "interrupted" if code == 130 else repr(error)
+    _tell(f"{socket.gethostname()}: {said}")
+    if jax.distributed.is_initialized() and code != 130:  # all may be leaving: then none should find the others gone
         parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         parting.start()
         parting.join(10)
-    os._exit(RunAgain.EXIT if isinstance(error, RunAgain) else 2 if known else 1)
+    os._exit(code)

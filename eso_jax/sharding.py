@@ -70,10 +70,11 @@ def mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else list(devices)
     count, model = len(devices), config.fsdp * config.tensor
-    require(count % model == 0, "mesh.fsdp x mesh.tensor", model, f"must divide the {count} devices")
+    require(count % model == 0, "mesh.fsdp x mesh.tensor", model, f"must divide the number of devices, {count}")
     data = count // model if config.data is None else config.data
     require(data * model == count, "mesh.data", config.data,
-            f"times fsdp = {config.fsdp} and tensor = {config.tensor} must be the {count} devices; leave it unset")
+            f"times fsdp = {config.fsdp} and tensor = {config.tensor} must be the number of devices, {count}; leave it "
+            "unset")
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     require(data % slices == 0, "mesh.data", data, f"must be a multiple of the {slices} slices")
     shape = (data // slices, config.fsdp, config.tensor)
@@ -82,6 +83,15 @@ def mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def described(mesh: Mesh) -> str:
+    """The devices of a mesh, their processes and its axes, for people."""
+    devices = mesh.devices.flat
+    processes = len({device.process_index for device in devices})
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    return (f"{mesh.size} {devices[0].platform} device(s)" + (f" of {processes} processes" if processes > 1 else "")
+            + (f" ({axes})" if axes else ""))
 
 
 def check(config: Config, mesh: Mesh | AbstractMesh) -> None:

@@ -156,6 +156,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     from eso_jax.data.pipeline import batches, eval_batches
 
     settings = config.train
+    multihost.check_alone()
     mesh = sharding.mesh(config.mesh)
     sharding.check(config, mesh)
     tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
@@ -175,7 +176,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
 
     preemption = multihost.Preemption()
     with (checkpoint.open_checkpoints(directory, settings.keep, settings.keep_every) as checkpoints,
-          jax.set_mesh(mesh), preemption.watched(), multihost.together(functools.partial(checkpoint.last, directory)),
+          workdir.held(directory), jax.set_mesh(mesh), preemption.watched(),
+          multihost.together(functools.partial(checkpoint.last, directory)),
           checkpoint.Saver(checkpoints, directory, config.model) as saver,
           multihost.Watchdog(settings.hang_seconds, saver.last) as watchdog):
         state = _restore(checkpoints, directory, config, mesh) if resumes else begin(config, mesh, start)
@@ -184,10 +186,13 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         iterator.set_state({"next_index": first})  # every step draws a batch
         if multihost.is_writer():
             workdir.save_config(directory, config)
-        log = metrics.MetricsLog(directory, first)
         count = sum(x.size for x in jax.tree.leaves(state.params))
-        metrics.say(f"{config.family.name}: {count:,} parameters, {jax.device_count()} {jax.default_backend()} "
-                    f"device(s), step {first} of {settings.steps}, in {directory}")
+        metrics.say(f"{config.family.name}: {count:,} parameters on {sharding.described(mesh)}, step {first} of "
+                    f"{settings.steps}, in {directory}")
+        before = max((line["step"] for line in metrics.read(directory)), default=0)
+        if before and not resumes:
+            metrics.say(f"{directory} has no checkpoint, though its metrics go to step {before}: from step 0 again")
+        log = metrics.MetricsLog(directory, first)
         meter = _Meter(config, log, saver.last)
         step_fn = jit_step(config, mesh)
         fold = jax.jit(functools.partial(transformer.fold, config.model, dtype=jnp.dtype(settings.compute_dtype)))

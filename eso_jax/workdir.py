@@ -12,12 +12,15 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
@@ -33,6 +36,7 @@ from eso_jax.timing import Stopwatch
 from eso_jax.transformer import Params, Weights
 
 CONFIG = "config.json"
+LOCK = "run.lock"
 # What may differ when a run goes on: of train, and all of mesh. None of it changes what is computed, but for rounding.
 MAY_CHANGE = ("steps", "accumulate", "remat", "non_finite", "log_every", "eval_every", "eval_windows", "save_every",
               "keep", "keep_every", "hang_seconds", "profile_steps")
@@ -75,6 +79,32 @@ def check_shared(directory: Path, wait: int = 30) -> None:
     problem = multihost.agreed("shared", None if seen else "does not see it; give a directory that all hosts share")
     if problem:
         raise EsoError(f"--workdir = {str(directory)!r}: {problem}")
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of a work directory for its block, where the file system knows locks. A killed run holds
+    nothing.
+
+    Raises:
+      EsoError: in all processes, if another run holds it.
+    """
+    lock = FileLock(directory / LOCK, blocking=False)
+
+    def take() -> None:
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise EsoError(f"--workdir = {str(directory)!r}: another run is training there; stop it, or give another "
+                           "one") from error
+        except (OSError, NotImplementedError):
+            pass
+
+    multihost.by_writer("lock", take)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def save_config(directory: Path, config: Config) -> None:

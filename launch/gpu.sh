@@ -20,6 +20,10 @@ while [[ ${1:-} == -* ]]; do
   shift
 done
 [ $# -ge 2 ] || fail "$# arguments; give EXPERIMENT and WORKDIR, or --help"
+for override in "${@:3}"; do
+  [[ $override == [!-]*=* ]] || fail "'$override': not section.field=value; options come before EXPERIMENT"
+done
+[ -f "$1" ] || fail "EXPERIMENT = '$1': no such file"
 
 run nvidia-smi --list-gpus || fail "nvidia-smi finds no GPU; mend the driver, or train on the CPU with eso-jax train"
 run bash launch/install.sh cuda

@@ -38,6 +38,9 @@ done
 [ $# -ge 4 ] || fail "$# arguments; give NAME, ACCELERATOR, EXPERIMENT and WORKDIR, or --help"
 name=$1 accelerator=$2 experiment=$3 workdir=$4
 shift 4
+for override in "$@"; do
+  [[ $override == [!-]*=* ]] || fail "'$override': not section.field=value; options come before NAME"
+done
 case $accelerator in
   v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
   v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;

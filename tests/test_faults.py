@@ -270,15 +270,86 @@ def test_a_barrier_names_the_host_that_does_not_come(tmp_path: Path) -> None:
     assert re.search(rf"waited 2 s at 'data' for process 1 on {re.escape(os.uname().nodename)}", said), said
 
 
-def test_a_process_that_is_never_started_is_named(base: Config, tmp_path: Path) -> None:
-    script = "import sys, pathlib; from eso_jax import multihost; multihost.start(pathlib.Path(sys.argv[1]), 4)"
+ALONE = """
+import pathlib, sys
+from eso_jax import multihost
+multihost.PATIENCE = 1
+multihost.start(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+def start_alone(workdir: Path, wait: int) -> subprocess.Popen:
+    """Process 0 of two, the other of which does not come."""
     env = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2",
            "JAX_PROCESS_ID": "0", "TPU_WORKER_HOSTNAMES": "here,there"}
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "w" / "hosts.partial")], capture_output=True,
-                          text=True, env=env, timeout=90)
-    assert done.returncode == RunAgain.EXIT, done.stderr
-    assert "waited 4 s for the other processes to start; missing: process 1 on there; came: 0 on " in done.stderr
+    return subprocess.Popen([sys.executable, "-c", ALONE, str(workdir / "hosts.partial"), str(wait)], text=True,
+                            stderr=subprocess.PIPE, env=env)
+
+
+def test_a_process_that_is_never_started_is_named(base: Config, tmp_path: Path) -> None:
+    waits = start_alone(tmp_path / "w", 4)
+    said = finish([waits])[0]
+    assert waits.returncode == RunAgain.EXIT, said
+    assert "waiting for the other processes; missing: process 1 on there; came: 0 on " in said
+    assert "waited 4 s for the other processes to start; missing: process 1 on there; came: 0 on " in said
     training.train(base.override("train.steps=1"), tmp_path / "w")  # what it left is in nobody's way
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_others(tmp_path: Path) -> None:
+    waits = start_alone(tmp_path / "w", 600)
+    assert waits.stderr is not None and "waiting for the other processes" in waits.stderr.readline()
+    waits.send_signal(signal.SIGINT)
+    assert "interrupted" in finish([waits], 20)[0] and waits.returncode == 130
+    assert not list((tmp_path / "w" / "hosts.partial").iterdir())
+
+
+def test_a_lost_process_is_named(base: Config, tmp_path: Path) -> None:
+    """After Ctrl-C in one of two, in the middle of the run."""
+    run, workdir = tmp_path / "run.json", tmp_path / "w"
+    run.write_text(base.override("train.steps=1000000", "train.eval_every=1000000").to_json())
+    running = start(run, workdir, 2)
+    wait_for_step(workdir, 5, running)
+    running[1].send_signal(signal.SIGINT)
+    outputs = finish(running)
+    assert [process.returncode for process in running] == [RunAgain.EXIT, 130], outputs
+    assert "interrupted" in outputs[1]
+    host, last = re.escape(os.uname().nodename), checkpoint.steps(workdir)[-1]
+    assert re.search(rf"lost process 1 on {host} \(.*\); the last good checkpoint is step {last}$", outputs[0], re.M)
+
+
+def test_one_of_several_processes_is_no_run_of_its_own(base: Config, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "2")
+            with pytest.raises(EsoError, match=f"{name} = '2': this process is one of several; give --multi-host"):
+                training.train(base, tmp_path / "w")
+            patch.setenv(name, "1")
+            multihost.check_alone()
+    assert not (tmp_path / "w").exists()
+
+
+def test_two_runs_do_not_share_a_work_directory(base: Config, tmp_path: Path) -> None:
+    run, workdir = tmp_path / "run.json", tmp_path / "w"
+    run.write_text(base.override("train.steps=1000000", "train.eval_every=1000000").to_json())
+    running = start(run, workdir)
+    wait_for_step(workdir, 3, running)
+    with pytest.raises(EsoError, match="another run is training there; stop it, or give another one"):
+        training.train(base, workdir)
+    assert running[0].poll() is None
+    os.kill(running[0].pid, signal.SIGKILL)
+    finish(running)
+    step = max([0, *checkpoint.steps(workdir)])  # a killed run holds nothing
+    assert int(training.train(base.override(f"train.steps={step + 1}"), workdir).step) == step + 1
+
+
+def test_checkpoints_that_are_gone_are_missed(base: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = base.override("train.steps=4")
+    training.train(short, tmp_path / "w")
+    assert "parameters on 1 cpu device(s), step 0 of 4, in" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "w" / "checkpoints")
+    training.train(short, tmp_path / "w")
+    assert "has no checkpoint, though its metrics go to step 4: from step 0 again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("environment, message", [

@@ -145,10 +145,10 @@ def test_shellcheck() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-NEW = [name for name in SCRIPTS if name not in ("local.sh", "install.sh")]
+WITH_OPTIONS = [name for name in SCRIPTS if name != "install.sh"]
 
 
-@pytest.mark.parametrize("script", NEW)
+@pytest.mark.parametrize("script", WITH_OPTIONS)
 def test_help_is_the_header(script: str, project: Project) -> None:
     text = project.run(script, "--help")
     header = (ROOT / "launch" / script).read_text().split("\n", 1)[1]
@@ -158,8 +158,13 @@ def test_help_is_the_header(script: str, project: Project) -> None:
 
 @pytest.mark.parametrize(("script", "arguments", "said"), [
     ("tpu_pod.sh", ("eso", "v6e-8", "experiments/toy.py", "runs/toy"), "would be deleted with the machine"),
-    *((script, ["--nonsense"], "--nonsense") for script in NEW),
-    *((script, [], "--help") for script in NEW),
+    *((script, ["--nonsense"], "--nonsense") for script in WITH_OPTIONS),
+    *((script, [], "--help") for script in WITH_OPTIONS if script != "local.sh"),
+    *((script, ["experiments/toy.py", "runs/toy", "train.steps=1", "--dry-run"], "'--dry-run': not section.field=value")
+      for script in ("gpu.sh", "slurm.sbatch")),
+    ("tpu_pod.sh", [*POD, "--dry-run"], "'--dry-run': not section.field=value"),
+    *((script, ["--dry-run", "experiments/no.py", "runs/toy"], "EXPERIMENT = 'experiments/no.py': no such file")
+      for script in ("gpu.sh", "slurm.sbatch")),
     ("gpu.sh", ["experiments/toy.py"], "1 arguments"),
     ("slurm.sbatch", ["--dry-run", "experiments/toy.py"], "1 arguments"),
     ("tpu_pod.sh", POD[:3], "3 arguments"),
@@ -171,6 +176,21 @@ def test_a_mistake_is_one_line_and_starts_nothing(script: str, arguments: list[s
     text = project.run(script, *arguments, code=2)
     assert text.startswith(f"{script}: error: ") and said in text and text.count("\n") == 1
     assert not project.calls()
+
+
+def test_dry_run_local(project: Project) -> None:
+    text = project.run("local.sh", "--dry-run", *OVERRIDES, VENV=".venv")
+    assert text.splitlines() == [
+        "bash launch/install.sh cuda",  # nvidia-smi is there, and finds a GPU
+        f"exec .venv/bin/python experiments/quickstart.py --workdir runs/quickstart {QUOTED}",
+    ]
+    assert not project.calls("python")
+
+
+def test_slurm_without_slurm(project: Project) -> None:
+    (project.stand_ins / "bin" / "srun").unlink()
+    text = project.run("slurm.sbatch", "experiments/toy.py", "runs/toy", code=2)
+    assert "no srun on PATH" in text and not project.calls()
 
 
 def test_dry_run_gpu(project: Project) -> None:

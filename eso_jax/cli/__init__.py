@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from eso_jax.cli import bench, check_cache, data, evaluate, export, import_, plan, quality, sample, score, train
 from eso_jax.cli.files import read_plan
-from eso_jax.config import EsoError, RunAgain
+from eso_jax.config import EsoError, RunAgain, fields
 
 __all__ = ["guarded", "keep_compilations", "main", "read_plan"]
 
@@ -79,8 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="eso-jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        added = commands.add_parser(name, help=module.__doc__, description=module.__doc__,
-                                    epilog=f"example: {module.EXAMPLE}", usage=getattr(module, "USAGE", None))
+        usage, epilog = getattr(module, "USAGE", None), f"example: {module.EXAMPLE}"
+        added = commands.add_parser(name, help=module.__doc__, description=module.__doc__, usage=usage,
+                                    epilog=f"{epilog}\n\n{fields()}" if usage else epilog,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(added)
         added.set_defaults(command=module)
     return parser
