@@ -59,8 +59,8 @@ def start(roll: Path, wait: int = WAIT) -> None:
         barrier("roll", wait)
     except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
         mine.unlink(missing_ok=True)
-        if isinstance(error, EsoError | RunAgain):
-            raise
+        if isinstance(error, RunAgain):  # Python's own end would wait for the others
+            leave(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EsoError(f"--multi-host: this process could not join the others ({reason}); start it by srun or on a TPU "
                        "pod, or set JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and "
@@ -73,15 +73,18 @@ def start(roll: Path, wait: int = WAIT) -> None:
 
 
 def check_alone() -> None:
-    """Raises an EsoError where a process that has not joined the others was started as one of several: each would be
-    a run of its own, all in one work directory."""
+    """Raises an EsoError where a process that has not joined the others was started as one of several: each would
+    write as if it were alone, and most likely into the same work directory."""
     if jax.distributed.is_initialized():
         return
     counts = {name: os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS",
                                                           "OMPI_COMM_WORLD_SIZE")}
     for name, count in counts.items():
         require(not count.isdigit() or int(count) <= 1, name, count,
-                "this process is one of several; give --multi-host to eso-jax train, or unset it for a run of its own")
+                "this process is one of several; give --multi-host to eso-jax train, or for a run of its own unset "
+                f"that (env -u {name} eso-jax train ...)")
+    require(jax.process_count() == 1, "processes", jax.process_count(),
+            "this is one of several of a TPU pod; give --multi-host to eso-jax train")
 
 
 def _join(roll: Path, wait: int, **arguments: Any) -> None:
@@ -118,10 +121,11 @@ def _number() -> str:
 def _roll_call(roll: Path, began: float) -> tuple[list[str], str]:
     """The numbers of the processes that have come, and who has and has not, for people. What an earlier start left
     behind does not count."""
-    came = []
-    for path in sorted(roll.iterdir()):
-        with suppress(FileNotFoundError):
-            came += [path.name] if path.stat().st_mtime > began - 60 else []
+    came: list[str] = []
+    with suppress(OSError):  # only words depend on it
+        for path in sorted(roll.iterdir()):
+            with suppress(FileNotFoundError):
+                came += [path.name] if path.stat().st_mtime > began - 60 else []
     counts = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     count = next((int(os.environ[name]) for name in counts if os.environ.get(name, "").isdigit()), 0)
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
@@ -184,7 +188,10 @@ def _text_of(index: int, place: str, name: str, wait: int) -> str:
             return _client().blocking_key_value_get(f"{place}/{index}", 1000 * min(wait, 5))
         except jax.errors.JaxRuntimeError as error:
             now = time.monotonic()
-            if now - began >= wait or not _is_late(error):
+            if not _is_late(error):
+                raise RunAgain(f"lost {host(0)}, by which the processes speak, at {name!r} "
+                               f"({str(error).splitlines()[0][:200]})") from error
+            if now - began >= wait:
                 raise RunAgain(f"waited {now - began:.0f} s at {name!r} for {host(index)}; see what its log "
                                "says") from error
         if now - told >= PATIENCE and is_writer():
@@ -198,24 +205,27 @@ def _is_late(error: Exception) -> bool:
 
 
 def _silent(wait: int = 5) -> str:
-    """Who gives no sign when something went wrong that the processes did together, and so ended it for all of them.
+    """Who gives no sign when something that the processes did together went wrong, so that all of them should ask.
 
     Process 0 keeps the store by which they speak: without it, it is the one.
     """
     client, place, until = _client(), "eso_jax/still here", time.monotonic() + wait
-    silent = []
     try:
         client.key_value_set(f"{place}/{jax.process_index()}", "yes", allow_overwrite=True)
-        for index in range(jax.process_count()):
-            try:
-                client.blocking_key_value_get(f"{place}/{index}", int(1000 * max(until - time.monotonic(), 0.1)))
-            except jax.errors.JaxRuntimeError as error:
-                if not _is_late(error):
-                    raise
-                silent.append(host(index))
+        while True:
+            here = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(place)}
+            silent = [host(index) for index in range(jax.process_count()) if index not in here]
+            if not silent or time.monotonic() > until:
+                return ", ".join(silent)
+            time.sleep(0.2)
     except jax.errors.JaxRuntimeError:
         return host(0)
-    return ", ".join(silent)
+
+
+def _no_sign() -> str:
+    """The same as part of a sentence."""
+    silent = _silent() if jax.process_count() > 1 else ""
+    return f"no sign of {silent}; " if silent else ""
 
 
 def agreed(name: str, problem: str | None) -> str | None:
@@ -227,16 +237,16 @@ def agreed(name: str, problem: str | None) -> str | None:
 
 
 def by_writer(name: str, action: Callable[[], None]) -> None:
-    """Has the writer do something while the others wait; its EsoError is raised in all of them."""
+    """Has the writer do something while the others wait; its EsoError or RunAgain is raised in all of them."""
     problem = ""
     if is_writer():
         try:
             action()
-        except EsoError as error:
-            problem = str(error)
-    problem = gathered(name, problem)[0]
-    if problem:
-        raise EsoError(problem)
+        except (EsoError, RunAgain) as error:
+            problem = f"{'mistake' if isinstance(error, EsoError) else 'again'}:{error}"
+    kind, _, problem = gathered(name, problem)[0].partition(":")
+    if kind:
+        raise EsoError(problem) if kind == "mistake" else RunAgain(problem)
 
 
 _turns: dict[str, int] = {}  # how often each name was used: JAX wants new ones
@@ -290,7 +300,7 @@ def together(last: Callable[[], str] = lambda: "the last checkpoint is still the
             raise
         if is_loss(error):
             reason = str(error).splitlines()[0][:200]
-            leave(RunAgain(f"lost {_silent() or 'another process of the run'} ({reason}); {last()}"))
+            leave(RunAgain(f"lost another process of the run ({reason}); {_no_sign()}{last()}"))
         leave(error)
     except KeyboardInterrupt as error:
         if jax.process_count() == 1:
@@ -346,9 +356,8 @@ class Watchdog:
                 last_resort = threading.Timer(90, os._exit, (RunAgain.EXIT,))  # what hangs may be the file system
                 last_resort.daemon = True
                 last_resort.start()
-                silent = _silent() if jax.process_count() > 1 else ""
-                leave(RunAgain(f"a step took longer than train.hang_seconds = {self._seconds}; "
-                               f"{f'no sign from {silent}; ' if silent else ''}{self._last()}"))
+                leave(RunAgain(f"a step took longer than train.hang_seconds = {self._seconds}; {_no_sign()}"
+                               f"{self._last()}"))
 
 
 def leave(error: BaseException) -> NoReturn:

@@ -151,7 +151,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     Raises:
       EsoError: the directory holds another run, the data does not fit, the loss stopped being finite, or a checkpoint
         could not be written.
-      RunAgain: the run was asked to stop (SIGTERM), and has saved; or another process did not come.
+      RunAgain: the run was asked to stop (SIGTERM), and has saved; another process did not come; or another
+        run holds the directory.
     """
     from eso_jax.data.pipeline import batches, eval_batches
 
@@ -175,11 +176,13 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     workdir.check_shared(directory)
 
     preemption = multihost.Preemption()
-    with (checkpoint.open_checkpoints(directory, settings.keep, settings.keep_every) as checkpoints,
-          workdir.held(directory), jax.set_mesh(mesh), preemption.watched(),
-          multihost.together(functools.partial(checkpoint.last, directory)),
+    with (workdir.held(directory),
+          checkpoint.open_checkpoints(directory, settings.keep, settings.keep_every) as checkpoints,
+          jax.set_mesh(mesh), preemption.watched(), multihost.together(functools.partial(checkpoint.last, directory)),
           checkpoint.Saver(checkpoints, directory, config.model) as saver,
           multihost.Watchdog(settings.hang_seconds, saver.last) as watchdog):
+        if bool(checkpoint.agreed_steps(directory)) != resumes:  # seen before the lock was ours
+            raise RunAgain(f"--workdir = {str(directory)!r}: another run wrote there just now; repeat the command")
         state = _restore(checkpoints, directory, config, mesh) if resumes else begin(config, mesh, start)
         first = int(state.step)
         require(first <= settings.steps, "train.steps", settings.steps, f"{directory} is at step {first} already")

@@ -20,13 +20,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from eso_jax import config as configs
 from eso_jax import families, likelihood, multihost, sharding, transformer
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config, EsoError, RunAgain, require
 from eso_jax.data import tokenizers
 from eso_jax.data.tokenizers import Tokenizer
 from eso_jax.sampling.categorical import Rule
@@ -83,28 +82,29 @@ def check_shared(directory: Path, wait: int = 30) -> None:
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of a work directory for its block, where the file system knows locks. A killed run holds
-    nothing.
+    """Keeps other runs out of a work directory for its block, where the file system knows locks (on a bucket mounted
+    by gcsfuse, only those of the same host). A killed process holds nothing.
 
     Raises:
-      EsoError: in all processes, if another run holds it.
+      RunAgain: in all processes, if another run holds it, or so it seems: a network file system may not know at once
+        that a host is gone.
     """
-    lock = FileLock(directory / LOCK, blocking=False)
+    import fcntl
 
-    def take() -> None:
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise EsoError(f"--workdir = {str(directory)!r}: another run is training there; stop it, or give another "
-                           "one") from error
-        except (OSError, NotImplementedError):
-            pass
+    with (directory / LOCK).open("a") as file:
 
-    multihost.by_writer("lock", take)
-    try:
+        def take() -> None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise RunAgain(f"--workdir = {str(directory)!r}: another run is training there; stop it, or give "
+                               f"another one (if there is none, a host that was lost may still hold {LOCK}: delete "
+                               "that file)") from error
+            except OSError:  # no locks there
+                pass
+
+        multihost.by_writer("lock", take)
         yield
-    finally:
-        lock.release()
 
 
 def save_config(directory: Path, config: Config) -> None:

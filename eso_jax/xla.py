@@ -17,15 +17,19 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def without_ynn_fusions() -> None:
-    """Adds the flag that turns YNNPACK's fusions off (its list of kinds, empty) to XLA_FLAGS, where jaxlib is one of
-    those with the fault and the flag is not given. Warns if JAX has started and no longer reads it."""
+    """Adds the flag that turns YNNPACK's fusions off (its list of kinds, empty) to XLA_FLAGS, which child processes
+    inherit, where jaxlib is one of those with the fault and the flag is not given. Warns where that is not possible:
+    JAX has started and no longer reads it, or XLA_FLAGS is the name of a file."""
     if not (0, 10, 2) <= version.__version_info__ < (0, 12):
         return
     flags = os.environ.get("XLA_FLAGS", "")
     if _FLAG in flags:
         return
-    if xla_bridge.backends_are_initialized():
-        warnings.warn(f"JAX started before eso_jax was imported: on CPU, jaxlib {version.__version__} may now compute "
-                      f"wrong numbers. Import eso_jax first, or set XLA_FLAGS={_FLAG}=", RuntimeWarning, stacklevel=3)
+    file = flags.strip() and not flags.strip().startswith("-")
+    if file or xla_bridge.backends_are_initialized():
+        reason, remedy = ((f"XLA_FLAGS names a file, {flags}", "Add there") if file else
+                          ("JAX started before eso_jax was imported", "Import eso_jax first, or set in XLA_FLAGS"))
+        warnings.warn(f"{reason}: on CPU, jaxlib {version.__version__} may compute wrong numbers. {remedy} {_FLAG}=",
+                      RuntimeWarning, stacklevel=3)
         return
     os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=".strip()

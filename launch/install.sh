@@ -6,6 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 extras=${1:-cpu}
+case $extras in
+  --help) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' launch/install.sh; exit ;;
+  -*) echo "install.sh: error: no option $extras; see --help" >&2; exit 2 ;;
+esac
 
 if [ ! -x "$venv/bin/python" ]; then
   for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 none}; do

@@ -18,6 +18,9 @@ while [[ ${1:-} == -* ]]; do
   esac
   shift
 done
+for override in "$@"; do
+  [[ $override == [!-]*=* ]] || fail "'$override': not section.field=value; options come first"
+done
 venv=${VENV:-.venv}
 backend=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then backend=cuda; fi

@@ -314,7 +314,8 @@ def test_a_lost_process_is_named(base: Config, tmp_path: Path) -> None:
     assert [process.returncode for process in running] == [RunAgain.EXIT, 130], outputs
     assert "interrupted" in outputs[1]
     host, last = re.escape(os.uname().nodename), checkpoint.steps(workdir)[-1]
-    assert re.search(rf"lost process 1 on {host} \(.*\); the last good checkpoint is step {last}$", outputs[0], re.M)
+    said = rf"lost another process of the run \(.*\); no sign of process 1 on {host}; the last good .* is step {last}$"
+    assert re.search(said, outputs[0], re.M), outputs[0]
 
 
 def test_one_of_several_processes_is_no_run_of_its_own(base: Config, tmp_path: Path,
@@ -326,6 +327,9 @@ def test_one_of_several_processes_is_no_run_of_its_own(base: Config, tmp_path: P
                 training.train(base, tmp_path / "w")
             patch.setenv(name, "1")
             multihost.check_alone()
+    with monkeypatch.context() as patch, pytest.raises(EsoError, match="processes = 4: this is one of several of a"):
+        patch.setattr(jax, "process_count", lambda: 4)
+        training.train(base, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 
@@ -334,7 +338,7 @@ def test_two_runs_do_not_share_a_work_directory(base: Config, tmp_path: Path) ->
     run.write_text(base.override("train.steps=1000000", "train.eval_every=1000000").to_json())
     running = start(run, workdir)
     wait_for_step(workdir, 3, running)
-    with pytest.raises(EsoError, match="another run is training there; stop it, or give another one"):
+    with pytest.raises(RunAgain, match="another run is training there; stop it, or give another one"):
         training.train(base, workdir)
     assert running[0].poll() is None
     os.kill(running[0].pid, signal.SIGKILL)
@@ -573,5 +577,6 @@ def test_a_run_of_one_process_waits_for_nobody() -> None:
     multihost.barrier("anything", 1)
     assert multihost.gathered("anything", "text") == ["text"]
     assert multihost.agreed("anything", None) is None and multihost.agreed("anything", "bad") == "bad"
-    with pytest.raises(EsoError, match="^said$"):
-        multihost.by_writer("anything", lambda: (_ for _ in ()).throw(EsoError("said")))
+    for kind in (EsoError, RunAgain):
+        with pytest.raises(kind, match="^said: so$"):
+            multihost.by_writer("anything", lambda kind=kind: (_ for _ in ()).throw(kind("said: so")))

@@ -65,3 +65,12 @@ def test_flags_by_version(release: tuple[int, ...], given: str, flags: str, monk
     monkeypatch.setenv("XLA_FLAGS", given)
     xla.without_ynn_fusions()
     assert os.environ["XLA_FLAGS"] == flags
+
+
+def test_a_file_of_flags_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA would take name and flag together for a name."""
+    monkeypatch.setattr(xla.version, "__version_info__", (0, 10, 2))
+    monkeypatch.setenv("XLA_FLAGS", "/etc/xla.flags")
+    with pytest.warns(RuntimeWarning, match="XLA_FLAGS names a file, /etc/xla.flags: .* Add there --xla_cpu"):
+        xla.without_ynn_fusions()
+    assert os.environ["XLA_FLAGS"] == "/etc/xla.flags"
