@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import chex
@@ -295,6 +296,15 @@ def test_a_process_that_is_never_started_is_named(base: Config, tmp_path: Path) 
     training.train(base.override("train.steps=1"), tmp_path / "w")  # what it left is in nobody's way
 
 
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """Processes started meanwhile hear SIGINT, also where the tests run in the background of a shell and do not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_ends_a_process_that_waits_for_others(tmp_path: Path) -> None:
     waits = start_alone(tmp_path / "w", 600)
     assert waits.stderr is not None and "waiting for the other processes" in waits.stderr.readline()
@@ -303,6 +313,7 @@ def test_ctrl_c_ends_a_process_that_waits_for_others(tmp_path: Path) -> None:
     assert not list((tmp_path / "w" / "hosts.partial").iterdir())
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_a_lost_process_is_named(base: Config, tmp_path: Path) -> None:
     """After Ctrl-C in one of two, in the middle of the run."""
     run, workdir = tmp_path / "run.json", tmp_path / "w"

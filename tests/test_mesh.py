@@ -65,8 +65,8 @@ def test_bad_rules_are_refused(rule: P | None, message: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("mesh, message", [
-    ({"fsdp": 3}, "mesh.fsdp x mesh.tensor = 3: must divide the 1 devices"),
-    ({"data": 2}, "mesh.data = 2: times fsdp = 1 and tensor = 1 must be the 1 devices")])
+    ({"fsdp": 3}, "mesh.fsdp x mesh.tensor = 3: must divide the number of devices, 1"),
+    ({"data": 2}, "mesh.data = 2: times fsdp = 1 and tensor = 1 must be the number of devices, 1; leave")])
 def test_meshes_that_do_not_fit_the_devices(mesh: dict[str, int], message: str) -> None:
     with pytest.raises(EsoError, match=message):
         sharding.mesh(MeshConfig(**mesh))
