@@ -295,16 +295,12 @@ def together(last: Callable[[], str] = lambda: "the last checkpoint is still the
     finish, and Python would wait for them at its end. They find out by themselves."""
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
         if is_loss(error):
             reason = str(error).splitlines()[0][:200]
             leave(RunAgain(f"lost another process of the run ({reason}); {_no_sign()}{last()}"))
-        leave(error)
-    except KeyboardInterrupt as error:
-        if jax.process_count() == 1:
-            raise
         leave(error)
 
 
@@ -313,7 +309,7 @@ def together(last: Callable[[], str] = lambda: "the last checkpoint is still the
 _LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection closed", "Barrier")
 
 
-def is_loss(error: Exception) -> bool:
+def is_loss(error: BaseException) -> bool:
     """Whether an error is what a collective or a barrier raises when another process is gone."""
     return jax.process_count() > 1 and any(sign in str(error) for sign in _LOSS)
 

@@ -192,9 +192,9 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         count = sum(x.size for x in jax.tree.leaves(state.params))
         metrics.say(f"{config.family.name}: {count:,} parameters on {sharding.described(mesh)}, step {first} of "
                     f"{settings.steps}, in {directory}")
-        before = max((line["step"] for line in metrics.read(directory)), default=0)
-        if before and not resumes:
-            metrics.say(f"{directory} has no checkpoint, though its metrics go to step {before}: from step 0 again")
+        if not resumes and (lines := metrics.read(directory)):
+            metrics.say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step "
+                        "0 again")
         log = metrics.MetricsLog(directory, first)
         meter = _Meter(config, log, saver.last)
         step_fn = jit_step(config, mesh)
