@@ -37,28 +37,34 @@ FEW_QUERIES = 64  # are not tiled: the tiles of a batch copy its keys and values
 
 
 def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
-          mask: Bool[Array, "#B S L"]) -> Float[Array, "B S H K"]:
-    """Softmax attention under a dense mask [B or 1, S, L] (True: may see). Every query must see some key."""
-    queries = heads_first(q)
-    batch, heads, slots, size = queries.shape
+          mask: Bool[Array, "#B S L"], noisy: tuple[Array, Array] | None = None,
+          block: int = 1) -> Float[Array, "B S H K"]:
+    """Softmax attention under a dense mask [B or 1, S, L] (True: may see). Every query must see some key.
+
+    Args:
+      noisy: further keys and values [B, S, H, K], one for each query, who sees those of its own block as well.
+      block: queries in a block; divides S.
+    """
+    mine = tuple(heads_first(x) for x in (q, *(noisy or ())))  # [B, H, S, K] each: what is split with the queries
+    batch, heads, slots, size = mine[0].shape
     most = TILE.get(sharding.platform(), TILE_ELSEWHERE) // (heads * k.shape[-1])  # queries in a tile
     if batch * slots <= most or slots <= FEW_QUERIES:
-        return _dense(queries, k, v, mask)
-    s = _divisor(slots, most)
+        return _dense(mine, k, v, mask, block)
+    s = block * _divisor(slots // block, most // block)
     b = _divisor(batch, most // s)
 
-    def rows(xs: tuple[Array, Array, Array, Array | None]) -> Array:
+    def rows(xs: tuple[tuple[Array, ...], Array, Array, Array | None]) -> Array:
         """b rows, s queries at a time."""
-        q, k, v, own = xs
-        tiles = jnp.moveaxis(q.reshape(b, heads, -1, s, size), 2, 0)
+        mine, k, v, own = xs
+        tiles = tuple(jnp.moveaxis(x.reshape(b, heads, -1, s, size), 2, 0) for x in mine)
         shown = mask if own is None else own
         shown = jnp.moveaxis(shown.reshape(shown.shape[0], -1, s, shown.shape[-1]), 1, 0)
-        out = jax.lax.map(jax.checkpoint(lambda tile: _dense(tile[0], k, v, tile[1])), (tiles, shown))
+        out = jax.lax.map(jax.checkpoint(lambda tile: _dense(tile[0], k, v, tile[1], block)), (tiles, shown))
         return jnp.moveaxis(out, 0, 1).reshape(b, slots, heads, size)
 
-    xs = tuple(x.reshape(-1, b, *x.shape[1:]) for x in (queries, k, v))
-    own = None if mask.shape[0] == 1 else mask.reshape(-1, b, *mask.shape[1:])
-    return jax.lax.map(rows, (*xs, own)).reshape(q.shape)
+    own = None if mask.shape[0] == 1 else mask
+    xs = jax.tree.map(lambda x: x.reshape(-1, b, *x.shape[1:]), (mine, k, v, own))
+    return jax.lax.map(rows, xs).reshape(q.shape)
 
 
 def _divisor(n: int, most: int) -> int:
@@ -66,10 +72,18 @@ def _divisor(n: int, most: int) -> int:
     return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(most, 1))
 
 
-def _dense(q: Float[Array, "B H S K"], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
-           mask: Bool[Array, "#B S L"]) -> Float[Array, "B S H K"]:
-    weights, total = joint_softmax(scores(q, k, mask))
-    return normalize(weigh(weights[0], v), total, q.dtype)
+def _dense(mine: tuple[Float[Array, "B H S K"], ...], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
+           mask: Bool[Array, "#B S L"], block: int) -> Float[Array, "B S H K"]:
+    q, *noisy = mine
+    if not noisy:
+        (weights,), total = joint_softmax(scores(q, k, mask))
+        return normalize(weigh(weights, v), total, q.dtype)
+    q_block, k_block, v_block = (x.reshape(*x.shape[:2], -1, block, x.shape[-1]) for x in mine)  # [B, H, J, block, K]
+    own = multiply("bhjqk,bhjlk->bhjql", scaled(q_block), k_block)
+    (weights, own_weights), total = joint_softmax(scores(q, k, mask), own.reshape(*q.shape[:3], block))
+    own_weights = own_weights.reshape(own.shape).astype(v.dtype)
+    out = multiply("bhjql,bhjlk->bhjqk", own_weights, v_block).reshape(q.shape)
+    return normalize(weigh(weights, v) + out, total, q.dtype)
 
 
 def heads_first(x: Float[Array, "B S H K"]) -> Float[Array, "B H S K"]:
@@ -82,12 +96,19 @@ def keys_last(k: Float[Array, "B L H K"]) -> Float[Array, "B H K L"]:
     return jnp.transpose(k, (0, 2, 3, 1))
 
 
+def scaled(q: Float[Array, "*s K"]) -> Float[Array, "*s K"]:
+    return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+
+
+def multiply(dims: str, a: Array, b: Array) -> Array:
+    """A product of the compute type in float32."""
+    return jnp.einsum(dims, a, b, precision="highest", preferred_element_type=jnp.float32)
+
+
 def scores(q: Float[Array, "B H S K"], k: Float[Array, "B H K L"],
            mask: Bool[Array, "#B S L"]) -> Float[Array, "B H S L"]:
     """Masked q.k / sqrt(K), in float32."""
-    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    raw = jnp.einsum("bhsk,bhkl->bhsl", scaled, k, precision="highest", preferred_element_type=jnp.float32)
-    return jnp.where(mask[:, None], raw, HIDDEN)
+    return jnp.where(mask[:, None], multiply("bhsk,bhkl->bhsl", scaled(q), k), HIDDEN)
 
 
 def joint_softmax(*parts: Float[Array, "B H S _"]) -> tuple[list[Float[Array, "B H S _"]], Float[Array, "B H S"]]:
@@ -98,8 +119,7 @@ def joint_softmax(*parts: Float[Array, "B H S _"]) -> tuple[list[Float[Array, "B
 
 
 def weigh(weights: Float[Array, "B H S L"], v: Float[Array, "B H L K"]) -> Float[Array, "B H S K"]:
-    return jnp.einsum("bhsl,bhlk->bhsk", weights.astype(v.dtype), v, precision="highest",
-                      preferred_element_type=jnp.float32)
+    return multiply("bhsl,bhlk->bhsk", weights.astype(v.dtype), v)
 
 
 def normalize(out: Float[Array, "B H S K"], total: Float[Array, "B H S"], dtype: Any) -> Float[Array, "B S H K"]:
@@ -134,25 +154,9 @@ def two_streams(block: int, clean: Int[Array, " B"] | None = None) -> Attend:
 
     def local(q: Array, k: Array, v: Array, clean_mask: Array, noisy_mask: Array) -> Array:
         (q_noisy, q_clean), (k_noisy, k_clean), (v_noisy, v_clean) = (jnp.split(x, 2, axis=1) for x in (q, k, v))
-        k_clean, v_clean = keys_last(k_clean), heads_first(v_clean)
-        batch, length, heads, size = q_noisy.shape
-        out_clean = dense(q_clean, k_clean, v_clean, clean_mask)
-
-        def by_block(x: Array) -> Array:
-            return x.reshape(batch * (length // block), block, heads, -1)
-
-        def to_row(x: Array) -> Array:
-            return x.reshape(batch, -1, heads, block, x.shape[-1]).swapaxes(1, 2).reshape(batch, heads, length, -1)
-
-        def to_blocks(x: Array) -> Array:
-            return x.reshape(batch, heads, -1, block, x.shape[-1]).swapaxes(1, 2).reshape(-1, heads, block, x.shape[-1])
-
-        own = scores(heads_first(by_block(q_noisy)), keys_last(by_block(k_noisy)), jnp.ones((1, block, block), bool))
-        clean_scores = scores(heads_first(q_noisy), k_clean, noisy_mask)
-        (w_clean, w_own), total = joint_softmax(clean_scores, to_row(own))
-        out_own = to_row(weigh(to_blocks(w_own), heads_first(by_block(v_noisy))))
-        out_noisy = normalize(weigh(w_clean, v_clean) + out_own, total, q.dtype)
-        return jnp.concatenate([out_noisy, out_clean], axis=1)
+        keys, values = keys_last(k_clean), heads_first(v_clean)
+        return jnp.concatenate([dense(q_noisy, keys, values, noisy_mask, (k_noisy, v_noisy), block),
+                                dense(q_clean, keys, values, clean_mask)], axis=1)
 
     def attend(q: Array, k: Array, v: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
         length = q.shape[1] // 2
@@ -163,5 +167,4 @@ def two_streams(block: int, clean: Int[Array, " B"] | None = None) -> Attend:
 
 def _pattern(visible: Visible, length: int) -> Bool[Array, "_ L L"]:
     slots = jnp.arange(length)
-    mask = visible(slots[:, None], slots[None, :])
-    return mask.reshape(-1, length, length)
+    return visible(slots[None, :, None], slots[None, None, :])

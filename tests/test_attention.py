@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eso_jax import attention
+from eso_jax import attention, masks
 
 
 @pytest.mark.parametrize("own", [False, True])  # one mask for all rows, or one for each
@@ -15,7 +15,8 @@ from eso_jax import attention
 def test_tiles(tile: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, length, heads, size = 4, 12, 2, 6
     q, k, v = jax.random.normal(jax.random.key(0), (3, batch, length, heads, size))
-    mask = jax.random.bernoulli(jax.random.key(1), 0.6, (batch if own else 1, length, length)) | (jnp.eye(length) > 0)
+    mask = jax.random.bernoulli(jax.random.key(1), 0.6, (batch if own else 1, length, length))
+    mask |= jnp.eye(length, dtype=bool)[None]
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         out = attention.dense(q, attention.keys_last(k), attention.heads_first(v), mask)
@@ -31,3 +32,53 @@ def test_tiles(tile: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = np.exp(scores) * np.asarray(mask)[:, None]
     plain = np.einsum("bhsl,blhk->bshk", weights / weights.sum(-1, keepdims=True), v)
     np.testing.assert_allclose(tiled[0][1], plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("block", [1, 3])
+def test_two_streams_in_tiles(block: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves, against the same at once and against one dense pass of 2L slots."""
+    batch, length, heads, size = 4, 12, 2, 6
+    q, k, v = jax.random.normal(jax.random.key(0), (3, batch, 2 * length, heads, size))
+    clean = jnp.arange(3, 3 + batch) if own else None
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out, _ = attention.two_streams(block, clean)(q, k, v, None, None)
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+    whole = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(q, k, v)
+    monkeypatch.setattr(attention, "FEW_QUERIES", 0)
+    for tile in (1, heads * length * 4, heads * length * length * 2):  # a block, some, two rows
+        monkeypatch.setitem(attention.TILE, "cpu", tile)
+        tiled = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(q, k, v)
+        for ours, theirs in zip(jax.tree.leaves(tiled), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+
+    query, key = jnp.arange(length)[None, :, None], jnp.arange(length)[None, None]
+    up_to = masks.blocks_up_to(query, key, block) if clean is None else \
+        masks.prefix(query, key, clean[:, None, None])
+    noisy = np.concatenate([masks.own_block(query, key, block), masks.blocks_before(query, key, block)], axis=2)
+    mask = np.concatenate([np.repeat(noisy, len(up_to), 0), np.concatenate([np.zeros_like(up_to), up_to], 2)], axis=1)
+    scores = np.where(mask[:, None], np.einsum("bshk,blhk->bhsl", q, k) / np.sqrt(size), -np.inf)
+    weights = np.exp(scores)
+    plain = np.einsum("bhsl,blhk->bshk", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(whole[0][1], plain, atol=1e-5)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_two_streams_need_little_more_memory_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer, forward and backward, with the tiles of an accelerator: the noisy half is tiled as well."""
+    monkeypatch.setattr(attention, "TILE", {})
+
+    def temporaries(attend: attention.Attend, streams: int) -> int:
+        x = jax.ShapeDtypeStruct((1, streams * 8192, 12, 64), jnp.bfloat16)
+
+        def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attend(q, k, v, None, None)[0].astype(jnp.float32).sum()
+
+        return int(jax.jit(jax.grad(total, (0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes)
+
+    one = temporaries(attention.single_stream(masks.causal), 1)
+    assert one < 3e9
+    for block in (1, 16):
+        assert temporaries(attention.two_streams(block), 2) <= 1.6 * one
