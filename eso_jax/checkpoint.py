@@ -4,7 +4,8 @@ A checkpoint holds named parts that can be read apart, on any mesh and by any nu
 `optimizer`, and `step` (the step, where the data stands as well; the model's length, which no parameter shows; and a
 fingerprint of each part). An imported model has `params` and `step` alone, at step 0.
 
-A checkpoint that cannot be read, or whose values are not those that were saved, is passed over for the one before.
+A checkpoint that is broken, or whose values are not those that were saved, is passed over for the one before. Where
+storage fails to answer, nothing is passed over: it is asked again, and then the run ends, to be run again.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import contextlib
 import errno
 import functools
 import gc
+import re
 import shutil
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +35,7 @@ from eso_jax import metrics, multihost
 from eso_jax.config import EsoError, ModelConfig, RunAgain, require
 
 PARTS = ("params", "ema", "optimizer")
+TRIES, PAUSE = 3, 1.0  # of a read that storage did not answer; seconds before the second, twice that before the third
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: a full disk, or quota
 
 
@@ -102,6 +106,7 @@ def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, 
 
     Raises:
       EsoError: no checkpoint is whole, has the parts and is of this model.
+      RunAgain: one cannot be read now, though nothing says that it is damaged. It stays as it is.
     """
     here = jax.tree.leaves(parts)[0].sharding
     here = NamedSharding(here.mesh, P()) if isinstance(here, NamedSharding) else here
@@ -110,17 +115,7 @@ def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, 
     found = agreed_steps(workdir)
     problems: dict[int, str] = {}
     for step in reversed(found):
-        problem = None
-        with _quietly():
-            try:
-                loaded = checkpoints.load_checkpointables(step, abstract)
-                wrong = [name for name in parts if int(fingerprint(loaded[name])) != int(loaded["step"][name])]
-                problem = f"{', '.join(wrong)}: not what was saved" if wrong else None
-            except Exception as error:  # Orbax raises what its storage layers raise
-                problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        told = [text for text in multihost.gathered("load", problem or "") if text]
-        # One that could not read leaves the others at Orbax's barrier for five minutes: its word counts, not theirs.
-        problem = min(told, key=lambda text: "barrier" in text, default=None)
+        loaded, problem = _read(checkpoints, workdir, step, parts, abstract)
         if problem is None:
             for damaged, why in problems.items():
                 metrics.say(f"warning: checkpoint {damaged} in {workdir} is damaged, or lacks one of "
@@ -137,6 +132,53 @@ def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, 
     raise EsoError(f"--workdir = {str(workdir)!r}: none of its checkpoints ({', '.join(map(str, found))}) is whole, "
                    f"has {', '.join(parts)} and is of this config ({next(iter(problems.values()))}); train in another "
                    "--workdir, or restore this one from a copy")
+
+
+def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abstract: Any) -> tuple[Any, str | None]:
+    """A checkpoint as `abstract` describes it, and what is damaged in it, if something is; in all processes alike.
+
+    Storage that does not answer is asked again, since on a network a moment later all may be well.
+    """
+    for attempt in range(1, TRIES + 1):
+        loaded, damage, failure = None, "", None
+        with _quietly():
+            try:
+                loaded = checkpoints.load_checkpointables(step, abstract)
+                wrong = [name for name in parts if int(fingerprint(loaded[name])) != int(loaded["step"][name])]
+                damage = f"{', '.join(wrong)}: not what was saved" if wrong else ""
+            except Exception as error:  # Orbax raises what its storage layers raise
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                damage, failure = ("", error) if _is_passing(error) else (reason, None)
+        # One that could not read leaves the others at Orbax's barrier for five minutes: its word counts, not theirs.
+        told = [text for text in multihost.gathered("damage", damage) if text]
+        if told:
+            return None, told[0]
+        reasons = multihost.gathered("failure", f"{type(failure).__name__}: {failure}" if failure else "")
+        reason = min(filter(None, reasons), key=lambda text: "barrier" in text, default="").partition("\n")[0][:200]
+        if not reason:
+            return loaded, None
+        if failure is not None and "RESOURCE_EXHAUSTED" in reason:
+            raise failure  # the devices' memory, which has an answer of its own
+        if attempt < TRIES:
+            metrics.say(f"checkpoint {step} in {workdir} cannot be read ({reason}); trying again")
+            time.sleep(PAUSE * attempt)
+    raise RunAgain(f"--workdir = {str(workdir)!r}: checkpoint {step} could not be read {TRIES} times ({reason}); "
+                   "nothing says that it is damaged, so it is left as it is; mend the storage and repeat the command")
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether an error says that storage, or a device, failed to answer, rather than that something is missing from a
+    checkpoint or makes no sense."""
+    number = os_error(error)
+    if number is not None:
+        return number not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    # TensorStore's and JAX's words, and Orbax's where another process could not read.
+    code = re.search(r"\[OS error (\d+)", str(error))
+    if code is not None:
+        return int(code[1]) != errno.ENOENT
+    words = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED",
+             "UNAUTHENTICATED", "arrier")
+    return any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 import eso_jax
-from conftest import BASE, emulated, free_port, launch, together
+from conftest import BASE, emulated, free_port, launch, params_of, together
 from eso_jax import checkpoint, metrics, multihost
 from eso_jax import train as training
 from eso_jax.config import Config, EsoError, RunAgain
@@ -101,7 +102,7 @@ def test_kill_9_at_random_moments(base: Config, tmp_path: Path, request: pytest.
     assert [process.returncode for process in whole] == [0, 0], outputs
     assert step_lines(workdir) == step_lines(tmp_path / "whole")
     assert [line["step"] for line in step_lines(workdir)] == list(range(1, steps + 1))
-    chex.assert_trees_all_equal(eso_jax.load(workdir).params, eso_jax.load(tmp_path / "whole").params)
+    chex.assert_trees_all_equal(params_of(workdir), params_of(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -173,9 +174,35 @@ def test_a_damaged_checkpoint_is_passed_over(how: str, nine_steps: Path, base: C
     assert passed_over >= 1
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ValueError(
+    "UNKNOWN: Error reading \"x/d/0\" [OS error 116: Stale file handle]"), RuntimeError("UNAVAILABLE: try again")])
+def test_storage_that_does_not_answer_is_asked_again_and_breaks_nothing(
+        error: Exception, nine_steps: Path, base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """A read that fails once or twice is of no consequence; one that always fails ends the run, and renames nothing."""
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
+    shutil.copytree(nine_steps, tmp_path / "w")
+    real, failures = ocp.training.Checkpointer.load_checkpointables, [2]
+
+    def failing(*arguments: object, **options: object) -> object:
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "load_checkpointables", failing)
+    assert eso_jax.load(tmp_path / "w").step == 9
+    assert capsys.readouterr().err.count("checkpoint 9 in") == 2
+    failures[0] = 1000
+    with pytest.raises(RunAgain, match="checkpoint 9 could not be read 3 times .*; nothing says that it is damaged"):
+        training.train(base.override("train.steps=10"), tmp_path / "w")
+    assert failures[0] == 1000 - 3 and checkpoint.steps(tmp_path / "w") == [3, 6, 9]
+    assert not list((tmp_path / "w" / "checkpoints").glob("damaged*"))
+
+
 def test_any_flipped_bit_of_the_values_is_seen(nine_steps: Path) -> None:
     dice = random.Random(0)
-    params = jax.device_get(eso_jax.load(nine_steps).params)
+    params = jax.device_get(params_of(nine_steps))
     right = int(checkpoint.fingerprint(params))
     for _ in range(50):
         name = dice.choice(sorted(params))
@@ -382,13 +409,13 @@ def test_multi_host_without_others_is_an_error(environment: dict[str, str], mess
 HANGING = """
 import sys, time
 from eso_jax import cli, sharding
-real, calls = sharding.put_batch, []
-def put_batch(*arguments):
+real, calls = sharding.put_rows, []
+def put_rows(*arguments):
     calls.append(1)
     if len(calls) == 5:
         time.sleep(60)
     return real(*arguments)
-sharding.put_batch = put_batch
+sharding.put_rows = put_rows
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -399,7 +426,7 @@ def test_a_step_that_hangs_ends_the_process(base: Config, tmp_path: Path) -> Non
                            str(tmp_path / "w")], capture_output=True, text=True, timeout=100)
     assert done.returncode == RunAgain.EXIT, done.stderr
     assert "a step took longer than train.hang_seconds = 2; the last good checkpoint is step 3" in done.stderr
-    assert "put_batch" in done.stderr  # where it hangs
+    assert "put_rows" in done.stderr  # where it hangs
 
 
 def test_a_step_that_is_not_finite_may_be_skipped(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,7 +570,7 @@ with jax.set_mesh(mesh), checkpoint.open_checkpoints(Path(workdir), 3) as checkp
     rows = sharding.rows_of_process(mesh, run.train.batch_size)
     iterator = batches(windows_of(run, "train"), run.train.batch_size, run.data.seed, rows)
     iterator.set_state({"next_index": int(state.step)})
-    batch = sharding.put_batch(next(iterator), mesh, run.train.batch_size)
+    batch = sharding.put_rows(next(iterator), mesh, run.train.batch_size)
     found = multihost_utils.process_allgather({"batch": batch, **state.params}, tiled=True)
 if multihost.is_writer():
     np.savez(out, **found)
@@ -581,7 +608,7 @@ def test_a_checkpoint_is_restored_on_any_mesh_and_process_count(base: Config, tm
     go(1)
     losses, reference = ([line["loss"] for line in step_lines(path)] for path in (workdir, tmp_path / "whole"))
     np.testing.assert_allclose(losses, reference, rtol=1e-5)
-    chex.assert_trees_all_close(eso_jax.load(workdir).params, jax.device_get(whole.ema), atol=1e-4)
+    chex.assert_trees_all_close(params_of(workdir), jax.device_get(whole.ema), atol=1e-4)
 
 
 def test_a_run_of_one_process_waits_for_nobody() -> None:
