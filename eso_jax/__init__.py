@@ -9,7 +9,7 @@ Underneath are pure functions of parameters; start with eso_jax/transformer.py a
 """
 
 from eso_jax.config import Config, DataConfig, EsoError, FamilyConfig, ModelConfig, TrainConfig
-from eso_jax.workdir import Model, Samples, load
+from eso_jax.engine.model import Model, Samples, load
 from eso_jax.xla import without_ynn_fusions
 
 without_ynn_fusions()

@@ -5,30 +5,31 @@ the law of decoding one token at a time: a masked token sees the clean ones and 
 NELBO, and when several tokens are decoded at once, it sees earlier masks as well, so for an Eso-LM the NELBO bounds the
 likelihood of a slightly different law and may lie on either side of the K = 1 value (the paper's tables show it too).
 
+The functions take an engine (a loaded model is one), which says on which devices, and how many rows at a time.
+
 Axes: B batch, L length, O orders (the paper's K).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from eso_jax import families, transformer
+from eso_jax import families, vocabulary
 from eso_jax.config import Config, EsoError, require
+from eso_jax.engine.rows import Engine
 from eso_jax.families import ar, esolm
 from eso_jax.order import check_permutations, sort, unsort
 from eso_jax.sampling.plan import Plan
 from eso_jax.transformer import Weights
 
 
-def log_prob(weights: Weights, config: Config, tokens: np.ndarray, orders: np.ndarray,
-             rows: int = 64) -> Float[np.ndarray, "O B"]:
+def log_prob(engine: Engine, tokens: np.ndarray, orders: np.ndarray) -> Float[np.ndarray, "O B"]:
     """log p(tokens[b] | orders[o, b]) in nats, exact for decoding one token at a time.
 
     Eso-LM and AR take one pass per order. MDLM and BD3-LM have no such pass: the sampler that decodes one token per
@@ -37,12 +38,11 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, orders: np.nd
     Args:
       tokens: int [B, L], no masks.
       orders: int [O, B, L], permutations.
-      rows: sequences per forward pass, of the O x B.
 
     Raises:
       EsoError: for tokens or orders that do not fit the model, or a family that has no such likelihood.
     """
-    tokens, orders = np.asarray(tokens), np.asarray(orders)
+    config, tokens, orders = engine.config, np.asarray(tokens), np.asarray(orders)
     check_tokens(tokens, config)
     require(orders.ndim == 3 and len(orders) >= 1 and orders.shape[1:] == tokens.shape, "orders", orders.shape,
             f"must have shape [K, {tokens.shape[0]}, {tokens.shape[1]}]")
@@ -51,26 +51,17 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, orders: np.nd
     if name in ("ar", "esolm_a") and (np.diff(orders, axis=-1) != 1).any():
         raise EsoError(f"family.name = {name!r}: only the natural order 0..L-1 has an exact likelihood "
                        "(for importance-weighted scores use alpha_0 = 0, or an Eso-LM (B))")
-    score = _one_by_one if name in ("mdlm", "bd3lm") else _sum_log_prob
-    count = orders.shape[0] * orders.shape[1]
-    flat, row = orders.reshape(count, -1), np.tile(np.arange(len(tokens)), len(orders))
-    out = np.zeros(count, np.float32)
-    for part in batches(np.arange(count), min(rows, count)):
-        out[part] = score(weights, config, jnp.asarray(tokens[row[part]], jnp.int32),
-                          jnp.asarray(flat[part], jnp.int32))
-    return out.reshape(orders.shape[:2])
+    flat, batch = orders.reshape(-1, orders.shape[-1]).astype(np.int32), len(tokens)
 
+    def score(weights: Weights, tokens: Array, order: Array) -> Array:
+        if name in ("mdlm", "bd3lm"):
+            plan = Plan(order, np.ones(order.shape[1], np.int64))
+            return families.plan_log_prob(weights, config, plan, tokens).sum(axis=1)
+        return _log_prob_in_order(weights, config, tokens, order).sum(axis=1)
 
-def batches(rows: Int[np.ndarray, " R"], size: int) -> Iterator[Int[np.ndarray, " _"]]:
-    """The rows in batches of one size, for one compilation; the last is filled by repeating."""
-    for low in range(0, len(rows), size):
-        yield np.resize(rows[low:low + size], size)
-
-
-def _one_by_one(weights: Weights, config: Config, tokens: Int[Array, "B L"],
-                order: Int[Array, "B L"]) -> Float[Array, " B"]:
-    plan = Plan(order, np.ones(order.shape[1], np.int64))
-    return families.plan_log_prob(weights, config, plan, tokens).sum(axis=1)
+    found: np.ndarray = engine.rows(score, len(flat), lambda rows: (tokens[rows % batch].astype(np.int32), flat[rows]),
+                                    "scoring")
+    return found.reshape(orders.shape[:2])
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -79,9 +70,18 @@ def _log_prob_in_order(weights: Weights, config: Config, tokens: Int[Array, "B L
     return families.get(config).log_likelihood(weights, config, tokens, order)
 
 
-def _sum_log_prob(weights: Weights, config: Config, tokens: Int[Array, "B L"],
-                  order: Int[Array, "B L"]) -> Float[Array, " B"]:
-    return _log_prob_in_order(weights, config, tokens, order).sum(axis=1)
+def plan_log_prob(engine: Engine, tokens: np.ndarray, plan: Plan) -> Float[np.ndarray, "B L"]:
+    """log p of each token in nats, in the order, when tokens [B, L] are decoded along the plan. One pass per step."""
+    tokens, order = np.asarray(tokens), np.asarray(plan.order)
+    check_tokens(tokens, engine.config)
+    require(order.shape == tokens.shape, "plan", order.shape, f"its order must have shape {tokens.shape}")
+
+    def score(weights: Weights, tokens: Array, order: Array) -> Array:
+        return families.plan_log_prob(weights, engine.config, dataclasses.replace(plan, order=order), tokens)
+
+    found: np.ndarray = engine.rows(score, len(tokens), lambda rows: (tokens[rows].astype(np.int32), order[rows]),
+                                    "scoring")
+    return found
 
 
 class Conditionals(NamedTuple):
@@ -96,14 +96,13 @@ class Conditionals(NamedTuple):
     greedy: Bool[np.ndarray, "B L"]
 
 
-def conditional(weights: Weights, config: Config, tokens: np.ndarray, given: np.ndarray,
-                wanted: np.ndarray, rows: int = 64) -> Float[np.ndarray, " B"]:
+def conditional(engine: Engine, tokens: np.ndarray, given: np.ndarray, wanted: np.ndarray) -> Float[np.ndarray, " B"]:
     """log p(tokens that are wanted | tokens that are given) in nats: the sum over tokens of `conditionals`."""
-    return conditionals(weights, config, tokens, given, wanted, rows).logp.sum(axis=1, dtype=np.float32)
+    return conditionals(engine, tokens, given, wanted).logp.sum(axis=1, dtype=np.float32)
 
 
-def conditionals(weights: Weights, config: Config, tokens: np.ndarray, given: np.ndarray, wanted: np.ndarray,
-                 rows: int = 64) -> Conditionals:
+def conditionals(engine: Engine, tokens: np.ndarray, given: np.ndarray, wanted: np.ndarray,
+                 label: str | None = "scoring") -> Conditionals:
     """The law of the tokens that are wanted, given those that are given, exact for an Eso-LM (B): the given ones come
     first in the order, then the wanted ones, both ascending; the rest are not looked at. AR can be given prefixes
     alone.
@@ -111,11 +110,12 @@ def conditionals(weights: Weights, config: Config, tokens: np.ndarray, given: np
     Args:
       tokens: int [B, L], no masks. Those neither given nor wanted may be anything.
       given, wanted: bool [B, L], disjoint.
-      rows: sequences per forward pass.
+      label: of the progress bar; None: there is none.
 
     Raises:
       EsoError: arguments that do not fit, or a family whose conditionals are not to be had in one pass.
     """
+    config = engine.config
     tokens, given, wanted = (np.asarray(x) for x in (tokens, given, wanted))
     for name, flags in (("given", given), ("wanted", wanted)):
         require(flags.shape == tokens.shape and flags.dtype == bool, name, f"{flags.dtype} {flags.shape}",
@@ -125,15 +125,12 @@ def conditionals(weights: Weights, config: Config, tokens: np.ndarray, given: np
     check_tokens(tokens, config)
     check_conditionals(config)
     rank = np.where(given, 0, np.where(wanted, 1, 2))
-    orders = np.argsort(rank, axis=1, kind="stable")
+    orders = np.argsort(rank, axis=1, kind="stable").astype(np.int32)
     if config.family.name == "ar" and (orders != np.arange(tokens.shape[1])).any():
         raise EsoError("family.name = 'ar': the given tokens must be a prefix, and the wanted ones what follows it")
-    out = Conditionals(np.zeros(tokens.shape, np.float32), np.ones(tokens.shape, bool))
-    for part in batches(np.arange(len(tokens)), min(rows, len(tokens))):
-        logp, best = _conditionals(weights, config, jnp.asarray(tokens[part], jnp.int32), jnp.asarray(orders[part]))
-        out.logp[part] = np.where(wanted[part], logp, 0)
-        out.greedy[part] = ~wanted[part] | (np.asarray(best) == tokens[part])
-    return out
+    logp, likeliest = engine.rows(lambda weights, *arrays: _conditionals(weights, config, *arrays), len(tokens),
+                                  lambda rows: (tokens[rows].astype(np.int32), orders[rows]), label)
+    return Conditionals(np.where(wanted, logp, np.float32(0)), ~wanted | (likeliest == tokens))
 
 
 def check_conditionals(config: Config) -> None:
@@ -147,8 +144,8 @@ def _conditionals(weights: Weights, config: Config, tokens: Int[Array, "B L"],
                   order: Int[Array, "B L"]) -> tuple[Float[Array, "B L"], Int[Array, "B L"]]:
     """log p of each token given those before it in the order, and the likeliest token there, by natural position."""
     hidden = {"ar": ar, "esolm": esolm}[config.family.name].predictors(weights, config, tokens, order)
-    logp = -transformer.nll(weights, hidden, sort(tokens, order), config.model.mask)
-    return unsort(logp, order), unsort(transformer.likeliest(weights, hidden, config.model.mask), order)
+    logp = -vocabulary.nll(weights, hidden, sort(tokens, order), config.model.mask)
+    return unsort(logp, order), unsort(vocabulary.likeliest(weights, hidden, config.model.mask), order)
 
 
 def iw_bound(logp_per_order: Float[np.ndarray, "O B"]) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:

@@ -23,12 +23,12 @@ class Draws:
     Attributes:
       key: one key for the whole step, the same on every device and in every micro-batch.
       index: int [B], each row's index in the global batch.
-      total: rows in the global batch.
+      total: rows in the global batch (of an evaluation: draws in all).
     """
 
     key: Key[Array, ""]
     index: Int[Array, " B"]
-    total: int = struct.field(pytree_node=False)
+    total: Int[Array, ""] | int
 
     def per_example(self, purpose: int) -> Key[Array, " B"]:
         """One key per row and purpose (a small constant, below)."""

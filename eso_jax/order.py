@@ -22,7 +22,7 @@ def clean_first(keys: Key[Array, " B"], masked: Bool[Array, "B L"], *, shuffle_c
     """
     length = masked.shape[1]
     shuffled = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
-    natural = jnp.arange(length) / length
+    natural = jnp.arange(length)[None] / length
     rank = jnp.where(masked, 1 + (shuffled if shuffle_masked else natural), shuffled if shuffle_clean else natural)
     return jnp.argsort(rank, axis=1)
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from eso_jax.config import Config, MeshConfig, ModelConfig, require
 
@@ -42,8 +42,8 @@ RULES: dict[str, P] = {
     "mlp_out_bias": P(),
     "norm1": P(),
     "norm2": P(),
-    "adaln_kernel": P(None, None, None, "fsdp"),
-    "adaln_bias": P(None, None, "fsdp"),
+    "adaln_kernel": P(None, None, None, ("fsdp", "tensor")),
+    "adaln_bias": P(None, None, ("fsdp", "tensor")),
     "sigma_in_kernel": P(),
     "sigma_in_bias": P(),
     "sigma_out_kernel": P(),
@@ -54,10 +54,6 @@ RULES: dict[str, P] = {
     "head_adaln_kernel": P(),
     "head_adaln_bias": P(),
 }
-
-# Folded, unstacked weights of the sampler.
-OVER_TENSOR = {"qkv": P(None, None, "tensor"), "out": P("tensor"), "mlp_in.kernel": P(None, "tensor"),
-               "mlp_in.bias": P("tensor"), "mlp_out.kernel": P("tensor")}
 
 
 def mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -224,18 +220,22 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " R"]:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
 
 
-def put_batch(tokens: Int[np.ndarray, "R L"], mesh: Mesh, batch_size: int) -> jax.Array:
-    """A global batch [B, L] from this process's rows of it."""
-    rows = rows_of_process(mesh, batch_size)
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # JAX's own type allows it
-        return tokens[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
-
-    return jax.make_array_from_callback((batch_size, tokens.shape[1]), NamedSharding(mesh, P(BATCH, None)), part)
+def put_rows(rows: Shaped[np.ndarray, "R *s"], mesh: Mesh, batch_size: int) -> Shaped[Array, "B *s"]:
+    """A global batch of `batch_size` rows from those that this process holds (`rows_of_process`)."""
+    held, shape, where = rows_of_process(mesh, batch_size), (batch_size, *rows.shape[1:]), NamedSharding(mesh, P(BATCH))
+    parts = [jax.device_put(rows[np.searchsorted(held, np.arange(batch_size)[index[0]])], device)
+             for device, index in where.addressable_devices_indices_map(shape).items() if index is not None]
+    return jax.make_array_from_single_device_arrays(shape, where, parts)
 
 
-def sampling_mesh(config: ModelConfig, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def fetch(tree: Any) -> Any:
+    """A tree of global arrays as whole numpy arrays; of several processes, all must ask."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def inference_mesh(config: ModelConfig, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices (or those given), `tensor` of them to a copy of the model."""
     count = len(devices or jax.devices())
     require(tensor >= 1 and count % tensor == 0, "tensor", tensor, f"must divide the {count} devices")
@@ -243,14 +243,17 @@ def sampling_mesh(config: ModelConfig, tensor: int = 1, devices: Sequence[jax.De
     return mesh(MeshConfig(tensor=tensor), devices)
 
 
-def weight_spec(path: tuple[Any, ...]) -> P:
-    """Where an unstacked weight of the sampler lives, by its path: heads and hidden units over "tensor", the rest on
-    every device."""
-    name = ".".join(str(part.key) for part in path if hasattr(part, "key")).removeprefix("blocks.")
-    return OVER_TENSOR.get(name, P())
+def weight_shardings(weights: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every folded weight (or its shape): that of the parameter it comes from, and norms
+    everywhere. Unstacked weights, of inference, have no axis of layers, and their head is split by vocabulary, as it is
+    used (transformer.for_inference makes it divide)."""
+    unstacked = isinstance(weights["blocks"], tuple)
 
+    def of(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        name = "_".join(str(part.key) for part in path if hasattr(part, "key"))
+        rule = RULES.get(name.removeprefix("blocks_"), P())
+        if unstacked:
+            rule = P(None, "tensor") if name == "head_kernel" else P(*rule[1:]) if name.startswith("blocks_") else rule
+        return NamedSharding(mesh, rule)
 
-def put_weights(weights: Any, mesh: Mesh) -> Any:
-    """Unstacked weights on a sampling mesh."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w: jax.device_put(w, NamedSharding(mesh, weight_spec(path))), weights)
+    return jax.tree_util.tree_map_with_path(of, weights)

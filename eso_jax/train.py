@@ -34,7 +34,8 @@ from jaxtyping import Array, Float, Int
 
 from eso_jax import checkpoint, families, finetune, flops, metrics, multihost, sharding, transformer, workdir
 from eso_jax.config import Config, EsoError, RunAgain, require
-from eso_jax.data import tokenizer_of, windows_of
+from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
+from eso_jax.engine.rows import Engine
 from eso_jax.evaluation import perplexity
 from eso_jax.noise import Draws
 from eso_jax.optim import optimizer, update_ema
@@ -90,6 +91,15 @@ def jit_step(config: Config, mesh: Mesh) -> Any:
                    out_shardings=(shardings(config, mesh), NamedSharding(mesh, P())))
 
 
+def jit_fold(config: Config, mesh: Mesh) -> Any:
+    """The compiled function from parameters on a mesh to weights there, for validation."""
+    def fold(params: Params) -> transformer.Weights:
+        return transformer.fold(config.model, params, jnp.dtype(config.train.compute_dtype))
+
+    weights = jax.eval_shape(fold, abstract_state(config, mesh).params)
+    return jax.jit(fold, out_shardings=sharding.weight_shardings(weights, mesh))
+
+
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The training step, lowered for a mesh whose devices need not be there."""
     tokens = jax.ShapeDtypeStruct((config.train.batch_size, config.model.length), jnp.int32,
@@ -101,7 +111,8 @@ def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> tuple[TrainState, dict[str, Array]]:
     """One update on a global batch; none, but for the step, if it is not finite and train.non_finite = "skip".
 
-    Metrics are scalars: loss, its terms, gradient norm, and whether these and the new parameters are finite.
+    Metrics are scalars: loss, its terms, the norms of gradient (before it is clipped), update and new parameters, and
+    whether all is finite.
     """
     draws_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), 1), state.step)
 
@@ -127,12 +138,13 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     new = TrainState(step, params, update_ema(state.ema, params, step, config.train.ema), opt_state)
-    norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(mean_loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
+    norms = {"gradient_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates),
+             "parameter_norm": optax.tree.norm(params)}
+    finite = jnp.isfinite(jnp.stack([mean_loss, norms["gradient_norm"], norms["parameter_norm"]])).all()
     if config.train.non_finite == "skip":
         old = TrainState(step, state.params, state.ema, state.optimizer)
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-    return new, {"loss": mean_loss, **terms, "gradient_norm": norm, "finite": finite}
+    return new, {"loss": mean_loss, **terms, **norms, "finite": finite}
 
 
 def _split(config: Config, x: Array) -> Array:
@@ -154,7 +166,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
       RunAgain: the run was asked to stop (SIGTERM), and has saved; another process did not come; or another
         run holds the directory.
     """
-    from eso_jax.data.pipeline import batches, eval_batches
+    from eso_jax.data.pipeline import batches
 
     settings = config.train
     multihost.check_alone()
@@ -167,8 +179,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
             f"the processes see different data: {', '.join(counts)} windows")
     iterator = batches(windows, settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
-    held_out = windows_of(config, "validation", tokenizer=tokenizer)
-    validation = np.concatenate(list(eval_batches(held_out, 64, settings.eval_windows)))
+    validation = evenly_spaced(windows_of(config, "validation", tokenizer=tokenizer), settings.eval_windows)
     resumes = bool(checkpoint.agreed_steps(directory))  # and then has parameters of its own
     start = None if resumes else finetune.starting_params(config, mesh, tokenizer)
     # Once the data and the start are known to be there.
@@ -198,14 +209,16 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         log = metrics.MetricsLog(directory, first)
         meter = _Meter(config, log, saver.last)
         step_fn = jit_step(config, mesh)
-        fold = jax.jit(functools.partial(transformer.fold, config.model, dtype=jnp.dtype(settings.compute_dtype)))
+        fold = jit_fold(config, mesh)
         traced = max(0, min(settings.profile_steps, settings.steps - first - 3))
         bar = metrics.progress(range(first + 1, settings.steps + 1), settings.steps, first, "train")
         for step in bar:
             if step > first + 1:  # the first compiles
                 watchdog.begin()
-            with metrics.profiled(directory, step - first, traced):
-                state, values = step_fn(state, sharding.put_batch(next(iterator), mesh, settings.batch_size))
+            # Nothing goes between host and devices in a step but what is sent and asked for here.
+            with (metrics.profiled(directory, step - first, traced), jax.transfer_guard("disallow"),
+                  jax.profiler.StepTraceAnnotation("train", step_num=step)):
+                state, values = step_fn(state, sharding.put_rows(next(iterator), mesh, settings.batch_size))
                 meter.add(step, values)  # reads the step before this one, so that the device is never idle
             watchdog.rest()
             saver.check()
@@ -218,8 +231,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                                "on from there")
             if step % settings.eval_every == 0 or ends:
                 meter.flush()
-                found = perplexity.nelbo(fold(state.ema), config, validation, tokenizer, config.family.alpha_0,
-                                         jax.random.key(0))
+                engine = Engine(config, fold(state.ema), mesh, settings.batch_size // settings.accumulate)
+                found = perplexity.nelbo(engine, validation, tokenizer, config.family.alpha_0, jax.random.key(0))
                 log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
                 metrics.say(f"step {step}: validation {found.bits_per_byte:.3f} bits per byte")
                 meter.restart_clock()
@@ -269,7 +282,7 @@ class _Meter:
         if self.pending is None:
             return
         (step, values), self.pending = self.pending, None
-        now = {name: float(value) for name, value in values.items()}
+        now = {name: float(value) for name, value in jax.device_get(values).items()}
         if now.pop("finite"):
             self.seen.append(now)
             self.skipped_in_a_row = 0

@@ -19,13 +19,13 @@ Weights (stacked over layers, or unstacked into a tuple by `unstack`):
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import noise, sharding
@@ -36,7 +36,6 @@ Params = dict[str, Any]
 Weights = dict[str, Any]
 
 MASK_LOGIT = -1e6
-LOGITS_AT_ONCE = 2**27  # of a loss or a step: half a gigabyte in float32
 FREQUENCIES = 256  # width of the timestep embedding, the authors'
 GATES = (2, 5)  # of the six modulations of a block: shift, scale and gate of attention, then of the MLP
 UNROLLED = 12  # layers in one turn of the scan, on CPU
@@ -150,6 +149,53 @@ def unstack(weights: Weights) -> Weights:
     return {**weights, "blocks": tuple(jax.tree.map(lambda w: w[i], weights["blocks"]) for i in range(count))}
 
 
+def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh) -> Weights:
+    """Weights for sampling and scoring, from float32 parameters that are laid out on the mesh by the rules of
+    eso_jax/sharding.py: folded, unstacked, and born where they are used.
+
+    No device ever holds more than its share of parameters and weights. For that `params` is emptied, and what it held
+    is freed once it is used.
+    """
+    fold_blocks, fold_kernel = inference_folds(config, dtype, mesh)
+    weights = jax.block_until_ready(fold_blocks(params))
+    embedding, kernel = params["embedding"], params["head_kernel"]
+    params.clear()
+    return {**weights, "embedding": embedding, "head": {**weights["head"], "kernel": fold_kernel(kernel)}}
+
+
+def inference_folds(config: ModelConfig, dtype: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """The compiled functions behind `for_inference`: from parameters to all weights but the embedding (which is the
+    parameter) and the kernel of the head; and from the parameter of the latter to the kernel, whose columns are padded
+    to a multiple of the devices that share it, and split. `head` drops their logits."""
+    where = jax.tree.map(lambda x: x.sharding, abstract_weights(config, dtype, mesh))
+    head = {name: x for name, x in where["head"].items() if name != "kernel"}
+
+    def fold_blocks(params: Params) -> Weights:
+        weights = unstack(fold(config, params, dtype))
+        return {"blocks": weights["blocks"], "head": {name: weights["head"][name] for name in head}}
+
+    def fold_kernel(kernel: Array) -> Array:
+        return _padded(kernel.astype(dtype), mesh)
+
+    return (jax.jit(fold_blocks, out_shardings={"blocks": where["blocks"], "head": head}),
+            jax.jit(fold_kernel, out_shardings=where["head"]["kernel"]))
+
+
+def abstract_weights(config: ModelConfig, dtype: Any, mesh: Mesh) -> Weights:
+    """The shapes, types and shardings of weights for inference."""
+    def folded() -> Weights:
+        weights = unstack(fold(config, init(config, jax.random.key(0)), dtype))
+        return {**weights, "head": {**weights["head"], "kernel": _padded(weights["head"]["kernel"], mesh)}}
+
+    shapes = jax.eval_shape(folded)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes,
+                        sharding.weight_shardings(shapes, mesh))
+
+
+def _padded(kernel: Array, mesh: Mesh) -> Array:
+    return jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % mesh.shape["tensor"])))
+
+
 def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], attend: Attend,
           cache: Any = None, training: Training | None = None) -> tuple[Float[Array, "B S D"], Any]:
     """Everything but the head.
@@ -179,13 +225,15 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
         (x, cache), (layer, w) = carry, scanned
         qkv = linear(_layer_norm(x, w["norm1"]).astype(w["qkv"].dtype), w["qkv"])
         q, k, v = (qkv[:, :, i] for i in range(3))
-        out, cache = attend(rotate(q, rotary), rotate(k, rotary), v, cache, layer)
+        with jax.named_scope("attention"):
+            out, cache = attend(rotate(q, rotary), rotate(k, rotary), v, cache, layer)
         x = x + drop(linear(out, w["out"], axes=2), layer, 0)
         hidden = linear(_layer_norm(x, w["norm2"]).astype(w["qkv"].dtype), w["mlp_in"]["kernel"])
-        hidden = nn.gelu(hidden + w["mlp_in"]["bias"].astype(hidden.dtype), approximate=True)
-        x = x + drop(linear(hidden, w["mlp_out"]["kernel"]) + w["mlp_out"]["bias"], layer, 1)
+        hidden = nn.gelu(hidden + over(w["mlp_in"]["bias"], hidden).astype(hidden.dtype), approximate=True)
+        x = x + drop(linear(hidden, w["mlp_out"]["kernel"]) + over(w["mlp_out"]["bias"], x), layer, 1)
         return (sharding.constrain(x, sharding.BATCH), cache), None
 
+    block = jax.named_call(block, name="block")
     carry = (sharding.constrain(sharding.embedding_split(weights["embedding"])[tokens], sharding.BATCH), cache)
     if isinstance(weights["blocks"], tuple):
         for scanned in enumerate(weights["blocks"]):
@@ -207,43 +255,17 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
 
 def head(weights: Weights, hidden: Float[Array, "*s D"], mask_id: int) -> Float[Array, "*s V"]:
     """Float32 logits of hidden states, the mask's set to MASK_LOGIT."""
-    logits = linear(hidden, sharding.head_split(weights["head"]["kernel"]), dtype=jnp.float32) + weights["head"]["bias"]
-    logits = sharding.constrain(logits, sharding.BATCH, *[None] * (logits.ndim - 2), "tensor")
-    return jnp.where(jnp.arange(logits.shape[-1]) == mask_id, MASK_LOGIT, logits)
+    return logits_of(sharding.head_split(weights["head"]["kernel"]), weights["head"]["bias"], hidden, mask_id)
 
 
-def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"],
-        mask_id: int) -> Float[Array, "B L"]:
-    """-log p of the targets, in nats. Logits are made and dropped in chunks along L."""
-    def chunk_nll(hidden: Array, targets: Array) -> Array:
-        logits = head(weights, hidden, mask_id)
-        # A sum, so that each device looks among its own share of the vocabulary.
-        picked = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0).sum(-1)
-        return jax.nn.logsumexp(logits, axis=-1) - picked
-
-    return in_chunks(chunk_nll, weights["head"]["kernel"].shape[1], hidden, targets)
-
-
-def likeliest(weights: Weights, hidden: Float[Array, "B L D"], mask_id: int) -> Int[Array, "B L"]:
-    """The token of the largest logit. Logits are made and dropped in chunks along L."""
-    def chunk(hidden: Array) -> Array:
-        return head(weights, hidden, mask_id).argmax(-1)
-
-    return in_chunks(chunk, weights["head"]["kernel"].shape[1], hidden)
-
-
-def in_chunks(function: Callable[..., Array], vocab: int, *args: Array) -> Array:
-    """function(*args) -> [B, L] for args [B, L, ...], which makes logits of all slots: in the fewest equal parts of the
-    length with at most LOGITS_AT_ONCE on a device (or parts of one slot), made again for the gradient."""
-    batch, length = args[0].shape[:2]
-    logits = batch * length * vocab // (sharding.batch_shards() * sharding.tensor_shards())
-    chunks = next(n for n in range(1, length + 1)
-                  if n == length or length % n == 0 and logits <= n * LOGITS_AT_ONCE)
-    if chunks == 1:
-        return function(*args)
-    split = [jnp.moveaxis(x.reshape(batch, chunks, -1, *x.shape[2:]), 1, 0) for x in args]
-    once = jax.checkpoint(lambda part: function(*part))
-    return jnp.moveaxis(jax.lax.map(once, tuple(split)), 0, 1).reshape(batch, length)
+def logits_of(kernel: Float[Array, "D _"], bias: Float[Array, " V"], hidden: Float[Array, "*s D"],
+              mask_id: int) -> Float[Array, "*s V"]:
+    """As `head`, by a kernel that is laid out for its use (sharding.head_split); columns beyond V are padding."""
+    with jax.named_scope("head"):
+        logits = linear(hidden, kernel, dtype=jnp.float32)
+        logits = sharding.constrain(logits, sharding.BATCH, *[None] * (logits.ndim - 2), "tensor")
+        logits = logits[..., :len(bias)] + over(bias, logits)
+        return jnp.where(over(jnp.arange(len(bias)) == mask_id, logits), MASK_LOGIT, logits)
 
 
 def linear(x: Float[Array, "*rows"], w: Float[Array, "*w"], axes: int = 1, dtype: Any = None) -> Float[Array, "*out"]:
@@ -273,7 +295,7 @@ def rotary_table(positions: Int[Array, "B S"],
                  head_size: int) -> tuple[Float[Array, "B S 1 J"], Float[Array, "B S 1 J"]]:
     """Cosines and sines of position x frequency, base 10^4, float32; J = K / 2."""
     frequencies = 1e4 ** -(np.arange(0, head_size, 2, dtype=np.float32) / head_size)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -289,4 +311,9 @@ def _layer_norm(x: Float[Array, "B S D"], norm: dict[str, Array]) -> Float[Array
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
     normal = centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
-    return normal * norm["scale"] + norm["bias"]
+    return normal * over(norm["scale"], x) + over(norm["bias"], x)
+
+
+def over(w: Array, x: Array) -> Array:
+    """w with as many axes as x, to be repeated over the first ones."""
+    return jnp.expand_dims(w, range(x.ndim - w.ndim))

@@ -1,38 +1,23 @@
-"""The work directory of a run, and the model in it as an object.
-
-    model = eso_jax.load("W")
-    samples = model.sample(4, steps=64, alpha_0=0.25)
-    print(model.tokenizer.decode(samples.tokens[0]))
-    log_p = model.log_likelihood(tokens, orders)
-"""
+"""The work directory of a run: its config, its tokenizer, its lock, and the parameters in it."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Key
 
 from eso_jax import config as configs
-from eso_jax import families, likelihood, multihost, sharding, transformer
+from eso_jax import multihost, sharding, transformer
 from eso_jax.config import Config, EsoError, RunAgain, require
 from eso_jax.data import tokenizers
 from eso_jax.data.tokenizers import Tokenizer
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import Plan
-from eso_jax.sampling.rejection import unigram_entropy
-from eso_jax.timing import Stopwatch
-from eso_jax.transformer import Params, Weights
+from eso_jax.transformer import Params
 
 CONFIG = "config.json"
 LOCK = "run.lock"
@@ -134,149 +119,6 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
-
-
-class Samples(NamedTuple):
-    """Generated sequences and how they came about.
-
-    Attributes:
-      tokens: int32 [N, L].
-      order: int32 [N, L], each sample's decoding order.
-      tokens_per_step: int [steps], decoded in each step.
-      diffusion: tokens of the diffusion phase; with the two above it makes the plan.
-      tries: int [N], how often each sample was drawn.
-      seconds: wall time of decoding, compilation included.
-      compile_seconds: of these, spent on tracing and compiling.
-    """
-
-    tokens: np.ndarray
-    order: np.ndarray
-    tokens_per_step: np.ndarray
-    diffusion: int
-    tries: np.ndarray
-    seconds: float
-    compile_seconds: float
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that the samples were decoded along."""
-        return Plan(jnp.asarray(self.order), self.tokens_per_step, self.diffusion)
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A trained or imported model, ready to sample and score.
-
-    Attributes:
-      config: the run's.
-      step: training steps behind the parameters.
-      params: float32 parameters (averaged, unless loaded with ema=False).
-      weights: the folded, unstacked weights that sampling and scoring use, in the type asked for.
-      mesh: the devices that sampling uses.
-      tokenizer: the training data's; None where there is none for the vocabulary (an import).
-    """
-
-    config: Config
-    step: int
-    params: Params
-    weights: Weights
-    mesh: Mesh
-    tokenizer: Tokenizer | None
-
-    def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
-               temperature: float = 1.0, seed: int = 0, batch_size: int = 64, *, min_p: float = 0.0,
-               plan: str | Plan | None = None, num_tries: int = 1,
-               min_entropy: float | None = None) -> Samples:
-        """Samples by the family's own sampler, the batch split over the devices.
-
-        Args:
-          steps: T, diffusion steps (AR has none).
-          alpha_0: expected share of tokens decoded by diffusion; None: the training value. Eso-LMs take any.
-          top_p, temperature, min_p: how a token is drawn; see eso_jax.sampling.categorical.Rule.
-          batch_size: rows decoded together. Results do not depend on it, but for float32 rounding.
-          plan: a policy of eso_jax/sampling/plan.py (None: the family's own), or a plan with an order per sample.
-          num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
-            along the same plan, until they have been drawn this often. 1: none is.
-
-        Raises:
-          EsoError: an argument is out of range, or the family cannot follow the plan.
-        """
-        require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
-        require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
-        require(steps >= 1, "steps", steps, "T must be at least 1")
-        require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
-        require(num_tries >= 1, "num_tries", num_tries, "must be at least 1")
-        require((num_tries > 1) == (min_entropy is not None), "min_entropy", min_entropy,
-                "goes with num_tries > 1: the nats below which a sample is drawn again")
-        require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
-        alpha_0 = self.config.family.alpha_0 if alpha_0 is None else alpha_0
-        require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
-        rule = Rule(temperature, top_p, min_p)
-        plan_key, draw_key = jax.random.split(jax.random.key(seed))
-        if not isinstance(plan, Plan):
-            policy = {} if plan is None else {"policy": plan}
-            plan = families.get(self.config).plan(plan_key, self.config, num_samples, steps, alpha_0, **policy)
-        require(plan.order.shape == (num_samples, self.config.model.length), "plan", plan.order.shape,
-                f"its order must have shape [{num_samples}, {self.config.model.length}]")
-
-        tokens = np.zeros(plan.order.shape, np.int32)
-        tries = np.zeros(num_samples, np.int32)
-        with Stopwatch() as watch:
-            for attempt in range(num_tries):
-                again = np.arange(num_samples)
-                if min_entropy is not None and attempt:
-                    again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
-                if len(again):
-                    self._decode(tokens, plan, jax.random.fold_in(draw_key, attempt), rule, again, batch_size)
-                    tries[again] += 1
-        return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, plan.diffused, tries, watch.seconds,
-                       watch.compile_seconds)
-
-    def _decode(self, tokens: np.ndarray, plan: Plan, key: Key[Array, ""], rule: Rule, rows: np.ndarray,
-                batch_size: int) -> None:
-        """Decodes some rows of the plan, batch by batch, into `tokens`."""
-        # As few batches as may be, equally large, filling the devices; of the size of all rows' also for a few again.
-        samples, devices = len(plan.order), self.mesh.shape["data"]
-        size = -(-samples // (-(-samples // batch_size) * devices)) * devices
-        with jax.set_mesh(self.mesh):
-            for part in likelihood.batches(rows, size):
-                tokens[part] = families.sample(self.weights, self.config, plan.rows(part), key, rule, jnp.asarray(part))
-
-    def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
-        """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
-        return likelihood.log_prob(self.weights, self.config, tokens, orders)
-
-    def plan_log_prob(self, tokens: np.ndarray, plan: Plan, rows: int = 64) -> np.ndarray:
-        """log p of each token of [B, L] in nats, in the order, when decoded along the plan: the law of `sample` given
-        its plan. One pass per step, `rows` sequences at a time."""
-        tokens = np.asarray(tokens)
-        likelihood.check_tokens(tokens, self.config)
-        require(plan.order.shape == tokens.shape, "plan", plan.order.shape, f"its order must have shape {tokens.shape}")
-        out = np.zeros(tokens.shape, np.float32)
-        for part in likelihood.batches(np.arange(len(tokens)), min(rows, len(tokens))):
-            out[part] = families.plan_log_prob(self.weights, self.config, plan.rows(part),
-                                               jnp.asarray(tokens[part], jnp.int32))
-        return out
-
-
-def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor: int = 1) -> Model:
-    """The model of a work directory, at its newest checkpoint, on all devices.
-
-    Args:
-      ema: the averaged parameters rather than the raw ones.
-      dtype: of products and cache: "float32", or "bfloat16" (half the bytes per step; `eso-jax check-cache --dtype
-        bfloat16` says what it costs in accuracy on this model). Softmax, norms and logits are float32 in either.
-      tensor: devices that share one copy of the model; the others hold further copies.
-
-    Raises:
-      EsoError: the directory is not a run's, holds no whole checkpoint, or an argument is out of range.
-    """
-    require(dtype in ("float32", "bfloat16"), "dtype", dtype, "choose float32 or bfloat16")
-    config, step, params = read(directory, ema)
-    mesh = sharding.sampling_mesh(config.model, tensor)
-    weights = transformer.unstack(transformer.fold(config.model, params, jnp.dtype(dtype)))
-    return Model(config, step, params, sharding.put_weights(weights, mesh), mesh,
-                 kept_tokenizer(Path(directory), config))
 
 
 def read_config(directory: str | Path) -> Config:

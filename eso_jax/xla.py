@@ -10,8 +10,13 @@ from __future__ import annotations
 import os
 import warnings
 
-from jax._src import xla_bridge
 from jaxlib import version
+
+try:  # JAX has no public name for it
+    from jax._src.xla_bridge import backends_are_initialized
+except ImportError:
+    def backends_are_initialized() -> bool:
+        return False
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
@@ -26,7 +31,7 @@ def without_ynn_fusions() -> None:
     if _FLAG in flags:
         return
     file = flags.strip() and not flags.strip().startswith("-")
-    if file or xla_bridge.backends_are_initialized():
+    if file or backends_are_initialized():
         reason, remedy = ((f"XLA_FLAGS names a file, {flags}", "Add there") if file else
                           ("JAX started before eso_jax was imported", "Import eso_jax first, or set in XLA_FLAGS"))
         warnings.warn(f"{reason}: on CPU, jaxlib {version.__version__} may compute wrong numbers. {remedy} {_FLAG}=",

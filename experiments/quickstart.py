@@ -32,7 +32,7 @@ from eso_jax.metrics import say
 from eso_jax.sampling.categorical import Rule
 from eso_jax.timing import Stopwatch
 from eso_jax.train import train
-from eso_jax.workdir import Model
+from eso_jax.engine.model import Model
 
 config = Config(
     model=ModelConfig(length=128, width=128, layers=4, heads=2, cond_dim=32, dropout=0.0),
@@ -80,9 +80,9 @@ def bounds(model: Model, validation: np.ndarray) -> dict[str, float]:
     run, tokenizer, key = model.config, model.tokenizer, jax.random.key(0)
     assert tokenizer is not None
     alpha_0 = run.family.alpha_0
-    whole = perplexity.nelbo(model.weights, run, validation, tokenizer, alpha_0, key)
+    whole = perplexity.nelbo(model, validation, tokenizer, alpha_0, key)
     some = validation[:: max(1, len(validation) // SCORED)][:SCORED].astype(np.int32)
-    few = perplexity.nelbo(model.weights, run, some, tokenizer, alpha_0, key, samples=ORDERS)
+    few = perplexity.nelbo(model, some, tokenizer, alpha_0, key, samples=ORDERS)
     orders = np.asarray(order.likelihood_orders(key, ORDERS, len(some), run.model.length, alpha_0))
     logp = model.log_likelihood(some, orders)
     to_bits = some.size / math.log(2) / tokenizer.num_bytes(some) / run.model.length

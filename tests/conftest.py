@@ -14,6 +14,7 @@ from typing import NamedTuple
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "eso-jax-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")  # a shape that fits by chance is a mistake
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -21,9 +22,10 @@ import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from eso_jax import transformer  # noqa: E402
+from eso_jax import sharding, transformer, workdir  # noqa: E402
 from eso_jax.cli import main  # noqa: E402
 from eso_jax.config import Config, FamilyConfig, ModelConfig  # noqa: E402
+from eso_jax.engine.rows import Engine  # noqa: E402
 from eso_jax.reference import import_checkpoint  # noqa: E402
 from eso_jax.transformer import Weights  # noqa: E402
 
@@ -139,6 +141,16 @@ def random_params(model: ModelConfig, seed: int = 0, scale: float = 0.3) -> tran
 
 def random_weights(model: ModelConfig, seed: int = 0, scale: float = 0.3) -> Weights:
     return transformer.unstack(transformer.fold(model, random_params(model, seed, scale)))
+
+
+def engine(config: Config, weights: Weights, batch_size: int = 64) -> Engine:
+    """Weights on one device, ready to run."""
+    return Engine(config, weights, sharding.inference_mesh(config.model, devices=jax.devices()[:1]), batch_size)
+
+
+def params_of(directory: Path, ema: bool = True) -> transformer.Params:
+    """The float32 parameters of a work directory."""
+    return workdir.read(directory, ema)[2]
 
 
 def random_tokens(config: Config, batch: int, seed: int = 0) -> jax.Array:

@@ -39,7 +39,7 @@ def losses(config: Config, devices: list[jax.Device]) -> list[float]:
             counting = rng.integers(0, 32, (TRAIN.batch_size, 1)) + np.arange(MODEL.length)  # something to learn
             tokens = (counting % 32).astype(np.int32)
             rows = sharding.rows_of_process(mesh, TRAIN.batch_size)
-            state, values = step(state, sharding.put_batch(tokens[rows], mesh, TRAIN.batch_size))
+            state, values = step(state, sharding.put_rows(tokens[rows], mesh, TRAIN.batch_size))
             found.append(float(values["loss"]))
         check_split(config, state)
     return found

@@ -206,7 +206,7 @@ def test_tail_of_a_joint_float32_gumbel_draw_is_not() -> None:
     def group(key: jax.Array) -> jax.Array:
         """0 common, 1 rare, 2 rarer, 3 mask: where jax.random.categorical finds the largest score. (To look for the
         exact place takes as long as the noise.)"""
-        scores = jax.random.gumbel(key, (rows, V + 1)) + logits
+        scores = jax.random.gumbel(key, (rows, V + 1)) + logits[None]
         return jnp.stack([part.max(-1) for part in jnp.split(scores, [*edges, V], axis=-1)]).argmax(0)
 
     keys = jax.random.split(jax.random.key(0), positions // rows)

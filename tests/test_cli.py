@@ -138,7 +138,7 @@ def test_check_cache(tmp_path: Path, run: Run, trained: Path, monkeypatch: pytes
     assert "balanced plan, 10 passes" in text  # 8 tokens in two steps
     assert text.count("the same tokens drawn") == 2
     assert "bfloat16 against float32" in run(*command, "--dtype", "bfloat16")
-    assert "--rows = 1" in run(*command[:3], "--rows", 1, code=2)
+    assert "--batch-size = 1" in run(*command[:3], "--rows", 1, code=2)
     for family, file, code in (("bd3lm", "bd3lm", 0), ("mdlm", "eso", 2)):
         run("import", GOLDENS / f"{file}_tiny.safetensors", "--config", GOLDENS / "config.json", "--family", family,
             "--out", tmp_path / family)

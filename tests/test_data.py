@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from eso_jax.config import EsoError
-from eso_jax.data import SPLITS, Bigram, documents
+from eso_jax.data import SPLITS, Bigram, documents, evenly_spaced
 from eso_jax.data.corpora import split_of
-from eso_jax.data.pipeline import batches, eval_batches
+from eso_jax.data.pipeline import batches
 
 
 def write(folder: Path, **files: bytes) -> str:
@@ -269,12 +269,13 @@ def test_pipeline_errors() -> None:
         batches(numbered(20), 10, -1)
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(4, [[0, 2, 5], [7]]), (1, [[0]]), (3, [[0, 3, 6]]),
-                                                 (99, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]])])
-def test_eval_batches(limit: int, expected: list[list[int]]) -> None:
-    found = list(eval_batches(numbered(10), 3, limit))
-    assert [batch[:, 0].tolist() for batch in found] == expected
-    assert all(batch.dtype == np.int32 and (batch[:, 1] == batch[:, 0] + 1000).all() for batch in found)
+@pytest.mark.parametrize(("limit", "expected"), [(4, [0, 2, 5, 7]), (1, [0]), (3, [0, 3, 6]),
+                                                 (99, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])])
+def test_evenly_spaced(limit: int, expected: list[int]) -> None:
+    found = evenly_spaced(numbered(10), limit)
+    assert len(found) == len(expected) and found[:][:, 0].tolist() == expected
+    assert (found[:][:, 1] == found[:][:, 0] + 1000).all()
+    assert found[np.array([0, 0])][:, 0].tolist() == expected[:1] * 2
 
 
 # The bigram baseline

@@ -25,9 +25,10 @@ from conftest import BASE
 from eso_jax import train as training
 from eso_jax.cli import main
 from eso_jax.config import Config, DataConfig, EsoError, ModelConfig
-from eso_jax.data import ByteTokenizer, Tokenizer, is_prepared, prepare, prepared_windows, tokenizer_of, windows_of
+from eso_jax.data import (ByteTokenizer, Tokenizer, evenly_spaced, is_prepared, prepare, prepared_windows, tokenizer_of,
+                          windows_of)
 from eso_jax.data.catalog import CORPORA, Corpus
-from eso_jax.data.pipeline import batches, eval_batches
+from eso_jax.data.pipeline import batches
 from eso_jax.data.prepared import PreparedWindows, check
 from vocabularies import BERT_WORDS, bert_like, gpt2_like
 
@@ -408,7 +409,7 @@ def test_windows_are_read_by_number_slice_and_integers(tmp_path: Path, many: Pat
     for wrong in (len(windows), -len(windows) - 1):
         with pytest.raises(IndexError):
             windows[wrong]
-    drawn = np.concatenate(list(eval_batches(windows, 3, 8)))
+    drawn = evenly_spaced(windows, 8)[:]
     assert (drawn == every[np.arange(8) * len(every) // 8]).all()
 
 

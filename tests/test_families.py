@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import random_params, random_tokens, random_weights, tiny_config
-from eso_jax import families, likelihood, noise, transformer
+from conftest import engine, random_params, random_tokens, random_weights, tiny_config
+from eso_jax import families, likelihood, noise, transformer, vocabulary
 from eso_jax.config import FAMILIES, Config, EsoError
 from eso_jax.families import bd3lm, esolm, mdlm
 from eso_jax.noise import Draws
@@ -140,7 +140,7 @@ def test_ar_is_normalized() -> None:
 def true_nll(config: Config, weights: transformer.Weights, everything: jax.Array) -> np.ndarray:
     """-log E_order p(x | order), orders uniform, by enumeration: the law of decoding in random order."""
     orders = np.array(list(itertools.permutations(range(3))))
-    scored = likelihood.log_prob(weights, config, np.asarray(everything),
+    scored = likelihood.log_prob(engine(config, weights), np.asarray(everything),
                                  np.repeat(orders[:, None], len(everything), axis=1))
     if config.family.name == "esolm":
         logp = scored
@@ -174,12 +174,12 @@ def test_importance_weighted_bound_falls_to_the_truth(alpha_0: float) -> None:
     trials, most = 400, 64
     row = everything[5]
     orders = likelihood_orders(jax.random.key(1), most, trials, 3, alpha_0)
-    logp = likelihood.log_prob(weights, config, np.tile(row, (trials, 1)), np.asarray(orders), rows=trials)
+    logp = likelihood.log_prob(engine(config, weights, trials), np.tile(row, (trials, 1)), np.asarray(orders))
     bounds = {count: -likelihood.iw_bound(logp[:count])[0] for count in (1, 2, 4, 16, 64)}
     means = [bound.mean() for bound in bounds.values()]
     assert all(more > less for more, less in itertools.pairwise(means))
     many = likelihood_orders(jax.random.key(2), 4096, 1, 3, alpha_0)
-    [estimate], [error] = likelihood.iw_bound(likelihood.log_prob(weights, config, np.asarray(row)[None],
+    [estimate], [error] = likelihood.iw_bound(likelihood.log_prob(engine(config, weights), np.asarray(row)[None],
                                                                   np.asarray(many)))
     truth = true_nll(config, weights, row[None])[0] if alpha_0 == 1 else -estimate
     assert -estimate == pytest.approx(truth, abs=4 * float(error))
@@ -250,9 +250,9 @@ def test_only_natural_orders_are_scored_where_others_have_no_meaning() -> None:
     config = config_of("esolm_a")
     weights, tokens = random_weights(config.model), np.asarray(random_tokens(config, 2))
     natural = np.tile(np.arange(config.model.length), (1, 2, 1))
-    assert np.isfinite(likelihood.log_prob(weights, config, tokens, natural)).all()
+    assert np.isfinite(likelihood.log_prob(engine(config, weights), tokens, natural)).all()
     with pytest.raises(EsoError, match="only the natural order"):
-        likelihood.log_prob(weights, config, tokens, natural[:, :, ::-1])
+        likelihood.log_prob(engine(config, weights), tokens, natural[:, :, ::-1])
 
 
 def test_nll_in_chunks_equals_nll_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,11 +261,11 @@ def test_nll_in_chunks_equals_nll_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     hidden = jax.random.normal(jax.random.key(0), (4, config.model.length, config.model.width))
 
     def gradient(hidden: jax.Array) -> jax.Array:
-        return jax.grad(lambda h: transformer.nll(weights, h, tokens, config.model.mask).sum())(hidden)
+        return jax.grad(lambda h: vocabulary.nll(weights, h, tokens, config.model.mask).sum())(hidden)
 
-    whole = transformer.nll(weights, hidden, tokens, config.model.mask), gradient(hidden)
-    monkeypatch.setattr(transformer, "LOGITS_AT_ONCE", 4 * 2 * config.model.vocab_size)
-    parts = transformer.nll(weights, hidden, tokens, config.model.mask), gradient(hidden)
+    whole = vocabulary.nll(weights, hidden, tokens, config.model.mask), gradient(hidden)
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 4 * 2 * config.model.vocab_size)
+    parts = vocabulary.nll(weights, hidden, tokens, config.model.mask), gradient(hidden)
     for ours, theirs in zip(parts, whole, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 

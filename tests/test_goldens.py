@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import Golden, golden
+from conftest import Golden, engine, golden
 from eso_jax import attention, families, likelihood, masks, noise, transformer
 from eso_jax.families import ar, bd3lm, esolm, mdlm
 from eso_jax.order import sort
@@ -104,7 +104,7 @@ def test_exact_likelihood_and_importance_weighted_bound(eso: Golden, cases: Case
     by_token = families.get(eso.config).log_likelihood(eso.weights, eso.config, jnp.asarray(cases["x0"]),
                                                        jnp.asarray(orders[0]))
     sums_close(by_token, cases["exact/logp_in_order"])
-    logp = likelihood.log_prob(eso.unstacked, eso.config, cases["x0"], orders)
+    logp = likelihood.log_prob(engine(eso.config, eso.unstacked), cases["x0"], orders)
     sums_close(logp, cases["exact/logp_per_order"])
     sums_close(likelihood.iw_bound(logp)[0], cases["exact/iw_bound"])
 

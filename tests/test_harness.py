@@ -34,13 +34,12 @@ def ids(text: str) -> list[int]:
 
 def plain(harness: HarnessModel, context: list[int], continuation: list[int]) -> float:
     """log p by the exact likelihood of a whole row: of context and continuation, less that of the context."""
-    config = harness.model.config
     row = np.array([(context + continuation + [0] * LENGTH)[:LENGTH]])
     given, wanted = np.zeros((2, 1, LENGTH), bool)
     wanted[0, :len(context) + len(continuation)] = True
-    both = likelihood.conditional(harness.model.weights, config, row, given, wanted)
+    both = likelihood.conditional(harness.model, row, given, wanted)
     wanted[0, len(context):] = False
-    return float(both[0] - likelihood.conditional(harness.model.weights, config, row, given, wanted)[0])
+    return float(both[0] - likelihood.conditional(harness.model, row, given, wanted)[0])
 
 
 def requests(kind: str, *arguments: tuple[str, ...]) -> list[Instance]:

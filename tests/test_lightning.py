@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 import checkpoints
 import eso_jax
 from checkpoints import call, listed, literal, many, mapping, named, node, tensor
-from conftest import GOLDENS, Run
+from conftest import GOLDENS, params_of, Run
 from eso_jax.config import EsoError
 from eso_jax.reference import lightning, names, pickles
 
@@ -40,7 +40,7 @@ def test_golden_checkpoint(tmp_path: Path, run: Run) -> None:
         text = run("import", CKPT, *flags, "--out", out)
         assert "esolm: 30 tensors mapped" in text and "82,785 parameters" in text
         model = eso_jax.load(out)
-        found = names.to_tensors(model.params, model.config.model)
+        found = names.to_tensors(params_of(out), model.config.model)
         for name, array in expected.items():
             np.testing.assert_array_equal(found[name], array * factor, err_msg=name)
     assert model.config.family.alpha_0 == 0.5 and model.config.model.length == 16 and model.config.model.heads == 4
@@ -65,7 +65,7 @@ def test_halves_become_float32_exactly(dtype: type, tmp_path: Path, run: Run) ->
     path = checkpoints.write(tmp_path / "c.ckpt", tensors)
     run("import", path, "--length", 16, "--out", tmp_path / "w")
     model = eso_jax.load(tmp_path / "w")
-    found = names.to_tensors(model.params, model.config.model)
+    found = names.to_tensors(params_of(tmp_path / "w"), model.config.model)
     for name, array in tensors.items():
         if not names.is_buffer(name):
             np.testing.assert_array_equal(found[name], array.astype(np.float32), err_msg=name)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import random_weights, tiny_config
+from conftest import engine, random_weights, tiny_config
 from eso_jax import families, likelihood
 from eso_jax.config import EsoError
 from eso_jax.evaluation import importance
@@ -29,7 +29,7 @@ def test_mdlms_any_order_bound_at_one_order_is_its_nelbo() -> None:
     config, weights, everything = toy("mdlm")
     row, trials = np.asarray(everything[5])[None], 4096
     orders = np.array(list(itertools.permutations(range(3))))[:, None]
-    one = -likelihood.log_prob(weights, config, row, orders)[:, 0].mean()
+    one = -likelihood.log_prob(engine(config, weights), row, orders)[:, 0].mean()
     exact = 0.0
     for flags in itertools.product([False, True], repeat=3):
         if m := sum(flags):
@@ -46,28 +46,28 @@ def test_bd3lms_likelihood_is_normalized_within_its_blocks(tmp_path: Path) -> No
     weights = random_weights(config.model)
     everything = np.array(list(itertools.product(range(2), repeat=4)))
     for order in ([1, 0, 2, 3], [0, 1, 3, 2]):
-        logp = likelihood.log_prob(weights, config, everything, np.tile(order, (1, 16, 1)))
+        logp = likelihood.log_prob(engine(config, weights), everything, np.tile(order, (1, 16, 1)))
         assert np.exp(logp).sum() == pytest.approx(1, abs=1e-5)
     drawn = np.asarray(likelihood_orders(jax.random.key(0), 50, 2, 4, 1.0, block=2))
     assert {tuple(order) for order in drawn.reshape(-1, 4)} == {(0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 2, 3), (1, 0, 3, 2)}
-    scores = importance.log_prob(weights, config, everything, 3, 1.0, 0, tmp_path / "partial")
+    scores = importance.log_prob(engine(config, weights), everything, 3, 1.0, 0, tmp_path / "partial")
     assert scores.shape == (3, 16) and (scores < 0).all()
     with pytest.raises(EsoError, match="no order may leave its block"):
-        likelihood.log_prob(weights, config, everything, np.tile([0, 2, 1, 3], (1, 16, 1)))
+        likelihood.log_prob(engine(config, weights), everything, np.tile([0, 2, 1, 3], (1, 16, 1)))
 
 
 def test_conditionals_are_ratios_of_the_law_of_their_order() -> None:
     """log p(x_2 | x_0) of three tokens, against sums over all sequences decoded in the order 0, 2, 1."""
     config, weights, everything = toy("esolm")
-    logp = likelihood.log_prob(weights, config, np.asarray(everything), np.tile([0, 2, 1], (1, 27, 1)))[0]
+    logp = likelihood.log_prob(engine(config, weights), np.asarray(everything), np.tile([0, 2, 1], (1, 27, 1)))[0]
     p = np.exp(logp.astype(np.float64)).reshape(3, 3, 3)  # by x_0, x_1, x_2
     ratio = p.sum(1) / p.sum((1, 2))[:, None]
     given, wanted = (np.tile(flags, (27, 1)) for flags in ([True, False, False], [False, False, True]))
-    found = likelihood.conditional(weights, config, np.asarray(everything), given, wanted)
+    found = likelihood.conditional(engine(config, weights), np.asarray(everything), given, wanted)
     x = np.asarray(everything)
     np.testing.assert_allclose(found, np.log(ratio)[x[:, 0], x[:, 2]], atol=1e-5)
-    whole = likelihood.conditional(weights, config, x, np.zeros_like(given), np.ones_like(given))
-    natural = likelihood.log_prob(weights, config, x, np.tile([0, 1, 2], (1, 27, 1)))[0]
+    whole = likelihood.conditional(engine(config, weights), x, np.zeros_like(given), np.ones_like(given))
+    natural = likelihood.log_prob(engine(config, weights), x, np.tile([0, 1, 2], (1, 27, 1)))[0]
     np.testing.assert_allclose(whole, natural, atol=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_conditionals_by_token_and_what_greedy_decoding_takes(family: str) -> No
     given = rng.random((6, 5)) < 0.4 if family == "esolm" else np.arange(5) < rng.integers(0, 4, (6, 1))
     wanted = ~given & (np.arange(5) < 4)
     orders = np.argsort(np.where(given, 0, np.where(wanted, 1, 2)), axis=1, kind="stable")
-    found = likelihood.conditionals(weights, config, tokens, given, wanted, rows=4)
+    found = likelihood.conditionals(engine(config, weights, 4), tokens, given, wanted)
     log_likelihood = families.get(config).log_likelihood
     for row, position in np.argwhere(wanted):
         others = np.tile(tokens[row], (3, 1))
@@ -92,7 +92,7 @@ def test_conditionals_by_token_and_what_greedy_decoding_takes(family: str) -> No
         assert found.logp[row, position] == pytest.approx(logp[tokens[row, position]], abs=1e-5)
         assert found.greedy[row, position] == (logp.argmax() == tokens[row, position])
     assert not found.logp[~wanted].any() and found.greedy[~wanted].all() and not found.greedy.all()
-    total = likelihood.conditional(weights, config, tokens, given, wanted)
+    total = likelihood.conditional(engine(config, weights), tokens, given, wanted)
     np.testing.assert_allclose(total, found.logp.sum(1), rtol=1e-5)
 
 
@@ -102,22 +102,23 @@ def test_conditional_mistakes() -> None:
     for given, wanted, message in ((none[:, :2], none, "given = 'bool"), (none, none.astype(int), "wanted = 'int64"),
                                    (~none, ~none, "either given or wanted")):
         with pytest.raises(EsoError, match=message):
-            likelihood.conditional(weights, config, x, given, wanted)
+            likelihood.conditional(engine(config, weights), x, given, wanted)
     prefix = np.tile([True, False, False], (2, 1))
     ar = toy("ar")[0]
-    assert np.isfinite(likelihood.conditional(weights, ar, x, prefix, ~prefix)).all()
+    assert np.isfinite(likelihood.conditional(engine(ar, weights), x, prefix, ~prefix)).all()
     with pytest.raises(EsoError, match="must be a prefix"):
-        likelihood.conditional(weights, ar, x, prefix[:, ::-1].copy(), prefix)
+        likelihood.conditional(engine(ar, weights), x, prefix[:, ::-1].copy(), prefix)
     with pytest.raises(EsoError, match="only an Eso-LM"):
-        likelihood.conditional(weights, toy("mdlm")[0], x, prefix, ~prefix)
+        likelihood.conditional(engine(toy("mdlm")[0], weights), x, prefix, ~prefix)
 
 
 def test_a_stopped_importance_weighted_bound_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was stopped after some groups and started again equals what was not; others' partial results are refused."""
     config, weights, everything = toy("esolm")
     x, partial = np.asarray(everything[:5]), tmp_path / "s.npz.partial"
-    arguments = (weights, config, x, 23, 0.5, 3)
-    whole = importance.log_prob(*arguments, tmp_path / "other", rows=10)
+    model = engine(config, weights, 10)
+    arguments = (model, x, 23, 0.5, 3)
+    whole = importance.log_prob(*arguments, tmp_path / "other")
     assert whole.shape == (23, 5)
     inner, calls = likelihood.log_prob, []
 
@@ -129,26 +130,26 @@ def test_a_stopped_importance_weighted_bound_goes_on(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(likelihood, "log_prob", stop)
     with pytest.raises(KeyboardInterrupt):
-        importance.log_prob(*arguments, partial, rows=10)
+        importance.log_prob(*arguments, partial)
     with np.load(partial) as kept:
         np.testing.assert_array_equal(kept["logp_per_order"], whole[:6])
     others = random_weights(config.model, seed=1)
-    for changed in ((others, config, x, 23, 0.5, 3), (weights, config, x, 23, 0.25, 3),
-                    (weights, config, x, 23, 0.5, 4), (weights, config, x[::-1].copy(), 23, 0.5, 3)):
+    for changed in ((engine(config, others, 10), x, 23, 0.5, 3), (model, x, 23, 0.25, 3), (model, x, 23, 0.5, 4),
+                    (model, x[::-1].copy(), 23, 0.5, 3)):
         with pytest.raises(EsoError, match="another model, other tokens"):
-            importance.log_prob(*changed, partial, rows=10)
-    np.testing.assert_array_equal(importance.log_prob(*arguments, partial, rows=10), whole)
+            importance.log_prob(*changed, partial)
+    np.testing.assert_array_equal(importance.log_prob(*arguments, partial), whole)
     assert len(calls) == 4 + 9
-    few = importance.log_prob(weights, config, x, 2, 0.5, 3, partial, rows=10)  # loses none that are there
+    few = importance.log_prob(model, x, 2, 0.5, 3, partial)  # loses none that are there
     np.testing.assert_array_equal(few, whole)
     for damage in (b"damaged", partial.read_bytes()[:200]):
         partial.write_bytes(damage)
         with pytest.raises(EsoError, match="not a partial result"):
-            importance.log_prob(*arguments, partial, rows=10)
+            importance.log_prob(*arguments, partial)
 
 
 def test_a_mistake_leaves_no_partial_result(tmp_path: Path) -> None:
     config, weights, everything = toy("esolm_a", alpha_0=0.5)
     with pytest.raises(EsoError, match="only the natural order"):
-        importance.log_prob(weights, config, np.asarray(everything), 2, 1.0, 0, tmp_path / "partial")
+        importance.log_prob(engine(config, weights), np.asarray(everything), 2, 1.0, 0, tmp_path / "partial")
     assert not (tmp_path / "partial").exists()

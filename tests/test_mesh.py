@@ -136,7 +136,7 @@ def test_rematerialization_changes_no_step_and_saves_memory(remat: str, monkeypa
         config = mesh_losses.config_of("esolm").override("model.layers=8", "model.length=64", f"train.remat={name}")
         mesh = sharding.mesh(config.mesh)
         compiled = train.lower_step(config, mesh).compile()
-        tokens = sharding.put_batch(np.arange(16 * 64, dtype=np.int32).reshape(16, 64) % 32, mesh, 16)
+        tokens = sharding.put_rows(np.arange(16 * 64, dtype=np.int32).reshape(16, 64) % 32, mesh, 16)
         with jax.set_mesh(mesh):
             state = train.begin(config, mesh)
             for _ in range(3):
@@ -167,7 +167,7 @@ def test_rows_of_one_process_are_all() -> None:
     mesh = sharding.mesh(MeshConfig())
     assert sharding.rows_of_process(mesh, 6).tolist() == list(range(6))
     tokens = np.arange(12, dtype=np.int32).reshape(6, 2)
-    np.testing.assert_array_equal(sharding.put_batch(tokens, mesh, 6), tokens)
+    np.testing.assert_array_equal(sharding.put_rows(tokens, mesh, 6), tokens)
 
 
 def test_deep_models_are_not_unrolled_whole_on_cpu() -> None:

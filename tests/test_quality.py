@@ -139,9 +139,9 @@ def test_a_separator_is_the_judges_end_of_text(gpt2: Path, modernbert: Path, our
 
 @pytest.mark.parametrize("family", ["ar", "esolm"])
 def test_our_judges_score_tokens_and_texts(family: str, tmp_path: Path) -> None:
-    model = eso_jax.load(made(tmp_path / "w", family))
+    model = eso_jax.load(made(tmp_path / "w", family), batch_size=2)
     tokens = np.random.default_rng(0).integers(0, 256, (5, 24))
-    found = judges.ModelJudge(model, batch_size=2).score(of_tokens(tokens, model.tokenizer))
+    found = judges.ModelJudge(model).score(of_tokens(tokens, model.tokenizer))
     exact = model.log_likelihood(tokens, np.tile(np.arange(24), (1, 5, 1)))[0]
     np.testing.assert_allclose(found.nats, -exact, rtol=1e-5)
     assert found.tokens.tolist() == [24] * 5 and found.cut == 0
@@ -151,8 +151,7 @@ def test_our_judges_score_tokens_and_texts(family: str, tmp_path: Path) -> None:
     other[0, :7] = np.frombuffer(b"the dog", np.uint8)
     given, wanted = np.zeros((2, 1, 24), bool)
     wanted[0, :7] = True
-    np.testing.assert_allclose(text.nats[1:2], -likelihood.conditional(model.weights, model.config, other, given,
-                                                                      wanted), rtol=1e-5)
+    np.testing.assert_allclose(text.nats[1:2], -likelihood.conditional(model, other, given, wanted), rtol=1e-5)
 
 
 def test_our_judges_refuse_what_they_cannot_read(tmp_path: Path, ours: Path) -> None:

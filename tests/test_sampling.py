@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import random_tokens, random_weights, tiny_config
+from conftest import engine, random_tokens, random_weights, tiny_config
 from eso_jax import families
 from eso_jax.config import Config, EsoError
 from eso_jax.families import ar, bd3lm, esolm, mdlm
@@ -89,7 +89,7 @@ def test_a_cache_that_is_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, weights = families.get(config).sampler(config), random_weights(config.model)
     plan = plan_of("esolm", 0, 2, CUTS)
     x = sort(random_tokens(config, 2), plan.order)
-    arguments = (weights, config.model, sampler, plan, x)
+    arguments = (engine(config, weights), sampler, plan, np.asarray(x))
     assert check.cache_error(*arguments).relative < 1e-5 and check.batch_error(*arguments, size=1).relative < 1e-5
     write = jax.lax.dynamic_update_slice_in_dim
     monkeypatch.setattr(jax.lax, "dynamic_update_slice_in_dim",

@@ -66,7 +66,7 @@ def test_any_mesh_draws_the_same_tokens(tmp_path: Path) -> None:
 def test_meshes_that_do_not_fit_are_refused() -> None:
     for tensor in (0, jax.device_count() + 1):
         with pytest.raises(EsoError, match=f"tensor = {tensor}: must divide the"):
-            sharding.sampling_mesh(ModelConfig(), tensor)
+            sharding.inference_mesh(ModelConfig(), tensor)
 
 
 def test_constrain_without_a_mesh_does_nothing() -> None:

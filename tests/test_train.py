@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -18,7 +19,7 @@ import optax
 import pytest
 
 import eso_jax
-from conftest import BASE, random_tokens, tiny_config
+from conftest import BASE, emulated, params_of, random_tokens, tiny_config, together
 from eso_jax import flops, metrics
 from eso_jax import train as training
 from eso_jax.config import FAMILIES, Config, EsoError
@@ -37,8 +38,8 @@ def test_it_learns_logs_and_draws(base: Config, tmp_path: Path) -> None:
     lines = metrics.read(tmp_path / "w")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0] - 1
-    assert {"loss", "diffusion", "sequential", "gradient_norm", "tokens_per_second", "tflops_per_second",
-            "step"} == set(lines[0])
+    assert {"loss", "diffusion", "sequential", "gradient_norm", "update_norm", "parameter_norm", "tokens_per_second",
+            "tflops_per_second", "step"} == set(lines[0])
     per_token = lines[1]["tflops_per_second"] * 1e12 / lines[1]["tokens_per_second"]
     assert per_token == pytest.approx(sum(flops.training_step(run).values()) / (8 * 16))
     found = [line for line in lines if "validation_bits_per_byte" in line]
@@ -86,7 +87,7 @@ def test_kill_9_and_rerun(base: Config, tmp_path: Path) -> None:
     assert "step 3 of 8" in rerun.stderr or "step 6 of 8" in rerun.stderr  # it did not start over
     whole = training.train(base, tmp_path / "whole")
     np.testing.assert_equal(step_lines(tmp_path / "w"), step_lines(tmp_path / "whole"))
-    chex.assert_trees_all_equal(eso_jax.load(tmp_path / "w").params, jax.device_get(whole.ema))
+    chex.assert_trees_all_equal(params_of(tmp_path / "w"), jax.device_get(whole.ema))
 
 
 def test_a_torn_metrics_line_is_dropped(tmp_path: Path) -> None:
@@ -117,6 +118,8 @@ def test_first_step_matches_recorded_numbers() -> None:
         run.override("train.batch_size=8", "train.compute_dtype=float32"), state, random_tokens(run, 8))
     recorded = {"diffusion": 1.003919, "gradient_norm": 0.3849035, "loss": 2.086961, "sequential": 1.083042}
     assert values.pop("finite")
+    assert values.pop("update_norm") == 0  # the rate begins at 0
+    assert values.pop("parameter_norm") == pytest.approx(optax.tree.norm(state.params))
     assert {name: float(value) for name, value in values.items()} == pytest.approx(recorded, rel=1e-5)
     # The head begins at zero, so a masked token costs log 8 exactly: the sequential share of masks is a whole number.
     masks = recorded["sequential"] / np.log(8) * 4 * run.model.length
@@ -147,7 +150,7 @@ def test_an_exploding_run_is_not_saved(override: str, base: Config, tmp_path: Pa
         training.train(base.override(override, "train.warmup=0", "train.save_every=1"), tmp_path / "w")
     for path in (tmp_path / "w" / "checkpoints").iterdir():
         assert path.name.isdigit()
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(eso_jax.load(tmp_path / "w", ema=False).params))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(params_of(tmp_path / "w", ema=False)))
 
 
 def test_a_work_directory_beyond_the_asked_steps_is_left_alone(base: Config, tmp_path: Path) -> None:
@@ -171,16 +174,54 @@ def test_a_work_directory_is_of_one_run(base: Config, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
-def test_eight_devices_take_the_same_steps(base: Config, tmp_path: Path) -> None:
-    """The loss does not depend on the number of devices (here eight emulated ones)."""
-    run = base.override("train.steps=4", "train.batch_size=16")
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """BASE on a corpus of 300 validation windows and more, in steps for many devices."""
+    path = tmp_path_factory.mktemp("long") / "text.py"
+    path.write_text("".join(f"print({n} ** 2)\n" for n in range(8000)))
+    return BASE.override(f"data.source={path}", "train.steps=4", "train.batch_size=16", "train.eval_windows=300")
+
+
+@pytest.mark.slow
+def test_eight_devices_take_the_same_steps(long: Config, tmp_path: Path) -> None:
+    """Neither losses nor validation depend on the number of devices (here eight emulated ones), though they do not
+    divide the number of windows, nor on the number of processes."""
+    for windows in (100, 300):
+        run = long.override(f"train.eval_windows={windows}")
+        path = tmp_path / f"{windows}.json"
+        path.write_text(run.to_json())
+        command = [sys.executable, "-m", "eso_jax", "train", str(path), "--workdir"]
+        subprocess.run([*command, str(tmp_path / f"eight-{windows}")], check=True, capture_output=True, env=emulated(8))
+        together([[*command, str(tmp_path / f"two-{windows}"), "--multi-host", "mesh.fsdp=2"]] * 2, devices=4)
+        training.train(run, tmp_path / f"one-{windows}")
+        one, *others = (step_lines(tmp_path / f"{name}-{windows}") for name in ("one", "eight", "two"))
+        evaluated = [validation_lines(tmp_path / f"{name}-{windows}") for name in ("one", "eight", "two")]
+        for lines in others:
+            np.testing.assert_allclose(*([line["loss"] for line in found] for found in (lines, one)), rtol=1e-5)
+        assert len(evaluated[0]) == 1 and evaluated[0][0]["validation_windows"] == windows
+        for lines in evaluated[1:]:
+            for ours, right in zip(lines, evaluated[0], strict=True):
+                assert ours.pop("validation_terms") == pytest.approx(right["validation_terms"], rel=1e-5)
+                assert ours == pytest.approx({name: right[name] for name in ours}, rel=1e-5)
+
+
+def validation_lines(workdir: Path) -> list[dict[str, Any]]:
+    return [line for line in metrics.read(workdir) if "validation_windows" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pod_passes_its_evaluation(family: str, long: Config, tmp_path: Path) -> None:
+    """128 devices, which do not divide the windows."""
+    run = long.override(f"family.name={family}", f"family.alpha_0={0.5 if 'eso' in family else 1}", "train.steps=2",
+                        "family.block_size=4", "train.batch_size=256", "train.eval_windows=100", "model.layers=1")
     (tmp_path / "run.json").write_text(run.to_json())
-    flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    subprocess.run([sys.executable, "-m", "eso_jax", "train", str(tmp_path / "run.json"), "--workdir",
-                    str(tmp_path / "eight")], check=True, capture_output=True, env=flags)
-    training.train(run, tmp_path / "one")
-    one, eight = (np.array([line["loss"] for line in step_lines(tmp_path / name)]) for name in ("one", "eight"))
-    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    done = subprocess.run([sys.executable, "-m", "eso_jax", "train", str(tmp_path / "run.json"), "--workdir",
+                           str(tmp_path / "w"), "mesh.fsdp=4"], capture_output=True, text=True, env=emulated(128))
+    assert done.returncode == 0, done.stderr
+    assert "128 cpu device(s) (data 32 x fsdp 4)" in done.stderr
+    (line,) = validation_lines(tmp_path / "w")
+    assert line["step"] == 2 and line["validation_windows"] == 100 and np.isfinite(line["validation_bits_per_byte"])
 
 
 def test_ema_ramp_and_warm_up() -> None:

@@ -61,7 +61,7 @@ def test_this_process() -> None:
 ])
 def test_flags_by_version(release: tuple[int, ...], given: str, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xla.version, "__version_info__", release)
-    monkeypatch.setattr(xla.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(xla, "backends_are_initialized", lambda: False)
     monkeypatch.setenv("XLA_FLAGS", given)
     xla.without_ynn_fusions()
     assert os.environ["XLA_FLAGS"] == flags

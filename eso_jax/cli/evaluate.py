@@ -19,34 +19,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "or a folder, a file or a glob of raw text")
     parser.add_argument("--num-windows", type=int, default=512, help="windows, evenly spaced (%(default)s)")
     parser.add_argument("--samples", type=int, default=1, help="Monte Carlo samples per window (%(default)s)")
+    options.of_devices(parser)
     parser.add_argument("--out", default="eval.json", help="JSON (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     import jax
-    import numpy as np
 
-    from eso_jax import load
-    from eso_jax.data import is_prepared, windows_of
-    from eso_jax.data.pipeline import eval_batches
+    from eso_jax import families, load
+    from eso_jax.data import evenly_spaced, is_prepared, windows_of
     from eso_jax.evaluation import perplexity
 
     check_out(arguments.out)
-    model = load(arguments.workdir, ema=not arguments.raw)
+    model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size)
     if model.tokenizer is None:
         raise EsoError(f"--workdir = {arguments.workdir!r}: its vocabulary of {model.config.model.vocab_size} fits no "
                        "tokenizer; use eso-jax score with --tokens")
-    alpha_0 = model.config.family.alpha_0 if arguments.alpha_0 is None else arguments.alpha_0
-    require(0 <= alpha_0 <= 1, "--alpha-0", alpha_0, "must be in [0, 1]")
+    alpha_0 = families.alpha_0_of(model.config, arguments.alpha_0)
     for name in ("num_windows", "samples"):
         require(getattr(arguments, name) >= 1, f"--{name.replace('_', '-')}", getattr(arguments, name),
                 "must be at least 1")
     raw = arguments.source is not None and not is_prepared(arguments.source)
     split = arguments.split or ("all" if raw else "validation")
     windows = windows_of(model.config, split, arguments.source, model.tokenizer)
-    windows = np.concatenate(list(eval_batches(windows, 64, arguments.num_windows)))
-    found = perplexity.nelbo(model.weights, model.config, windows, model.tokenizer, alpha_0,
-                             jax.random.key(arguments.seed), samples=arguments.samples)
+    found = perplexity.nelbo(model, evenly_spaced(windows, arguments.num_windows), model.tokenizer, alpha_0,
+                             jax.random.key(arguments.seed), arguments.samples)
     say(f"{model.config.family.name} at step {model.step}, alpha_0 = {alpha_0}, {found.windows} windows of "
         f"{model.config.model.length} tokens ({split})")
     for term, nats in found.terms.items():

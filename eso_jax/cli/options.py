@@ -13,6 +13,14 @@ def of_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha-0", type=float, help="share of tokens left to diffusion (the training value)")
 
 
+def of_devices(parser: argparse.ArgumentParser, default: int | None = 64, *aliases: str) -> None:
+    """How a model and its rows are laid over the devices; not what comes out."""
+    parser.add_argument("--tensor", type=int, default=1, help="devices to a copy of the model; the others hold further "
+                        "copies (%(default)s)")
+    parser.add_argument("--batch-size", *aliases, type=int, default=default, help="sequences that pass together, over "
+                        "all devices (" + ("%(default)s" if default else "the judge's own") + ")")
+
+
 def of_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of weights, products and cache (%(default)s)")

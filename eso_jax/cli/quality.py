@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from eso_jax.cli import options
 from eso_jax.cli.files import check_out, say, write_json
 from eso_jax.config import require
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", default="none",
                         help="of MAUVE, with --reference: a model of the transformers library (the paper's: "
                              "answerdotai/ModernBERT-large), a work directory, or none, for no MAUVE (%(default)s)")
+    options.of_devices(parser, None)
     parser.add_argument("--out", required=True, help="JSON")
 
 
@@ -36,8 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
     reference = texts.read(arguments.reference, "--reference", len(samples)) if arguments.reference else None
     require(arguments.features == "none" or reference is not None, "--features", arguments.features,
             "MAUVE compares with texts; give --reference as well")
-    features = None if arguments.features == "none" else mauve.get(arguments.features)
-    judge = None if arguments.judge == "none" else judges.get(arguments.judge)
+    features = None if arguments.features == "none" else mauve.get(
+        arguments.features, arguments.batch_size, arguments.tensor)
+    judge = None if arguments.judge == "none" else judges.get(
+        arguments.judge, arguments.batch_size, arguments.tensor)
     found = quality.measure(samples, judge, reference, features)
     beside = None if reference is None else quality.measure(reference, judge)
     say(f"{arguments.samples}, counted in {found.unit}")

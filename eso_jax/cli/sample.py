@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-entropy", type=float, help="with --num-tries: nats of the last 256 tokens' unigrams "
                                                          "below which a sample is drawn again (BD3-LM's code: 4)")
     options.of_precision(parser)
-    parser.add_argument("--tensor", type=int, default=1, help="devices to a copy of the model (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="sequences decoded together (%(default)s)")
+    options.of_devices(parser)
     parser.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
     parser.add_argument("--out", required=True, help=".npz with tokens [N, L], order [N, L], tokens_per_step, text")
 
@@ -40,7 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax import load
 
     check_out(arguments.out)
-    model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor)
+    model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor,
+                 batch_size=arguments.batch_size)
     plan = arguments.plan
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         plan = read_plan(plan)
     steps = 128 if arguments.steps is None else arguments.steps
     found = model.sample(arguments.num_samples, steps, arguments.alpha_0, arguments.top_p,
-                         arguments.temperature, arguments.seed, arguments.batch_size, min_p=arguments.min_p, plan=plan,
+                         arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
                          num_tries=arguments.num_tries, min_entropy=arguments.min_entropy)
     text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
     extra: dict[str, Any] = {"text": np.array(text)} if text else {}

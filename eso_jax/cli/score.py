@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eso_jax.cli import options
 from eso_jax.cli.files import check_out, read_array, read_plan, say, write_npz
-from eso_jax.config import EsoError, require
+from eso_jax.config import EsoError
 
 EXAMPLE = "eso-jax score --workdir /tmp/w --tokens x.npy --num-orders 16 --alpha-0 0.25 --out s.npz"
 
@@ -19,16 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-orders", type=int, help="K, orders to draw per sequence (1)")
     parser.add_argument("--plan", help=".npz of eso-jax sample: score along its plan by the sampler's own steps; "
                                       "writes logp [B] and logp_in_order [B, L]")
+    options.of_devices(parser)
     parser.add_argument("--out", required=True,
                         help=".npz with logp_per_order [K, B], iw_bound [B], iw_bound_standard_error [B], in nats")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from eso_jax import likelihood, load
+    from eso_jax import families, likelihood, load
     from eso_jax.evaluation import importance
 
     check_out(arguments.out)
-    model = load(arguments.workdir, ema=not arguments.raw)
+    model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size)
     tokens = read_array(arguments.tokens, "--tokens", "tokens")
     likelihood.check_tokens(tokens, model.config)
     given = [name for name in ("orders", "plan") if getattr(arguments, name)]
@@ -45,14 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.orders:
         logp = model.log_likelihood(tokens, read_array(arguments.orders, "--orders", "orders"))
     else:
-        default = 0.0 if model.config.family.name == "ar" else model.config.family.alpha_0
-        alpha_0 = default if arguments.alpha_0 is None else arguments.alpha_0
-        require(0 <= alpha_0 <= 1, "--alpha-0", alpha_0, "must be in [0, 1]")
-        require(alpha_0 == default or model.config.family.name.startswith("esolm"), "--alpha-0", alpha_0,
-                f"only Eso-LMs have it; leave it out for family.name = {model.config.family.name!r}")
+        alpha_0 = families.alpha_0_of(model.config, arguments.alpha_0)
+        alpha_0 = 0.0 if model.config.family.name == "ar" else alpha_0
         partial = Path(arguments.out + ".partial")
         count = 1 if arguments.num_orders is None else arguments.num_orders
-        logp = importance.log_prob(model.weights, model.config, tokens, count, alpha_0, arguments.seed, partial)
+        logp = importance.log_prob(model, tokens, count, alpha_0, arguments.seed, partial)
     bound, error = likelihood.iw_bound(logp)
     say(f"{len(tokens)} sequences, {len(logp)} orders each: log p >= {bound.mean():.4f} nats on average "
         f"({-bound.mean() / tokens.shape[1]:.4f} nats per token)")

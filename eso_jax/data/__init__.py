@@ -13,11 +13,11 @@ from eso_jax.config import Config, require
 from eso_jax.data.bigram import Bigram
 from eso_jax.data.corpora import SPLITS, documents
 from eso_jax.data.packing import pack
-from eso_jax.data.prepared import Windows, is_prepared, prepared_tokenizer, prepared_windows
+from eso_jax.data.prepared import Windows, evenly_spaced, is_prepared, prepared_tokenizer, prepared_windows
 from eso_jax.data.tokenizers import ByteTokenizer, Tokenizer, get_tokenizer
 
-__all__ = ["SPLITS", "Bigram", "ByteTokenizer", "Tokenizer", "Windows", "documents", "get_tokenizer", "is_prepared",
-           "pack", "prepared_windows", "tokenizer_of", "windows_of"]
+__all__ = ["SPLITS", "Bigram", "ByteTokenizer", "Tokenizer", "Windows", "documents", "evenly_spaced", "get_tokenizer",
+           "is_prepared", "pack", "prepared_windows", "tokenizer_of", "windows_of"]
 
 
 def tokenizer_of(config: Config) -> Tokenizer:

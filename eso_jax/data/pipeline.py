@@ -1,8 +1,6 @@
-"""Windows to batches: shuffled and resumable for training, fixed for evaluation."""
+"""Windows to training batches, shuffled and resumable."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -44,20 +42,3 @@ def batches(windows: Windows, batch_size: int, seed: int,
     # One read-ahead thread is many times faster than training (experiments/bench_data.py); the small buffer costs a
     # resumed run little to refill.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
-
-
-def eval_batches(windows: Windows, batch_size: int, limit: int) -> Iterator[np.ndarray]:
-    """At most `limit` windows, evenly spaced and in order, the same in every call.
-
-    Args:
-      windows: integers [windows, length]; an array, or anything that is indexed by integers [N].
-      batch_size: rows in a batch.
-      limit: windows in all.
-
-    Yields:
-      int32 [<= batch_size, length]; only the last batch may be smaller.
-    """
-    count = min(limit, len(windows))
-    chosen = np.arange(count) * len(windows) // count
-    for start in range(0, count, batch_size):
-        yield windows[chosen[start:start + batch_size]].astype(np.int32)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from eso_jax.config import Config, EsoError, require
 from eso_jax.data import tokenizers
@@ -32,6 +33,29 @@ class Windows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Any) -> np.ndarray: ...
+
+
+class Chosen:
+    """Some windows by their numbers, which are read when they are asked for."""
+
+    def __init__(self, windows: Windows, numbers: Int[np.ndarray, " M"]) -> None:
+        self._windows, self._numbers = windows, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self._windows[self._numbers[index]]
+
+
+def evenly_spaced(windows: Windows, limit: int) -> Windows:
+    """At most `limit` windows, evenly spaced and in order, the same in every call.
+
+    Args:
+      windows: integers [windows, length]; an array, or anything that is indexed by integers [N].
+    """
+    count = min(limit, len(windows))
+    return Chosen(windows, np.arange(count) * len(windows) // count)
 
 
 class PreparedWindows:

@@ -11,7 +11,6 @@ far, so generate_until raises one as well.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +19,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from eso_jax import likelihood
 from eso_jax.config import EsoError, require
+from eso_jax.engine.model import load
 from eso_jax.metrics import say
-from eso_jax.workdir import load
 
 Ids = Sequence[int]
 
@@ -37,23 +35,25 @@ class HarnessModel(TemplateLM):
     Args:
       workdir: of a run with a tokenizer.
       ema: use the averaged parameters.
-      batch_size: rows per forward pass.
+      batch_size: rows that pass together, over all devices.
+      tensor: devices to a copy of the model.
       others: what the harness passes to every model (device and the like), without a meaning here.
 
     Raises:
       EsoError: the family has no exact conditionals, or no tokenizer fits.
     """
 
-    def __init__(self, workdir: str, ema: bool = True, batch_size: int | str = 64, **others: Any) -> None:
+    def __init__(self, workdir: str, ema: bool = True, batch_size: int | str = 64, tensor: int = 1,
+                 **others: Any) -> None:
         super().__init__()
-        self.model = load(workdir, ema=ema)
+        require(str(batch_size).isdigit() and int(batch_size) >= 1, "batch_size", batch_size, "must be at least 1")
+        self.model = load(workdir, ema=ema, tensor=tensor, batch_size=int(batch_size))
         likelihood.check_conditionals(self.model.config)
         tokenizer = self.model.tokenizer
         if tokenizer is None:
             raise EsoError(f"workdir = {workdir!r}: no tokenizer fits its vocabulary of "
                            f"{self.model.config.model.vocab_size}, and the harness gives text")
-        require(str(batch_size).isdigit() and int(batch_size) >= 1, "batch_size", batch_size, "must be at least 1")
-        self.encode, self.separator, self.batch_size = tokenizer.encode, tokenizer.separator_id, int(batch_size)
+        self.encode, self.separator = tokenizer.encode, tokenizer.separator_id
         self._said_cut = False
 
     @property
@@ -87,14 +87,11 @@ class HarnessModel(TemplateLM):
         if cut and not self._said_cut:
             say(f"eso_jax: {cut} of {len(requests)} contexts cut from the left, to the model's length {length}")
             self._said_cut = True
-        found: list[tuple[float, bool]] = []
-        for low in tqdm(range(0, len(requests), self.batch_size), desc="scoring", unit="batch", file=sys.stderr,
-                        disable=disable_tqdm or None):
-            part = np.resize(np.arange(low, min(low + self.batch_size, len(requests))), self.batch_size)
-            by_token = likelihood.conditionals(self.model.weights, self.model.config, tokens[part], given[part],
-                                               wanted[part], self.batch_size)
-            for row in range(min(self.batch_size, len(requests) - low)):
-                found.append((float(by_token.logp[row].sum(dtype=np.float64)), bool(by_token.greedy[row].all())))
+        if not requests:
+            return []
+        by_token = likelihood.conditionals(self.model, tokens, given, wanted, None if disable_tqdm else "scoring")
+        found = [(float(logp.sum(dtype=np.float64)), bool(greedy.all()))
+                 for logp, greedy in zip(*by_token, strict=True)]
         for (key, _, _), answer in zip(requests, found, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)

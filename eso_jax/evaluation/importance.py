@@ -20,35 +20,33 @@ import numpy as np
 from tqdm import tqdm
 
 from eso_jax import likelihood
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import EsoError, require
+from eso_jax.engine.rows import Engine
 from eso_jax.order import likelihood_orders
-from eso_jax.transformer import Weights
 
 SAVE_EVERY = 30.0  # seconds
 
 
-def log_prob(weights: Weights, config: Config, tokens: np.ndarray, num_orders: int, alpha_0: float, seed: int,
-             partial: Path, rows: int = 64) -> np.ndarray:
+def log_prob(engine: Engine, tokens: np.ndarray, num_orders: int, alpha_0: float, seed: int,
+             partial: Path) -> np.ndarray:
     """log p(tokens[b] | order) in nats under `num_orders` random orders of each row, float32 [O, B]; more of them where
     `partial` holds more.
 
     Args:
       tokens: int [B, L], no masks.
       alpha_0: of the orders' law; see eso_jax.order.likelihood_orders.
-      partial: where the orders scored so far are kept; to be removed once the result is safe.
-      rows: sequences per forward pass.
+      partial: where the orders scored so far are kept; to be removed once the result is safe. Devices and batch size
+        may be others when it goes on.
 
     Raises:
       EsoError: `partial` is of something else, or the arguments do not fit the model.
     """
-    likelihood.check_tokens(tokens, config)
+    likelihood.check_tokens(tokens, engine.config)
     require(num_orders >= 1, "--num-orders", num_orders, "must be at least 1")
-    digest = hashlib.sha256()
-    for array in (*jax.tree.leaves(weights), tokens):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    identity = json.dumps([config.to_json(), digest.hexdigest(), alpha_0, seed])
+    config = engine.config
+    identity = json.dumps([config.to_json(), _digest(engine, tokens), alpha_0, seed])
     found = _read(partial, identity, len(tokens))
-    key, group = jax.random.key(seed), max(1, rows // len(tokens))
+    key, group = jax.random.key(seed), max(1, engine.size(engine.batch_size) // len(tokens))
     block = config.family.block_size if config.family.name == "bd3lm" else None
     saved = time.monotonic()
     bar = tqdm(total=num_orders, initial=len(found), unit="order", disable=not sys.stderr.isatty())
@@ -57,7 +55,7 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, num_orders: i
         while len(found) < num_orders:
             orders = likelihood_orders(key, group, len(tokens), config.model.length, alpha_0, len(found), block)
             # A whole group always, for one compilation.
-            scores = likelihood.log_prob(weights, config, tokens, np.asarray(orders), rows)
+            scores = likelihood.log_prob(engine, tokens, np.asarray(orders))
             found = np.concatenate([found, scores])[:num_orders]
             bar.update(len(found) - bar.n)
             bar.set_postfix_str(f"log p >= {likelihood.iw_bound(found)[0].mean():.3f}")
@@ -65,6 +63,15 @@ def log_prob(weights: Weights, config: Config, tokens: np.ndarray, num_orders: i
                 _write(partial, identity, found)
                 saved = time.monotonic()
     return found
+
+
+def _digest(engine: Engine, tokens: np.ndarray) -> str:
+    """Of the weights and the tokens; the same on every mesh."""
+    digest, head = hashlib.sha256(), engine.weights["head"]
+    kernel = head["kernel"][:, :len(head["bias"])]  # without what pads it
+    for array in (*jax.tree.leaves({**engine.weights, "head": {**head, "kernel": kernel}}), tokens):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _read(partial: Path, identity: str, batch: int) -> np.ndarray:

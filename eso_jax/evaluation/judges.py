@@ -27,11 +27,12 @@ from tqdm import tqdm
 from eso_jax import likelihood
 from eso_jax.config import EsoError, require
 from eso_jax.data.tokenizers import SHOWN_SEPARATOR
+from eso_jax.engine.rows import BATCH_SIZE
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.texts import Texts, is_workdir
 
 if TYPE_CHECKING:
-    from eso_jax.workdir import Model
+    from eso_jax.engine.model import Model
 
 DEFAULT = "gpt2-large"  # the papers'
 
@@ -71,17 +72,22 @@ class Judge(Protocol):
     def score(self, texts: Texts) -> Scores: ...
 
 
-def get(name: str) -> Judge:
+def get(name: str, batch_size: int | None = None, tensor: int = 1) -> Judge:
     """The judge called `name`: a work directory of ours, or a model that the transformers library can load.
+
+    Args:
+      batch_size: texts that it reads together; None: 64 for ours, 8 for the library's.
+      tensor: devices to a copy of one of ours.
 
     Raises:
       EsoError: it cannot be loaded, for want of the library, of a network or of the model.
     """
+    require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "must be at least 1")
     if is_workdir(name):
-        from eso_jax.workdir import load
+        from eso_jax.engine.model import load
 
-        return ModelJudge(load(name), name)
-    return TransformersJudge(name)
+        return ModelJudge(load(name, tensor=tensor, batch_size=batch_size or BATCH_SIZE), name)
+    return TransformersJudge(name, batch_size or 8)
 
 
 class TransformersJudge:
@@ -127,8 +133,8 @@ class TransformersJudge:
 class ModelJudge:
     """One of our own models that decodes left to right: AR, or an Eso-LM (B)."""
 
-    def __init__(self, model: Model, name: str = "ours", batch_size: int = 64) -> None:
-        self.model, self.name, self.batch_size = model, name, batch_size
+    def __init__(self, model: Model, name: str = "ours") -> None:
+        self.model, self.name = model, name
 
     def score(self, texts: Texts) -> Scores:
         """Scores tokens or texts; see the top of this file.
@@ -136,16 +142,14 @@ class ModelJudge:
         Raises:
           EsoError: the tokens are another vocabulary's and there is no text, or the family cannot judge.
         """
-        config = self.model.config
         rows = texts.tokens_for(self.model, f"--judge = {self.name!r}")
-        length = config.model.length
+        length = self.model.config.model.length
         tokens = np.zeros((len(rows), length), np.int32)
         counts = np.array([min(len(row), length) for row in rows])
         for row, found, count in zip(tokens, rows, counts, strict=True):
             row[:count] = found[:count]
         wanted = np.arange(length) < counts[:, None]
-        logp = likelihood.conditional(self.model.weights, config, tokens, np.zeros_like(wanted), wanted,
-                                      self.batch_size)
+        logp = likelihood.conditional(self.model, tokens, np.zeros_like(wanted), wanted)
         return Scores(-logp.astype(np.float64), counts, sum(len(row) > length for row in rows))
 
 

@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from eso_jax import attention, masks, transformer
 from eso_jax.config import Config, EsoError, require
+from eso_jax.engine.rows import BATCH_SIZE
 from eso_jax.evaluation.judges import ended, pretrained
 from eso_jax.evaluation.texts import Texts, is_workdir
-from eso_jax.likelihood import batches
 from eso_jax.transformer import Weights
 
 if TYPE_CHECKING:
-    from eso_jax.workdir import Model
+    from eso_jax.engine.model import Model
 
 DEFAULT = "answerdotai/ModernBERT-large"  # the paper's
 SCALING = 5.0  # the library's default, and the paper's
@@ -74,17 +74,22 @@ class Features(Protocol):
     def __hash__(self) -> int: ...
 
 
-def get(name: str) -> Features:
+def get(name: str, batch_size: int | None = None, tensor: int = 1) -> Features:
     """The features of a work directory of ours, or of a model that the transformers library can load.
+
+    Args:
+      batch_size: texts that it reads together; None: 64 for ours, 16 for the library's.
+      tensor: devices to a copy of one of ours.
 
     Raises:
       EsoError: it cannot be loaded.
     """
+    require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "must be at least 1")
     if is_workdir(name):
-        from eso_jax.workdir import load
+        from eso_jax.engine.model import load
 
-        return ModelFeatures(load(name), name)
-    return TransformersFeatures(name)
+        return ModelFeatures(load(name, tensor=tensor, batch_size=batch_size or BATCH_SIZE), name)
+    return TransformersFeatures(name, batch_size or 16)
 
 
 class TransformersFeatures:
@@ -115,8 +120,8 @@ class TransformersFeatures:
 class ModelFeatures:
     """Of one of our own models."""
 
-    def __init__(self, model: Model, name: str = "ours", batch_size: int = 64) -> None:
-        self.model, self.name, self.batch_size = model, f"{name} (ours, mean-pooled)", batch_size
+    def __init__(self, model: Model, name: str = "ours") -> None:
+        self.model, self.name = model, f"{name} (ours, mean-pooled)"
 
     def of(self, texts: Texts) -> Float[np.ndarray, "N D"]:
         config = self.model.config
@@ -125,10 +130,9 @@ class ModelFeatures:
         tokens = np.zeros((len(rows), config.model.length), np.int32)
         for row, found, count in zip(tokens, rows, counts, strict=True):
             row[:count] = found[:count]
-        out = np.zeros((len(rows), config.model.width), np.float32)
-        for part in batches(np.arange(len(rows)), min(self.batch_size, len(rows))):
-            out[part] = _pooled(self.model.weights, config, jnp.asarray(tokens[part]), jnp.asarray(counts[part]))
-        return out
+        pooled: np.ndarray = self.model.rows(lambda weights, *arrays: _pooled(weights, config, *arrays), len(rows),
+                                             lambda index: (tokens[index], counts[index]), "features")
+        return pooled
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -136,7 +140,7 @@ def _pooled(weights: Weights, config: Config, tokens: Int[Array, "B L"],
             counts: Int[Array, " B"]) -> Float[Array, "B D"]:
     """Mean last-layer state of the first `counts` tokens of each row, who see each other as clean tokens do in the
     family's own passes, and nothing else; 0 for an empty row."""
-    inside = jnp.arange(tokens.shape[1]) < counts[:, None]
+    inside = jnp.arange(tokens.shape[1])[None] < counts[:, None]
     visible = {"ar": masks.causal, "esolm": masks.causal,
                "bd3lm": lambda query, key: masks.blocks_up_to(query, key, config.family.block_size)
                }.get(config.family.name, masks.everyone)

@@ -1,9 +1,13 @@
-"""The NELBO of a model on held-out windows, with its standard error."""
+"""The NELBO of a model on held-out windows, with its standard error.
+
+Axes: M windows, B windows of a batch, L length, S Monte Carlo samples.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +17,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import families, sharding
 from eso_jax.config import Config, require
-from eso_jax.data import Tokenizer
+from eso_jax.data import Tokenizer, Windows
+from eso_jax.engine.rows import Engine
 from eso_jax.noise import Draws
 from eso_jax.transformer import Weights
 
@@ -23,8 +28,8 @@ class Perplexity(NamedTuple):
 
     Attributes:
       nats_per_token: mean over tokens.
-      standard_error: of nats_per_token, over windows and their Monte Carlo draws. Times are spread evenly over a
-        batch, which the estimate ignores: it is an upper one.
+      standard_error: of nats_per_token, over windows and their Monte Carlo draws. Times are spread evenly over all of
+        them, which the estimate ignores: it is an upper one.
       terms: nats per token by term.
       bits_per_byte: total bits over the bytes of the text (separators cost bits and are no bytes).
       perplexity: exp(nats_per_token), at most exp(700).
@@ -42,36 +47,54 @@ class Perplexity(NamedTuple):
         return self._asdict()
 
 
-def nelbo(weights: Weights, config: Config, windows: np.ndarray, tokenizer: Tokenizer, alpha_0: float,
-          key: Key[Array, ""], rows: int = 64, samples: int = 1) -> Perplexity:
-    """The NELBO on windows [M, L] at any alpha_0, `samples` Monte Carlo draws per window."""
-    by_term = nelbo_per_window(weights, config, windows, alpha_0, key, rows, samples)
+def nelbo(engine: Engine, windows: Windows, tokenizer: Tokenizer, alpha_0: float, key: Key[Array, ""],
+          samples: int = 1) -> Perplexity:
+    """The NELBO on windows [M, L] at any alpha_0, `samples` Monte Carlo draws per window.
+
+    Neither batch size nor devices nor processes change the result, but for rounding. Of several processes, each reads
+    its own windows.
+    """
+    by_term, num_bytes = _per_window(engine, windows, alpha_0, key, samples, tokenizer.num_bytes)
     per_window = np.sum(list(by_term.values()), axis=0)
     mean = float(per_window.mean())
     error = float(per_window.std(ddof=1) / math.sqrt(len(windows))) if len(windows) > 1 else math.nan
-    bits = mean * windows.size / math.log(2) / tokenizer.num_bytes(windows)
+    tokens = len(windows) * engine.config.model.length
+    bits = mean * tokens / math.log(2) / num_bytes
     terms = {term: float(x.mean()) for term, x in by_term.items()}
     return Perplexity(mean, error, terms, bits, math.exp(min(mean, 700)), len(windows))
 
 
-def nelbo_per_window(weights: Weights, config: Config, windows: np.ndarray, alpha_0: float, key: Key[Array, ""],
-                     rows: int = 64, samples: int = 1) -> dict[str, Float[np.ndarray, " M"]]:
+def nelbo_per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array, ""],
+                     samples: int = 1) -> dict[str, Float[np.ndarray, " M"]]:
     """Each term of the NELBO of each of the windows [M, L] in nats per token, float64, from `samples` Monte Carlo draws
-    of `rows` windows at a time."""
+    of each."""
+    return _per_window(engine, windows, alpha_0, key, samples, lambda _: 0)[0]
+
+
+def _per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array, ""], samples: int,
+                num_bytes: Callable[[np.ndarray], int]) -> tuple[dict[str, Float[np.ndarray, " M"]], int]:
+    """The terms, and the bytes of text that all windows stand for."""
     require(len(windows) > 0, "windows", 0, "nothing to evaluate")
-    totals: list[dict[str, np.ndarray]] = []
-    for low in range(0, len(windows), rows):
-        tokens = np.asarray(windows[low:low + rows], np.int32)
-        keys = jax.random.split(jax.random.fold_in(key, low), samples)
-        estimates = [_per_row(weights, config, tokens, alpha_0, draw) for draw in keys]
-        totals.append({term: np.mean([np.asarray(e[term], np.float64) for e in estimates], axis=0)
-                       for term in estimates[0]})
-    return {term: np.concatenate([total[term] for total in totals]) / config.model.length for term in totals[0]}
+
+    def read(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
+        tokens = windows[numbers].astype(np.int32)
+        # The bytes come along, since only the process that reads a window can count them.
+        return tokens, numbers.astype(np.int32), np.array([num_bytes(row) for row in tokens], np.int32)
+
+    def estimate(weights: Weights, tokens: Array, numbers: Array, num_bytes: Array) -> tuple[Any, Array]:
+        found = [_estimate(weights, engine.config, tokens, numbers + sample * len(windows), samples * len(windows),
+                           alpha_0, key) for sample in range(samples)]
+        return {term: jnp.stack([one[term] for one in found], axis=1) for term in found[0]}, num_bytes
+
+    found, sizes = engine.rows(estimate, len(windows), read, "evaluating")
+    length = engine.config.model.length
+    by_term = {term: x.astype(np.float64).mean(axis=1) / length for term, x in found.items()}
+    return by_term, int(sizes.sum(dtype=np.int64))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "alpha_0"))
-def _per_row(weights: Weights, config: Config, tokens: Int[Array, "B L"], alpha_0: float,
-             key: Key[Array, ""]) -> dict[str, Float[Array, " B"]]:
-    draws = Draws(key, jnp.arange(len(tokens)), len(tokens))
-    terms = families.get(config).nelbo(weights, config, sharding.constrain(tokens, sharding.BATCH), draws, alpha_0)
-    return {term: sharding.constrain(x) for term, x in terms.items()}  # every process sees all rows
+def _estimate(weights: Weights, config: Config, tokens: Int[Array, "B L"], numbers: Int[Array, " B"],
+              total: Int[Array, ""] | int, alpha_0: float, key: Key[Array, ""]) -> dict[str, Float[Array, " B"]]:
+    """One draw for each of the windows, which are so numbered among the draws of the whole evaluation, `total`."""
+    return families.get(config).nelbo(weights, config, sharding.constrain(tokens, sharding.BATCH),
+                                      Draws(key, numbers, total), alpha_0)

@@ -17,7 +17,7 @@ from eso_jax.data.tokenizers import SHOWN_SEPARATOR
 
 if TYPE_CHECKING:
     from eso_jax.data.tokenizers import Tokenizer
-    from eso_jax.workdir import Model
+    from eso_jax.engine.model import Model
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: arrays have no plain ==, and features are kept by it
@@ -127,11 +127,9 @@ def read(name: str, flag: str, limit: int | None = None) -> Texts:
 def _windows(name: str, limit: int | None) -> Texts:
     from eso_jax import config as configs
     from eso_jax import workdir
-    from eso_jax.data import windows_of
-    from eso_jax.data.pipeline import eval_batches
+    from eso_jax.data import evenly_spaced, windows_of
 
     config = configs.from_file(Path(name) / "config.json")
     tokenizer = workdir.kept_tokenizer(Path(name), config)
     windows = windows_of(config, "validation", tokenizer=tokenizer)
-    (chosen,) = eval_batches(windows, len(windows), limit or len(windows))
-    return of_tokens(chosen, tokenizer)
+    return of_tokens(evenly_spaced(windows, limit or len(windows))[:], tokenizer)

@@ -33,12 +33,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float
 from tqdm import tqdm
 
 from eso_jax import families, sharding, transformer
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig, require
+from eso_jax.engine.rows import Engine
 from eso_jax.order import unsort
 from eso_jax.sampling import loop
 from eso_jax.sampling.categorical import Rule
@@ -139,9 +139,8 @@ def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence
     todo = [(length, batch) for length in lengths for batch in batches]
     for length, batch in tqdm(todo, unit="size", disable=not sys.stderr.isatty()):
         model = configs[length, chosen.cases[0]].model
-        places = [_place(folded, model, count) for count in _device_counts(batch)]
-        timed = [_fastest([Timed(place, configs[length, case], case, batch, chosen.rule) for place in places])
-                 for case in chosen.cases]
+        timed = [_fastest([Timed(_engine(folded, configs[length, case], count), case, batch, chosen.rule)
+                           for count in _device_counts(batch)]) for case in chosen.cases]
         for _ in range(repeats):  # in turn, since machines drift
             for one in timed:
                 one.seconds.append(one.generate())
@@ -175,24 +174,18 @@ def _device_counts(batch: int) -> list[int]:
     return sorted({1, max(n for n in range(1, jax.device_count() + 1) if batch % n == 0)})
 
 
-class Place(NamedTuple):
-    """Devices, each with a copy of the weights."""
-
-    mesh: Mesh
-    weights: Weights
-
-
-def _place(weights: Weights, model: ModelConfig, count: int) -> Place:
-    mesh = sharding.sampling_mesh(model, devices=jax.devices()[:count])
-    return Place(mesh, sharding.put_weights(weights, mesh))
+def _engine(weights: Weights, config: Config, count: int) -> Engine:
+    """So many devices, each with a copy of the weights."""
+    mesh = sharding.inference_mesh(config.model, devices=jax.devices()[:count])
+    return Engine(config, jax.device_put(weights, sharding.weight_shardings(weights, mesh)), mesh)
 
 
 class Timed:
     """A case with its plan and its programs, compiled, and the seconds of its generations."""
 
-    def __init__(self, place: Place, config: Config, case: Case, batch: int, rule: Rule) -> None:
-        family = families.get(config)
-        self.mesh, self.weights, self.config, self.case, self.rule = *place, config, case, rule
+    def __init__(self, engine: Engine, case: Case, batch: int, rule: Rule) -> None:
+        self.engine, self.mesh, self.weights, self.config = engine, engine.mesh, engine.weights, engine.config
+        self.case, self.rule, config, family = case, rule, engine.config, families.get(engine.config)
         self.plan = family.plan(jax.random.key(0), config, batch, case.steps, case.alpha_0, case.policy)
         self.sampler = family.sampler(config)
         self.scaled = not self.sampler.cached
@@ -206,11 +199,17 @@ class Timed:
 
     def generate(self) -> float:
         """Seconds of one generation."""
-        with jax.set_mesh(self.mesh):
-            if self.scaled:
+        if self.scaled:
+            with jax.set_mesh(self.mesh):
                 return _seconds(self.one_pass) * self.plan.nfe
-            return _seconds(lambda: families.sample(self.weights, self.config, self.plan, jax.random.key(1),
-                                                    self.rule).block_until_ready())
+        order = np.asarray(self.plan.order)
+
+        def decode(weights: Weights, order: jax.Array, rows: jax.Array) -> jax.Array:
+            plan = dataclasses.replace(self.plan, order=order)
+            return families.sample(weights, self.config, plan, jax.random.key(1), self.rule, rows)
+
+        return _seconds(lambda: self.engine.rows(decode, len(order), lambda rows: (order[rows], rows.astype(np.int32)),
+                                                 size=len(order)))
 
     def row(self, machine: Machine, repeats: int) -> dict[str, Any]:
         """The row of the table: seconds for a batch, and what they are made of."""
@@ -293,7 +292,7 @@ def step_floors(plan: Plan, sampler: loop.Sampler, model: ModelConfig, weights: 
                 devices: int = 1) -> Float[np.ndarray, " S"]:
     """The least seconds for each step of the plan; see the top of this file. The devices of a CPU share its memory and
     cores; others have their own, and each reads all weights."""
-    own = 1 if jax.default_backend() == "cpu" else devices
+    own = 1 if sharding.platform() == "cpu" else devices
     batch, d, n = len(plan.order) // own, model.width, model.layers
     start, stop = sampler.window(plan)
     window, live = stop - start, stop if sampler.cached else np.full(plan.nfe, plan.length)

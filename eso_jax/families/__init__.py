@@ -30,7 +30,7 @@ from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, Key
 
-from eso_jax.config import Config
+from eso_jax.config import Config, require
 from eso_jax.families import ar, bd3lm, esolm, mdlm
 from eso_jax.noise import Draws
 from eso_jax.sampling import loop
@@ -67,6 +67,25 @@ BY_NAME: dict[str, Family] = {"esolm": esolm, "esolm_a": esolm, "mdlm": mdlm, "b
 def get(config: Config) -> Family:
     """The family of a config."""
     return BY_NAME[config.family.name]
+
+
+# What `--alpha-0` may say where there is no choice. An AR model is alpha_0 = 0; its config has the field's default, 1.
+ONLY_ALPHA_0 = {"ar": (0.0, 1.0), "mdlm": (1.0,), "bd3lm": (1.0,)}
+
+
+def alpha_0_of(config: Config, alpha_0: float | None) -> float:
+    """The share of tokens left to diffusion: the one asked for, or the training value.
+
+    Raises:
+      EsoError: it is no share, or the family has no such choice.
+    """
+    if alpha_0 is None:
+        return config.family.alpha_0
+    require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
+    name = config.family.name
+    require(alpha_0 in ONLY_ALPHA_0.get(name, (alpha_0,)), "alpha_0", alpha_0,
+            f"only Eso-LMs have a choice; leave it out for family.name = {name!r}")
+    return alpha_0
 
 
 def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from eso_jax import masks, transformer
+from eso_jax import masks, transformer, vocabulary
 from eso_jax.attention import single_stream
 from eso_jax.config import Config, require
 from eso_jax.noise import Draws
@@ -40,7 +40,7 @@ def shift(config: Config, tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
 def next_token_nll(weights: Weights, config: Config, inputs: Int[Array, "B L"], targets: Int[Array, "B L"],
                    training: transformer.Training | None = None) -> Float[Array, "B L"]:
     """-log p(targets[i] | inputs[<= i])."""
-    return transformer.nll(weights, _trunk(weights, inputs, training), targets, config.model.mask)
+    return vocabulary.nll(weights, _trunk(weights, inputs, training), targets, config.model.mask)
 
 
 def _trunk(weights: Weights, inputs: Int[Array, "B L"],
@@ -69,7 +69,7 @@ def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: f
 
 
 def check_plan(config: Config, plan: Plan) -> None:
-    require(plan.nfe == plan.length and bool((plan.order == jnp.arange(plan.length)).all()), "plan",
+    require(plan.nfe == plan.length and bool((np.asarray(plan.order) == np.arange(plan.length)).all()), "plan",
             f"{plan.nfe} steps", "AR decodes one token per step, left to right")
 
 

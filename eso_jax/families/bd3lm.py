@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from eso_jax import masks, noise, transformer
+from eso_jax import masks, noise, transformer, vocabulary
 from eso_jax.attention import two_streams
 from eso_jax.config import Config, EsoError, require
 from eso_jax.noise import Draws
@@ -47,7 +47,7 @@ def _weighted_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], d
 def block_times(draws: Draws, blocks: int, low: float, high: float) -> Float[Array, "B J"]:
     """One time per block in [low, high]: each row's times are evenly spread, as are each block's over the batch."""
     row = noise.draw_times(draws, 0.0, 1.0)
-    return low + (high - low) * ((row[:, None] + jnp.arange(blocks) / blocks) % 1)
+    return low + (high - low) * ((row[:, None] + jnp.arange(blocks)[None] / blocks) % 1)
 
 
 def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
@@ -57,7 +57,7 @@ def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], mask
     positions = transformer.natural_positions(tokens)
     hidden, _ = transformer.trunk(weights, jnp.concatenate([zt, tokens], 1), jnp.concatenate([positions, positions], 1),
                                   two_streams(config.family.block_size), training=training)
-    return jnp.where(masked, transformer.nll(weights, hidden[:, :tokens.shape[1]], tokens, config.model.mask), 0)
+    return jnp.where(masked, vocabulary.nll(weights, hidden[:, :tokens.shape[1]], tokens, config.model.mask), 0)
 
 
 def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
@@ -79,7 +79,7 @@ def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: f
 def check_plan(config: Config, plan: Plan) -> None:
     block = config.family.block_size
     ends = plan.first + plan.tokens_per_step - 1
-    require(bool((plan.order // block == jnp.arange(plan.length) // block).all())
+    require(bool((np.asarray(plan.order) // block == np.arange(plan.length) // block).all())
             and bool((plan.first // block == ends // block).all()), "plan", f"{plan.nfe} steps",
             f"BD3-LM decodes blocks of {block} left to right; no step and no order may leave its block")
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from eso_jax import masks, noise, transformer
+from eso_jax import masks, noise, transformer, vocabulary
 from eso_jax.attention import single_stream, two_streams
 from eso_jax.config import Config
 from eso_jax.noise import Draws
@@ -34,7 +34,8 @@ def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Dra
     if kappa > 0:
         rows, row_draws = _share(tokens, 0, kappa), _share_draws(draws, 0, kappa)
         # Times are spread over the diffusion rows alone.
-        t = noise.draw_times(Draws(draws.key, diffusion_rank(row_draws.index, kappa), int(draws.total * kappa)))
+        total = draws.total * kappa.numerator // kappa.denominator
+        t = noise.draw_times(Draws(draws.key, diffusion_rank(row_draws.index, kappa), total))
         weight = noise.elbo_weight(t, alpha_0) if config.family.loss_weight == "elbo" else jnp.ones_like(t)
         terms["diffusion"] = jnp.mean(weight[:, None] * _diffusion(weights, config, rows, row_draws, t, alpha_0, True))
     if kappa < 1:
@@ -86,7 +87,7 @@ def diffusion_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], m
         attend = single_stream(masks.causal)
     zt = jnp.where(hidden_from, config.model.mask, x)
     hidden, _ = transformer.trunk(weights, zt, order, attend, training=training)
-    return jnp.where(hidden_from, transformer.nll(weights, hidden, x, config.model.mask), 0)
+    return jnp.where(hidden_from, vocabulary.nll(weights, hidden, x, config.model.mask), 0)
 
 
 def sequential_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
@@ -96,7 +97,7 @@ def sequential_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], 
     Two streams, z_0 and x: the z_0 copy of a token sees itself and the x copies before it. No shift by one.
     """
     hidden = _two_streams(weights, config, tokens, masked, order, training)
-    nll = transformer.nll(weights, hidden, sort(tokens, order), config.model.mask)
+    nll = vocabulary.nll(weights, hidden, sort(tokens, order), config.model.mask)
     return jnp.where(sort(masked, order), nll, 0)
 
 

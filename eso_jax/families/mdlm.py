@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from eso_jax import masks, noise, transformer
+from eso_jax import masks, noise, transformer, vocabulary
 from eso_jax.attention import single_stream
 from eso_jax.config import Config, EsoError, require
 from eso_jax.noise import Draws
@@ -47,7 +47,7 @@ def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], mask
     zt = jnp.where(masked, config.model.mask, tokens)
     positions = transformer.natural_positions(tokens)
     hidden, _ = transformer.trunk(weights, zt, positions, single_stream(masks.everyone), training=training)
-    return jnp.where(masked, transformer.nll(weights, hidden, tokens, config.model.mask), 0)
+    return jnp.where(masked, vocabulary.nll(weights, hidden, tokens, config.model.mask), 0)
 
 
 def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],

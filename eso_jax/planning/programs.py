@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -103,25 +104,22 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
              tensor: int) -> tuple[Sampling, Program]:
     """The last step of decoding one token per pass, where the cache is full, in the training's compute type."""
     model, dtype = config.model, jnp.dtype(config.train.compute_dtype)
-    mesh = sharding.sampling_mesh(model, tensor, devices)
+    mesh = sharding.inference_mesh(model, tensor, devices)
     batch, family = batch_per_copy * (len(devices) // tensor), families.get(config)
     plan = family.plan(jax.random.key(0), config, 1, model.length, config.family.alpha_0,
                        "left-to-right" if config.family.name == "ar" else "one-by-one")
     sampler = family.sampler(config)
-    steps, runs = loop.schedule(plan, sampler)
+    with jax.set_mesh(mesh):  # shapes depend on the platform and on the batch
+        steps, runs = loop.schedule(plan.rows(np.zeros(batch, int)), sampler)
     shape = runs[-1].shape
 
     def everywhere(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
 
-    def laid_out(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, sharding.weight_spec(path)))
-
     def rows(x: Any, *axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(sharding.BATCH, *axes)))
 
-    weights = jax.tree_util.tree_map_with_path(laid_out, jax.eval_shape(lambda: transformer.unstack(
-        transformer.fold(model, transformer.init(model, jax.random.key(0)), dtype))))
+    weights = transformer.abstract_weights(model, dtype, mesh)
     order = jax.ShapeDtypeStruct((batch, model.length), jnp.int32)
     state = jax.eval_shape(lambda weights, order: loop.grow(loop.start(weights, model, sampler, order), shape),
                            weights, order)
@@ -136,7 +134,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     memory = {"weights": _held((weights["blocks"], weights["head"])), "embedding": _held(weights["embedding"]),
               "cache": _held(state.cache),
               "tokens": _held((state.tokens, state.positions, uniforms))}
-    read = _held(weights["blocks"]) + _held(weights["head"]) // tensor + memory["cache"]
+    read = memory["weights"] + memory["cache"]
     step = Sampling(batch, tensor, shape, sampler.cached, read)
     return step, _compiled(lowered, memory, topology,
                            sum(flops.sampling_step(model, batch, *shape).values()), begun, hlo.turn)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from eso_jax import transformer
+from eso_jax import sharding, transformer
 from eso_jax.attention import single_stream
 from eso_jax.config import ModelConfig
+from eso_jax.engine.rows import Engine
 from eso_jax.sampling import loop
 from eso_jax.sampling.loop import Sampler, Step
 from eso_jax.sampling.plan import Plan
@@ -38,7 +39,7 @@ def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan:
         for index in range(run.low, run.high):
             step = _at(steps, index)
             hidden, cache = _hidden_of(weights, state, step, sampler, run.shape)
-            logits = transformer.head(weights, hidden, config.mask)
+            logits = _head(weights, hidden, config.mask)
             first, count, skip = int(step.first), int(step.count), int(step.first - loop.taken_from(step, run.shape))
             yield logits[:, skip:skip + count]
             target = slice(first + sampler.shift, first + count + sampler.shift)
@@ -55,10 +56,10 @@ def uncached_logits(weights: Weights, config: ModelConfig, sampler: Sampler, pla
     steps, _ = loop.schedule(plan, sampler)
     for index in range(plan.nfe) if indices is None else indices:
         step = _at(steps, index)
-        known = jnp.arange(x.shape[1]) < step.first + sampler.shift
+        known = (jnp.arange(x.shape[1]) < step.first + sampler.shift)[None]
         hidden = _pass(weights, jnp.where(known, inputs, config.mask), plan.order, step, sampler)
         slots = slice(int(step.first), int(step.first + step.count))
-        yield transformer.head(weights, hidden[:, slots], config.mask)
+        yield _head(weights, hidden[:, slots], config.mask)
 
 
 class Difference(NamedTuple):
@@ -83,26 +84,51 @@ def compare(ours: Iterable[Array], theirs: Iterable[Array], mask_id: int) -> Dif
     return Difference(worst, largest)
 
 
-def cache_error(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, x: Int[Array, "B L"],
-                most: int = 64) -> Difference:
+def cache_error(engine: Engine, sampler: Sampler, plan: Plan, x: Int[np.ndarray, "B L"], most: int = 64) -> Difference:
     """Cached against uncached logits, at up to `most` steps spread over the plan."""
     indices = np.unique(np.linspace(0, plan.nfe - 1, min(most, plan.nfe)).astype(int)).tolist()
-    chosen = set(indices)
-    cached = (logits for index, logits in enumerate(forced_logits(weights, config, sampler, plan, x))
-              if index in chosen)
-    return compare(cached, uncached_logits(weights, config, sampler, plan, x, indices), config.mask)
+    chosen, rows, mask = set(indices), slice(len(x)), engine.config.model.mask
+    with jax.set_mesh(engine.mesh):
+        arguments = _filled(engine, sampler, plan, x)
+        cached = (logits[rows] for index, logits in enumerate(forced_logits(*arguments)) if index in chosen)
+        return compare(cached, (logits[rows] for logits in uncached_logits(*arguments, indices)), mask)
 
 
-def batch_error(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, x: Int[Array, "B L"],
-                size: int) -> Difference:
+def batch_error(engine: Engine, sampler: Sampler, plan: Plan, x: Int[np.ndarray, "B L"], size: int) -> Difference:
     """Logits of the first `size` rows decoded by themselves, against the same rows in the whole batch."""
-    part = plan.rows(np.arange(size))
-    whole = (logits[:size] for logits in forced_logits(weights, config, sampler, plan, x))
-    return compare(forced_logits(weights, config, sampler, part, x[:size]), whole, config.mask)
+    few = plan.rows(np.arange(size)), x[:size]
+    with jax.set_mesh(engine.mesh):
+        part, whole = ((logits[:size] for logits in forced_logits(*_filled(engine, sampler, *rows)))
+                       for rows in (few, (plan, x)))
+        return compare(part, whole, engine.config.model.mask)
+
+
+def precision_error(engine: Engine, exact: Engine, sampler: Sampler, plan: Plan,
+                    x: Int[np.ndarray, "B L"]) -> Difference:
+    """Cached logits of one engine against those of another with the same parameters in another type."""
+    with jax.set_mesh(engine.mesh):
+        ours, theirs = ((logits[:len(x)] for logits in forced_logits(*_filled(one, sampler, plan, x)))
+                        for one in (engine, exact))
+        return compare(ours, theirs, engine.config.model.mask)
+
+
+def _filled(engine: Engine, sampler: Sampler, plan: Plan,
+            x: np.ndarray) -> tuple[Weights, ModelConfig, Sampler, Plan, Array]:
+    """The arguments of `forced_logits`, with rows repeated until they divide over the devices, and put there."""
+    size = engine.size(len(x), len(x))
+    rows = np.resize(np.arange(len(x)), size)[sharding.rows_of_process(engine.mesh, size)]
+    order, tokens = (sharding.put_rows(np.asarray(array, np.int32)[rows], engine.mesh, size)
+                     for array in (plan.order, x))
+    return engine.weights, engine.config.model, sampler, dataclasses.replace(plan, order=order), tokens
 
 
 def _at(steps: Step, index: int) -> Step:
     return jax.tree.map(lambda field: field[index], steps)
+
+
+@functools.partial(jax.jit, static_argnames="mask_id")
+def _head(weights: Weights, hidden: Float[Array, "B S D"], mask_id: int) -> Float[Array, "B S V"]:
+    return sharding.constrain(transformer.head(weights, hidden, mask_id), sharding.BATCH)
 
 
 _hidden_of = jax.jit(loop.hidden_of, static_argnames=("sampler", "shape"))

@@ -39,7 +39,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import cache as kv
-from eso_jax import sharding, transformer
+from eso_jax import sharding, transformer, vocabulary
 from eso_jax.attention import single_stream
 from eso_jax.config import ModelConfig
 from eso_jax.order import sort, unsort
@@ -192,7 +192,7 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> tuple[Step, l
     length, counts, first = plan.length, plan.tokens_per_step, plan.first
     begin, stop = sampler.window(plan)
     # On CPU a product with a single row takes half as long again as with two.
-    least = min(length, 2 if plan.order.shape[0] == 1 and jax.default_backend() == "cpu" else 1)
+    least = min(length, 2 if plan.order.shape[0] == 1 and sharding.platform() == "cpu" else 1)
     window, width, part = np.maximum(stop - begin, least), counts, 1
     if not exact:
         window, width, part = _rounded(window, length), _rounded(width, length), max(PART, -(-length // PARTS))
@@ -258,24 +258,25 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
         return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
 
     def drawn(hidden: Array, uniforms: Array) -> Array:
-        return categorical.draw(logits_of(hidden), uniforms, rule).astype(state.tokens.dtype)
+        with jax.named_scope("draw"):
+            return categorical.draw(logits_of(hidden), uniforms, rule).astype(state.tokens.dtype)
 
     def scored(hidden: Array, tokens: Array) -> Array:
         return jnp.take_along_axis(jax.nn.log_softmax(logits_of(hidden)), tokens[..., None], axis=-1)[..., 0]
 
     given, logp = jax.lax.dynamic_slice_in_dim(source, begin, shape.width, axis=1), state.logp
     if logp is None:
-        chosen = transformer.in_chunks(drawn, config.vocab_size, hidden, given)
+        chosen = vocabulary.in_chunks(drawn, config.vocab_size, hidden, given)
     else:
         chosen = given
-        logp = _replace(logp, begin, mine, transformer.in_chunks(scored, config.vocab_size, hidden, chosen))
+        logp = _replace(logp, begin, mine, vocabulary.in_chunks(scored, config.vocab_size, hidden, chosen))
     return dataclasses.replace(state, tokens=_replace(state.tokens, begin + sampler.shift, mine, chosen), logp=logp)
 
 
 def _replace(x: Array, begin: Int[Array, ""], mine: Bool[Array, " W"], new: Array) -> Array:
     """x [B, L] with new [B, W] from `begin` where `mine`."""
     old = jax.lax.dynamic_slice_in_dim(x, begin, len(mine), axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(mine, new, old), begin, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(mine[None], new, old), begin, axis=1)
 
 
 def taken_from(step: Step, shape: Shape) -> Int[Array, ""]:

@@ -35,7 +35,7 @@ class Plan:
     """Step s decodes, in parallel, the next `tokens_per_step[s]` tokens of the order.
 
     Attributes:
-      order: int [B, L], each row's own order.
+      order: int [B, L], each row's own order, a permutation of 0..L-1.
       tokens_per_step: int [S], shared by the batch; at least 1 each, L in all.
       diffusion: how many tokens the diffusion phase decodes; the rest come one per step. None: all of them. Only
         Eso-LM (A), whose diffused tokens see each other, needs to know.
@@ -47,6 +47,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         counts = self.tokens_per_step
+        order.check_permutations(np.asarray(self.order), self.length)
         if (counts < 1).any() or counts.sum() != self.length:
             raise EsoError(f"tokens_per_step: must be positive and sum to {self.length}, got {counts}")
         require(0 <= self.diffused <= self.length, "diffusion", self.diffusion, f"must be in [0, {self.length}]")
@@ -148,7 +149,7 @@ def strided(key: Key[Array, ""], batch: int, length: int, groups: int, shuffle: 
     first = jnp.tile(jnp.arange(groups), (batch, 1))
     if shuffle != "none":
         first = jax.vmap(lambda k: jax.random.permutation(k, groups))(keys)
-    orders = first[:, :, None] + groups * jnp.arange(length // groups)
+    orders = first[:, :, None] + groups * jnp.arange(length // groups)[None, None]
     return Plan(orders.reshape(batch, length), np.full(groups, length // groups))
 
 
@@ -166,7 +167,7 @@ def within_blocks(key: Key[Array, ""], batch: int, length: int, block: int, poli
     keys = jax.vmap(jax.random.fold_in, (None, 0))(order_key, jnp.arange(batch))
     inside = jax.vmap(lambda k: jax.random.permutation(k, jnp.tile(jnp.arange(block), (blocks, 1)), axis=1,
                                                        independent=True))(keys)
-    orders = (inside + block * jnp.arange(blocks)[:, None]).reshape(batch, length)
+    orders = (inside + block * jnp.arange(blocks)[None, :, None]).reshape(batch, length)
     if policy == "binomial":
         step = np.asarray(jax.random.randint(step_key, (blocks, block), 0, steps))
         counts = np.concatenate([np.unique(row, return_counts=True)[1] for row in step])

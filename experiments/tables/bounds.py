@@ -14,7 +14,7 @@ from jaxtyping import Float
 from eso_jax import likelihood
 from eso_jax.evaluation import importance, perplexity
 from eso_jax.evaluation.diversity import Estimate
-from eso_jax.workdir import Model
+from eso_jax.engine.model import Model
 from lab import Lab
 
 
@@ -30,8 +30,8 @@ def nelbo_per_window(lab: Lab, run: str, most: int | None = None,
     samples = samples or (4 if lab.smoke else 1)
 
     def compute(model: Model) -> list[float]:
-        terms = perplexity.nelbo_per_window(model.weights, model.config, lab.test_windows(run, most),
-                                            model.config.family.alpha_0, jax.random.key(0), samples=samples)
+        terms = perplexity.nelbo_per_window(model, lab.test_windows(run, most), model.config.family.alpha_0,
+                                            jax.random.key(0), samples)
         return np.sum(list(terms.values()), axis=0).tolist()
 
     return np.array(lab.measure(run, "nelbo", {"windows": most, "samples": samples}, compute))
@@ -46,8 +46,7 @@ def log_prob(lab: Lab, run: str, orders: int, most: int) -> Float[np.ndarray, "O
 
     def compute(model: Model) -> list[list[float]]:
         alpha_0 = 0.0 if model.config.family.name == "ar" else model.config.family.alpha_0
-        found = importance.log_prob(model.weights, model.config, lab.test_windows(run, most), orders, alpha_0, 0,
-                                    partial)
+        found = importance.log_prob(model, lab.test_windows(run, most), orders, alpha_0, 0, partial)
         return found[:orders].tolist()
 
     found = np.array(lab.measure(run, "log-prob", {"windows": most, "orders": orders}, compute))

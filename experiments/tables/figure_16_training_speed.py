@@ -64,7 +64,7 @@ def measure(lab: Lab) -> dict[str, list[float]]:
     for name, run in RUNS.items():
         config = lab.config(run)
         tokens = rng.integers(0, 100, (config.train.batch_size, config.model.length), dtype=np.int32)
-        batch = sharding.put_batch(tokens, mesh, len(tokens))
+        batch = sharding.put_rows(tokens, mesh, len(tokens))
         with jax.set_mesh(mesh):
             states[name] = train.begin(config, mesh)
             steps[name] = functools.partial(_step, train.jit_step(config, mesh), batch)

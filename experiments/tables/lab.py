@@ -30,13 +30,12 @@ from eso_jax import config as configs
 from eso_jax import checkpoint, load, recipes
 from eso_jax.cli import guarded, keep_compilations
 from eso_jax.config import Config
-from eso_jax.data import windows_of
-from eso_jax.data.pipeline import eval_batches
+from eso_jax.data import evenly_spaced, windows_of
+from eso_jax.engine.model import Model
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.throughput import describe_machine
 from eso_jax.metrics import say
 from eso_jax.train import train
-from eso_jax.workdir import Model
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 PAPER_RUNS = Path("runs/paper")  # where the files in experiments/ have their work directories
@@ -150,7 +149,7 @@ class Lab:
     def test_windows(self, run: str, most: int) -> np.ndarray:
         """At most `most` windows of the run's test split, evenly spaced, int32 [M, L]."""
         windows = windows_of(self.config(run), "test")
-        return np.concatenate(list(eval_batches(windows, 64, most)))
+        return evenly_spaced(windows, most)[:].astype(np.int32)
 
     def report(self, name: str, doc: str, tables: dict[str, Table], notes: Sequence[str] = (),
                draw: Callable[[Any], None] | None = None) -> None:

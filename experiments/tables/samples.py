@@ -19,7 +19,7 @@ from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.judges import Judge
 from eso_jax.evaluation.mauve import Features
 from eso_jax.evaluation.texts import Texts
-from eso_jax.workdir import Model, Samples
+from eso_jax.engine.model import Model, Samples
 from lab import Lab
 
 JUDGE = "owt/ar"

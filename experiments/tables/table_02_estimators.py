@@ -18,7 +18,7 @@ import numpy as np
 from eso_jax.evaluation import perplexity
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.order import likelihood_orders
-from eso_jax.workdir import Model
+from eso_jax.engine.model import Model
 from lab import Lab, Table, main
 
 RUN, TRIALS, DRAWS = "owt/esolm_1", 100, 10
@@ -43,10 +43,10 @@ def run(lab: Lab) -> None:
 
 def mdm_trials(lab: Lab, model: Model) -> list[float]:
     """A trial is a mean over DRAWS independent draws of (t, z_t)."""
-    copies = np.repeat(lab.test_windows(RUN, 1), TRIALS * DRAWS, axis=0)
-    # A batch of one, so that times are independent: within a batch they are spread evenly.
-    terms = perplexity.nelbo_per_window(model.weights, model.config, copies, 1.0, jax.random.key(2), rows=1)
-    return terms["diffusion"].reshape(TRIALS, DRAWS).mean(axis=1).tolist()
+    window, keys = lab.test_windows(RUN, 1), jax.random.split(jax.random.key(2), TRIALS * DRAWS)
+    # An evaluation of one draw each, so that times are independent: within one they are spread evenly.
+    draws = [perplexity.nelbo_per_window(model, window, 1.0, key)["diffusion"] for key in keys]
+    return np.reshape(draws, (TRIALS, DRAWS)).mean(axis=1).tolist()
 
 
 def ao_trials(lab: Lab, model: Model) -> list[float]:

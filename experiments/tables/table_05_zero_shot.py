@@ -17,12 +17,11 @@ import numpy as np
 
 import bounds
 from eso_jax.config import require
-from eso_jax.data import windows_of
-from eso_jax.data.pipeline import eval_batches
+from eso_jax.data import evenly_spaced, windows_of
 from eso_jax.data.prepared import read_manifest
 from eso_jax.evaluation import perplexity
 from eso_jax.evaluation.diversity import Estimate
-from eso_jax.workdir import Model
+from eso_jax.engine.model import Model
 from lab import Cell, Lab, Table, main
 
 SETS = ("PTB", "WikiText", "LM1B", "LAMBADA", "AG News", "PubMed", "arXiv")
@@ -77,9 +76,8 @@ def nelbo(lab: Lab, model: Model, source: str, split: str) -> list[float]:
         wrapping = read_manifest(source)["wrapping"]
         require(wrapping == "zero-shot", "data.source", source, f"was packed as {wrapping!r}; --help has the command")
     windows = windows_of(model.config, split, source, model.tokenizer)
-    chosen = np.concatenate(list(eval_batches(windows, 64, MOST if lab.smoke else len(windows))))
-    terms = perplexity.nelbo_per_window(model.weights, model.config, chosen, model.config.family.alpha_0,
-                                        jax.random.key(0))
+    chosen = evenly_spaced(windows, MOST if lab.smoke else len(windows))
+    terms = perplexity.nelbo_per_window(model, chosen, model.config.family.alpha_0, jax.random.key(0))
     return np.sum(list(terms.values()), axis=0).tolist()
 
 

@@ -112,8 +112,9 @@ def trunk(weights: Weights, tokens: jax.Array, positions: jax.Array, attend: Att
     seen = share > 0
     evenly = jnp.abs(share * seen.sum((2, 3), keepdims=True) - seen) < 0.01
     sound = evenly.all((2, 3)) & (seen.sum(3) <= 1).all(2)
-    digits = (seen * (jnp.arange(1, ids + 1) % ids)).sum(3)  # the mask's is 0, as that of an unseen position
-    log_p = table[(digits * weights["place"]).sum(2), positions]
+    number = (jnp.arange(1, ids + 1) % ids)[None, None, None]  # the mask's is 0, as that of an unseen position
+    digits = (seen * number).sum(3)
+    log_p = table[(digits * weights["place"][None, None]).sum(2), positions]
     return jnp.where(sound[..., None], log_p, jnp.nan), cache
 
 
