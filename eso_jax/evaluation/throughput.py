@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,9 @@ from eso_jax.timing import Stopwatch
 from eso_jax.transformer import Weights
 
 GREEDY = Rule(temperature=0.0)
-SECTIONS, SECTION_STEPS = 8, 8  # where and for how long a plan is sampled to compare variants of its steps
+# In how many places and for how many steps variants of a plan's steps are compared. (Elsewhere than on a CPU a program
+# takes longer to compile than all its steps take, and they vary less.)
+SECTIONS, SECTIONS_ELSEWHERE, SECTION_STEPS = 8, 1, 8
 
 
 class Case(NamedTuple):
@@ -215,7 +218,8 @@ class Timed:
         """The row of the table: seconds for a batch, and what they are made of."""
         devices = self.mesh.size
         floors = step_floors(self.plan, self.sampler, self.config.model, self.weights, machine, devices)
-        count, steps = (1, 1) if self.scaled else (SECTIONS, SECTION_STEPS)
+        sections = SECTIONS if sharding.platform() == "cpu" else SECTIONS_ELSEWHERE
+        count, steps = (1, 1) if self.scaled else (sections, SECTION_STEPS)
         variants = {"padded": self.rule, "exact": self.rule, "greedy": GREEDY}
         with jax.set_mesh(self.mesh):
             totals = _from_sections(self.weights, self.config, self.plan, floors, variants, repeats, count, steps)
@@ -241,6 +245,14 @@ def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
     model, sampler = config.model, families.get(config).sampler(config)
     uniforms = loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length)
     steps, runs = loop.schedule(plan, sampler)
+    state, lowered = loop.start(weights, model, sampler, plan.order), {}
+    for run in runs:
+        state = loop.grow(state, run.shape)
+        if run.shape not in lowered:
+            lowered[run.shape] = loop.decode_run.lower(weights, state, steps, run.low, run.low + 1, uniforms, model,
+                                                       sampler, rule, run.shape)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles side by side what Python can only trace in turn
+        list(pool.map(lambda program: program.compile(), lowered.values()))
     state = loop.start(weights, model, sampler, plan.order)
     for run in runs:
         state = loop.grow(state, run.shape)
