@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import eso_jax
-from conftest import BASE, GOLDENS, Run, tiny_config
-from eso_jax import families
+from conftest import BASE, GOLDENS, Run, emulated, random_params, tiny_config
+from eso_jax import families, workdir
 from eso_jax.cli import COMMANDS, main
 from eso_jax.evaluation import throughput
 from eso_jax.sampling import check
@@ -151,6 +151,7 @@ def test_check_cache(tmp_path: Path, run: Run, trained: Path, monkeypatch: pytes
     assert text.count("TOO MUCH") == 2 and "2 of the differences are more than rounding" in text
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_bench_at_a_reduced_size(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every preset, on a model and plans that take seconds."""
     monkeypatch.setattr(throughput, "SECTIONS", 1)
@@ -249,6 +250,69 @@ def test_training_mistakes(tmp_path: Path, run: Run) -> None:
         assert message in text, text
         assert not (tmp_path / "w").exists(), override
     assert "no such file" in run("train", tmp_path / "absent.py", "--workdir", tmp_path / "w", code=2)
+
+
+DEVICES = """
+import sys
+from eso_jax.cli import main
+for command in sys.argv[1].split(";"):
+    assert main(command.split()) == 0, command
+"""
+
+
+@pytest.mark.slow
+def test_every_command_that_runs_a_model_takes_devices_and_batch_size(tmp_path: Path, run: Run, trained: Path) -> None:
+    """On four emulated devices, two to a copy of the model and three rows at a time, what one device gives by default.
+    (The harness has a test of its own.)"""
+    np.save(tmp_path / "x.npy", np.arange(7 * 16).reshape(7, 16) % 250)
+
+    def commands(suffix: str, *devices: str) -> list[list[str]]:
+        model = ["--workdir", str(trained), *devices]
+        judge = ["--judge", str(trained), "--features", "none", *devices]
+        return [["eval", *model, "--num-windows", "10", "--samples", "2", "--out", f"{tmp_path}/eval{suffix}.json"],
+                ["score", *model, "--tokens", f"{tmp_path}/x.npy", "--num-orders", "3", "--out",
+                 f"{tmp_path}/score{suffix}.npz"],
+                ["sample", *model, "--num-samples", "5", "--steps", "3", "--out", f"{tmp_path}/sample{suffix}.npz"],
+                ["score", *model, "--tokens", f"{tmp_path}/sample{suffix}.npz", "--plan",
+                 f"{tmp_path}/sample{suffix}.npz", "--out", f"{tmp_path}/plan{suffix}.npz"],
+                ["quality", "--samples", f"{tmp_path}/sample{suffix}.npz", *judge, "--out",
+                 f"{tmp_path}/quality{suffix}.json"],
+                ["check-cache", *model]]
+
+    for command in commands("", "--batch-size", "8"):
+        run(*command)
+    several = ";".join(" ".join(command) for command in commands("4", "--tensor", "2", "--batch-size", "3"))
+    done = subprocess.run([sys.executable, "-c", DEVICES, several], capture_output=True, text=True, env=emulated(4))
+    assert done.returncode == 0, done.stderr
+    assert "3 rows on 4 cpu device(s) (data 2 x tensor 2)" in done.stderr and "the cache is exact" in done.stderr
+    for name in ("score", "sample", "plan"):
+        with np.load(tmp_path / f"{name}.npz") as one, np.load(tmp_path / f"{name}4.npz") as four:
+            assert set(one) == set(four)
+            for key in set(one) - {"text"}:
+                np.testing.assert_allclose(four[key], one[key], rtol=1e-4, atol=1e-5, err_msg=key)
+    one, four = (json.loads((tmp_path / f"eval{suffix}.json").read_text()) for suffix in ("", "4"))
+    assert four.pop("terms") == pytest.approx(one.pop("terms"), rel=1e-5)
+    assert four == {**one, **{name: pytest.approx(value, rel=1e-5) for name, value in one.items()
+                              if isinstance(value, float)}}
+    one, four = (json.loads((tmp_path / f"quality{suffix}.json").read_text()) for suffix in ("", "4"))
+    assert four["gen_ppl"]["value"] == pytest.approx(one["gen_ppl"]["value"], rel=1e-4)
+    for command in commands("", "--batch-size", "0")[:5]:
+        assert "batch_size = 0: must be at least 1" in run(*command, code=2)
+
+
+@pytest.mark.parametrize("family", ["ar", "mdlm", "bd3lm"])
+def test_alpha_0_is_refused_where_there_is_no_choice(family: str, tmp_path: Path, run: Run) -> None:
+    config = tiny_config(family, length=16, vocab_size=258)
+    workdir.create(tmp_path / "w", config, random_params(config.model))
+    np.save(tmp_path / "x.npy", np.zeros((1, 16), int))
+    for command in (["sample"], ["eval", "--source", __file__], ["score", "--tokens", tmp_path / "x.npy"],
+                    *([] if family == "mdlm" else [["check-cache"]])):
+        out = [] if command[0] == "check-cache" else ["--out", tmp_path / "out"]
+        text = run(*command, "--workdir", tmp_path / "w", *out, "--alpha-0", 0.25, code=2)
+        assert "alpha_0 = 0.25: only Eso-LMs have a choice; leave it out for family.name" in text
+    only = 0 if family == "ar" else 1
+    score = ["score", "--tokens", tmp_path / "x.npy", "--workdir", tmp_path / "w", "--out", tmp_path / "s"]
+    run(*score, "--alpha-0", only)
 
 
 def test_a_work_directory_with_another_config_is_refused(tmp_path: Path, run: Run, trained: Path) -> None:

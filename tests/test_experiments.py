@@ -6,6 +6,9 @@ import ast
 import dataclasses
 import importlib
 import json
+import os
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,3 +188,31 @@ def test_what_depends_on_a_changed_constant_is_measured_again(lab: Lab, monkeypa
         monkeypatch.setattr(module, "TRIALS", trials)
         module.run(lab)
     assert made == [3, 4]
+
+
+STAND_IN = """#!/usr/bin/env bash
+if [ "$1" = -c ]; then echo "cuda A card"; exit; fi
+echo "$JAX_PLATFORMS python $*" >>"$CALLS"
+[ "${3:-}" != check-cache ] || exit 1
+"""
+
+
+def test_the_first_run_on_an_accelerator(tmp_path: Path) -> None:
+    """Every step runs, also behind one that fails; on the accelerator, where tests are for CPUs otherwise."""
+    script, python = ROOT / "experiments" / "accelerator.sh", tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "CALLS": str(tmp_path / "calls"), "JAX_PLATFORMS": ""}
+    command = ["bash", script, tmp_path / "out", "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "accelerator.sh: cuda A card" in done.stdout
+    assert re.findall(r"^(\S+): (\S+)", done.stdout, re.M)[1:] == [
+        ("goldens", "done"), ("quickstart", "done"), ("check-cache-float32", "FAILED"),
+        ("check-cache-bfloat16", "FAILED"), ("bench", "done")]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == "cuda python -m pytest -n 0 tests/test_goldens.py"
+    assert calls[1].endswith(f"quickstart.py --workdir {tmp_path}/out/quickstart model.width=32 model.length=32 "
+                             "train.steps=20 train.eval_windows=64")
+    assert calls[-1].endswith(f"--lengths 64 --batches 2 --preset table11 --repeats 1 --out {tmp_path}/out/bench.json")
+    for arguments, code in (([], 2), (["--help"], 0)):
+        assert subprocess.run(["bash", script, *arguments], capture_output=True).returncode == code

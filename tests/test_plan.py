@@ -83,6 +83,14 @@ def test_order_is_random_as_far_as_diffusion_goes_then_ascending() -> None:
     assert len(np.unique(order, axis=0)) == 200
 
 
+def test_an_order_is_a_permutation() -> None:
+    ones = np.ones(3, np.int64)
+    assert Plan(jnp.array([[2, 0, 1], [0, 1, 2]]), ones).nfe == 3
+    for wrong in ([[0, 0, 0]], [[0, 1, 2], [0, 1, 1]], [[1, 2, 3]]):
+        with pytest.raises(EsoError, match=rf"orders\[{len(wrong) - 1}\]: not a permutation of 0..2"):
+            Plan(jnp.array(wrong), ones)
+
+
 def test_rows_do_not_depend_on_the_batch_size() -> None:
     few, many = (binomial(jax.random.key(5), batch, 20, 4, 0.5) for batch in (2, 5))
     np.testing.assert_array_equal(few.order, many.order[:2])

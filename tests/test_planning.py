@@ -144,14 +144,16 @@ program = programs.training(config, topology, jax.devices())
 compiled = train.lower_step(config, sharding.mesh(config.mesh)).compile()
 found = report.training(program, config, topology)
 step, sampled = programs.sampling(config, topology, jax.devices(), 2, 2)
+one_token = programs.sampling(wide(name="ar"), topology, jax.devices(), 2, 2)[0].shape.window
 tried = []
 def training(config, topology, devices):
     tried.append([topology.name, config.train.remat, config.train.accumulate, config.mesh.fsdp])
     return dataclasses.replace(program, fits=len(tried) == 6)
 programs.training = training
 best, _ = fit.first_that_fits(config, topology, jax.devices(), lambda line: None)
-json.dump(dict(found=found, arguments=compiled.memory_analysis().argument_size_in_bytes, tried=tried,
-               overrides=best.overrides, lines=report.lines("Training", found),
+json.dump(dict(found=found, window_of_ar=one_token, tried=tried,
+               arguments=compiled.memory_analysis().argument_size_in_bytes, overrides=best.overrides,
+               lines=report.lines("Training", found),
                sampling=report.sampling(sampled, step, topology)), open(sys.argv[1], "w"))
 """
 
@@ -195,6 +197,7 @@ def test_a_sampling_step(eight: dict[str, Any]) -> None:
     assert found["memory"]["cache"] == 2 * 2 * 2 * 512 * 128 * 4 // 2  # layers, keys and values, rows; half the heads
     assert found["flops"]["compiled"] == pytest.approx(found["flops"]["model"], rel=0.05)
     assert 0.9 < found["seconds"]["memory"] / found["seconds"]["weights_and_cache_once"] < 2
+    assert eight["window_of_ar"] == 1
 
 
 def test_what_is_tried_in_order(eight: dict[str, Any]) -> None:
