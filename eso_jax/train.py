@@ -35,12 +35,14 @@ from jaxtyping import Array, Float, Int
 from eso_jax import checkpoint, families, finetune, flops, metrics, multihost, sharding, transformer, workdir
 from eso_jax.config import Config, EsoError, RunAgain, require
 from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
-from eso_jax.engine.rows import Engine
+from eso_jax.engine.rows import Engine, catch_out_of_memory
 from eso_jax.evaluation import perplexity
 from eso_jax.noise import Draws
 from eso_jax.optim import optimizer, update_ema
 from eso_jax.transformer import Params
 
+REMEDY = ("raise train.accumulate (smaller micro-batches), set train.remat=full, or split the state over more devices "
+          "by mesh.fsdp; eso-jax plan says what fits")
 SKIPS_IN_A_ROW = 100  # more steps that are not finite end the run, also where train.non_finite = "skip"
 
 
@@ -161,8 +163,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
       baselines: validation bits per byte by name, drawn beside the model's.
 
     Raises:
-      EsoError: the directory holds another run, the data does not fit, the loss stopped being finite, or a checkpoint
-        could not be written.
+      EsoError: the directory holds another run, the data does not fit, the loss stopped being finite, a checkpoint
+        could not be written, or the devices ran out of memory.
       RunAgain: the run was asked to stop (SIGTERM), and has saved; another process did not come; or another
         run holds the directory.
     """
@@ -190,6 +192,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     with (workdir.held(directory),
           checkpoint.open_checkpoints(directory, settings.keep, settings.keep_every) as checkpoints,
           jax.set_mesh(mesh), preemption.watched(), multihost.together(functools.partial(checkpoint.last, directory)),
+          catch_out_of_memory(f"train.batch_size = {settings.batch_size}", REMEDY),
           checkpoint.Saver(checkpoints, directory, config.model) as saver,
           multihost.Watchdog(settings.hang_seconds, saver.last) as watchdog):
         if bool(checkpoint.agreed_steps(directory)) != resumes:  # seen before the lock was ours

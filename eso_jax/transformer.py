@@ -233,7 +233,7 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
         x = x + drop(linear(hidden, w["mlp_out"]["kernel"]) + over(w["mlp_out"]["bias"], x), layer, 1)
         return (sharding.constrain(x, sharding.BATCH), cache), None
 
-    block = jax.named_call(block, name="block")
+    block = jax.named_scope("block")(block)
     carry = (sharding.constrain(sharding.embedding_split(weights["embedding"])[tokens], sharding.BATCH), cache)
     if isinstance(weights["blocks"], tuple):
         for scanned in enumerate(weights["blocks"]):

@@ -36,30 +36,31 @@ def _nll(kernel: Array, bias: Array, hidden: Array, targets: Array, mask_id: int
 
 
 def _nll_forward(kernel: Array, bias: Array, hidden: Array, targets: Array, mask_id: int) -> tuple[Array, Any]:
-    """-log p, and what the gradient needs: the logits only where they are one chunk."""
+    """-log p, and what the gradient needs: the probabilities only where they are one chunk."""
     def chunk(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
         logits = logits_of(kernel, bias, hidden, mask_id)
         # A sum, so that each device looks among its own share of the vocabulary.
         target = jnp.where(over(jnp.arange(len(bias)), logits) == targets[..., None], logits, 0).sum(-1)
-        total = jax.nn.logsumexp(logits, axis=-1)
-        return total - target, total, logits
+        top = logits.max(-1)
+        mass = jnp.exp(logits - top[..., None])
+        total = mass.sum(-1)
+        return top + jnp.log(total) - target, top + jnp.log(total), mass / total[..., None]
 
     if chunks(hidden, len(bias)) == 1:
-        values, total, logits = chunk(hidden, targets)
-        return values, (kernel, bias, hidden, targets, total, logits)
+        values, total, p = chunk(hidden, targets)
+        return values, (kernel, bias, hidden, targets, total, p)
     values, total = in_chunks(lambda *part: chunk(*part)[:2], len(bias), hidden, targets)
     return values, (kernel, bias, hidden, targets, total, None)
 
 
 def _nll_backward(mask_id: int, residuals: Any, slope: Float[Array, "B L"]) -> tuple[Array, Array, Array, None]:
     """The gradient of a logit is slope x (p - 1 at the target); its two products are of the compute type."""
-    kernel, bias, hidden, targets, total, logits = residuals
+    kernel, bias, hidden, targets, total, p = residuals
     rows, vocab, shards = hidden.shape[0], len(bias), sharding.batch_shards()
     shards = shards if rows % shards == 0 else 1
 
-    def chunk(logits: Array, hidden: Array, targets: Array, total: Array, slope: Array) -> tuple[Array, Array, Array]:
-        ids = over(jnp.arange(vocab), logits)
-        p = jnp.exp(logits - total[..., None])
+    def chunk(p: Array, hidden: Array, targets: Array, slope: Array) -> tuple[Array, Array, Array]:
+        ids = over(jnp.arange(vocab), p)
         change = slope[..., None] * jnp.where(ids == targets[..., None], p - 1, p)
         change = sharding.constrain(jnp.where(ids == mask_id, 0, change), sharding.BATCH, None, "tensor")
         to_bias = change.reshape(shards, -1, vocab).sum(1)
@@ -70,11 +71,13 @@ def _nll_backward(mask_id: int, residuals: Any, slope: Float[Array, "B L"]) -> t
                                preferred_element_type=jnp.float32)
         return linear(change, kernel.T), sharding.constrain(to_kernel, sharding.BATCH, None, "tensor"), to_bias
 
-    if logits is not None:
-        to_hidden, to_kernel, to_bias = chunk(logits, hidden, targets, total, slope)
+    if p is not None:
+        to_hidden, to_kernel, to_bias = chunk(p, hidden, targets, slope)
     else:
         def add(sums: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-            to_hidden, to_kernel, to_bias = chunk(logits_of(kernel, bias, part[0], mask_id), *part)
+            hidden, targets, total, slope = part
+            p = jnp.exp(logits_of(kernel, bias, hidden, mask_id) - total[..., None])
+            to_hidden, to_kernel, to_bias = chunk(p, hidden, targets, slope)
             return (sums[0] + to_kernel, sums[1] + to_bias), to_hidden
 
         none = (sharding.constrain(jnp.zeros((shards, *kernel.shape), jnp.float32), sharding.BATCH, None, "tensor"),

@@ -143,6 +143,16 @@ def test_non_finite_step_stops_and_names_the_last_checkpoint(base: Config, tmp_p
     assert int(training.train(base, tmp_path / "w").step) == 8
 
 
+def test_out_of_memory_says_what_to_change(base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nBFC allocator: ...")
+
+    monkeypatch.setattr(training, "jit_step", lambda *arguments: full)
+    with pytest.raises(EsoError, match=r"train.batch_size = 8: not enough memory on a device \(Out of memory "
+                                       r"allocating 99 bytes.\); raise train.accumulate"):
+        training.train(base, tmp_path / "w")
+
+
 @pytest.mark.parametrize("override", ["train.learning_rate=1e38", "train.learning_rate=1e30"])
 def test_an_exploding_run_is_not_saved(override: str, base: Config, tmp_path: Path) -> None:
     """The update is looked at, not only the loss before it."""

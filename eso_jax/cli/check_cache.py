@@ -26,6 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from eso_jax import families, load, sharding
+    from eso_jax.engine.rows import REMEDY, catch_out_of_memory
     from eso_jax.sampling import check
 
     rows = arguments.batch_size
@@ -56,7 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
     # Four tokens per diffusion step (in each block, for BD3-LM), and one: few programs to compile.
     block = model.config.family.block_size if model.config.family.name == "bd3lm" else config.length
     steps = config.length // block * max(1, round(alpha_0 * block) // 4)
-    for policy in ("left-to-right",) if model.config.family.name == "ar" else ("balanced", "one-by-one"):
+    policies = ("left-to-right",) if model.config.family.name == "ar" else ("balanced", "one-by-one")
+
+    def compare(policy: str) -> None:
         plan = family.plan(jax.random.key(arguments.seed), model.config, rows, steps, alpha_0, policy)
         tokens = model.sample(rows, plan=plan, seed=arguments.seed).tokens
         x = np.take_along_axis(tokens, np.asarray(plan.order), axis=1)
@@ -69,6 +72,9 @@ def run(arguments: argparse.Namespace) -> None:
         if exact is not model:
             report(f"{arguments.dtype} against float32, both cached",
                    check.precision_error(model, exact, sampler, plan, x), None)
+    with catch_out_of_memory(f"--batch-size = {rows}", REMEDY):
+        for policy in policies:
+            compare(policy)
     if failures:
         raise EsoError(f"{failures} of the differences are more than rounding: the cache is not exact on this machine; "
                        "please report it with this output")
