@@ -148,7 +148,7 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
                 damage = f"{', '.join(wrong)}: not what was saved" if wrong else ""
             except Exception as error:  # Orbax raises what its storage layers raise
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                damage, failure = ("", error) if _is_passing(error) else (reason, None)
+                damage, failure = (reason, None) if _is_damage(error) else ("", error)
         # One that could not read leaves the others at Orbax's barrier for five minutes: its word counts, not theirs.
         told = [text for text in multihost.gathered("damage", damage) if text]
         if told:
@@ -157,28 +157,28 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
         reason = min(filter(None, reasons), key=lambda text: "barrier" in text, default="").partition("\n")[0][:200]
         if not reason:
             return loaded, None
-        if failure is not None and "RESOURCE_EXHAUSTED" in reason:
-            raise failure  # the devices' memory, which has an answer of its own
+        if "RESOURCE_EXHAUSTED" in reason:  # the devices' memory, which has an answer of its own
+            raise failure or jax.errors.JaxRuntimeError(reason)
+        if "arrier" in reason:  # the processes no longer count Orbax's barriers alike; a new start mends that
+            break
         if attempt < TRIES:
             metrics.say(f"checkpoint {step} in {workdir} cannot be read ({reason}); trying again")
             time.sleep(PAUSE * attempt)
-    raise RunAgain(f"--workdir = {str(workdir)!r}: checkpoint {step} could not be read {TRIES} times ({reason}); "
+    raise RunAgain(f"--workdir = {str(workdir)!r}: checkpoint {step} could not be read {attempt} times ({reason}); "
                    "nothing says that it is damaged, so it is left as it is; mend the storage and repeat the command")
 
 
-def _is_passing(error: BaseException) -> bool:
-    """Whether an error says that storage, or a device, failed to answer, rather than that something is missing from a
-    checkpoint or makes no sense."""
-    number = os_error(error)
+def _is_damage(error: BaseException) -> bool:
+    """Whether an error says that something is missing from a checkpoint, or makes no sense. All else may pass: storage,
+    a network, a device or memory that failed."""
+    number, text = os_error(error), re.search(r"\[OS error (\d+)", str(error))  # the latter: TensorStore's words
+    number = int(text[1]) if number is None and text is not None else number
     if number is not None:
-        return number not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-    # TensorStore's and JAX's words, and Orbax's where another process could not read.
-    code = re.search(r"\[OS error (\d+)", str(error))
-    if code is not None:
-        return int(code[1]) != errno.ENOENT
-    words = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED",
-             "UNAUTHENTICATED", "arrier")
-    return any(word in str(error) for word in words)
+        return number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    passing = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED",
+               "UNAUTHENTICATED", "arrier")
+    return (isinstance(error, (ValueError, TypeError, LookupError, AttributeError, AssertionError))
+            and type(error).__name__ != "StepNotFoundError" and not any(word in str(error) for word in passing))
 
 
 @contextlib.contextmanager

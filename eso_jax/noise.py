@@ -24,11 +24,14 @@ class Draws:
       key: one key for the whole step, the same on every device and in every micro-batch.
       index: int [B], each row's index in the global batch.
       total: rows in the global batch (of an evaluation: draws in all).
+      rank: int [B], each row's place among the times, which are spread evenly; None: its index. An evaluation shuffles
+        them, so that a window's time does not follow from where it stands in the corpus.
     """
 
     key: Key[Array, ""]
     index: Int[Array, " B"]
     total: Int[Array, ""] | int
+    rank: Int[Array, " B"] | None = None
 
     def per_example(self, purpose: int) -> Key[Array, " B"]:
         """One key per row and purpose (a small constant, below)."""
@@ -36,7 +39,7 @@ class Draws:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, self.index)
 
 
-TIME, MASK, ORDER, MASK_0, ORDER_0, DROPOUT = range(6)  # purposes; _0: of the sequential pass
+TIME, MASK, ORDER, MASK_0, ORDER_0, DROPOUT, RANK = range(7)  # purposes; _0: of the sequential pass
 
 
 def alpha(t: Float[Array, "*s"], alpha_0: float) -> Float[Array, "*s"]:
@@ -52,7 +55,7 @@ def elbo_weight(t: Float[Array, "*s"], alpha_0: float) -> Float[Array, "*s"]:
 def draw_times(draws: Draws, low: float = T_MIN, high: float = 1.0) -> Float[Array, " B"]:
     """One time per row in [low, high], evenly spread over the global batch: ((u + i) / N) mod 1, scaled."""
     u = jax.random.uniform(jax.random.fold_in(draws.key, TIME))
-    return low + (high - low) * ((u + draws.index) / draws.total % 1)
+    return low + (high - low) * ((u + (draws.index if draws.rank is None else draws.rank)) / draws.total % 1)
 
 
 def draw_masked(keys: Key[Array, " B"], keep: Float[Array, "B #L"], length: int) -> Bool[Array, "B L"]:

@@ -176,12 +176,13 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     sharding.check(config, mesh)
     tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
     windows = windows_of(config, "train", tokenizer=tokenizer)
-    counts = multihost.gathered("data", str(len(windows)))
+    held_out = windows_of(config, "validation", tokenizer=tokenizer)
+    counts = multihost.gathered("data", f"{len(windows)} and {len(held_out)}")
     require(len(set(counts)) == 1, "data.source", config.data.source,
-            f"the processes see different data: {', '.join(counts)} windows")
+            f"the processes see different data: {', '.join(counts)} windows to train on and to validate with")
     iterator = batches(windows, settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
-    validation = evenly_spaced(windows_of(config, "validation", tokenizer=tokenizer), settings.eval_windows)
+    validation = evenly_spaced(held_out, settings.eval_windows)
     resumes = bool(checkpoint.agreed_steps(directory))  # and then has parameters of its own
     start = None if resumes else finetune.starting_params(config, mesh, tokenizer)
     # Once the data and the start are known to be there.

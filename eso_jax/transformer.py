@@ -14,11 +14,12 @@ Weights (stacked over layers, or unstacked into a tuple by `unstack`):
   embedding [V, D]
   blocks    norm1, norm2: scale, bias [N, D];  qkv [N, D, 3, H, K];  out [N, H, K, D]
             mlp_in: kernel [N, D, 4D], bias [N, 4D];  mlp_out: kernel [N, 4D, D], bias [N, D]
-  head      norm: scale, bias [D];  kernel [D, V];  bias [V]
+  head      norm: scale, bias [D];  kernel [D, V] (for inference padded to what divides over the devices);  bias [V]
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -163,6 +164,7 @@ def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh) -
     return {**weights, "embedding": embedding, "head": {**weights["head"], "kernel": fold_kernel(kernel)}}
 
 
+@functools.lru_cache(maxsize=8)  # so that models of one kind are compiled once
 def inference_folds(config: ModelConfig, dtype: Any, mesh: Mesh) -> tuple[Any, Any]:
     """The compiled functions behind `for_inference`: from parameters to all weights but the embedding (which is the
     parameter) and the kernel of the head; and from the parameter of the latter to the kernel, whose columns are padded

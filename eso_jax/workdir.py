@@ -129,10 +129,14 @@ def read_config(directory: str | Path) -> Config:
 
 
 def read(directory: str | Path, ema: bool = True, mesh: Mesh | None = None) -> tuple[Config, int, Params]:
-    """(config, step, float32 parameters) of a work directory's newest whole checkpoint; as `load`.
+    """(config, step, float32 parameters) of a work directory's newest whole checkpoint.
 
     Args:
+      ema: the averaged parameters rather than the raw ones.
       mesh: where the parameters go, by the rules of eso_jax/sharding.py; None: this process's first device.
+
+    Raises:
+      EsoError: the directory is not a run's, or holds no whole checkpoint.
     """
     from eso_jax import checkpoint
 

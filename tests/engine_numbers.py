@@ -76,7 +76,7 @@ def head_gradients(mesh: MeshConfig) -> dict[int, float]:
     kernel, hidden, bias, targets, weights = test_vocabulary.problem(jnp.bfloat16)
     right, found = test_vocabulary.plain()[0], {}
     where = sharding.mesh(mesh, jax.devices()[:(mesh.data or 1) * mesh.fsdp * mesh.tensor])
-    rows = NamedSharding(where, P(sharding.BATCH if mesh.fsdp < 8 else None))
+    rows = NamedSharding(where, P(sharding.BATCH))
 
     def loss(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
         return (weights * vocabulary.nll({"head": {"kernel": kernel, "bias": bias}}, hidden, targets, 511)).sum()

@@ -65,6 +65,7 @@ def test_two_streams_in_tiles(block: int, own: bool, monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(whole[0][1], plain, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_shape_checks")
 def test_two_streams_need_little_more_memory_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer, forward and backward, with the tiles of an accelerator: the noisy half is tiled as well."""

@@ -46,6 +46,7 @@ def test_the_two_names_of_the_command_are_one() -> None:
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.slow
 def test_train_then_eval(tmp_path: Path, run: Run, trained: Path) -> None:
     config = json.loads((trained / "config.json").read_text())
     (tmp_path / "experiment.py").write_text(
@@ -63,6 +64,7 @@ def test_train_then_eval(tmp_path: Path, run: Run, trained: Path) -> None:
     assert values["perplexity"] == pytest.approx(np.exp(values["nats_per_token"]))
 
 
+@pytest.mark.slow
 def test_eval_of_another_text(tmp_path: Path, run: Run, trained: Path) -> None:
     (tmp_path / "other.txt").write_text("quite another text, " * 100)
     out = tmp_path / "e.json"
@@ -72,6 +74,7 @@ def test_eval_of_another_text(tmp_path: Path, run: Run, trained: Path) -> None:
     assert json.loads(out.read_text())["windows"] == 2003 // 16  # all of it
 
 
+@pytest.mark.slow
 def test_sample_writes_the_contract(tmp_path: Path, run: Run, trained: Path) -> None:
     out = tmp_path / "samples.npz"
     text = run("sample", "--workdir", trained, "--num-samples", 5, "--steps", 4, "--alpha-0", 0.5, "--top-p", 0.9,
@@ -90,6 +93,7 @@ def test_sample_writes_the_contract(tmp_path: Path, run: Run, trained: Path) -> 
     np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "again.npz")["tokens"])
 
 
+@pytest.mark.slow
 def test_a_plan_is_kept_replayed_and_scored(tmp_path: Path, run: Run, trained: Path) -> None:
     common = ["--workdir", trained, "--num-samples", 3, "--seed", 5]
     run("sample", *common, "--plan", "balanced", "--steps", 3, "--alpha-0", 0.5, "--min-p", 0.01,
@@ -109,6 +113,7 @@ def test_a_plan_is_kept_replayed_and_scored(tmp_path: Path, run: Run, trained: P
     np.testing.assert_array_equal(first["tokens"], np.load(tmp_path / "c.npz")["tokens"])
 
 
+@pytest.mark.slow
 def test_low_entropy_is_drawn_again_only_when_asked_and_counted(tmp_path: Path, run: Run, trained: Path) -> None:
     sample = ["sample", "--workdir", trained, "--num-samples", 6, "--out", tmp_path / "s.npz"]
     run(*sample)
@@ -130,6 +135,7 @@ def test_unigram_entropy() -> None:
     np.testing.assert_allclose(unigram_entropy(rows, last=4), [0, np.log(2), np.log(4)], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_check_cache(tmp_path: Path, run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch,
                      capsys: pytest.CaptureFixture[str]) -> None:
     command = ["check-cache", "--workdir", trained, "--rows", 2]
@@ -151,6 +157,7 @@ def test_check_cache(tmp_path: Path, run: Run, trained: Path, monkeypatch: pytes
     assert text.count("TOO MUCH") == 2 and "2 of the differences are more than rounding" in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_shape_checks")
 def test_bench_at_a_reduced_size(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every preset, on a model and plans that take seconds."""
@@ -197,6 +204,7 @@ def test_floor_by_hand() -> None:
         np.testing.assert_allclose(throughput.step_floors(plan, sampler, model, weights, machine), expected)
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept(tmp_path: Path, trained: Path) -> None:
     """In the user's cache folder, unless JAX's own variable names another."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
@@ -226,6 +234,7 @@ def test_import_then_score_gives_the_golden_bound(tmp_path: Path, run: Run, impo
     assert np.load(out)["logp_per_order"].shape == (3, 4)
 
 
+@pytest.mark.slow
 def test_an_imported_model_samples_without_a_tokenizer(tmp_path: Path, run: Run, imported: Path) -> None:
     run("sample", "--workdir", imported, "--num-samples", 2, "--steps", 4, "--out", tmp_path / "s.npz")
     assert "text" not in np.load(tmp_path / "s.npz")
@@ -300,6 +309,7 @@ def test_every_command_that_runs_a_model_takes_devices_and_batch_size(tmp_path: 
         assert "batch_size = 0: must be at least 1" in run(*command, code=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["ar", "mdlm", "bd3lm"])
 def test_alpha_0_is_refused_where_there_is_no_choice(family: str, tmp_path: Path, run: Run) -> None:
     config = tiny_config(family, length=16, vocab_size=258)
@@ -315,11 +325,13 @@ def test_alpha_0_is_refused_where_there_is_no_choice(family: str, tmp_path: Path
     run(*score, "--alpha-0", only)
 
 
+@pytest.mark.slow
 def test_a_work_directory_with_another_config_is_refused(tmp_path: Path, run: Run, trained: Path) -> None:
     text = run("train", trained / "config.json", "--workdir", trained, "model.layers=3", code=2)
     assert "model.layers = 3" in text and "holds a run with 2" in text
 
 
+@pytest.mark.slow
 def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path) -> None:
     tokens = np.load(GOLDENS / "cases.npz")["x0"]
     orders = np.tile(np.arange(16), (2, 4, 1))
@@ -379,6 +391,7 @@ def test_an_experiment_that_does_not_run(tmp_path: Path, run: Run) -> None:
         assert message in run("train", tmp_path / "e.py", "--workdir", tmp_path / "w", code=2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops its other reads
 def test_damaged_and_foreign_checkpoints(tmp_path: Path, run: Run, trained: Path) -> None:
     """Another length or width: one line, and nothing is sampled. A truncated or missing part: the one before it is."""

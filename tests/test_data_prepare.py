@@ -459,6 +459,7 @@ def test_configs_that_do_not_fit(tmp_path: Path, many: Path, changes: list[str],
         windows_of(config_of(tmp_path / "data" / "text", BYTES, 16), "extra")
 
 
+@pytest.mark.slow
 def test_a_prepared_folder_is_self_contained(tmp_path: Path) -> None:
     """Train on it, evaluate on another, with all that they were made from gone."""
     source, held_out = text_file(tmp_path / "text.jsonl", 200), tmp_path / "ptb.valid.txt"
@@ -487,6 +488,7 @@ def test_a_prepared_folder_is_self_contained(tmp_path: Path) -> None:
     assert found["bits_per_byte"] == pytest.approx(found["nats_per_token"] * whole / np.log(2) / text)
 
 
+@pytest.mark.slow
 def test_eval_refuses_another_tokenizer(tmp_path: Path, many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = made(many, tmp_path / "data", length=BASE.model.length, tokenizer=gpt2_like())
     (tmp_path / "text.py").write_text("x = 1\n" * 300)

@@ -214,6 +214,7 @@ def test_training_errors() -> None:
 # The work directory
 
 
+@pytest.mark.slow
 def test_it_travels_with_the_checkpoint(tmp_path: Path) -> None:
     text, original, workdir = tmp_path / "text.txt", tmp_path / "tokenizer.json", tmp_path / "w"
     text.write_text("\n".join(TEXTS * 5))

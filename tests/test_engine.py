@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,9 @@ import engine_numbers
 from conftest import emulated, engine, random_params, random_weights, tiny_config
 from eso_jax import workdir
 from eso_jax.config import Config, EsoError, ModelConfig
+from eso_jax.data import ByteTokenizer
 from eso_jax.engine.rows import catch_out_of_memory
+from eso_jax.evaluation import perplexity
 
 SCRIPT = Path(engine_numbers.__file__)
 
@@ -25,13 +28,14 @@ SCRIPT = Path(engine_numbers.__file__)
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one device, four and eight make of the same rows."""
     out = tmp_path_factory.mktemp("engine") / "found.json"
-    meshes = ["1x1x1", "4x1x1", "1x4x1", "1x1x4", "2x1x4", "1x8x1", "2x2x2"]
+    meshes = ["1x1x1", "4x1x1", "1x4x1", "1x1x4", "2x1x4", "8x1x1", "1x8x1", "2x2x2"]
     done = subprocess.run([sys.executable, str(SCRIPT), str(out), *meshes], capture_output=True, text=True,
                           env=emulated(8))
     assert done.returncode == 0, done.stderr
     return dict(json.loads(out.read_text()))
 
 
+@pytest.mark.slow
 def test_numbers_depend_on_neither_devices_nor_batch_size(found: dict[str, Any]) -> None:
     """One device takes all eight rows at once, four devices two each, and two copies on four devices each three rows
     (of four) after three."""
@@ -43,6 +47,7 @@ def test_numbers_depend_on_neither_devices_nor_batch_size(found: dict[str, Any])
                 ours, theirs, rtol=1e-5, atol=1e-5, err_msg=f"{name} on {mesh}"), value, one[name])
 
 
+@pytest.mark.slow
 def test_devices_share_the_work(found: dict[str, Any]) -> None:
     """Operations of one device of four, for rows that they divide among them."""
     one, four = (found[mesh]["flops"] for mesh in ("1x1x1", "4x1x1"))
@@ -50,14 +55,16 @@ def test_devices_share_the_work(found: dict[str, Any]) -> None:
         assert 0 < four[name] <= 1.1 / 4 * one[name], name
 
 
+@pytest.mark.slow
 def test_any_number_of_windows_is_evaluated_on_any_mesh(found: dict[str, Any]) -> None:
     """1 to 13 windows, in batches of 4 where the devices allow, as training's validation does it."""
-    assert len(found) == 7 and all(len(values["sweep"]) == 13 for values in found.values())
+    assert len(found) == 8 and all(len(values["sweep"]) == 13 for values in found.values())
     for mesh, values in found.items():
         for rows, value in values["sweep"].items():
             np.testing.assert_allclose(value, found["1x1x1"]["sweep"][rows], rtol=1e-5, err_msg=f"{rows} on {mesh}")
 
 
+@pytest.mark.slow
 def test_the_heads_gradient_does_not_depend_on_the_mesh(found: dict[str, Any]) -> None:
     """In bfloat16, in one chunk and in 512, within 0.5% of that in float32."""
     for mesh, values in found.items():
@@ -159,9 +166,37 @@ assert (model.sample(3, steps=4, seed=0).tokens < 1029).all()  # the mask is the
 """
 
 
+@pytest.mark.slow
 def test_loading_puts_no_more_than_its_share_on_a_device(tmp_path: Path) -> None:
     model = ModelConfig(length=8, vocab_size=1030, width=64, layers=2, heads=4, cond_dim=4, dropout=0.0)
     workdir.create(tmp_path / "w", Config(model=model), random_params(model))
     done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path / "w")], capture_output=True, text=True,
                           env=emulated(4))
     assert done.returncode == 0, done.stderr
+
+
+def test_an_evaluations_times_do_not_follow_the_corpus() -> None:
+    """Times are spread evenly over all draws, and over each window's own; which window has which is chance."""
+    seen = set()
+    for seed in range(60):
+        ranks = perplexity.time_ranks(jax.random.key(seed), 8, 3)
+        assert sorted(ranks.ravel().tolist()) == list(range(24))
+        assert (ranks // 8 == np.arange(3)).all()
+        seen.add(int(ranks[0, 0]))
+    assert seen == set(range(8))
+
+
+def test_the_bound_does_not_depend_on_the_order_of_the_windows() -> None:
+    """Half of them certain, half of them not: as a corpus that is sorted, either way, and mixed."""
+    config = tiny_config("mdlm", length=4, vocab_size=3)
+    weights = random_weights(config.model)
+    weights["head"]["kernel"] = jnp.zeros_like(weights["head"]["kernel"])
+    weights["head"]["bias"] = jnp.array([4.0, 0.0, 0.0])  # a 0 costs little, a 1 much, whatever is seen
+    model = engine(config, weights, 256)
+    easy, hard = np.zeros((128, 4), np.int32), np.ones((128, 4), np.int32)
+    mixed = np.stack([easy, hard], 1).reshape(-1, 4)
+    for windows in (np.concatenate([easy, hard]), np.concatenate([hard, easy]), mixed):
+        found = [perplexity.nelbo(model, windows, ByteTokenizer(), 1.0, jax.random.key(seed)) for seed in range(4)]
+        mean = np.mean([one.nats_per_token for one in found])
+        true = np.mean(np.log1p(np.exp(-4.0)) + np.array([0.0, 4.0]))
+        assert abs(mean - true) < 4 * found[0].standard_error / 2, (mean, true)

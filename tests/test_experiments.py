@@ -25,6 +25,8 @@ from eso_jax.evaluation import throughput
 from eso_jax.train import init_state, train_step
 from lab import Lab
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 RUNS = sorted(path.relative_to(ROOT) for folder in ("lm1b", "owt")
               for path in (ROOT / "experiments" / folder).glob("*.py"))

@@ -32,6 +32,7 @@ def test_every_family_is_named() -> None:
     assert set(families.BY_NAME) == set(FAMILIES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_is_the_bound_per_token_on_average(family: str) -> None:
     """With elbo weights, the training loss (over many draws) is the NELBO per token of the same tokens."""
@@ -48,6 +49,7 @@ def test_loss_is_the_bound_per_token_on_average(family: str) -> None:
         assert float(loss[term]) == pytest.approx(per_token.mean(), abs=4 * error + 1e-5), term
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_depends_on_the_global_index_alone(family: str) -> None:
     """Micro-batches of a batch see the draws they would have in it, so their losses average to the whole's."""
@@ -88,6 +90,7 @@ def test_a_and_b_differ_only_among_clean_tokens() -> None:
         assert float(jnp.abs(pair[0] - pair[1]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_low_var_training_weighs_masked_tokens_alike() -> None:
     """w = 1: the loss is the plain sum over masked tokens, over all tokens."""
     config = config_of("mdlm", loss_weight="low_var")
@@ -155,6 +158,7 @@ def true_nll(config: Config, weights: transformer.Weights, everything: jax.Array
     return -(np.logaddexp.reduce(logp, axis=0) - np.log(len(orders)))
 
 
+@pytest.mark.slow
 def test_mdlm_nelbo_is_above_the_true_nll() -> None:
     config, weights, everything = toy("mdlm")
     truth = true_nll(config, weights, everything)
@@ -167,6 +171,7 @@ def test_mdlm_nelbo_is_above_the_true_nll() -> None:
     assert (bound.mean(1) - truth).mean() > 3 * np.sqrt((error**2).mean() / len(error))  # and not by luck
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha_0", [0.5, 1.0])
 def test_importance_weighted_bound_falls_to_the_truth(alpha_0: float) -> None:
     """-E[bound] decreases in K, stays above the enumerated -log p, and comes near it."""
@@ -210,6 +215,7 @@ def test_esolm_sampler_follows_the_exact_law() -> None:
     assert ((seen - count * p) ** 2 / (count * p)).sum() < 54
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter() -> None:
     """AdaLN is folded, not lost: the conditioning MLP and each modulation get gradients."""
     config = config_of("esolm")

@@ -20,6 +20,8 @@ from eso_jax.config import Config, EsoError, MeshConfig, from_file
 from eso_jax.data.tokenizers import LibraryTokenizer
 from vocabularies import gpt2_like
 
+pytestmark = pytest.mark.slow
+
 MESH = sharding.mesh(MeshConfig())
 
 

@@ -14,6 +14,8 @@ from eso_jax.config import EsoError
 from eso_jax.data import ByteTokenizer
 from test_quality import made, subwords
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 from lm_eval.api.instance import Instance  # noqa: E402

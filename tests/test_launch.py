@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").iterdir())
 OVERRIDES = ("family.t_range=(0.3,0.8)", "data.source=it's $HOME \"a\" *")

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 import checkpoints
 import eso_jax
 from checkpoints import call, listed, literal, many, mapping, named, node, tensor
-from conftest import GOLDENS, params_of, Run
+from conftest import GOLDENS, Run, params_of
 from eso_jax.config import EsoError
 from eso_jax.reference import lightning, names, pickles
 
@@ -32,6 +32,7 @@ def golden_tensors() -> dict[str, np.ndarray]:
     return load_file(SAFE)
 
 
+@pytest.mark.slow
 def test_golden_checkpoint(tmp_path: Path, run: Run) -> None:
     """Raw weights are the .safetensors', averaged ones 1.01 times these; the sizes come with them."""
     expected = {name: array for name, array in golden_tensors().items() if not names.is_buffer(name)}
@@ -174,6 +175,7 @@ def test_records_are_not_made(tmp_path: Path) -> None:
     assert not isinstance(path, Path) and path.arguments == ("/x",)
 
 
+@pytest.mark.slow
 def test_deep_and_repeated_structures_cost_what_they_weigh() -> None:
     """A key and the names of a class whose hash would exhaust the stack, and a big dict taken over and over."""
     deep = b")" + b"\x85" * 200_000

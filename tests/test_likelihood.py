@@ -23,6 +23,7 @@ from eso_jax.order import likelihood_orders
 from test_families import draws, toy
 
 
+@pytest.mark.slow
 def test_mdlms_any_order_bound_at_one_order_is_its_nelbo() -> None:
     """The NELBO's integral over t and masks, done exactly: masks of m of L tokens have the weight B(m, L - m + 1). It
     is the mean over orders of -log p decoded one by one, and the Monte Carlo NELBO is within 4 standard errors."""
@@ -41,6 +42,7 @@ def test_mdlms_any_order_bound_at_one_order_is_its_nelbo() -> None:
     assert nelbo.mean() == pytest.approx(exact, abs=4 * nelbo.std() / np.sqrt(trials))
 
 
+@pytest.mark.slow
 def test_bd3lms_likelihood_is_normalized_within_its_blocks(tmp_path: Path) -> None:
     config = tiny_config("bd3lm", length=4, vocab_size=3, block_size=2)
     weights = random_weights(config.model)

@@ -26,6 +26,7 @@ from eso_jax.config import FAMILIES, Config, EsoError, MeshConfig
 SCRIPT = Path(mesh_losses.__file__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_agree_on_every_mesh(family: str, tmp_path: Path) -> None:
     """20 steps on one device, 8 along data, 8 along fsdp, 4 along tensor x 2 along data; and two processes of 4
@@ -107,6 +108,7 @@ def test_models_that_do_not_fit_the_mesh(overrides: list[str], shape: tuple[int,
         sharding.check(config, AbstractMesh(shape, sharding.AXES))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_shape_checks")
 def test_the_program_does_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch,
                                                    request: pytest.FixtureRequest) -> None:
@@ -127,6 +129,7 @@ def test_the_program_does_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPat
     assert seconds[2] < 2 * min(seconds[:2]) + 1, seconds
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialization_changes_no_step_and_saves_memory(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +149,7 @@ def test_rematerialization_changes_no_step_and_saves_memory(remat: str, monkeypa
     assert found[1][1] < 0.8 * found[0][1], found
 
 
+@pytest.mark.slow
 def test_head_is_split_by_vocabulary_and_logits_are_never_whole() -> None:
     """On 8 devices: compiled for tensor = 4, no array holds all 33 (padded: 36) logits of a row."""
     script = """

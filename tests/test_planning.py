@@ -119,6 +119,7 @@ def test_products_that_tpus_write_as_convolutions() -> None:
     assert hlo.cost("\n".join(two)).flops == 2 * 8 * 12 * 64 * 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "remat"), [(FAMILIES[0], "none"), (FAMILIES[0], "dots"), (FAMILIES[0], "full"),
                                                (FAMILIES[6], "none")],
                          ids=lambda x: x if isinstance(x, str) else ident(x))
@@ -168,6 +169,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_memory_is_counted_by_part(eight: dict[str, Any]) -> None:
     memory = eight["found"]["memory"]
     # All that goes in, but for two counters of the optimizer and the step.
@@ -177,6 +179,7 @@ def test_memory_is_counted_by_part(eight: dict[str, Any]) -> None:
     assert eight["found"]["memory_total"] == sum(memory.values()) and memory["temporaries"] > 0
 
 
+@pytest.mark.slow
 def test_work_is_shared_by_the_devices(eight: dict[str, Any]) -> None:
     found = eight["found"]
     assert found["flops"]["compiled"] == pytest.approx(found["flops"]["model"], rel=1e-3)
@@ -191,6 +194,7 @@ def test_work_is_shared_by_the_devices(eight: dict[str, Any]) -> None:
     assert "fits" in eight["lines"][0] and "MFU" in eight["lines"][-1]
 
 
+@pytest.mark.slow
 def test_a_sampling_step(eight: dict[str, Any]) -> None:
     found = eight["sampling"]
     assert found["batch"] == 8 and found["tensor"] == 2 and found["live"] == 128
@@ -200,6 +204,7 @@ def test_a_sampling_step(eight: dict[str, Any]) -> None:
     assert eight["window_of_ar"] == 1
 
 
+@pytest.mark.slow
 def test_what_is_tried_in_order(eight: dict[str, Any]) -> None:
     """More remat, smaller micro-batches (down to a row of each loss on each of 4 devices), more fsdp."""
     assert eight["tried"] == [

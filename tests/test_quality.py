@@ -22,6 +22,8 @@ from eso_jax.evaluation.judges import Scores
 from eso_jax.evaluation.texts import Texts, is_workdir, of_tokens, read
 from vocabularies import gpt2_like
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["a cat sat on the mat", "the dog", "", "a", "the dog sat on the dog sat on the dog sat on the dog"]
 
 
@@ -260,6 +262,7 @@ def test_everything_with_the_libraries(gpt2: Path, modernbert: Path, tmp_path: P
     assert found["gen_ppl"]["value"] == pytest.approx(found["reference"]["gen_ppl"]["value"], rel=0.3)
 
 
+@pytest.mark.slow
 def test_everything_offline_with_our_models(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On the .npz of eso-jax sample, a work directory being judge, reference and features."""
     pytest.importorskip("mauve", reason="the extra eval is not installed")

@@ -21,6 +21,8 @@ from eso_jax.reference import import_checkpoint, names
 from eso_jax.reference.card import card
 from vocabularies import gpt2_like
 
+pytestmark = pytest.mark.slow
+
 SIZES = GOLDENS / "config.json"
 FILES = {"esolm": "eso", "esolm_a": "eso", "mdlm": "eso", "bd3lm": "bd3lm", "ar": "ar"}
 
@@ -80,6 +82,7 @@ def test_rotary_frequencies_are_pytorchs(head_size: int, digest: str | None) -> 
     assert found.dtype == np.float32 and digest in (None, hashlib.sha256(found.tobytes()).hexdigest()[:12])
 
 
+@pytest.mark.slow
 def test_a_trained_model_travels(tmp_path: Path, run: Run, trained: Path) -> None:
     """Out as averaged or raw weights and in again: the same parameters, and a card with what was measured."""
     for flags, ema in (([], True), (["--raw"], False)):
@@ -178,6 +181,7 @@ def test_logits_are_compared_with_stored_ones(family: str, case: str, tmp_path: 
     assert not (tmp_path / "v").exists()
 
 
+@pytest.mark.slow
 def test_the_tokenizer_travels(tmp_path: Path, run: Run) -> None:
     """Named on import and kept, exported beside the weights, and taken from there by the next import."""
     tokenizer = gpt2_like()
@@ -225,6 +229,7 @@ def test_export_mistakes(tmp_path: Path, run: Run, trained: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_to_and_from_the_hub(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stub of the hub keeps what is pushed in a folder, and gives it back."""
     hub = tmp_path / "hub"

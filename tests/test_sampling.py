@@ -60,6 +60,7 @@ def logits_pair(name: str, plan: Plan, x: jax.Array) -> list[tuple[jax.Array, ja
                     check.uncached_logits(WEIGHTS, config.model, sampler, plan, x), strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(name=st.sampled_from(NAMES), cuts=any_cuts(), batch=st.integers(1, 8),
        alpha_0=st.sampled_from([0.0, 0.25, 0.5, 1.0]), seed=st.integers(0, 99))
@@ -83,6 +84,7 @@ def test_differences_between_logits() -> None:
     assert check.compare([jnp.asarray(ours)], [jnp.asarray(ours)], 2).relative == 0
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What eso-jax check-cache prints is small for our cache, and large for one whose keys are written a slot late."""
     config = tiny_config(length=LENGTH, vocab_size=10)  # compiled for nobody else
@@ -115,6 +117,7 @@ def training_nll(name: str, plan: Plan, first: int, tokens: jax.Array) -> jax.Ar
     return esolm.sequential_nll(WEIGHTS, config, tokens, masked, order)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_is_the_training_pass(name: str, alpha_0: float) -> None:
@@ -150,6 +153,7 @@ def python_loop(name: str, plan: Plan, key: jax.Array, rule: Rule) -> np.ndarray
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "alpha_0", "rule"), [
     ("esolm", 0.0, Rule()), ("esolm", 0.5, Rule(temperature=0.7, top_p=0.9)), ("esolm", 1.0, Rule(min_p=0.1)),
     ("esolm_a", 0.5, Rule()), ("mdlm", 1.0, Rule(top_p=0.8)), ("ar", 0.0, Rule()), ("bd3lm", 1.0, Rule()),
@@ -160,6 +164,7 @@ def test_compiled_loop_equals_a_python_loop(name: str, alpha_0: float, rule: Rul
                                   python_loop(name, plan, key, rule))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_do_not_know_their_batch(name: str) -> None:
     plan, key = plan_of(name, 2, 6, CUTS, 0.5), jax.random.key(3)
@@ -213,6 +218,7 @@ def test_windows_of_a_long_plan_are_rounded_and_the_cache_grows() -> None:
     assert len({run.shape for run in runs}) < 25
 
 
+@pytest.mark.slow
 def test_plans_share_their_programs() -> None:
     """Compilation is per shape: many plans, of other numbers of steps, need few programs between them."""
     key, before = jax.random.key(0), loop.decode_run._cache_size()

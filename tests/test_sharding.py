@@ -15,6 +15,8 @@ from conftest import GOLDENS
 from eso_jax import sharding
 from eso_jax.config import EsoError, ModelConfig
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import sys
 import jax, jax.numpy as jnp, numpy as np

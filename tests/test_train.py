@@ -50,6 +50,7 @@ def test_it_learns_logs_and_draws(base: Config, tmp_path: Path) -> None:
     assert eso_jax.load(tmp_path / "w").step == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains(family: str, base: Config, tmp_path: Path) -> None:
     run = base.override(f"family.name={family}", f"family.alpha_0={0.5 if 'eso' in family else 1}",
@@ -58,6 +59,7 @@ def test_every_family_trains(family: str, base: Config, tmp_path: Path) -> None:
     assert int(state.step) == 2 and np.isfinite(optax.tree.norm(state.params))
 
 
+@pytest.mark.slow
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(base: Config, tmp_path: Path,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     """8 steps equal 3 + 5: parameters, averages, optimizer, data and logged losses."""
@@ -70,6 +72,7 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(base: Config, tmp_path:
     assert step_lines(tmp_path / "whole") == step_lines(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_kill_9_and_rerun(base: Config, tmp_path: Path) -> None:
     """Killed once a checkpoint is whole, the same command goes on from there to the same end."""
     (tmp_path / "run.json").write_text(base.to_json())
@@ -97,6 +100,7 @@ def test_a_torn_metrics_line_is_dropped(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics.read(tmp_path)] == [1, 3]
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing() -> None:
     """One batch of 8 and four micro-batches of 2 take the same step."""
     one, four = (BASE.override(f"train.accumulate={count}", "model.dropout=0.1") for count in (1, 4))
@@ -126,6 +130,7 @@ def test_first_step_matches_recorded_numbers() -> None:
     assert masks == pytest.approx(round(masks), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_non_finite_step_stops_and_names_the_last_checkpoint(base: Config, tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     what, bad = "finite", False
@@ -153,6 +158,7 @@ def test_out_of_memory_says_what_to_change(base: Config, tmp_path: Path, monkeyp
         training.train(base, tmp_path / "w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["train.learning_rate=1e38", "train.learning_rate=1e30"])
 def test_an_exploding_run_is_not_saved(override: str, base: Config, tmp_path: Path) -> None:
     """The update is looked at, not only the loss before it."""
@@ -216,7 +222,7 @@ def validation_lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, windows", zip(FAMILIES, (100, 300, 300, 100, 100), strict=True))
+@pytest.mark.parametrize("family, windows", list(zip(FAMILIES, (100, 300, 300, 100, 100), strict=True)))
 def test_a_pod_passes_its_evaluation(family: str, windows: int, long: Config, tmp_path: Path) -> None:
     """128 devices, which do not divide the windows."""
     run = long.override(f"family.name={family}", f"family.alpha_0={0.5 if 'eso' in family else 1}", "train.steps=2",
@@ -253,6 +259,7 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
     assert float(updates["w"][0]) == pytest.approx(-0.01 * 0.5 / 1.5, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_steps_are_traced(base: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     training.train(base.override("train.profile_steps=2"), tmp_path / "w")
     assert "traced 2 steps into" in capsys.readouterr().err

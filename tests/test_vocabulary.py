@@ -9,7 +9,7 @@ import pytest
 
 from eso_jax import vocabulary
 
-BATCH, LENGTH, WIDTH, VOCAB = 4, 512, 64, 512
+BATCH, LENGTH, WIDTH, VOCAB = 8, 512, 64, 512
 MASK = VOCAB - 1
 
 

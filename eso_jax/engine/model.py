@@ -147,7 +147,8 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
          batch_size: int = BATCH_SIZE) -> Model:
     """The model of a work directory, at its newest checkpoint, on all devices.
 
-    Parameters are read, and weights made of them, part by part where they are used: no device ever holds all.
+    Parameters are read, and weights made of them, where they are used: no device ever holds more than its share, which
+    is everything where `tensor` is 1.
 
     Args:
       ema: the averaged parameters rather than the raw ones.
@@ -165,7 +166,7 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
     config = workdir.read_config(directory)
     mesh = sharding.inference_mesh(config.model, tensor)
     with catch_out_of_memory(f"--tensor = {tensor}", "give a larger one, which splits each copy of the model over more "
-                             "devices, or use --dtype bfloat16"):
+                             "devices; sample and check-cache also take --dtype bfloat16"):
         config, step, params = workdir.read(directory, ema, mesh)
         weights = jax.block_until_ready(transformer.for_inference(config.model, params, jnp.dtype(dtype), mesh))
     tokenizer = workdir.kept_tokenizer(Path(directory), config)

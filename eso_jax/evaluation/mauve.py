@@ -89,6 +89,7 @@ def get(name: str, batch_size: int | None = None, tensor: int = 1) -> Features:
         from eso_jax.engine.model import load
 
         return ModelFeatures(load(name, tensor=tensor, batch_size=batch_size or BATCH_SIZE), name)
+    require(tensor == 1, "tensor", tensor, f"only splits our own models, and {name!r} is the transformers library's")
     return TransformersFeatures(name, batch_size or 16)
 
 

@@ -19,7 +19,7 @@ from eso_jax import families, sharding
 from eso_jax.config import Config, require
 from eso_jax.data import Tokenizer, Windows
 from eso_jax.engine.rows import Engine
-from eso_jax.noise import Draws
+from eso_jax.noise import RANK, Draws
 from eso_jax.transformer import Weights
 
 
@@ -75,15 +75,18 @@ def _per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array
                 num_bytes: Callable[[np.ndarray], int]) -> tuple[dict[str, Float[np.ndarray, " M"]], int]:
     """The terms, and the bytes of text that all windows stand for."""
     require(len(windows) > 0, "windows", 0, "nothing to evaluate")
+    ranks = time_ranks(key, len(windows), samples)
 
     def read(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
         tokens = windows[numbers].astype(np.int32)
         # The bytes come along, since only the process that reads a window can count them.
-        return tokens, numbers.astype(np.int32), np.array([num_bytes(row) for row in tokens], np.int32)
+        sizes = np.array([num_bytes(row) for row in tokens], np.int32)
+        return tokens, numbers.astype(np.int32), ranks[numbers], sizes
 
-    def estimate(weights: Weights, tokens: Array, numbers: Array, num_bytes: Array) -> tuple[Any, Array]:
-        found = [_estimate(weights, engine.config, tokens, numbers + sample * len(windows), samples * len(windows),
-                           alpha_0, key) for sample in range(samples)]
+    def estimate(weights: Weights, tokens: Array, numbers: Array, ranks: Array,
+                 num_bytes: Array) -> tuple[Any, Array]:
+        found = [_estimate(weights, engine.config, tokens, numbers + sample * len(windows), ranks[:, sample],
+                           samples * len(windows), alpha_0, key) for sample in range(samples)]
         return {term: jnp.stack([one[term] for one in found], axis=1) for term in found[0]}, num_bytes
 
     found, sizes = engine.rows(estimate, len(windows), read, "evaluating")
@@ -92,9 +95,21 @@ def _per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array
     return by_term, int(sizes.sum(dtype=np.int64))
 
 
+def time_ranks(key: Key[Array, ""], windows: int, samples: int) -> Int[np.ndarray, "M S"]:
+    """Each draw's place among the evenly spread times of all draws.
+
+    A window's samples are spread over all times, one in each S-th of them. Where in it is random: otherwise early
+    windows of a corpus would always have early times.
+    """
+    keys = [jax.random.fold_in(jax.random.fold_in(key, RANK), sample) for sample in range(samples)]
+    return np.stack([sample * windows + np.asarray(jax.random.permutation(keys[sample], windows), np.int32)
+                     for sample in range(samples)], axis=1)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "alpha_0"))
 def _estimate(weights: Weights, config: Config, tokens: Int[Array, "B L"], numbers: Int[Array, " B"],
-              total: Int[Array, ""] | int, alpha_0: float, key: Key[Array, ""]) -> dict[str, Float[Array, " B"]]:
+              ranks: Int[Array, " B"], total: Int[Array, ""] | int, alpha_0: float,
+              key: Key[Array, ""]) -> dict[str, Float[Array, " B"]]:
     """One draw for each of the windows, which are so numbered among the draws of the whole evaluation, `total`."""
     return families.get(config).nelbo(weights, config, sharding.constrain(tokens, sharding.BATCH),
-                                      Draws(key, numbers, total), alpha_0)
+                                      Draws(key, numbers, total, ranks), alpha_0)

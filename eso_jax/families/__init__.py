@@ -74,7 +74,7 @@ ONLY_ALPHA_0 = {"ar": (0.0, 1.0), "mdlm": (1.0,), "bd3lm": (1.0,)}
 
 
 def alpha_0_of(config: Config, alpha_0: float | None) -> float:
-    """The share of tokens left to diffusion: the one asked for, or the training value.
+    """The share of tokens left to diffusion: the one asked for, or the training value, which also stands for no choice.
 
     Raises:
       EsoError: it is no share, or the family has no such choice.
@@ -85,7 +85,7 @@ def alpha_0_of(config: Config, alpha_0: float | None) -> float:
     name = config.family.name
     require(alpha_0 in ONLY_ALPHA_0.get(name, (alpha_0,)), "alpha_0", alpha_0,
             f"only Eso-LMs have a choice; leave it out for family.name = {name!r}")
-    return alpha_0
+    return config.family.alpha_0 if name in ONLY_ALPHA_0 else alpha_0
 
 
 def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eso_jax.engine.model import Model, Samples
 from eso_jax.evaluation import judges, mauve, quality, texts
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.judges import Judge
 from eso_jax.evaluation.mauve import Features
 from eso_jax.evaluation.texts import Texts
-from eso_jax.engine.model import Model, Samples
 from lab import Lab
 
 JUDGE = "owt/ar"
