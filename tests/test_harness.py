@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import tiny_config
+from conftest import emulated, tiny_config
 from eso_jax import likelihood
 from eso_jax.config import EsoError
 from eso_jax.data import ByteTokenizer
@@ -144,3 +146,21 @@ metric_list:
             for d in documents]
     accuracy = np.mean([choice == d["answer"] for choice, d in zip(best, documents, strict=True)])
     assert found["results"]["tiny_choice"]["acc,none"] == pytest.approx(accuracy)
+
+
+DEVICES = """
+import sys
+from eso_jax.evaluation.harness import HarnessModel
+model = HarnessModel(sys.argv[1], batch_size=3, tensor=2)
+assert dict(model.model.mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 2}
+print(model._loglikelihood_tokens([(None, [1, 2, 3], [n, 4]) for n in range(5)])[4][0])
+"""
+
+
+def test_it_takes_devices(tmp_path: Path) -> None:
+    """Four of them, two to a copy of the model, and rows that they do not divide."""
+    workdir = made(tmp_path / "w", "esolm")
+    command = [sys.executable, "-c", DEVICES, str(workdir)]
+    done = subprocess.run(command, capture_output=True, text=True, env=emulated(4))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(plain(HarnessModel(str(workdir)), [1, 2, 3], [4, 4]), rel=1e-4)
