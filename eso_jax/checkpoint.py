@@ -160,6 +160,7 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
         if "RESOURCE_EXHAUSTED" in reason:  # the devices' memory, which has an answer of its own
             raise failure or jax.errors.JaxRuntimeError(reason)
         if "arrier" in reason:  # the processes no longer count Orbax's barriers alike; a new start mends that
+            reason = "another process could not read it"
             break
         if attempt < TRIES:
             metrics.say(f"checkpoint {step} in {workdir} cannot be read ({reason}); trying again")

@@ -298,7 +298,7 @@ def together(last: Callable[[], str] = lambda: "the last checkpoint is still the
     except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
-        if is_loss(error) and not isinstance(error, (EsoError, RunAgain)):  # which are our own words
+        if is_loss(error):
             reason = str(error).splitlines()[0][:200]
             leave(RunAgain(f"lost another process of the run ({reason}); {_no_sign()}{last()}"))
         leave(error)
