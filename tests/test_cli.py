@@ -219,6 +219,7 @@ def test_compiled_programs_are_kept(tmp_path: Path, trained: Path) -> None:
     assert len(list((tmp_path / "cache" / "eso-jax").iterdir())) == len(kept)
 
 
+@pytest.mark.slow
 def test_import_then_score_gives_the_golden_bound(tmp_path: Path, run: Run, imported: Path) -> None:
     cases = np.load(GOLDENS / "cases.npz")
     np.save(tmp_path / "x.npy", cases["x0"])
@@ -417,6 +418,7 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path, run: Run, trained: Path
     assert eso_jax.load(tmp_path / "w").step == 3
 
 
+@pytest.mark.slow
 def test_reading_touches_nothing(tmp_path: Path, run: Run, trained: Path) -> None:
     """A sample beside a running training leaves its half-written checkpoint alone."""
     shutil.copytree(trained, tmp_path / "w")

@@ -62,6 +62,7 @@ def test_loss_depends_on_the_global_index_alone(family: str) -> None:
         np.testing.assert_allclose(whole[term], (parts[0][term] + parts[1][term]) / 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_alpha_0_limits() -> None:
     """alpha_0 = 1 is diffusion alone; alpha_0 = 0 is left to right alone and the exact likelihood of that order."""
     one, zero = config_of("esolm", alpha_0=1.0), config_of("esolm", alpha_0=0.0)
@@ -127,6 +128,7 @@ def toy(family: str, **fields: object) -> tuple[Config, transformer.Weights, jax
     return config, random_weights(config.model, scale=0.3), everything
 
 
+@pytest.mark.slow
 def test_exact_likelihood_is_normalized_for_every_order() -> None:
     config, weights, everything = toy("esolm")
     for order in itertools.permutations(range(3)):
@@ -229,6 +231,7 @@ def test_gradients_reach_every_parameter() -> None:
         assert float(jnp.abs(gradient).max()) > 1e-6, name
 
 
+@pytest.mark.slow
 def test_dropout_changes_training_and_not_bounds() -> None:
     dry = config_of("esolm")
     wet = dataclasses.replace(dry, model=dataclasses.replace(dry.model, dropout=0.5))
@@ -276,6 +279,7 @@ def test_nll_in_chunks_equals_nll_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_close_to_float32(family: str) -> None:
     config = config_of(family)

@@ -73,6 +73,7 @@ def test_conditionals_are_ratios_of_the_law_of_their_order() -> None:
     np.testing.assert_allclose(whole, natural, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["esolm", "ar"])
 def test_conditionals_by_token_and_what_greedy_decoding_takes(family: str) -> None:
     """Against the likelihood of the same order with each token in turn replaced by every other."""

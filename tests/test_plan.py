@@ -55,6 +55,7 @@ def chain(length: int, steps: int, alpha_0: float) -> Counter[tuple[int, ...]]:
     return law
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length, steps, alpha_0", [(4, 3, 0.7), (3, 2, 1.0)])
 def test_counts_follow_the_sequential_binomial_chain(length: int, steps: int, alpha_0: float) -> None:
     """1200 plans against the exact law: every outcome is possible, and its frequency within 4 standard errors (a false

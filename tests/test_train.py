@@ -32,6 +32,7 @@ def step_lines(workdir: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name not in speeds} for line in lines]
 
 
+@pytest.mark.slow
 def test_it_learns_logs_and_draws(base: Config, tmp_path: Path) -> None:
     run = base.override("train.steps=60", "train.eval_every=30", "train.log_every=10")
     training.train(run, tmp_path / "w", {"a baseline": 3.0})
