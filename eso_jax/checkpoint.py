@@ -154,7 +154,7 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
         if told:
             return None, told[0]
         reasons = multihost.gathered("failure", f"{type(failure).__name__}: {failure}" if failure else "")
-        reason = min(filter(None, reasons), key=lambda text: "barrier" in text, default="").partition("\n")[0][:200]
+        reason = min(filter(None, reasons), key=lambda text: "arrier" in text, default="").partition("\n")[0][:200]
         if not reason:
             return loaded, None
         if "RESOURCE_EXHAUSTED" in reason:  # the devices' memory, which has an answer of its own
