@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from eso_jax import families, likelihood, sharding, transformer, workdir
 from eso_jax.config import require
@@ -117,21 +117,11 @@ class Model(Engine):
                 if min_entropy is not None and attempt:
                     again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
                 if len(again):
-                    tokens[again] = self._decode(plan, jax.random.fold_in(draw_key, attempt), rule, again, size)
+                    key = jax.random.fold_in(draw_key, attempt)
+                    tokens[again] = decode(self, plan, key, rule, again, size)
                     tries[again] += 1
         return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, plan.diffused, tries, watch.seconds,
                        watch.compile_seconds)
-
-    def _decode(self, plan: Plan, key: Key[Array, ""], rule: Rule, rows: np.ndarray, size: int) -> np.ndarray:
-        """The tokens of some rows of the plan, `size` at a time."""
-        order = np.asarray(plan.order)
-
-        def decode(weights: Weights, order: Array, rows: Array) -> Array:
-            return families.sample(weights, self.config, dataclasses.replace(plan, order=order), key, rule, rows)
-
-        found: np.ndarray = self.rows(decode, len(rows), lambda i: (order[rows[i]], rows[i].astype(np.int32)),
-                                      "sampling", size)
-        return found
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
@@ -141,6 +131,19 @@ class Model(Engine):
         """log p of each token of [B, L] in nats, in the order, when decoded along the plan: the law of `sample` given
         its plan. One pass per step."""
         return likelihood.plan_log_prob(self, tokens, plan)
+
+
+def decode(engine: Engine, plan: Plan, key: Key[Array, ""], rule: Rule, rows: Int[np.ndarray, " R"],
+           size: int) -> Int[np.ndarray, "R L"]:
+    """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own number."""
+    order = np.asarray(plan.order)
+
+    def draw(weights: Weights, order: Array, rows: Array) -> Array:
+        return families.sample(weights, engine.config, dataclasses.replace(plan, order=order), key, rule, rows)
+
+    found: np.ndarray = engine.rows(draw, len(rows), lambda i: (order[rows[i]], rows[i].astype(np.int32)), "sampling",
+                                    size)
+    return found
 
 
 def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor: int = 1,

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from eso_jax import families, sharding, transformer
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig, require
+from eso_jax.engine.model import decode
 from eso_jax.engine.rows import Engine
 from eso_jax.order import unsort
 from eso_jax.sampling import loop
@@ -205,14 +206,8 @@ class Timed:
         if self.scaled:
             with jax.set_mesh(self.mesh):
                 return _seconds(self.one_pass) * self.plan.nfe
-        order = np.asarray(self.plan.order)
-
-        def decode(weights: Weights, order: jax.Array, rows: jax.Array) -> jax.Array:
-            plan = dataclasses.replace(self.plan, order=order)
-            return families.sample(weights, self.config, plan, jax.random.key(1), self.rule, rows)
-
-        return _seconds(lambda: self.engine.rows(decode, len(order), lambda rows: (order[rows], rows.astype(np.int32)),
-                                                 size=len(order)))
+        batch = len(self.plan.order)
+        return _seconds(lambda: decode(self.engine, self.plan, jax.random.key(1), self.rule, np.arange(batch), batch))
 
     def row(self, machine: Machine, repeats: int) -> dict[str, Any]:
         """The row of the table: seconds for a batch, and what they are made of."""
