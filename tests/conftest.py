@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -39,6 +40,15 @@ BASE = Config().override(
     "family.alpha_0=0.5", "train.batch_size=8", "train.steps=8", "train.warmup=2", "train.learning_rate=0.01",
     "train.log_every=1", "train.eval_every=4", "train.eval_windows=16", "train.save_every=3",
     "train.compute_dtype=float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Drops a file's compiled programs after it: each holds a dozen memory maps, and Linux gives a process 65,530. Past
+    them the compiler fails with a segmentation fault."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

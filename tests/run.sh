@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 bash launch/install.sh test
-exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
+# No new process for one that crashed: xdist 3.8 may then wait for ever for tests that have run.
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --max-worker-restart 0 "$@"
