@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from eso_jax.config import Config, ModelConfig
-from eso_jax.transformer import FREQUENCIES
+from eso_jax.model.transformer import FREQUENCIES
 
 Parts = dict[str, int]  # FLOPs by part: qkv, attention, out, mlp_in, mlp_out, head, adaln
 
@@ -80,7 +80,7 @@ def sampling_step(model: ModelConfig, batch: int, window: int, width: int, live:
 
     Args:
       window, width, live: slots of the pass, those whose logits are taken, and keys that each slot scores, as in
-        eso_jax.sampling.loop.Shape.
+        eso_jax.decoding.loop.Shape.
     """
     return {**layers(model, batch * window), "attention": attention(model, batch * window, live),
             "head": head(model, batch * width)}

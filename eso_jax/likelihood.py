@@ -20,13 +20,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from eso_jax import families, vocabulary
+from eso_jax import families
 from eso_jax.config import Config, EsoError, require
+from eso_jax.decoding.order import check_permutations, sort, unsort
+from eso_jax.decoding.plan import Plan
 from eso_jax.engine.rows import Engine
 from eso_jax.families import ar, esolm
-from eso_jax.order import check_permutations, sort, unsort
-from eso_jax.sampling.plan import Plan
-from eso_jax.transformer import Weights
+from eso_jax.model import vocabulary
+from eso_jax.model.transformer import Weights
 
 
 def log_prob(engine: Engine, tokens: np.ndarray, orders: np.ndarray) -> Float[np.ndarray, "O B"]:

@@ -5,10 +5,10 @@
   tensor  devices that share a copy's heads, hidden units, vocabulary and rows
 
 The axes are Auto: XLA places what is not said here, and inserts the communication. Training, sampling and planning for
-machines that are not there (eso_jax/planning) all use these meshes. There is no axis along the sequence: at the
+machines that are not there (eso_jax/aot) all use these meshes. There is no axis along the sequence: at the
 paper's lengths the rows of a batch are enough to keep every device busy.
 
-Axes: B batch, L length, S slots, H heads; of parameters see eso_jax/transformer.py.
+Axes: B batch, L length, S slots, H heads; of parameters see eso_jax/model/transformer.py.
 """
 
 from __future__ import annotations

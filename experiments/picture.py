@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from eso_jax import masks
 from eso_jax.cli import guarded, read_plan
-from eso_jax.order import random_then_ascending
-from eso_jax.sampling.plan import Plan
+from eso_jax.decoding.order import random_then_ascending
+from eso_jax.decoding.plan import Plan
+from eso_jax.model import masks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

@@ -23,14 +23,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from eso_jax import Config, FamilyConfig, ModelConfig, TrainConfig, families, likelihood, load, order
+from eso_jax import Config, FamilyConfig, ModelConfig, TrainConfig, families, likelihood, load
 from eso_jax.cli import guarded
 from eso_jax.config import require
 from eso_jax.data import Bigram, get_tokenizer, windows_of
+from eso_jax.decoding import order
+from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
-from eso_jax.evaluation import perplexity
-from eso_jax.metrics import say
-from eso_jax.train import train
+from eso_jax.run.metrics import say
+from eso_jax.run.train import train
 
 config = Config(
     model=ModelConfig(length=128, width=128, layers=4, heads=2, cond_dim=32, dropout=0.0),

@@ -23,12 +23,14 @@ import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from eso_jax import sharding, transformer, workdir  # noqa: E402
+from eso_jax import sharding  # noqa: E402
 from eso_jax.cli import main  # noqa: E402
 from eso_jax.config import Config, FamilyConfig, ModelConfig  # noqa: E402
 from eso_jax.engine.rows import Engine  # noqa: E402
-from eso_jax.reference import import_checkpoint  # noqa: E402
-from eso_jax.transformer import Weights  # noqa: E402
+from eso_jax.interop import import_checkpoint  # noqa: E402
+from eso_jax.model import transformer  # noqa: E402
+from eso_jax.model.transformer import Weights  # noqa: E402
+from eso_jax.run import workdir  # noqa: E402
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -174,7 +176,7 @@ def random_tokens(config: Config, batch: int, seed: int = 0) -> jax.Array:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of a small model after four steps."""
-    from eso_jax.train import train
+    from eso_jax.run.train import train
 
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.py").write_text("x = 1\nprint(x)\n" * 300)

@@ -23,14 +23,16 @@ from jax.sharding import PartitionSpec as P
 import eso_jax  # noqa: F401  (what XLA must be told before JAX starts)
 import test_vocabulary
 from conftest import random_params, tiny_config
-from eso_jax import likelihood, sharding, transformer, vocabulary
+from eso_jax import likelihood, sharding
 from eso_jax.config import MeshConfig
 from eso_jax.data import ByteTokenizer
+from eso_jax.decoding import loop
+from eso_jax.decoding.plan import one_by_one
+from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
 from eso_jax.engine.rows import Engine
-from eso_jax.evaluation import judges, mauve, perplexity, texts
-from eso_jax.sampling import loop
-from eso_jax.sampling.plan import one_by_one
+from eso_jax.evaluation import judges, mauve, texts
+from eso_jax.model import transformer, vocabulary
 
 CONFIG = tiny_config("esolm", length=12, vocab_size=258, alpha_0=0.5).override("model.heads=4", "model.layers=1")
 ROWS = 8

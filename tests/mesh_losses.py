@@ -13,8 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from eso_jax import multihost, sharding, train
+from eso_jax import sharding
 from eso_jax.config import Config, FamilyConfig, MeshConfig, ModelConfig, TrainConfig
+from eso_jax.run import multihost, train
 
 STEPS = 20
 # 33 tokens divide by none of the meshes.

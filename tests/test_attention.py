@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eso_jax import attention, masks
+from eso_jax.model import attention, masks
 
 
 @pytest.mark.parametrize("own", [False, True])  # one mask for all rows, or one for each

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from eso_jax.config import EsoError
-from eso_jax.sampling import categorical
-from eso_jax.sampling.categorical import Rule
-from eso_jax.transformer import MASK_LOGIT
+from eso_jax.decoding import categorical
+from eso_jax.decoding.categorical import Rule
+from eso_jax.model.transformer import MASK_LOGIT
 
 PLAIN, GREEDY, NUCLEUS = Rule(), Rule(temperature=0.0), Rule(top_p=0.9)
 ALMOST_ONE = float(np.nextafter(np.float32(1), np.float32(0)))

@@ -16,12 +16,13 @@ import pytest
 
 import eso_jax
 from conftest import BASE, GOLDENS, Run, emulated, random_params, tiny_config
-from eso_jax import families, workdir
+from eso_jax import families
 from eso_jax.cli import COMMANDS, main
+from eso_jax.decoding import check
+from eso_jax.decoding.plan import Plan
+from eso_jax.decoding.rejection import unigram_entropy
 from eso_jax.evaluation import throughput
-from eso_jax.sampling import check
-from eso_jax.sampling.plan import Plan
-from eso_jax.sampling.rejection import unigram_entropy
+from eso_jax.run import workdir
 
 
 @pytest.fixture(scope="module")

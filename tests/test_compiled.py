@@ -10,9 +10,9 @@ import pytest
 
 from conftest import random_weights, tiny_config
 from eso_jax import families
-from eso_jax.sampling import loop
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import Plan, left_to_right
+from eso_jax.decoding import loop
+from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.plan import Plan, left_to_right
 
 BATCH, LENGTH = 3, 40
 

@@ -14,11 +14,12 @@ import pytest
 
 import engine_numbers
 from conftest import emulated, engine, random_params, random_weights, tiny_config
-from eso_jax import noise, workdir
+from eso_jax import noise
 from eso_jax.config import Config, EsoError, ModelConfig
 from eso_jax.data import ByteTokenizer
+from eso_jax.engine import perplexity
 from eso_jax.engine.rows import catch_out_of_memory
-from eso_jax.evaluation import perplexity
+from eso_jax.run import workdir
 
 SCRIPT = Path(engine_numbers.__file__)
 
@@ -117,7 +118,9 @@ LOADING = """
 import math, sys
 import jax, jax.numpy as jnp
 import eso_jax
-from eso_jax import sharding, transformer, workdir
+from eso_jax import sharding
+from eso_jax.model import transformer
+from eso_jax.run import workdir
 
 def most():
     '''Bytes of live arrays on the device that holds most.'''

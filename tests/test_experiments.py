@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 import samples
-from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, recipes, transformer
-from eso_jax import config as configs
+from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs, recipes
 from eso_jax.evaluation import throughput
-from eso_jax.train import init_state, train_step
+from eso_jax.model import transformer
+from eso_jax.run.train import init_state, train_step
 from lab import Lab
 
 pytestmark = pytest.mark.slow

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from conftest import engine, random_params, random_tokens, random_weights, tiny_config
-from eso_jax import families, likelihood, noise, transformer, vocabulary
+from eso_jax import families, likelihood, noise
 from eso_jax.config import FAMILIES, Config, EsoError
+from eso_jax.decoding.order import likelihood_orders
 from eso_jax.families import bd3lm, esolm, mdlm
+from eso_jax.model import transformer, vocabulary
 from eso_jax.noise import Draws
-from eso_jax.order import likelihood_orders
 
 
 def draws(batch: int, seed: int = 0) -> Draws:

@@ -27,11 +27,10 @@ from orbax.checkpoint import v1 as ocp
 
 import eso_jax
 from conftest import BASE, emulated, free_port, launch, params_of, together
-from eso_jax import checkpoint, metrics, multihost
-from eso_jax import train as training
 from eso_jax.config import Config, EsoError, RunAgain
 from eso_jax.data import windows_of
 from eso_jax.data.pipeline import batches
+from eso_jax.run import checkpoint, metrics, multihost, train as training
 from test_train import step_lines
 
 pytestmark = pytest.mark.slow
@@ -279,8 +278,8 @@ def test_a_full_disk_stops_cleanly_and_loses_nothing(base: Config, tmp_path: Pat
 WAITING = """
 import sys, time
 from pathlib import Path
-from eso_jax import multihost
 from eso_jax.config import RunAgain
+from eso_jax.run import multihost
 multihost.start(Path(sys.argv[1]), 60)
 if multihost.is_writer():
     try:
@@ -302,7 +301,7 @@ def test_a_barrier_names_the_host_that_does_not_come(tmp_path: Path) -> None:
 
 ALONE = """
 import pathlib, sys
-from eso_jax import multihost
+from eso_jax.run import multihost
 multihost.PATIENCE = 1
 multihost.start(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
 """
@@ -559,9 +558,10 @@ def test_milestones_are_kept(base: Config, tmp_path: Path) -> None:
 RESTORE = """
 import sys, jax, numpy as np
 from jax.experimental import multihost_utils
-from eso_jax import checkpoint, config, multihost, sharding, train
+from eso_jax import config, sharding
 from eso_jax.data import windows_of
 from eso_jax.data.pipeline import batches
+from eso_jax.run import checkpoint, multihost, train
 from pathlib import Path
 workdir, out, *overrides = sys.argv[1:]
 multihost.start(Path(workdir) / 'hosts.partial', 60)

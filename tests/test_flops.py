@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from eso_jax import families, flops, transformer
+from eso_jax import families, flops
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
-from eso_jax.sampling import loop
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import left_to_right
-from eso_jax.train import init_state, train_step
+from eso_jax.decoding import loop
+from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.plan import left_to_right
+from eso_jax.model import transformer
+from eso_jax.run.train import init_state, train_step
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks")
 

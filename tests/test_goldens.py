@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from conftest import Golden, engine, golden
-from eso_jax import attention, families, likelihood, masks, noise, transformer
+from eso_jax import families, likelihood, noise
+from eso_jax.decoding import categorical, check
+from eso_jax.decoding.order import sort
+from eso_jax.decoding.plan import Plan
 from eso_jax.families import ar, bd3lm, esolm, mdlm
-from eso_jax.order import sort
-from eso_jax.sampling import categorical, check
-from eso_jax.sampling.plan import Plan
+from eso_jax.model import attention, masks, transformer
 
 Cases = dict[str, np.ndarray]
 

@@ -22,7 +22,7 @@ import eso_jax
 from checkpoints import call, listed, literal, many, mapping, named, node, tensor
 from conftest import GOLDENS, Run, params_of
 from eso_jax.config import EsoError
-from eso_jax.reference import lightning, names, pickles
+from eso_jax.interop import lightning, names, pickles
 
 CKPT, SAFE = GOLDENS / "eso_tiny.ckpt", GOLDENS / "eso_tiny.safetensors"
 

@@ -17,9 +17,9 @@ import pytest
 from conftest import engine, random_weights, tiny_config
 from eso_jax import families, likelihood
 from eso_jax.config import EsoError
-from eso_jax.evaluation import importance
+from eso_jax.decoding.order import likelihood_orders
+from eso_jax.engine import importance
 from eso_jax.families import mdlm
-from eso_jax.order import likelihood_orders
 from test_families import draws, toy
 
 

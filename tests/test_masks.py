@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eso_jax import attention, cache, masks, transformer
 from eso_jax.config import ModelConfig
+from eso_jax.model import attention, cache, masks, transformer
 
 TABLES: dict[str, list[dict[str, int]]] = {  # function -> the arguments of the tables in its docstring, left to right
     "everyone": [{}], "causal": [{}], "prefix": [{"clean": 2}], "blocks_up_to": [{"block": 2}],

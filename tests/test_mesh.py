@@ -19,9 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 import mesh_losses
 from conftest import emulated, tiny_config, together
-from eso_jax import masks, sharding, train, transformer
-from eso_jax.attention import single_stream
+from eso_jax import sharding
 from eso_jax.config import FAMILIES, Config, EsoError, MeshConfig
+from eso_jax.model import masks, transformer
+from eso_jax.model.attention import single_stream
+from eso_jax.run import train
 
 SCRIPT = Path(mesh_losses.__file__)
 
@@ -154,8 +156,9 @@ def test_head_is_split_by_vocabulary_and_logits_are_never_whole() -> None:
     """On 8 devices: compiled for tensor = 4, no array holds all 33 (padded: 36) logits of a row."""
     script = """
 import re, jax, mesh_losses
-from eso_jax import sharding, train
+from eso_jax import sharding
 from eso_jax.config import MeshConfig
+from eso_jax.run import train
 config = mesh_losses.config_of("mdlm", MeshConfig(2, 1, 4))
 text = train.lower_step(config, sharding.mesh(config.mesh)).compile().as_text()
 shapes = set(re.findall(r"f32\\[(?:8,16|128),\\d+\\]", text))

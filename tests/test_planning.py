@@ -14,12 +14,13 @@ import jax
 import pytest
 
 from conftest import Run
-from eso_jax import config as configs
-from eso_jax import flops, sharding, train, transformer
+from eso_jax import config as configs, flops, sharding
+from eso_jax.aot import hlo, report, target
+from eso_jax.aot.programs import _refused
 from eso_jax.cli import main
 from eso_jax.config import MeshConfig
-from eso_jax.planning import hlo, report, target
-from eso_jax.planning.programs import _refused
+from eso_jax.model import transformer
+from eso_jax.run import train
 from test_flops import FAMILIES, ident, wide
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks")
@@ -136,8 +137,9 @@ def test_the_compiled_step_does_what_we_count(family: dict[str, Any], remat: str
 SCRIPT = """
 import dataclasses, json, sys
 import jax
-from eso_jax import chips, flops, sharding, train
-from eso_jax.planning import fit, hlo, programs, report
+from eso_jax import chips, flops, sharding
+from eso_jax.aot import fit, hlo, programs, report
+from eso_jax.run import train
 from test_flops import wide
 config = wide(name="esolm", alpha_0=0.5).override("mesh.fsdp=2", "mesh.tensor=2", "train.batch_size=32")
 topology = chips.topology("v5e:2x4")

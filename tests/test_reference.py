@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 import eso_jax
 from conftest import BASE, GOLDENS, Run, random_params
-from eso_jax import metrics, workdir
 from eso_jax.config import ModelConfig
-from eso_jax.reference import import_checkpoint, names
-from eso_jax.reference.card import card
+from eso_jax.interop import import_checkpoint, names
+from eso_jax.interop.card import card
+from eso_jax.run import metrics, workdir
 from vocabularies import gpt2_like
 
 pytestmark = pytest.mark.slow

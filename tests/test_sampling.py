@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from conftest import engine, random_tokens, random_weights, tiny_config
 from eso_jax import families
 from eso_jax.config import Config, EsoError
+from eso_jax.decoding import categorical, check, loop
+from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.order import random_then_ascending, sort, unsort
+from eso_jax.decoding.plan import Plan, binomial, left_to_right, within_blocks
 from eso_jax.families import ar, bd3lm, esolm, mdlm
-from eso_jax.order import random_then_ascending, sort, unsort
-from eso_jax.sampling import categorical, check, loop
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import Plan, binomial, left_to_right, within_blocks
 
 LENGTH, BLOCK = 12, 4
 NAMES = ["esolm", "esolm_a", "ar", "mdlm", "bd3lm"]

@@ -22,8 +22,8 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 import eso_jax
 from eso_jax import families
-from eso_jax.order import sort
-from eso_jax.sampling import check, loop
+from eso_jax.decoding import check, loop
+from eso_jax.decoding.order import sort
 workdir, out = sys.argv[1:]
 found = {}
 for tensor in (1, 4):

@@ -20,10 +20,10 @@ import pytest
 
 import eso_jax
 from conftest import BASE, emulated, params_of, random_tokens, tiny_config, together
-from eso_jax import flops, metrics
-from eso_jax import train as training
+from eso_jax import flops
 from eso_jax.config import FAMILIES, Config, EsoError
-from eso_jax.optim import optimizer, update_ema
+from eso_jax.run import metrics, train as training
+from eso_jax.run.optim import optimizer, update_ema
 
 
 def step_lines(workdir: Path) -> list[dict[str, float]]:

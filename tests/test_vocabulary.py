@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eso_jax import vocabulary
+from eso_jax.model import vocabulary
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 512, 64, 512
 MASK = VOCAB - 1

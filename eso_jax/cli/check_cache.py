@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from eso_jax import families, load, sharding
     from eso_jax.engine.rows import REMEDY, catch_out_of_memory
-    from eso_jax.sampling import check
+    from eso_jax.decoding import check
 
     rows = arguments.batch_size
     require(rows >= 2, "--batch-size", rows, "must be at least 2, to compare batch sizes")

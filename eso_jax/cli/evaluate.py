@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from eso_jax import families, load
     from eso_jax.data import evenly_spaced, is_prepared, windows_of
-    from eso_jax.evaluation import perplexity
+    from eso_jax.engine import perplexity
 
     check_out(arguments.out)
     model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size)

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from eso_jax.reference import export_model, push
+    from eso_jax.interop import export_model, push
 
     exported = export_model(arguments.workdir, arguments.out, ema=not arguments.raw)
     address = push(exported, arguments.push) if arguments.push else None

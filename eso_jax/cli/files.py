@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from eso_jax.config import EsoError, require
 
 if TYPE_CHECKING:
-    from eso_jax.sampling.plan import Plan
+    from eso_jax.decoding.plan import Plan
 
 
 def check_out(out: str) -> None:
@@ -52,7 +52,7 @@ def read_plan(path: str) -> Plan:
     import jax.numpy as jnp
     import numpy as np
 
-    from eso_jax.sampling.plan import Plan
+    from eso_jax.decoding.plan import Plan
 
     order, counts = (read_array(path, "--plan", key) for key in ("order", "tokens_per_step"))
     integers = all(np.issubdtype(array.dtype, np.integer) for array in (order, counts))

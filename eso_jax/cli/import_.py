@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from eso_jax import workdir
+    from eso_jax.run import workdir
     from eso_jax.data.tokenizers import get_tokenizer
-    from eso_jax.reference import import_checkpoint, names, parity
+    from eso_jax.interop import import_checkpoint, names, parity
 
     require(not Path(arguments.out).exists(), "--out", arguments.out, "exists already; nothing was written")
     config, params = import_checkpoint(

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax import chips
     from eso_jax import config as configs
     from eso_jax.config import require
-    from eso_jax.planning import plan, target
+    from eso_jax.aot import plan, target
 
     if arguments.out:
         check_out(arguments.out)

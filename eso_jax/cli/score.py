@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from eso_jax import families, likelihood, load
-    from eso_jax.evaluation import importance
+    from eso_jax.engine import importance
 
     check_out(arguments.out)
     model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size)

@@ -17,12 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from eso_jax import config, multihost
+    from eso_jax import config
+    from eso_jax.run import multihost
 
     workdir = Path(arguments.workdir)
     if arguments.multi_host:  # before the experiment is run, which may ask JAX for its devices
         multihost.start(workdir / "hosts.partial")
-    from eso_jax.train import train
+    from eso_jax.run.train import train
 
     with multihost.together():
         train(config.from_file(arguments.experiment).override(*arguments.overrides), workdir)

@@ -21,7 +21,7 @@ from eso_jax.data.catalog import CORPORA
 from eso_jax.data.detokenizers import DETOKENIZERS
 from eso_jax.data.packing import WRAPPINGS, Wrapping, cut, require_window
 from eso_jax.data.tokenizers import LibraryTokenizer, Tokenizer, get_tokenizer
-from eso_jax.metrics import say
+from eso_jax.run.metrics import say
 
 Streams = Callable[[list[range]], Iterator[np.ndarray]]
 

@@ -18,15 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from eso_jax import families, likelihood, sharding, transformer, workdir
+from eso_jax import families, likelihood, sharding
 from eso_jax.config import require
 from eso_jax.data.tokenizers import Tokenizer
+from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.plan import Plan
+from eso_jax.decoding.rejection import unigram_entropy
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import Plan
-from eso_jax.sampling.rejection import unigram_entropy
-from eso_jax.timing import Stopwatch
-from eso_jax.transformer import Weights
+from eso_jax.model import transformer
+from eso_jax.model.transformer import Weights
+from eso_jax.run import workdir
+from eso_jax.run.timing import Stopwatch
 
 
 class Samples(NamedTuple):
@@ -82,9 +84,9 @@ class Model(Engine):
         Args:
           steps: T, diffusion steps (AR has none).
           alpha_0: expected share of tokens decoded by diffusion; None: the training value. Eso-LMs take any.
-          top_p, temperature, min_p: how a token is drawn; see eso_jax.sampling.categorical.Rule.
+          top_p, temperature, min_p: how a token is drawn; see eso_jax.decoding.categorical.Rule.
           batch_size: rows decoded together; None: the model's.
-          plan: a policy of eso_jax/sampling/plan.py (None: the family's own), or a plan with an order per sample.
+          plan: a policy of eso_jax/decoding/plan.py (None: the family's own), or a plan with an order per sample.
           num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
             along the same plan, until they have been drawn this often. 1: none is.
 

@@ -23,7 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from eso_jax import likelihood
 from eso_jax.config import EsoError, require
 from eso_jax.engine.model import load
-from eso_jax.metrics import say
+from eso_jax.run.metrics import say
 
 Ids = Sequence[int]
 

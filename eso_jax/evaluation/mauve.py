@@ -24,12 +24,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from eso_jax import attention, masks, transformer
 from eso_jax.config import Config, EsoError, require
 from eso_jax.engine.rows import BATCH_SIZE
 from eso_jax.evaluation.judges import ended, pretrained
 from eso_jax.evaluation.texts import Texts, is_workdir
-from eso_jax.transformer import Weights
+from eso_jax.model import attention, masks, transformer
+from eso_jax.model.transformer import Weights
 
 if TYPE_CHECKING:
     from eso_jax.engine.model import Model

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eso_jax.config import EsoError
-from eso_jax.evaluation import diversity
-from eso_jax.evaluation import mauve as mauves
+from eso_jax.decoding.rejection import unigram_entropy
+from eso_jax.evaluation import diversity, mauve as mauves
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.judges import Judge
 from eso_jax.evaluation.mauve import Features, Mauve
 from eso_jax.evaluation.texts import Texts
-from eso_jax.sampling.rejection import unigram_entropy
 
 
 class Quality(NamedTuple):

@@ -126,7 +126,7 @@ def read(name: str, flag: str, limit: int | None = None) -> Texts:
 
 def _windows(name: str, limit: int | None) -> Texts:
     from eso_jax import config as configs
-    from eso_jax import workdir
+    from eso_jax.run import workdir
     from eso_jax.data import evenly_spaced, windows_of
 
     config = configs.from_file(Path(name) / "config.json")

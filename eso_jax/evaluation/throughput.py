@@ -37,16 +37,17 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from eso_jax import families, sharding, transformer
+from eso_jax import families, sharding
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig, require
+from eso_jax.decoding import loop
+from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.order import unsort
+from eso_jax.decoding.plan import Plan
 from eso_jax.engine.model import decode
 from eso_jax.engine.rows import Engine
-from eso_jax.order import unsort
-from eso_jax.sampling import loop
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import Plan
-from eso_jax.timing import Stopwatch
-from eso_jax.transformer import Weights
+from eso_jax.model import transformer
+from eso_jax.model.transformer import Weights
+from eso_jax.run.timing import Stopwatch
 
 GREEDY = Rule(temperature=0.0)
 # In how many places and for how many steps variants of a plan's steps are compared. (Elsewhere than on a CPU a program

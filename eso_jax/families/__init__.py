@@ -1,6 +1,6 @@
 """The families: what is corrupted, who sees whom, the loss, the bound and the sampler of each.
 
-A family is one module with these functions, pure functions of `weights` (see eso_jax/transformer.py):
+A family is one module with these functions, pure functions of `weights` (see eso_jax/model/transformer.py):
 
   loss(weights, config, tokens [B, L], draws) -> {term: scalar}
       The training loss in nats per token, by term; their sum is minimized.
@@ -12,11 +12,11 @@ A family is one module with these functions, pure functions of `weights` (see es
       log p of each token given those before it in the order, in the order; exact for the family's one-token-at-a-time
       sampler.
   plan(key, config, batch, steps, alpha_0, policy) -> Plan
-      A plan that the family can follow; see eso_jax/sampling/plan.py.
+      A plan that the family can follow; see eso_jax/decoding/plan.py.
   check_plan(config, plan)
       Raises an EsoError for one that it cannot.
   sampler(config) -> Sampler
-      What a step's pass covers and who sees whom in it; see eso_jax/sampling/loop.py.
+      What a step's pass covers and who sees whom in it; see eso_jax/decoding/loop.py.
 
 `sample` and `plan_log_prob` below decode and score along a plan by the family's sampler.
 
@@ -31,13 +31,13 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Array, Float, Int, Key
 
 from eso_jax.config import Config, require
+from eso_jax.decoding import loop
+from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.loop import Sampler
+from eso_jax.decoding.plan import Plan
 from eso_jax.families import ar, bd3lm, esolm, mdlm
+from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
-from eso_jax.sampling import loop
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.loop import Sampler
-from eso_jax.sampling.plan import Plan
-from eso_jax.transformer import Weights
 
 
 @runtime_checkable

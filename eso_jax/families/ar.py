@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from eso_jax import masks, transformer, vocabulary
-from eso_jax.attention import single_stream
 from eso_jax.config import Config, require
+from eso_jax.decoding.loop import Sampler, Step
+from eso_jax.decoding.plan import Plan, left_to_right
+from eso_jax.model import masks, transformer, vocabulary
+from eso_jax.model.attention import single_stream
+from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
-from eso_jax.sampling.loop import Sampler, Step
-from eso_jax.sampling.plan import Plan, left_to_right
-from eso_jax.transformer import Weights
 
 
 def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws) -> dict[str, Float[Array, ""]]:

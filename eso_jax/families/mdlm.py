@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from eso_jax import masks, noise, transformer, vocabulary
-from eso_jax.attention import single_stream
+from eso_jax import noise
 from eso_jax.config import Config, EsoError, require
+from eso_jax.decoding import plan as plans
+from eso_jax.decoding.loop import Sampler, Step
+from eso_jax.decoding.plan import Plan
+from eso_jax.model import masks, transformer, vocabulary
+from eso_jax.model.attention import single_stream
+from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
-from eso_jax.sampling import plan as plans
-from eso_jax.sampling.loop import Sampler, Step
-from eso_jax.sampling.plan import Plan
-from eso_jax.transformer import Weights
 
 
 def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws) -> dict[str, Float[Array, ""]]:

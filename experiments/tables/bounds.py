@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from eso_jax import likelihood
+from eso_jax.engine import importance, perplexity
 from eso_jax.engine.model import Model
-from eso_jax.evaluation import importance, perplexity
 from eso_jax.evaluation.diversity import Estimate
 from lab import Lab
 

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eso_jax import sharding, train
+from eso_jax import sharding
 from eso_jax.config import MeshConfig
-from eso_jax.train import TrainState
+from eso_jax.run import train
+from eso_jax.run.train import TrainState
 from lab import Cell, Lab, Table, main
 
 RUNS = {"MDLM": "owt/mdlm", "AR": "owt/ar", "Eso-LM, alpha_0 = 1": "owt/esolm_1",

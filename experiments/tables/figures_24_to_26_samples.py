@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 import samples
-from eso_jax import workdir
+from eso_jax.run import workdir
 from lab import Lab, Table, main
 from samples import Setting
 

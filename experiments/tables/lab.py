@@ -26,16 +26,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eso_jax import config as configs
-from eso_jax import checkpoint, load, recipes
+from eso_jax import config as configs, load, recipes
 from eso_jax.cli import guarded, keep_compilations
 from eso_jax.config import Config
 from eso_jax.data import evenly_spaced, windows_of
 from eso_jax.engine.model import Model
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.throughput import describe_machine
-from eso_jax.metrics import say
-from eso_jax.train import train
+from eso_jax.run import checkpoint
+from eso_jax.run.metrics import say
+from eso_jax.run.train import train
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 PAPER_RUNS = Path("runs/paper")  # where the files in experiments/ have their work directories

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from eso_jax.decoding.order import likelihood_orders
+from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
-from eso_jax.evaluation import perplexity
 from eso_jax.evaluation.diversity import Estimate
-from eso_jax.order import likelihood_orders
 from lab import Lab, Table, main
 
 RUN, TRIALS, DRAWS = "owt/esolm_1", 100, 10

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import samples
-from eso_jax.sampling.rejection import unigram_entropy
+from eso_jax.decoding.rejection import unigram_entropy
 from lab import Cell, Lab, Table, main
 from samples import Setting
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 import samples
+from eso_jax.decoding.rejection import unigram_entropy
 from eso_jax.engine.model import Model
 from eso_jax.evaluation import diversity
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.texts import of_tokens
-from eso_jax.sampling.rejection import unigram_entropy
 from lab import Cell, Lab, Table, main
 
 PAPER = {"BD3-LM, L' = 4": ("owt/long_bd3lm_4", 29.50, 6.5, 588.6), "Eso-LM, alpha_0 = 0.125":

@@ -17,7 +17,7 @@ import jax
 from tqdm import tqdm
 
 from eso_jax.config import EsoError
-from eso_jax.metrics import say
+from eso_jax.run.metrics import say
 from lab import EXPERIMENTS, Lab, main
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"

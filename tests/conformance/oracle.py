@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eso_jax.attention import Attend
 from eso_jax.config import ModelConfig
-from eso_jax.transformer import MASK_LOGIT, Weights
+from eso_jax.model.attention import Attend
+from eso_jax.model.transformer import MASK_LOGIT, Weights
 
 
 @functools.cache

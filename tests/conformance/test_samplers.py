@@ -28,11 +28,12 @@ import pytest
 from scipy.stats import chi2
 
 import oracle
-from eso_jax import families, masks, transformer
+from eso_jax import families
 from eso_jax.config import Config, FamilyConfig
-from eso_jax.sampling import loop
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import Plan
+from eso_jax.decoding import loop
+from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.plan import Plan
+from eso_jax.model import masks, transformer
 
 ROWS, ORDERS = 2**14, 4  # samples, and the orders that they share
 ALARM = 1e-4  # the p-value under which a sampler is rejected

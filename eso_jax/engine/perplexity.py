@@ -19,8 +19,8 @@ from eso_jax import families, sharding
 from eso_jax.config import Config, require
 from eso_jax.data import Tokenizer, Windows
 from eso_jax.engine.rows import Engine
+from eso_jax.model.transformer import Weights
 from eso_jax.noise import RANK, Draws
-from eso_jax.transformer import Weights
 
 
 class Perplexity(NamedTuple):

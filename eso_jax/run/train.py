@@ -32,14 +32,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from eso_jax import checkpoint, families, finetune, flops, metrics, multihost, sharding, transformer, workdir
+from eso_jax import families, flops, sharding
 from eso_jax.config import Config, EsoError, RunAgain, require
 from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
+from eso_jax.engine import perplexity
 from eso_jax.engine.rows import Engine, catch_out_of_memory
-from eso_jax.evaluation import perplexity
+from eso_jax.model import transformer
+from eso_jax.model.transformer import Params
 from eso_jax.noise import Draws
-from eso_jax.optim import optimizer, update_ema
-from eso_jax.transformer import Params
+from eso_jax.run import checkpoint, finetune, metrics, multihost, workdir
+from eso_jax.run.optim import optimizer, update_ema
 
 REMEDY = ("raise train.accumulate (smaller micro-batches), set train.remat=full, or split the state over more devices "
           "by mesh.fsdp; eso-jax plan says what fits")

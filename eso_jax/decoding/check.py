@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from eso_jax import sharding, transformer
-from eso_jax.attention import single_stream
+from eso_jax import sharding
 from eso_jax.config import ModelConfig
+from eso_jax.decoding import loop
+from eso_jax.decoding.loop import Sampler, Step
+from eso_jax.decoding.plan import Plan
 from eso_jax.engine.rows import Engine
-from eso_jax.sampling import loop
-from eso_jax.sampling.loop import Sampler, Step
-from eso_jax.sampling.plan import Plan
-from eso_jax.transformer import Weights
+from eso_jax.model import transformer
+from eso_jax.model.attention import single_stream
+from eso_jax.model.transformer import Weights
 
 
 def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan,

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 
 from eso_jax import chips, sharding
+from eso_jax.aot import programs, target
 from eso_jax.chips import Topology
 from eso_jax.config import Config, EsoError
-from eso_jax.planning import programs, target
 
 _REMATS = ("none", "dots", "full")
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from eso_jax import transformer
 from eso_jax.config import EsoError, ModelConfig, require
-from eso_jax.reference.pickles import shown
-from eso_jax.transformer import FREQUENCIES, Params
+from eso_jax.interop.pickles import shown
+from eso_jax.model import transformer
+from eso_jax.model.transformer import FREQUENCIES, Params
 
 PREFIX = "backbone."
 FREQUENCY_BUFFER = PREFIX + "rotary_emb.inv_freq"  # of the rotary embedding; computed from the head size

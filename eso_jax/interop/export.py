@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from eso_jax import metrics, workdir
 from eso_jax.config import Config, EsoError, require
 from eso_jax.data import tokenizers
-from eso_jax.reference import names
-from eso_jax.reference.card import card
-from eso_jax.reference.sources import KEYS, MODEL, OF_FAMILY
+from eso_jax.interop import names
+from eso_jax.interop.card import card
+from eso_jax.interop.sources import KEYS, MODEL, OF_FAMILY
+from eso_jax.run import metrics, workdir
 
 
 class Exported(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eso_jax.multihost import is_writer
+from eso_jax.run.multihost import is_writer
 
 FILE = "metrics.jsonl"
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from eso_jax import flops
+from eso_jax.aot import hlo
+from eso_jax.aot.programs import Program, Sampling
 from eso_jax.chips import Topology
 from eso_jax.config import Config
-from eso_jax.planning import hlo
-from eso_jax.planning.programs import Program, Sampling
 
 
 def training(program: Program, config: Config, topology: Topology) -> dict[str, Any]:

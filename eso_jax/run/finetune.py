@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from eso_jax import sharding, transformer, workdir
+from eso_jax import sharding
 from eso_jax.config import Config, EsoError, require
 from eso_jax.data.tokenizers import Tokenizer, sha256
-from eso_jax.transformer import GATES, Params
+from eso_jax.model import transformer
+from eso_jax.model.transformer import GATES, Params
+from eso_jax.run import workdir
 
 
 def random_params(config: Config) -> Params:

@@ -38,15 +38,15 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from eso_jax import cache as kv
-from eso_jax import sharding, transformer, vocabulary
-from eso_jax.attention import single_stream
+from eso_jax import sharding
 from eso_jax.config import ModelConfig
-from eso_jax.order import sort, unsort
-from eso_jax.sampling import categorical
-from eso_jax.sampling.categorical import Rule
-from eso_jax.sampling.plan import Plan
-from eso_jax.transformer import Weights
+from eso_jax.decoding import categorical
+from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.order import sort, unsort
+from eso_jax.decoding.plan import Plan
+from eso_jax.model import cache as kv, transformer, vocabulary
+from eso_jax.model.attention import single_stream
+from eso_jax.model.transformer import Weights
 
 PARTS, PART = 8, 256  # wide windows, and the cache, grow by an eighth of the length; the cache at least by 256 slots
 

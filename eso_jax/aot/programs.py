@@ -22,12 +22,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from eso_jax import families, flops, sharding, train, transformer
+from eso_jax import families, flops, sharding
+from eso_jax.aot import hlo
 from eso_jax.chips import Topology
 from eso_jax.config import Config
-from eso_jax.planning import hlo
-from eso_jax.sampling import loop
-from eso_jax.sampling.categorical import Rule
+from eso_jax.decoding import loop
+from eso_jax.decoding.categorical import Rule
+from eso_jax.model import transformer
+from eso_jax.run import train
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 

@@ -31,8 +31,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
-from eso_jax import metrics, multihost
 from eso_jax.config import EsoError, ModelConfig, RunAgain, require
+from eso_jax.run import metrics, multihost
 
 PARTS = ("params", "ema", "optimizer")
 TRIES, PAUSE = 3, 1.0  # of a read that storage did not answer; seconds before the second, twice that before the third

@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 
 from eso_jax.config import EsoError, require
-from eso_jax.reference import pickles
-from eso_jax.reference.names import is_buffer
-from eso_jax.reference.pickles import Global, Inert, Persistent, shown
+from eso_jax.interop import pickles
+from eso_jax.interop.names import is_buffer
+from eso_jax.interop.pickles import Global, Inert, Persistent, shown
 
 STORAGES: dict[str, Any] = {
     "torch.FloatStorage": np.float32, "torch.HalfStorage": np.float16, "torch.BFloat16Storage": ml_dtypes.bfloat16,

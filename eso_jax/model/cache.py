@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from eso_jax.attention import Attend, Visible, dense, heads_first, keys_last
 from eso_jax.config import ModelConfig
+from eso_jax.model.attention import Attend, Visible, dense, heads_first, keys_last
 
 
 @struct.dataclass

@@ -9,7 +9,7 @@
   card.py       the model card
 """
 
-from eso_jax.reference.export import export_model, push
-from eso_jax.reference.sources import import_checkpoint
+from eso_jax.interop.export import export_model, push
+from eso_jax.interop.sources import import_checkpoint
 
 __all__ = ["export_model", "import_checkpoint", "push"]

@@ -12,12 +12,13 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from eso_jax import config as configs
-from eso_jax import multihost, sharding, transformer
+from eso_jax import config as configs, sharding
 from eso_jax.config import Config, EsoError, RunAgain, require
 from eso_jax.data import tokenizers
 from eso_jax.data.tokenizers import Tokenizer
-from eso_jax.transformer import Params
+from eso_jax.model import transformer
+from eso_jax.model.transformer import Params
+from eso_jax.run import multihost
 
 CONFIG = "config.json"
 LOCK = "run.lock"
@@ -138,7 +139,7 @@ def read(directory: str | Path, ema: bool = True, mesh: Mesh | None = None) -> t
     Raises:
       EsoError: the directory is not a run's, or holds no whole checkpoint.
     """
-    from eso_jax import checkpoint
+    from eso_jax.run import checkpoint
 
     config = read_config(directory)
     shapes = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
@@ -151,7 +152,7 @@ def read(directory: str | Path, ema: bool = True, mesh: Mesh | None = None) -> t
 def create(directory: Path, config: Config, params: Params, tokenizer: Tokenizer | None = None) -> None:
     """A new work directory with a config, parameters and a tokenizer if there is one, as an import makes it; an
     existing one is refused."""
-    from eso_jax import checkpoint
+    from eso_jax.run import checkpoint
 
     require(not directory.exists(), "--out", str(directory), "exists already; nothing was written")
     partial = directory.with_name(directory.name + ".partial")

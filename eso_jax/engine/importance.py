@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from eso_jax import likelihood
 from eso_jax.config import EsoError, require
+from eso_jax.decoding.order import likelihood_orders
 from eso_jax.engine.rows import Engine
-from eso_jax.order import likelihood_orders
 
 SAVE_EVERY = 30.0  # seconds
 
@@ -34,7 +34,7 @@ def log_prob(engine: Engine, tokens: np.ndarray, num_orders: int, alpha_0: float
 
     Args:
       tokens: int [B, L], no masks.
-      alpha_0: of the orders' law; see eso_jax.order.likelihood_orders.
+      alpha_0: of the orders' law; see eso_jax.decoding.order.likelihood_orders.
       partial: where the orders scored so far are kept; to be removed once the result is safe. Devices and batch size
         may be others when it goes on.
 

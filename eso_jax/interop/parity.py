@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eso_jax import masks, transformer
-from eso_jax.attention import Attend, single_stream, two_streams
 from eso_jax.config import Config, EsoError, require
-from eso_jax.order import check_permutations
-from eso_jax.transformer import Params
+from eso_jax.decoding.order import check_permutations
+from eso_jax.model import masks, transformer
+from eso_jax.model.attention import Attend, single_stream, two_streams
+from eso_jax.model.transformer import Params
 
 MOST = 0.05  # of the largest logit: bfloat16 products stay well below it, another model does not
 

@@ -3,10 +3,10 @@
 An `Attend` is what the transformer calls in every layer: attend(q, k, v, cache, layer) -> (out, cache). The functions
 here make one for each kind of pass, so that the transformer is the same for all of them:
 
-  single_stream(visible)     one sequence and a pattern of eso_jax.masks
+  single_stream(visible)     one sequence and a pattern of eso_jax.model.masks
   two_streams(block, clean)  a noisy and a clean copy of the sequence (sequential pass, exact likelihood, BD3-LM)
 
-and in eso_jax/cache.py, cached(offset, visible): the next few tokens against a key-value cache.
+and in eso_jax/model/cache.py, cached(offset, visible): the next few tokens against a key-value cache.
 
 Scores and softmax are float32 whatever the compute type. `dense` is the one path so far: plain, in tiles that keep the
 scores small.
@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eso_jax import masks, sharding
+from eso_jax import sharding
+from eso_jax.model import masks
 
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
 Visible = Callable[[Array, Array], Array]  # (query slots, key slots) -> bool
@@ -139,7 +140,7 @@ def single_stream(visible: Visible) -> Attend:
 
 
 def two_streams(block: int, clean: Int[Array, " B"] | None = None) -> Attend:
-    """Attention of [noisy copy, clean copy], 2L slots, as in eso_jax.masks; `clean` [B] makes it Eso-LM (A)'s.
+    """Attention of [noisy copy, clean copy], 2L slots, as in eso_jax.model.masks; `clean` [B] makes it Eso-LM (A)'s.
 
     Never 2L x 2L: a clean row scores L keys, and a noisy row L clean keys and the `block` noisy keys of its block.
     """

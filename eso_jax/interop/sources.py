@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from eso_jax.config import Config, EsoError, from_dict, require
-from eso_jax.reference import lightning, names
-from eso_jax.transformer import Params
+from eso_jax.interop import lightning, names
+from eso_jax.model.transformer import Params
 
 # What a JSON of sizes may say: our name -> the names it goes by in sizes.json and in the authors' hub repositories.
 KEYS = {"width": ("hidden_size", "hidden_dim"), "layers": ("n_blocks",), "heads": ("n_heads",),

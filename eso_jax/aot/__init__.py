@@ -20,9 +20,9 @@ from typing import Any
 import jax
 
 from eso_jax import sharding
+from eso_jax.aot import fit, programs, report, target
 from eso_jax.chips import Topology
 from eso_jax.config import Config
-from eso_jax.planning import fit, programs, report, target
 
 
 def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor: int = 1, batch_per_copy: int = 16,

@@ -30,8 +30,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import noise, sharding
-from eso_jax.attention import Attend
 from eso_jax.config import Config, ModelConfig
+from eso_jax.model.attention import Attend
 
 Params = dict[str, Any]
 Weights = dict[str, Any]
@@ -206,7 +206,7 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
       weights: of `fold`, stacked or unstacked.
       tokens: ids in [0, V).
       positions: natural positions in [0, L), for the rotary embedding.
-      attend: who sees whom; see eso_jax/attention.py.
+      attend: who sees whom; see eso_jax/model/attention.py.
       cache: whatever `attend` carries through the layers (None, or a KVCache; the latter needs unstacked weights).
       training: dropout and rematerialization of a training pass.
 
