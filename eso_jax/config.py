@@ -253,6 +253,11 @@ class Config:
             values[section][name] = _parse(path, text.strip(), kind)
         return from_dict(values)
 
+    def law(self) -> Config:
+        """What the model's law depends on, model and family, and defaults elsewhere: scores are compiled by it, so that
+        runs which differ in their data or their training share the compiled programs."""
+        return Config(self.model, self.family, train=TrainConfig(batch_size=self.family.split.denominator))
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 

@@ -13,45 +13,18 @@ Axes: B batch, L length, S slots of a pass, D width, N layers, V vocabulary, C c
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import NamedTuple
-
+from eso_jax import families
 from eso_jax.config import Config, ModelConfig
 from eso_jax.model.transformer import FREQUENCIES
 
 Parts = dict[str, int]  # FLOPs by part: qkv, attention, out, mlp_in, mlp_out, head, adaln
 
 
-class Pass(NamedTuple):
-    """One forward pass of the training loss over some rows of the batch.
-
-    Attributes:
-      share: of the batch's rows.
-      streams: 1, or 2 where a noisy and a clean copy pass together; only one stream has logits.
-      own: noisy keys that a noisy slot scores beside the L clean ones (a block), 0 with one stream.
-    """
-
-    share: Fraction
-    streams: int
-    own: int
-
-
-def passes(config: Config) -> list[Pass]:
-    """The passes of a family's loss: an Eso-LM's share kappa in one stream (diffusion), the rest in two."""
-    one, two = Pass(Fraction(1), 1, 0), Pass(Fraction(1), 2, 1)
-    if config.family.name in ("mdlm", "ar"):
-        return [one]
-    if config.family.name == "bd3lm":
-        return [two._replace(own=config.family.block_size)]
-    kappa = config.family.split
-    return [p for p in (one._replace(share=kappa), two._replace(share=1 - kappa)) if p.share]
-
-
 def forward(config: Config) -> Parts:
     """Forward FLOPs of one training step, all devices and micro-batches together."""
     model, length = config.model, config.model.length
     total = dict.fromkeys(("qkv", "attention", "out", "mlp_in", "mlp_out", "head"), 0)
-    for one in passes(config):
+    for one in families.get(config).passes(config):
         rows = int(config.train.batch_size * one.share)
         parts = layers(model, rows * one.streams * length)
         parts["attention"] = attention(model, rows * length, one.streams * length + one.own)

@@ -25,7 +25,6 @@ from eso_jax.config import Config, EsoError, require
 from eso_jax.decoding.order import check_permutations, sort, unsort
 from eso_jax.decoding.plan import Plan
 from eso_jax.engine.rows import Engine
-from eso_jax.families import ar, esolm
 from eso_jax.model import vocabulary
 from eso_jax.model.transformer import Weights
 
@@ -48,17 +47,15 @@ def log_prob(engine: Engine, tokens: np.ndarray, orders: np.ndarray) -> Float[np
     require(orders.ndim == 3 and len(orders) >= 1 and orders.shape[1:] == tokens.shape, "orders", orders.shape,
             f"must have shape [K, {tokens.shape[0]}, {tokens.shape[1]}]")
     check_permutations(orders, config.model.length)
-    name = config.family.name
-    if name in ("ar", "esolm_a") and (np.diff(orders, axis=-1) != 1).any():
-        raise EsoError(f"family.name = {name!r}: only the natural order 0..L-1 has an exact likelihood "
-                       "(for importance-weighted scores use alpha_0 = 0, or an Eso-LM (B))")
+    family = families.get(config)
+    family.check_orders(config, orders)
     flat, batch = orders.reshape(-1, orders.shape[-1]).astype(np.int32), len(tokens)
 
     def score(weights: Weights, tokens: Array, order: Array) -> Array:
-        if name in ("mdlm", "bd3lm"):
-            plan = Plan(order, np.ones(order.shape[1], np.int64))
-            return families.plan_log_prob(weights, config, plan, tokens).sum(axis=1)
-        return _log_prob_in_order(weights, config, tokens, order).sum(axis=1)
+        if family.one_pass:
+            return _log_prob_in_order(weights, config.law(), tokens, order).sum(axis=1)
+        plan = Plan(order, np.ones(order.shape[1], np.int64))
+        return families.plan_log_prob(weights, config, plan, tokens).sum(axis=1)
 
     found: np.ndarray = engine.rows(score, len(flat), lambda rows: (tokens[rows % batch].astype(np.int32), flat[rows]),
                                     "scoring")
@@ -124,27 +121,21 @@ def conditionals(engine: Engine, tokens: np.ndarray, given: np.ndarray, wanted: 
     require(not (given & wanted).any(), "wanted", "some that are given", "a token is either given or wanted")
     tokens = np.where(given | wanted, tokens, int(config.model.mask == 0))  # the rest: any id but the mask
     check_tokens(tokens, config)
-    check_conditionals(config)
+    family = families.get(config)
+    family.check_conditionals()
     rank = np.where(given, 0, np.where(wanted, 1, 2))
     orders = np.argsort(rank, axis=1, kind="stable").astype(np.int32)
-    if config.family.name == "ar" and (orders != np.arange(tokens.shape[1])).any():
-        raise EsoError("family.name = 'ar': the given tokens must be a prefix, and the wanted ones what follows it")
-    logp, likeliest = engine.rows(lambda weights, *arrays: _conditionals(weights, config, *arrays), len(tokens),
+    family.check_given_first(orders)
+    logp, likeliest = engine.rows(lambda weights, *arrays: _conditionals(weights, config.law(), *arrays), len(tokens),
                                   lambda rows: (tokens[rows].astype(np.int32), orders[rows]), label)
     return Conditionals(np.where(wanted, logp, np.float32(0)), ~wanted | (likeliest == tokens))
-
-
-def check_conditionals(config: Config) -> None:
-    """Raises an EsoError unless the family has exact conditionals in one pass."""
-    require(config.family.name in ("esolm", "ar"), "family.name", config.family.name,
-            "only an Eso-LM (B) or an AR model has exact conditionals")
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _conditionals(weights: Weights, config: Config, tokens: Int[Array, "B L"],
                   order: Int[Array, "B L"]) -> tuple[Float[Array, "B L"], Int[Array, "B L"]]:
     """log p of each token given those before it in the order, and the likeliest token there, by natural position."""
-    hidden = {"ar": ar, "esolm": esolm}[config.family.name].predictors(weights, config, tokens, order)
+    hidden = families.get(config).predictors(weights, config, tokens, order)
     logp = -vocabulary.nll(weights, hidden, sort(tokens, order), config.model.mask)
     return unsort(logp, order), unsort(vocabulary.likeliest(weights, hidden, config.model.mask), order)
 

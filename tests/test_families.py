@@ -68,13 +68,14 @@ def test_alpha_0_limits() -> None:
     """alpha_0 = 1 is diffusion alone; alpha_0 = 0 is left to right alone and the exact likelihood of that order."""
     one, zero = config_of("esolm", alpha_0=1.0), config_of("esolm", alpha_0=0.0)
     weights, tokens = random_weights(one.model), random_tokens(one, 4)
-    assert set(esolm.loss(weights, one, tokens, draws(4))) == {"diffusion"}
-    assert set(esolm.loss(weights, zero, tokens, draws(4))) == {"sequential"}
-    assert set(esolm.nelbo(weights, one, tokens, draws(4), 1.0)) == {"diffusion"}
+    assert set(families.get(one).loss(weights, one, tokens, draws(4))) == {"diffusion"}
+    assert set(families.get(zero).loss(weights, zero, tokens, draws(4))) == {"sequential"}
+    assert set(families.get(one).nelbo(weights, one, tokens, draws(4), 1.0)) == {"diffusion"}
     natural = jnp.tile(jnp.arange(one.model.length), (4, 1))
-    exact = -esolm.log_likelihood(weights, zero, tokens, natural).sum(1)
-    np.testing.assert_allclose(esolm.nelbo(weights, zero, tokens, draws(4), 0.0)["sequential"], exact, rtol=1e-5)
-    assert float(esolm.loss(weights, zero, tokens, draws(4))["sequential"]) == pytest.approx(
+    exact = -families.get(zero).log_likelihood(weights, zero, tokens, natural).sum(1)
+    bound = families.get(zero).nelbo(weights, zero, tokens, draws(4), 0.0)["sequential"]
+    np.testing.assert_allclose(bound, exact, rtol=1e-5)
+    assert float(families.get(zero).loss(weights, zero, tokens, draws(4))["sequential"]) == pytest.approx(
         float(exact.mean()) / one.model.length, rel=1e-5)
 
 
@@ -85,10 +86,12 @@ def test_a_and_b_differ_only_among_clean_tokens() -> None:
     natural = jnp.tile(jnp.arange(b.model.length), (4, 1))
     nothing_clean = jnp.ones_like(tokens, bool)
     half = jnp.arange(b.model.length) >= 6
-    for nll in (esolm.sequential_nll, esolm.diffusion_nll):
-        pair = [nll(weights, config, tokens, nothing_clean, natural) for config in (a, b)]
-        np.testing.assert_allclose(*pair, rtol=1e-5)
-        pair = [nll(weights, config, tokens, jnp.tile(half, (4, 1)), natural) for config in (a, b)]
+    for name in ("sequential_nll", "diffusion_nll"):
+        def nll(config: Config, masked: jax.Array, name: str = name) -> jax.Array:
+            return getattr(families.get(config), name)(weights, config, tokens, masked, natural)
+
+        np.testing.assert_allclose(nll(a, nothing_clean), nll(b, nothing_clean), rtol=1e-5)
+        pair = [nll(config, jnp.tile(half, (4, 1))) for config in (a, b)]
         assert float(jnp.abs(pair[0] - pair[1]).max()) > 1e-3
 
 
@@ -100,7 +103,8 @@ def test_low_var_training_weighs_masked_tokens_alike() -> None:
     t = noise.draw_times(draws(8))
     masked = noise.draw_masked(draws(8).per_example(noise.MASK), noise.alpha(t, 1.0)[:, None], config.model.length)
     expected = mdlm.masked_nll(weights, config, tokens, masked).mean()
-    np.testing.assert_allclose(mdlm.loss(weights, config, tokens, draws(8))["diffusion"], expected, rtol=1e-5)
+    loss = families.get(config).loss(weights, config, tokens, draws(8))["diffusion"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_kappa_shares_rows() -> None:
@@ -133,7 +137,8 @@ def toy(family: str, **fields: object) -> tuple[Config, transformer.Weights, jax
 def test_exact_likelihood_is_normalized_for_every_order() -> None:
     config, weights, everything = toy("esolm")
     for order in itertools.permutations(range(3)):
-        logp = esolm.log_likelihood(weights, config, everything, jnp.tile(jnp.array(order), (27, 1))).sum(1)
+        orders = jnp.tile(jnp.array(order), (27, 1))
+        logp = families.get(config).log_likelihood(weights, config, everything, orders).sum(1)
         assert float(jnp.exp(logp).sum()) == pytest.approx(1, abs=1e-5)
 
 
@@ -167,7 +172,8 @@ def test_mdlm_nelbo_is_above_the_true_nll() -> None:
     truth = true_nll(config, weights, everything)
     assert np.exp(-truth).sum() == pytest.approx(1, abs=1e-4)
     rows = 2048
-    bound = np.array([np.asarray(mdlm.nelbo(weights, config, jnp.tile(x, (rows, 1)), draws(rows), 1.0)["diffusion"])
+    nelbo = families.get(config).nelbo
+    bound = np.array([np.asarray(nelbo(weights, config, jnp.tile(x, (rows, 1)), draws(rows), 1.0)["diffusion"])
                       for x in everything], np.float64)
     error = bound.std(1) / np.sqrt(rows)
     assert (bound.mean(1) > truth - 3 * error).all()
@@ -210,9 +216,9 @@ def test_esolm_sampler_follows_the_exact_law() -> None:
     """
     config, weights, everything = toy("esolm", alpha_0=0.0)
     natural = jnp.tile(jnp.arange(3), (27, 1))
-    p = np.exp(np.asarray(esolm.log_likelihood(weights, config, everything, natural).sum(1), np.float64))
+    p = np.exp(np.asarray(families.get(config).log_likelihood(weights, config, everything, natural).sum(1), np.float64))
     count = 20000
-    plan = esolm.plan(jax.random.key(0), config, count, 1, 0.0)
+    plan = families.BY_NAME["esolm"].plan(jax.random.key(0), config, count, 1, 0.0)
     tokens = np.asarray(families.sample(weights, config, plan, jax.random.key(1)))
     seen = np.bincount(tokens @ np.array([9, 3, 1]), minlength=27)
     assert ((seen - count * p) ** 2 / (count * p)).sum() < 54
@@ -225,7 +231,7 @@ def test_gradients_reach_every_parameter() -> None:
     params, tokens = random_params(config.model), random_tokens(config, 4)
 
     def loss(params: transformer.Params) -> jax.Array:
-        terms = esolm.loss(transformer.fold(config.model, params), config, tokens, draws(4))
+        terms = families.BY_NAME["esolm"].loss(transformer.fold(config.model, params), config, tokens, draws(4))
         return terms["diffusion"] + terms["sequential"]
 
     for name, gradient in jax.grad(loss)(params).items():
@@ -237,9 +243,10 @@ def test_dropout_changes_training_and_not_bounds() -> None:
     dry = config_of("esolm")
     wet = dataclasses.replace(dry, model=dataclasses.replace(dry.model, dropout=0.5))
     weights, tokens = random_weights(dry.model), random_tokens(dry, 4)
-    assert esolm.loss(weights, dry, tokens, draws(4)) != esolm.loss(weights, wet, tokens, draws(4))
-    for term, value in esolm.nelbo(weights, dry, tokens, draws(4), 0.5).items():
-        np.testing.assert_array_equal(value, esolm.nelbo(weights, wet, tokens, draws(4), 0.5)[term])
+    family = families.get(dry)
+    assert family.loss(weights, dry, tokens, draws(4)) != family.loss(weights, wet, tokens, draws(4))
+    for term, value in family.nelbo(weights, dry, tokens, draws(4), 0.5).items():
+        np.testing.assert_array_equal(value, family.nelbo(weights, wet, tokens, draws(4), 0.5)[term])
 
 
 @pytest.mark.parametrize(("family", "call", "message"), [

@@ -13,7 +13,7 @@ from eso_jax import families, likelihood, noise
 from eso_jax.decoding import categorical, check
 from eso_jax.decoding.order import sort
 from eso_jax.decoding.plan import Plan
-from eso_jax.families import ar, bd3lm, esolm, mdlm
+from eso_jax.families import ar, bd3lm, mdlm
 from eso_jax.model import attention, masks, transformer
 
 Cases = dict[str, np.ndarray]
@@ -61,7 +61,7 @@ def test_two_stream_logits(case: str, eso: Golden, cases: Cases) -> None:
 @pytest.mark.parametrize(("case", "family"), [("eso_b_diffusion", "esolm"), ("eso_a_diffusion", "esolm_a")])
 def test_esolm_diffusion_losses(case: str, family: str, cases: Cases) -> None:
     model = golden("eso", family)
-    nll = esolm.diffusion_nll(model.weights, model.config, jnp.asarray(cases["x0"]),
+    nll = families.get(model.config).diffusion_nll(model.weights, model.config, jnp.asarray(cases["x0"]),
                               jnp.asarray(masked_of(cases, f"{case}/zt", model)), jnp.asarray(cases[f"{case}/order"]))
     t, alpha_0 = jnp.asarray(cases[f"{case}/t"]), float(cases[f"{case}/alpha_0"])
     np.testing.assert_allclose(noise.alpha(t, alpha_0), cases[f"{case}/alpha_t"], rtol=1e-5)
@@ -83,7 +83,7 @@ def test_mdlm_losses(cases: Cases) -> None:
 @pytest.mark.parametrize(("case", "family"), [("eso_b_sequential", "esolm"), ("eso_a_sequential", "esolm_a")])
 def test_esolm_sequential_losses(case: str, family: str, cases: Cases) -> None:
     model = golden("eso", family)
-    nll = esolm.sequential_nll(model.weights, model.config, jnp.asarray(cases["x0"]),
+    nll = families.get(model.config).sequential_nll(model.weights, model.config, jnp.asarray(cases["x0"]),
                                jnp.asarray(masked_of(cases, f"{case}/z0", model)), jnp.asarray(cases[f"{case}/order"]))
     sums_close(nll, cases[f"{case}/nll_in_order"])
 

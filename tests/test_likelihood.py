@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import engine, random_weights, tiny_config
+from conftest import engine, random_tokens, random_weights, tiny_config
 from eso_jax import families, likelihood
-from eso_jax.config import EsoError
+from eso_jax.config import Config, EsoError
 from eso_jax.decoding.order import likelihood_orders
-from eso_jax.engine import importance
+from eso_jax.engine import importance, perplexity
 from eso_jax.families import mdlm
 from test_families import draws, toy
 
@@ -38,7 +38,7 @@ def test_mdlms_any_order_bound_at_one_order_is_its_nelbo() -> None:
             exact += beta * float(mdlm.masked_nll(weights, config, jnp.asarray(row), jnp.array([flags])).sum())
     assert one == pytest.approx(exact, rel=1e-5)
     rows = jnp.tile(everything[5], (trials, 1))
-    nelbo = np.asarray(mdlm.nelbo(weights, config, rows, draws(trials), 1.0)["diffusion"])
+    nelbo = np.asarray(families.get(config).nelbo(weights, config, rows, draws(trials), 1.0)["diffusion"])
     assert nelbo.mean() == pytest.approx(exact, abs=4 * nelbo.std() / np.sqrt(trials))
 
 
@@ -156,3 +156,24 @@ def test_a_mistake_leaves_no_partial_result(tmp_path: Path) -> None:
     with pytest.raises(EsoError, match="only the natural order"):
         importance.log_prob(engine(config, weights), np.asarray(everything), 2, 1.0, 0, tmp_path / "partial")
     assert not (tmp_path / "partial").exists()
+
+
+def test_what_does_not_change_the_law_compiles_nothing() -> None:
+    """Scores, conditionals and bounds of runs that differ in their training, their data and their name for it."""
+    def use(config: Config) -> None:
+        model = engine(config, random_weights(config.model))
+        tokens = np.asarray(random_tokens(config, 2))
+        flags = np.arange(config.model.length)[None].repeat(2, 0) < 3
+        likelihood.log_prob(model, tokens, np.arange(config.model.length)[None, None].repeat(2, 1))
+        likelihood.conditionals(model, tokens, flags, ~flags)
+        perplexity.nelbo_per_window(model, tokens, 0.5, jax.random.key(0))
+
+    config = tiny_config("esolm", alpha_0=0.5)
+    functions = (likelihood._log_prob_in_order, likelihood._conditionals, perplexity._estimate)
+    use(config)
+    before = [function._cache_size() for function in functions]
+    use(config.override("train.log_every=7", "data.source=elsewhere", "train.batch_size=6", "train.remat=full",
+                        "train.learning_rate=1"))
+    assert [function._cache_size() for function in functions] == before
+    use(config.override("family.kappa=0.25", "train.batch_size=8"))  # the count does count
+    assert [function._cache_size() for function in functions] == [n + 1 for n in before]

@@ -19,7 +19,7 @@ from eso_jax.decoding import categorical, check, loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import random_then_ascending, sort, unsort
 from eso_jax.decoding.plan import Plan, binomial, left_to_right, within_blocks
-from eso_jax.families import ar, bd3lm, esolm, mdlm
+from eso_jax.families import ar, bd3lm, mdlm
 
 LENGTH, BLOCK = 12, 4
 NAMES = ["esolm", "esolm_a", "ar", "mdlm", "bd3lm"]
@@ -112,9 +112,9 @@ def training_nll(name: str, plan: Plan, first: int, tokens: jax.Array) -> jax.Ar
     if name == "bd3lm":
         return sort(bd3lm.masked_nll(WEIGHTS, config, tokens, masked), order)
     if first < plan.diffused:
-        return esolm.diffusion_nll(WEIGHTS, config, tokens, masked, order)
+        return families.get(config).diffusion_nll(WEIGHTS, config, tokens, masked, order)
     masked = unsort(jnp.broadcast_to(jnp.arange(LENGTH) >= plan.diffused, order.shape), order)
-    return esolm.sequential_nll(WEIGHTS, config, tokens, masked, order)
+    return families.get(config).sequential_nll(WEIGHTS, config, tokens, masked, order)
 
 
 @pytest.mark.slow

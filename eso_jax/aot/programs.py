@@ -109,7 +109,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     mesh = sharding.inference_mesh(model, tensor, devices)
     batch, family = batch_per_copy * (len(devices) // tensor), families.get(config)
     plan = family.plan(jax.random.key(0), config, 1, model.length, config.family.alpha_0,
-                       "left-to-right" if config.family.name == "ar" else "one-by-one")
+                       family.policies[-1])
     sampler = family.sampler(config)
     with jax.set_mesh(mesh):  # shapes depend on the platform and on the batch
         steps, runs = loop.schedule(plan.rows(np.zeros(batch, int)), sampler)

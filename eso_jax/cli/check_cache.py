@@ -55,9 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
         f"{sharding.described(model.mesh)}, {jax.devices()[0].device_kind}; worst difference between logits (limit: "
         f"{tolerance:g} of the largest)")
     # Four tokens per diffusion step (in each block, for BD3-LM), and one: few programs to compile.
-    block = model.config.family.block_size if model.config.family.name == "bd3lm" else config.length
+    block = family.block(model.config) or config.length
     steps = config.length // block * max(1, round(alpha_0 * block) // 4)
-    policies = ("left-to-right",) if model.config.family.name == "ar" else ("balanced", "one-by-one")
 
     def compare(policy: str) -> None:
         plan = family.plan(jax.random.key(arguments.seed), model.config, rows, steps, alpha_0, policy)
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
             report(f"{arguments.dtype} against float32, both cached",
                    check.precision_error(model, exact, sampler, plan, x), None)
     with catch_out_of_memory(f"--batch-size = {rows}", REMEDY):
-        for policy in policies:
+        for policy in family.policies:
             compare(policy)
     if failures:
         raise EsoError(f"{failures} of the differences are more than rounding: the cache is not exact on this machine; "

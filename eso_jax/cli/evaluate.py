@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"{model.config.model.length} tokens ({split})")
     for term, nats in found.terms.items():
         say(f"  {term:<12} {nats:.4f} nats per token")
-    kind = "NLL  " if model.config.family.name == "ar" else "NELBO"
+    kind = "NLL  " if families.get(model.config).exact_bound else "NELBO"
     say(f"  {kind}        {found.nats_per_token:.4f} +- {found.standard_error:.4f} nats per token"
         f" = {found.bits_per_byte:.4f} bits per byte = PPL {found.perplexity:.3f}")
     write_json(arguments.out, {"alpha_0": alpha_0, "step": model.step, "split": split, **found.to_json()})

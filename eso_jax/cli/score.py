@@ -47,7 +47,6 @@ def run(arguments: argparse.Namespace) -> None:
         logp = model.log_likelihood(tokens, read_array(arguments.orders, "--orders", "orders"))
     else:
         alpha_0 = families.alpha_0_of(model.config, arguments.alpha_0)
-        alpha_0 = 0.0 if model.config.family.name == "ar" else alpha_0
         partial = Path(arguments.out + ".partial")
         count = 1 if arguments.num_orders is None else arguments.num_orders
         logp = importance.log_prob(model, tokens, count, alpha_0, arguments.seed, partial)

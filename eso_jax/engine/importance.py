@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from eso_jax import likelihood
+from eso_jax import families, likelihood
 from eso_jax.config import EsoError, require
 from eso_jax.decoding.order import likelihood_orders
 from eso_jax.engine.rows import Engine
@@ -47,7 +47,7 @@ def log_prob(engine: Engine, tokens: np.ndarray, num_orders: int, alpha_0: float
     identity = json.dumps([config.to_json(), _digest(engine, tokens), alpha_0, seed])
     found = _read(partial, identity, len(tokens))
     key, group = jax.random.key(seed), max(1, engine.size(engine.batch_size) // len(tokens))
-    block = config.family.block_size if config.family.name == "bd3lm" else None
+    block = families.get(config).block(config)
     saved = time.monotonic()
     bar = tqdm(total=num_orders, initial=len(found), unit="order", disable=not sys.stderr.isatty())
     with bar, contextlib.ExitStack() as stack:

@@ -85,7 +85,7 @@ def _per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array
 
     def estimate(weights: Weights, tokens: Array, numbers: Array, ranks: Array,
                  num_bytes: Array) -> tuple[Any, Array]:
-        found = [_estimate(weights, engine.config, tokens, numbers + sample * len(windows), ranks[:, sample],
+        found = [_estimate(weights, engine.config.law(), tokens, numbers + sample * len(windows), ranks[:, sample],
                            samples * len(windows), alpha_0, key) for sample in range(samples)]
         return {term: jnp.stack([one[term] for one in found], axis=1) for term in found[0]}, num_bytes
 

@@ -20,7 +20,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from eso_jax import likelihood
+from eso_jax import families, likelihood
 from eso_jax.config import EsoError, require
 from eso_jax.engine.model import load
 from eso_jax.run.metrics import say
@@ -48,7 +48,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         require(str(batch_size).isdigit() and int(batch_size) >= 1, "batch_size", batch_size, "must be at least 1")
         self.model = load(workdir, ema=ema, tensor=tensor, batch_size=int(batch_size))
-        likelihood.check_conditionals(self.model.config)
+        families.get(self.model.config).check_conditionals()
         tokenizer = self.model.tokenizer
         if tokenizer is None:
             raise EsoError(f"workdir = {workdir!r}: no tokenizer fits its vocabulary of "

@@ -24,11 +24,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from eso_jax import families
 from eso_jax.config import Config, EsoError, require
 from eso_jax.engine.rows import BATCH_SIZE
 from eso_jax.evaluation.judges import ended, pretrained
 from eso_jax.evaluation.texts import Texts, is_workdir
-from eso_jax.model import attention, masks, transformer
+from eso_jax.model import attention, transformer
 from eso_jax.model.transformer import Weights
 
 if TYPE_CHECKING:
@@ -131,8 +132,9 @@ class ModelFeatures:
         tokens = np.zeros((len(rows), config.model.length), np.int32)
         for row, found, count in zip(tokens, rows, counts, strict=True):
             row[:count] = found[:count]
-        pooled: np.ndarray = self.model.rows(lambda weights, *arrays: _pooled(weights, config, *arrays), len(rows),
-                                             lambda index: (tokens[index], counts[index]), "features")
+        pooled: np.ndarray = self.model.rows(
+            lambda weights, *arrays: _pooled(weights, config.law(), *arrays), len(rows),
+            lambda index: (tokens[index], counts[index]), "features")
         return pooled
 
 
@@ -142,9 +144,7 @@ def _pooled(weights: Weights, config: Config, tokens: Int[Array, "B L"],
     """Mean last-layer state of the first `counts` tokens of each row, who see each other as clean tokens do in the
     family's own passes, and nothing else; 0 for an empty row."""
     inside = jnp.arange(tokens.shape[1])[None] < counts[:, None]
-    visible = {"ar": masks.causal, "esolm": masks.causal,
-               "bd3lm": lambda query, key: masks.blocks_up_to(query, key, config.family.block_size)
-               }.get(config.family.name, masks.everyone)
+    visible = families.get(config).visible(config, counts[:, None, None])
     attend = attention.single_stream(lambda query, key: visible(query, key) & (key < counts[:, None, None]))
     hidden, _ = transformer.trunk(weights, tokens, transformer.natural_positions(tokens), attend)
     total = jnp.where(inside[..., None], hidden.astype(jnp.float32), 0).sum(1)

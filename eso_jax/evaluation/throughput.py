@@ -65,10 +65,8 @@ class Case(NamedTuple):
 
     @property
     def label(self) -> str:
-        names = {"esolm": "Eso-LM", "esolm_a": "Eso-LM (A)", "mdlm": "MDLM", "ar": "AR",
-                 "bd3lm": f"BD3-LM ({self.family.block_size})"}
         plan = f" a0={self.alpha_0:g} T={self.steps}" if self.policy == "binomial" else ""
-        return names[self.family.name] + plan
+        return families.BY_NAME[self.family.name].short_label(self.family) + plan
 
 
 class Preset(NamedTuple):

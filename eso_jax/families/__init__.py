@@ -1,67 +1,29 @@
 """The families: what is corrupted, who sees whom, the loss, the bound and the sampler of each.
 
-A family is one module with these functions, pure functions of `weights` (see eso_jax/model/transformer.py):
+A family is one object in one file; eso_jax/families/base.py says what it has to say for itself. To add one: write its
+file, and name it in `BY_NAME` and in `config.FAMILIES`; tests/test_families.py and tests/test_train.py then apply to
+it.
 
-  loss(weights, config, tokens [B, L], draws) -> {term: scalar}
-      The training loss in nats per token, by term; their sum is minimized.
-  nelbo(weights, config, tokens [B, L], draws, alpha_0) -> {term: [B]}
-      One Monte Carlo estimate per row, in nats per sequence; the sum over terms is unbiased for the NELBO, an upper
-      bound of -log p (for AR, and for an Eso-LM at alpha_0 = 0, -log p itself). The bound's own weights always, no
-      dropout. For other alpha_0 see the note on the law behind it in eso_jax/likelihood.py.
-  log_likelihood(weights, config, tokens [B, L], order [B, L]) -> [B, L]
-      log p of each token given those before it in the order, in the order; exact for the family's one-token-at-a-time
-      sampler.
-  plan(key, config, batch, steps, alpha_0, policy) -> Plan
-      A plan that the family can follow; see eso_jax/decoding/plan.py.
-  check_plan(config, plan)
-      Raises an EsoError for one that it cannot.
-  sampler(config) -> Sampler
-      What a step's pass covers and who sees whom in it; see eso_jax/decoding/loop.py.
-
-`sample` and `plan_log_prob` below decode and score along a plan by the family's sampler.
-
-A family that lacks one raises an EsoError that says so. To add a family: write its module and name it in `BY_NAME` and
-in `config.FAMILIES`; tests/test_families.py and tests/test_train.py then apply to it.
+`sample` and `plan_log_prob` decode and score along a plan by the family's sampler.
 """
 
 from __future__ import annotations
-
-from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, Key
 
 from eso_jax.config import Config, require
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
-from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.plan import Plan
-from eso_jax.families import ar, bd3lm, esolm, mdlm
+from eso_jax.families.ar import AR
+from eso_jax.families.base import Family
+from eso_jax.families.bd3lm import BD3LM
+from eso_jax.families.esolm import EsoLM
+from eso_jax.families.mdlm import MDLM
 from eso_jax.model.transformer import Weights
-from eso_jax.noise import Draws
 
-
-@runtime_checkable
-class Family(Protocol):
-    """The signatures of the functions above."""
-
-    def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
-             draws: Draws) -> dict[str, Float[Array, ""]]: ...
-
-    def nelbo(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
-              alpha_0: float) -> dict[str, Float[Array, " B"]]: ...
-
-    def log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
-                       order: Int[Array, "B L"]) -> Float[Array, "B L"]: ...
-
-    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float,
-             policy: str = "binomial") -> Plan: ...
-
-    def check_plan(self, config: Config, plan: Plan) -> None: ...
-
-    def sampler(self, config: Config) -> Sampler: ...
-
-
-BY_NAME: dict[str, Family] = {"esolm": esolm, "esolm_a": esolm, "mdlm": mdlm, "bd3lm": bd3lm, "ar": ar}
+BY_NAME: dict[str, Family] = {family.name: family for family in (
+    EsoLM(), EsoLM("esolm_a", "Eso-LM (A)", prefix=True), MDLM(), BD3LM(), AR())}
 
 
 def get(config: Config) -> Family:
@@ -69,23 +31,21 @@ def get(config: Config) -> Family:
     return BY_NAME[config.family.name]
 
 
-# What `--alpha-0` may say where there is no choice. An AR model is alpha_0 = 0; its config has the field's default, 1.
-ONLY_ALPHA_0 = {"ar": (0.0, 1.0), "mdlm": (1.0,), "bd3lm": (1.0,)}
-
-
 def alpha_0_of(config: Config, alpha_0: float | None) -> float:
-    """The share of tokens left to diffusion: the one asked for, or the training value, which also stands for no choice.
+    """The share of tokens left to diffusion: the one asked for, or the training value. A family without a choice has
+    its one value.
 
     Raises:
       EsoError: it is no share, or the family has no such choice.
     """
-    if alpha_0 is None:
-        return config.family.alpha_0
-    require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
-    name = config.family.name
-    require(alpha_0 in ONLY_ALPHA_0.get(name, (alpha_0,)), "alpha_0", alpha_0,
-            f"only Eso-LMs have a choice; leave it out for family.name = {name!r}")
-    return config.family.alpha_0 if name in ONLY_ALPHA_0 else alpha_0
+    only = get(config).only_alpha_0
+    if alpha_0 is not None:
+        require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
+        require(alpha_0 in (only or (alpha_0,)), "alpha_0", alpha_0,
+                f"only Eso-LMs have a choice; leave it out for family.name = {config.family.name!r}")
+    if only:
+        return only[0]
+    return config.family.alpha_0 if alpha_0 is None else alpha_0
 
 
 def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),

@@ -8,28 +8,78 @@ Axes: B batch, L length.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from fractions import Fraction
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from eso_jax.config import Config, require
+from eso_jax.config import Config, EsoError, require
 from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.plan import Plan, left_to_right
+from eso_jax.families.base import Family, Pass, Visible, only_natural
 from eso_jax.model import masks, transformer, vocabulary
 from eso_jax.model.attention import single_stream
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
 
 
-def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws) -> dict[str, Float[Array, ""]]:
-    training = transformer.training_of(config, draws, train=True)
-    return {"sequential": jnp.mean(next_token_nll(weights, config, shift(config, tokens), tokens, training))}
+@dataclass(frozen=True)
+class AR(Family):
+    """The causal language model."""
 
+    name: str = "ar"
+    label: str = "AR"
+    exact_bound = True
+    one_pass = True
+    only_alpha_0 = (0.0, 1.0)  # it is 0; its config has the field's default, 1
+    policies = ("left-to-right",)
 
-def nelbo(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
-          alpha_0: float = 1.0) -> dict[str, Float[Array, " B"]]:
-    """-log p itself. AR has no alpha_0, whose value here is ignored."""
-    return {"sequential": next_token_nll(weights, config, shift(config, tokens), tokens).sum(1)}
+    def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
+             draws: Draws) -> dict[str, Float[Array, ""]]:
+        training = transformer.training_of(config, draws, train=True)
+        return {"sequential": jnp.mean(next_token_nll(weights, config, shift(config, tokens), tokens, training))}
+
+    def nelbo(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
+              alpha_0: float = 1.0) -> dict[str, Float[Array, " B"]]:
+        """-log p itself. AR has no alpha_0, whose value here is ignored."""
+        return {"sequential": next_token_nll(weights, config, shift(config, tokens), tokens).sum(1)}
+
+    def passes(self, config: Config) -> list[Pass]:
+        return [Pass(Fraction(1), 1, 0)]
+
+    def predictors(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                   order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Of the shifted input; the order must be the natural one (see check_orders)."""
+        return _trunk(weights, shift(config, tokens))
+
+    def check_orders(self, config: Config, orders: Int[np.ndarray, "O B L"]) -> None:
+        only_natural(self.name, orders)
+
+    def check_conditionals(self) -> None:
+        """It has those of a prefix."""
+
+    def check_given_first(self, orders: Int[np.ndarray, "B L"]) -> None:
+        if (orders != np.arange(orders.shape[1])).any():
+            raise EsoError(f"family.name = {self.name!r}: the given tokens must be a prefix, and the wanted ones what "
+                           "follows it")
+
+    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+             policy: str = "left-to-right") -> Plan:
+        """Left to right, one token per step: AR has no choice, and `steps` and `alpha_0` are ignored."""
+        require(policy == "left-to-right", "plan", policy, "AR decodes left to right; leave it out")
+        return left_to_right(batch, config.model.length)
+
+    def check_plan(self, config: Config, plan: Plan) -> None:
+        require(plan.nfe == plan.length and bool((np.asarray(plan.order) == np.arange(plan.length)).all()), "plan",
+                f"{plan.nfe} steps", "AR decodes one token per step, left to right")
+
+    def sampler(self, config: Config) -> Sampler:
+        return Sampler(_window, _causal, start_id=start_id(config))
+
+    def visible(self, config: Config, clean: Int[Array, "B 1 1"]) -> Visible:
+        return masks.causal
 
 
 def shift(config: Config, tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
@@ -47,34 +97,6 @@ def _trunk(weights: Weights, inputs: Int[Array, "B L"],
            training: transformer.Training | None = None) -> Float[Array, "B L D"]:
     positions = transformer.natural_positions(inputs)
     return transformer.trunk(weights, inputs, positions, single_stream(masks.causal), training=training)[0]
-
-
-def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
-                   order: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """log p(x_i | x_<i); the order must be the natural one (checked by eso_jax/likelihood.py)."""
-    return -next_token_nll(weights, config, shift(config, tokens), tokens)
-
-
-def predictors(weights: Weights, config: Config, tokens: Int[Array, "B L"],
-               order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """The hidden states that log_likelihood reads each token from."""
-    return _trunk(weights, shift(config, tokens))
-
-
-def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
-         policy: str = "left-to-right") -> Plan:
-    """Left to right, one token per step: AR has no choice, and `steps` and `alpha_0` are ignored."""
-    require(policy == "left-to-right", "plan", policy, "AR decodes left to right; leave it out")
-    return left_to_right(batch, config.model.length)
-
-
-def check_plan(config: Config, plan: Plan) -> None:
-    require(plan.nfe == plan.length and bool((np.asarray(plan.order) == np.arange(plan.length)).all()), "plan",
-            f"{plan.nfe} steps", "AR decodes one token per step, left to right")
-
-
-def sampler(config: Config) -> Sampler:
-    return Sampler(_window, _causal, start_id=start_id(config))
 
 
 def start_id(config: Config) -> int:

@@ -9,31 +9,79 @@ Axes: B batch, L length, J blocks of L' tokens.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import noise
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config, FamilyConfig, require
 from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.plan import Plan, within_blocks
+from eso_jax.families.base import Family, Pass, Visible
 from eso_jax.model import masks, transformer, vocabulary
-from eso_jax.model.attention import two_streams
+from eso_jax.model.attention import Attend, two_streams
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
 
 
-def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws) -> dict[str, Float[Array, ""]]:
-    """The weighted loss with t clipped to family.t_range."""
-    low, high = config.family.t_range
-    return {"diffusion": jnp.mean(_weighted_nll(weights, config, tokens, draws, low, high, train=True))}
+@dataclass(frozen=True)
+class BD3LM(Family):
+    """Block diffusion."""
 
+    name: str = "bd3lm"
+    label: str = "BD3-LM"
 
-def nelbo(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
-          alpha_0: float = 1.0) -> dict[str, Float[Array, " B"]]:
-    require(alpha_0 == 1, "alpha_0", alpha_0, "BD3-LM is all diffusion; leave alpha_0 at 1")
-    return {"diffusion": _weighted_nll(weights, config, tokens, draws, noise.T_MIN, 1.0, train=False).sum(1)}
+    def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
+             draws: Draws) -> dict[str, Float[Array, ""]]:
+        """The weighted loss with t clipped to family.t_range."""
+        low, high = config.family.t_range
+        return {"diffusion": jnp.mean(_weighted_nll(weights, config, tokens, draws, low, high, train=True))}
+
+    def nelbo(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
+              alpha_0: float = 1.0) -> dict[str, Float[Array, " B"]]:
+        require(alpha_0 == 1, "alpha_0", alpha_0, "BD3-LM is all diffusion; leave alpha_0 at 1")
+        return {"diffusion": _weighted_nll(weights, config, tokens, draws, noise.T_MIN, 1.0, train=False).sum(1)}
+
+    def passes(self, config: Config) -> list[Pass]:
+        return [Pass(Fraction(1), 2, config.family.block_size)]
+
+    def block(self, config: Config) -> int | None:
+        return config.family.block_size
+
+    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+             policy: str = "binomial") -> Plan:
+        """T = `steps` in all, T / J for each of the J blocks; "one-by-one" is the first-hitting sampler."""
+        require(alpha_0 == 1, "alpha_0", alpha_0, "BD3-LM is all diffusion; leave alpha_0 at 1")
+        length, block = config.model.length, config.family.block_size
+        blocks = length // block
+        require(policy == "one-by-one" or steps % blocks == 0 and steps > 0, "steps", steps,
+                f"T is shared by {blocks} blocks; give a multiple of {blocks}")
+        return within_blocks(key, batch, length, block, policy, steps // blocks)
+
+    def check_plan(self, config: Config, plan: Plan) -> None:
+        block = config.family.block_size
+        ends = plan.first + plan.tokens_per_step - 1
+        require(bool((np.asarray(plan.order) // block == np.arange(plan.length) // block).all())
+                and bool((plan.first // block == ends // block).all()), "plan", f"{plan.nfe} steps",
+                f"BD3-LM decodes blocks of {block} left to right; no step and no order may leave its block")
+
+    def sampler(self, config: Config) -> Sampler:
+        return _sampler(config.family.block_size)
+
+    def visible(self, config: Config, clean: Int[Array, "B 1 1"]) -> Visible:
+        return lambda query, key: masks.blocks_up_to(query, key, config.family.block_size)
+
+    def both_streams(self, config: Config, clean: Int[Array, " B"]) -> Attend:
+        return two_streams(config.family.block_size)
+
+    def short_label(self, settings: FamilyConfig) -> str:
+        return f"{self.label} ({settings.block_size})"
+
+    def describe(self, settings: FamilyConfig) -> str:
+        return f"blocks of {settings.block_size}"
 
 
 def _weighted_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, low: float, high: float,
@@ -59,34 +107,6 @@ def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], mask
     hidden, _ = transformer.trunk(weights, jnp.concatenate([zt, tokens], 1), jnp.concatenate([positions, positions], 1),
                                   two_streams(config.family.block_size), training=training)
     return jnp.where(masked, vocabulary.nll(weights, hidden[:, :tokens.shape[1]], tokens, config.model.mask), 0)
-
-
-def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
-                   order: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    raise EsoError("family.name = 'bd3lm': the likelihood of an order takes L passes; use eso_jax.likelihood.log_prob")
-
-
-def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
-         policy: str = "binomial") -> Plan:
-    """T = `steps` in all, T / J for each of the J blocks; "one-by-one" is the first-hitting sampler."""
-    require(alpha_0 == 1, "alpha_0", alpha_0, "BD3-LM is all diffusion; leave alpha_0 at 1")
-    length, block = config.model.length, config.family.block_size
-    blocks = length // block
-    require(policy == "one-by-one" or steps % blocks == 0 and steps > 0, "steps", steps,
-            f"T is shared by {blocks} blocks; give a multiple of {blocks}")
-    return within_blocks(key, batch, length, block, policy, steps // blocks)
-
-
-def check_plan(config: Config, plan: Plan) -> None:
-    block = config.family.block_size
-    ends = plan.first + plan.tokens_per_step - 1
-    require(bool((np.asarray(plan.order) // block == np.arange(plan.length) // block).all())
-            and bool((plan.first // block == ends // block).all()), "plan", f"{plan.nfe} steps",
-            f"BD3-LM decodes blocks of {block} left to right; no step and no order may leave its block")
-
-
-def sampler(config: Config) -> Sampler:
-    return _sampler(config.family.block_size)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ Axes: B batch, L length.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from fractions import Fraction
 
 import jax.numpy as jnp
@@ -17,132 +18,153 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from eso_jax import noise
-from eso_jax.config import Config
+from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding import plan as plans
 from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.order import clean_first, sort
 from eso_jax.decoding.plan import Plan
+from eso_jax.families.base import Family, Pass, Visible, only_natural
 from eso_jax.model import masks, transformer, vocabulary
-from eso_jax.model.attention import single_stream, two_streams
+from eso_jax.model.attention import Attend, single_stream, two_streams
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
 
 
-def loss(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws) -> dict[str, Float[Array, ""]]:
-    """Both halves of the hybrid loss, each over its own share of the batch and its own tokens (paper, Algorithm 1)."""
-    kappa, alpha_0 = config.family.split, config.family.alpha_0
-    terms = {}
-    if kappa > 0:
-        rows, row_draws = _share(tokens, 0, kappa), _share_draws(draws, 0, kappa)
-        # Times are spread over the diffusion rows alone.
-        total = draws.total * kappa.numerator // kappa.denominator
-        t = noise.draw_times(Draws(draws.key, diffusion_rank(row_draws.index, kappa), total))
-        weight = noise.elbo_weight(t, alpha_0) if config.family.loss_weight == "elbo" else jnp.ones_like(t)
-        terms["diffusion"] = jnp.mean(weight[:, None] * _diffusion(weights, config, rows, row_draws, t, alpha_0, True))
-    if kappa < 1:
-        rows, row_draws = _share(tokens, kappa, 1), _share_draws(draws, kappa, 1)
-        terms["sequential"] = jnp.mean(_sequential(weights, config, rows, row_draws, alpha_0, True))
-    return terms
+@dataclass(frozen=True)
+class EsoLM(Family):
+    """An Eso-LM.
 
-
-def nelbo(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
-          alpha_0: float) -> dict[str, Float[Array, " B"]]:
-    """Both terms of eq. 7 for every row, at any alpha_0."""
-    terms = {}
-    if alpha_0 > 0:
-        t = noise.draw_times(draws)
-        terms["diffusion"] = noise.elbo_weight(t, alpha_0) * _diffusion(weights, config, tokens, draws, t, alpha_0,
-                                                                        False).sum(1)
-    if alpha_0 < 1:
-        terms["sequential"] = _sequential(weights, config, tokens, draws, alpha_0, False).sum(1)
-    return terms
-
-
-def _diffusion(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, t: Float[Array, " B"],
-               alpha_0: float, train: bool) -> Float[Array, "B L"]:
-    masked = noise.draw_masked(draws.per_example(noise.MASK), noise.alpha(t, alpha_0)[:, None], tokens.shape[1])
-    order = clean_first(draws.per_example(noise.ORDER), masked, shuffle_clean=True, shuffle_masked=True)
-    return diffusion_nll(weights, config, tokens, masked, order, transformer.training_of(config, draws, train))
-
-
-def _sequential(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, alpha_0: float,
-                train: bool) -> Float[Array, "B L"]:
-    keep = jnp.full((tokens.shape[0], 1), alpha_0)
-    masked = noise.draw_masked(draws.per_example(noise.MASK_0), keep, tokens.shape[1])
-    order = clean_first(draws.per_example(noise.ORDER_0), masked, shuffle_clean=config.family.name == "esolm",
-                        shuffle_masked=False)
-    return sequential_nll(weights, config, tokens, masked, order, transformer.training_of(config, draws, train))
-
-
-def diffusion_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-                  order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L"]:
-    """-log p of the masked tokens in one diffusion pass, unweighted and along the order; 0 on clean tokens.
-
-    A masked token sees the clean ones, the masked ones before it in the order, and itself.
+    Attributes:
+      prefix: clean tokens all see each other (A), not only those before them in the order (B).
     """
-    x, hidden_from = sort(tokens, order), sort(masked, order)
-    if config.family.name == "esolm_a":
-        clean = (~masked).sum(1)[:, None, None]
-        attend = single_stream(lambda query, key: masks.prefix(query, key, clean))
-    else:
-        attend = single_stream(masks.causal)
-    zt = jnp.where(hidden_from, config.model.mask, x)
-    hidden, _ = transformer.trunk(weights, zt, order, attend, training=training)
-    return jnp.where(hidden_from, vocabulary.nll(weights, hidden, x, config.model.mask), 0)
 
+    name: str = "esolm"
+    label: str = "Eso-LM (B)"
+    prefix: bool = False
+    one_pass = True
+    only_alpha_0 = None
 
-def sequential_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-                   order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L"]:
-    """-log p of each masked token given the tokens before it in the order, along the order; 0 on clean tokens.
+    def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
+             draws: Draws) -> dict[str, Float[Array, ""]]:
+        """Both halves of the hybrid loss, each over its own share of the batch and its own tokens (paper,
+        Algorithm 1)."""
+        kappa, alpha_0 = config.family.split, config.family.alpha_0
+        terms = {}
+        if kappa > 0:
+            rows, row_draws = _share(tokens, 0, kappa), _share_draws(draws, 0, kappa)
+            # Times are spread over the diffusion rows alone.
+            total = draws.total * kappa.numerator // kappa.denominator
+            t = noise.draw_times(Draws(draws.key, diffusion_rank(row_draws.index, kappa), total))
+            weight = noise.elbo_weight(t, alpha_0) if config.family.loss_weight == "elbo" else jnp.ones_like(t)
+            nll = self._diffusion(weights, config, rows, row_draws, t, alpha_0, True)
+            terms["diffusion"] = jnp.mean(weight[:, None] * nll)
+        if kappa < 1:
+            rows, row_draws = _share(tokens, kappa, 1), _share_draws(draws, kappa, 1)
+            terms["sequential"] = jnp.mean(self._sequential(weights, config, rows, row_draws, alpha_0, True))
+        return terms
 
-    Two streams, z_0 and x: the z_0 copy of a token sees itself and the x copies before it. No shift by one.
-    """
-    hidden = _two_streams(weights, config, tokens, masked, order, training)
-    nll = vocabulary.nll(weights, hidden, sort(tokens, order), config.model.mask)
-    return jnp.where(sort(masked, order), nll, 0)
+    def nelbo(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
+              alpha_0: float) -> dict[str, Float[Array, " B"]]:
+        """Both terms of eq. 7 for every row, at any alpha_0."""
+        terms = {}
+        if alpha_0 > 0:
+            t = noise.draw_times(draws)
+            nll = self._diffusion(weights, config, tokens, draws, t, alpha_0, False)
+            terms["diffusion"] = noise.elbo_weight(t, alpha_0) * nll.sum(1)
+        if alpha_0 < 1:
+            terms["sequential"] = self._sequential(weights, config, tokens, draws, alpha_0, False).sum(1)
+        return terms
 
+    def _diffusion(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
+                   t: Float[Array, " B"], alpha_0: float, train: bool) -> Float[Array, "B L"]:
+        masked = noise.draw_masked(draws.per_example(noise.MASK), noise.alpha(t, alpha_0)[:, None], tokens.shape[1])
+        order = clean_first(draws.per_example(noise.ORDER), masked, shuffle_clean=True, shuffle_masked=True)
+        return self.diffusion_nll(weights, config, tokens, masked, order,
+                                  transformer.training_of(config, draws, train))
 
-def _two_streams(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-                 order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L D"]:
-    """The hidden states of the z_0 stream, along the order."""
-    x = sort(tokens, order)
-    z0 = jnp.where(sort(masked, order), config.model.mask, x)
-    clean = (~masked).sum(1) if config.family.name == "esolm_a" else None
-    hidden, _ = transformer.trunk(weights, jnp.concatenate([z0, x], 1), jnp.concatenate([order, order], 1),
-                                  two_streams(1, clean), training=training)
-    return hidden[:, :x.shape[1]]
+    def _sequential(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, alpha_0: float,
+                    train: bool) -> Float[Array, "B L"]:
+        keep = jnp.full((tokens.shape[0], 1), alpha_0)
+        masked = noise.draw_masked(draws.per_example(noise.MASK_0), keep, tokens.shape[1])
+        order = clean_first(draws.per_example(noise.ORDER_0), masked, shuffle_clean=not self.prefix,
+                            shuffle_masked=False)
+        return self.sequential_nll(weights, config, tokens, masked, order,
+                                   transformer.training_of(config, draws, train))
 
+    def diffusion_nll(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
+                      order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L"]:
+        """-log p of the masked tokens in one diffusion pass, unweighted and along the order; 0 on clean tokens.
 
-def log_likelihood(weights: Weights, config: Config, tokens: Int[Array, "B L"],
-                   order: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """log p(x_order[i] | x_order[<i]), exact, in one pass with everything masked (paper, eq. 9).
+        A masked token sees the clean ones, the masked ones before it in the order, and itself.
+        """
+        x, hidden_from = sort(tokens, order), sort(masked, order)
+        attend = single_stream(self.visible(config, (~masked).sum(1)[:, None, None]))
+        zt = jnp.where(hidden_from, config.model.mask, x)
+        hidden, _ = transformer.trunk(weights, zt, order, attend, training=training)
+        return jnp.where(hidden_from, vocabulary.nll(weights, hidden, x, config.model.mask), 0)
 
-    (A) sees clean tokens in both directions, so its passes do not chain into the likelihood of a random order; along
-    the natural order (alpha_0 = 0) they do.
-    """
-    return -sequential_nll(weights, config, tokens, jnp.ones_like(tokens, bool), order)
+    def sequential_nll(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
+                       order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L"]:
+        """-log p of each masked token given the tokens before it in the order, along the order; 0 on clean tokens.
 
+        Two streams, z_0 and x: the z_0 copy of a token sees itself and the x copies before it. No shift by one.
+        """
+        hidden = self._two_streams(weights, config, tokens, masked, order, training)
+        nll = vocabulary.nll(weights, hidden, sort(tokens, order), config.model.mask)
+        return jnp.where(sort(masked, order), nll, 0)
 
-def predictors(weights: Weights, config: Config, tokens: Int[Array, "B L"],
-               order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """The hidden states that log_likelihood reads each token from, along the order."""
-    return _two_streams(weights, config, tokens, jnp.ones_like(tokens, bool), order)
+    def _two_streams(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
+                     order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L D"]:
+        """The hidden states of the z_0 stream, along the order."""
+        x = sort(tokens, order)
+        z0 = jnp.where(sort(masked, order), config.model.mask, x)
+        attend = self.both_streams(config, (~masked).sum(1))
+        hidden, _ = transformer.trunk(weights, jnp.concatenate([z0, x], 1), jnp.concatenate([order, order], 1),
+                                      attend, training=training)
+        return hidden[:, :x.shape[1]]
 
+    def passes(self, config: Config) -> list[Pass]:
+        """The share kappa in one stream (diffusion), the rest in two."""
+        kappa = config.family.split
+        return [found for found in (Pass(kappa, 1, 0), Pass(1 - kappa, 2, 1)) if found.share]
 
-def plan(key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float, policy: str = "binomial") -> Plan:
-    return plans.draw(policy, key, batch, config.model.length, steps, alpha_0)
+    def predictors(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                   order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Of one sequential pass with everything masked.
 
+        (A) sees clean tokens in both directions, so its passes do not chain into the likelihood of a random order;
+        along the natural order (alpha_0 = 0) they do.
+        """
+        return self._two_streams(weights, config, tokens, jnp.ones_like(tokens, bool), order)
 
-def check_plan(config: Config, plan: Plan) -> None:
-    """Any order and any steps will do."""
+    def check_orders(self, config: Config, orders: Int[np.ndarray, "O B L"]) -> None:
+        if self.prefix:
+            only_natural(self.name, orders)
 
+    def check_conditionals(self) -> None:
+        if self.prefix:
+            super().check_conditionals()
 
-def sampler(config: Config) -> Sampler:
-    """(B) caches in both phases; (A) recomputes the tokens decoded by diffusion in each step of that phase, since they
-    see each other, and caches in the sequential phase (the paper describes it; its code does not have it)."""
-    if config.family.name == "esolm_a":
-        return Sampler(_window_a, _prefix)
-    return Sampler(_window, _causal)
+    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+             policy: str = "binomial") -> Plan:
+        return plans.draw(policy, key, batch, config.model.length, steps, alpha_0)
+
+    def sampler(self, config: Config) -> Sampler:
+        """(B) caches in both phases; (A) recomputes the tokens decoded by diffusion in each step of that phase, since
+        they see each other, and caches in the sequential phase (the paper describes it; its code does not have it)."""
+        return Sampler(_window_a, _prefix) if self.prefix else Sampler(_window, _causal)
+
+    def visible(self, config: Config, clean: Int[Array, "B 1 1"]) -> Visible:
+        return (lambda query, key: masks.prefix(query, key, clean)) if self.prefix else masks.causal
+
+    def both_streams(self, config: Config, clean: Int[Array, " B"]) -> Attend:
+        return two_streams(1, clean if self.prefix else None)
+
+    def short_label(self, settings: FamilyConfig) -> str:
+        return self.label if self.prefix else "Eso-LM"
+
+    def describe(self, settings: FamilyConfig) -> str:
+        return f"alpha_0 = {settings.alpha_0:g}"
 
 
 def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:

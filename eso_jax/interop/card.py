@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from eso_jax import families
 from eso_jax.config import Config
-
-NAMES = {"esolm": "Eso-LM (B)", "esolm_a": "Eso-LM (A)", "mdlm": "MDLM", "bd3lm": "BD3-LM", "ar": "AR"}
 
 MEASURED = {"validation_nats_per_token": "validation (NELBO; for AR -log p), nats per token",
             "validation_standard_error": "... its standard error", "validation_windows": "... windows",
@@ -23,8 +22,9 @@ def card(config: Config, step: int, parameters: int, averaged: bool, lines: list
       averaged: whether they are the moving average, which the validation numbers are measured on.
       lines: of metrics.jsonl.
     """
-    model, family, train = config.model, config.family, config.train
-    facts = {"family": NAMES[family.name] + _setting(config), "parameters": f"{parameters:,}",
+    model, family, train = config.model, families.get(config), config.train
+    described = family.describe(config.family)
+    facts = {"family": family.label + (f", {described}" if described else ""), "parameters": f"{parameters:,}",
              "width, layers, heads": f"{model.width}, {model.layers}, {model.heads}",
              "AdaLN": f"conditioning of width {model.cond_dim}" if model.cond_dim else "none",
              "length": f"{model.length} tokens",
@@ -38,19 +38,12 @@ def card(config: Config, step: int, parameters: int, averaged: bool, lines: list
             facts["started from"] = f"the model in `{train.start_from}`"
     else:
         facts["trained on"] = "not recorded here: the weights were imported"
-    title = f"# {NAMES[family.name]}, {parameters:,} parameters"
+    title = f"# {family.label}, {parameters:,} parameters"
     return "\n".join(["---", "library_name: eso_jax", "---", "", title, "", *_table(facts), "", "## Measured", "",
                       *_measured(step, averaged, lines), "", "## Use", "", "```bash",
                       "eso-jax import WEIGHTS.safetensors --config SIZES.json --out W", "```", "",
                       "The tensors have the names and shapes of the Eso-LM authors' PyTorch models; see "
                       "[Esoteric Language Models](https://arxiv.org/abs/2506.01928).", ""])
-
-
-def _setting(config: Config) -> str:
-    family = config.family
-    if family.name.startswith("esolm"):
-        return f", alpha_0 = {family.alpha_0:g}"
-    return f", blocks of {family.block_size}" if family.name == "bd3lm" else ""
 
 
 def _table(rows: dict[str, str]) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eso_jax import families
 from eso_jax.config import Config, EsoError, require
 from eso_jax.decoding.order import check_permutations
-from eso_jax.model import masks, transformer
-from eso_jax.model.attention import Attend, single_stream, two_streams
+from eso_jax.model import transformer
+from eso_jax.model.attention import single_stream
 from eso_jax.model.transformer import Params
 
 MOST = 0.05  # of the largest logit: bfloat16 products stay well below it, another model does not
@@ -46,22 +46,11 @@ def worst_difference(config: Config, params: Params, path: Path) -> float:
     weights = transformer.fold(config.model, params)
     clean = jnp.asarray((tokens[:, :length] != config.model.mask).sum(1))
     hidden, _ = transformer.trunk(weights, jnp.asarray(tokens), jnp.asarray(np.tile(order, 1 + two)),
-                                  _attend(config, clean, two))
+                                  families.get(config).both_streams(config, clean) if two else
+                                  single_stream(families.get(config).visible(config, clean[:, None, None])))
     ours = transformer.head(weights, hidden[:, :length], config.model.mask)
     difference = jnp.abs(ours - logits).at[..., config.model.mask].set(0)
     worst, largest = float(difference.max()), float(np.abs(np.delete(logits, config.model.mask, -1)).max())
     require(worst <= MOST * largest, "--check", str(path), f"logits differ by {worst:.3g}, where the largest is "
             f"{largest:.3g}: they are of another model, family or pass")
     return worst
-
-
-def _attend(config: Config, clean: jax.Array, two: bool) -> Attend:
-    """Who sees whom in the family's pass, clean tokens first; see eso_jax/families."""
-    name = config.family.name
-    if two:
-        return two_streams(config.family.block_size if name == "bd3lm" else 1, clean if name == "esolm_a" else None)
-    if name == "esolm_a":
-        return single_stream(lambda query, key: masks.prefix(query, key, clean[:, None, None]))
-    if name == "bd3lm":
-        return single_stream(lambda query, key: masks.blocks_up_to(query, key, config.family.block_size))
-    return single_stream(masks.everyone if name == "mdlm" else masks.causal)

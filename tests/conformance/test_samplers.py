@@ -217,7 +217,7 @@ MUTANTS: dict[str, tuple[Case, dict[str, Any]]] = {
 def test_a_wrong_sampler_is_rejected(case: Case, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     family, config = families.get(config_of(case)), config_of(case)
     wrong = family.sampler(config)._replace(**changes)
-    monkeypatch.setattr(family, "sampler", lambda config: wrong)
+    monkeypatch.setattr(type(family), "sampler", lambda self, config: wrong)
     assert p_value_of(case) < CERTAIN
 
 

@@ -1,0 +1,159 @@
+"""What a family of language models is: how it trains, what it can score, how it decodes, who sees whom.
+
+A family is one object of a subclass of `Family`, in one file. Its methods are pure functions of `weights` (see
+eso_jax/model/transformer.py); all that the rest of the project wants to know of a family, it asks here.
+
+Axes: B batch, L length, O orders, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from eso_jax.config import Config, EsoError, FamilyConfig
+from eso_jax.decoding.loop import Sampler
+from eso_jax.decoding.order import sort
+from eso_jax.decoding.plan import Plan
+from eso_jax.model import vocabulary
+from eso_jax.model.attention import Attend, two_streams
+from eso_jax.model.transformer import Weights
+from eso_jax.noise import Draws
+
+Visible = Callable[[Array, Array], Bool[Array, "..."]]
+
+
+class Pass(NamedTuple):
+    """One forward pass of the training loss over some rows of the batch.
+
+    Attributes:
+      share: of the batch's rows.
+      streams: 1, or 2 where a noisy and a clean copy pass together; only one stream has logits.
+      own: noisy keys that a noisy slot scores beside the L clean ones (a block), 0 with one stream.
+    """
+
+    share: Fraction
+    streams: int
+    own: int
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A family of language models.
+
+    Attributes:
+      name: as `family.name` says it.
+      label: as people write it.
+      exact_bound: `nelbo` gives -log p itself, not a bound of it.
+      one_pass: `log_likelihood` scores an order in one pass. Without it, an order takes L passes of the sampler.
+      only_alpha_0: what `--alpha-0` may say where there is no choice, what it stands for first; None: any share.
+      policies: plans that `check-cache` tries; the last decodes one token per pass.
+    """
+
+    name: str
+    label: str
+    exact_bound: ClassVar[bool] = False
+    one_pass: ClassVar[bool] = False
+    only_alpha_0: ClassVar[tuple[float, ...] | None] = (1.0,)
+    policies: ClassVar[tuple[str, ...]] = ("balanced", "one-by-one")
+
+    # Training and its bound.
+
+    @abstractmethod
+    def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
+             draws: Draws) -> dict[str, Float[Array, ""]]:
+        """The training loss in nats per token, by term; their sum is minimized."""
+
+    @abstractmethod
+    def nelbo(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
+              alpha_0: float) -> dict[str, Float[Array, " B"]]:
+        """One Monte Carlo estimate per row, in nats per sequence, by term.
+
+        The sum over terms is unbiased for the NELBO, an upper bound of -log p (for AR, and for an Eso-LM at
+        alpha_0 = 0, -log p itself). The bound's own weights always, no dropout. For other alpha_0 see the note on the
+        law behind it in eso_jax/likelihood.py.
+        """
+
+    @abstractmethod
+    def passes(self, config: Config) -> list[Pass]:
+        """The forward passes of the loss, for counting operations."""
+
+    # Scores of given tokens.
+
+    def predictors(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                   order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """The hidden states from which each token is predicted, given those before it in the order; along the order.
+
+        Raises:
+          EsoError: the family has none (`one_pass` is False).
+        """
+        raise EsoError(f"family.name = {self.name!r}: the likelihood of an order takes L passes; use "
+                       "eso_jax.likelihood.log_prob")
+
+    def log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
+                       order: Int[Array, "B L"]) -> Float[Array, "B L"]:
+        """log p of each token given those before it in the order, along the order; in one pass, exact for the sampler
+        that decodes one token at a time (paper, eq. 9)."""
+        hidden = self.predictors(weights, config, tokens, order)
+        return -vocabulary.nll(weights, hidden, sort(tokens, order), config.model.mask)
+
+    def check_orders(self, config: Config, orders: Int[np.ndarray, "O B L"]) -> None:
+        """Raises an EsoError for orders whose likelihood the family does not have."""
+
+    def block(self, config: Config) -> int | None:
+        """The length of the blocks that are decoded one after the other, which no order may leave; None: none are."""
+        return None
+
+    def check_conditionals(self) -> None:
+        """Raises an EsoError unless the family has exact conditionals, in one pass."""
+        raise EsoError(f"family.name = {self.name!r}: only an Eso-LM (B) or an AR model has exact conditionals")
+
+    def check_given_first(self, orders: Int[np.ndarray, "B L"]) -> None:
+        """Raises an EsoError for orders (given tokens, wanted ones, the rest) whose conditionals it does not have."""
+
+    # Decoding.
+
+    @abstractmethod
+    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+             policy: str = "binomial") -> Plan:
+        """A plan that the family can follow; see eso_jax/decoding/plan.py."""
+
+    def check_plan(self, config: Config, plan: Plan) -> None:
+        """Raises an EsoError for a plan that the family cannot follow."""
+
+    @abstractmethod
+    def sampler(self, config: Config) -> Sampler:
+        """What a step's pass covers and who sees whom in it; see eso_jax/decoding/loop.py."""
+
+    # Who sees whom, for passes that others make of it: features, stored logits.
+
+    @abstractmethod
+    def visible(self, config: Config, clean: Int[Array, "B 1 1"]) -> Visible:
+        """(query slots, key slots) -> bool, in a pass of one stream whose first clean[b] slots are clean."""
+
+    def both_streams(self, config: Config, clean: Int[Array, " B"]) -> Attend:
+        """The attention of a pass of two streams."""
+        return two_streams(1)
+
+    # Words.
+
+    def short_label(self, settings: FamilyConfig) -> str:
+        """The label in a table, with what sets a model of the family apart there."""
+        return self.label
+
+    def describe(self, settings: FamilyConfig) -> str:
+        """The settings that say which model of the family it is, in words; empty: there are none."""
+        return ""
+
+
+def only_natural(name: str, orders: np.ndarray) -> None:
+    """Raises an EsoError unless all orders are 0..L-1."""
+    if (np.diff(orders, axis=-1) != 1).any():
+        raise EsoError(f"family.name = {name!r}: only the natural order 0..L-1 has an exact likelihood "
+                       "(for importance-weighted scores use alpha_0 = 0, or an Eso-LM (B))")
