@@ -8,8 +8,9 @@
 Underneath are pure functions of parameters; start with eso_jax/model/transformer.py and eso_jax/families.
 """
 
-from eso_jax.config import Config, DataConfig, EsoError, FamilyConfig, ModelConfig, TrainConfig
+from eso_jax.config import Config, DataConfig, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.engine.model import Model, Samples, load
+from eso_jax.errors import EsoError
 from eso_jax.xla import without_ynn_fusions
 
 without_ynn_fusions()

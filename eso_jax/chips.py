@@ -14,7 +14,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from eso_jax.config import EsoError, require
+from eso_jax.errors import EsoError, require
 
 GIB = 2.0**30
 

@@ -20,23 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-
-class EsoError(ValueError):
-    """A mistake in the input that the user can mend. The command line prints it as one line and exits with 2."""
-
-
-class RunAgain(RuntimeError):
-    """The run stopped through no fault of its own: the same command goes on from its last checkpoint. The command line
-    prints it as one line and exits with EXIT, on which the scripts in launch/ do so."""
-
-    EXIT = 75  # the "try again" of sysexits.h
-
-
-def require(condition: bool, name: str, value: Any, remedy: str) -> None:
-    """Raises an EsoError `name = value: remedy` unless `condition` holds."""
-    if not condition:
-        raise EsoError(f"{name} = {value!r}: {remedy}")
-
+from eso_jax.errors import EsoError, require
 
 FAMILIES = ("esolm", "esolm_a", "mdlm", "bd3lm", "ar")
 

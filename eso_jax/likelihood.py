@@ -21,10 +21,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from eso_jax import families
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config
 from eso_jax.decoding.order import check_permutations, sort, unsort
 from eso_jax.decoding.plan import Plan
 from eso_jax.engine.rows import Engine
+from eso_jax.errors import EsoError, require
 from eso_jax.model import vocabulary
 from eso_jax.model.transformer import Weights
 

@@ -25,7 +25,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Shaped
 
-from eso_jax.config import Config, MeshConfig, ModelConfig, require
+from eso_jax.config import Config, MeshConfig, ModelConfig
+from eso_jax.errors import require
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split the rows of a batch

@@ -25,11 +25,11 @@ import numpy as np
 
 from eso_jax import Config, FamilyConfig, ModelConfig, TrainConfig, families, likelihood, load
 from eso_jax.cli import guarded
-from eso_jax.config import require
 from eso_jax.data import Bigram, get_tokenizer, windows_of
 from eso_jax.decoding import order
 from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
+from eso_jax.errors import require
 from eso_jax.run.metrics import say
 from eso_jax.run.train import train
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from eso_jax.config import EsoError
 from eso_jax.decoding import categorical
 from eso_jax.decoding.categorical import Rule
+from eso_jax.errors import EsoError
 from eso_jax.model.transformer import MASK_LOGIT
 
 PLAIN, GREEDY, NUCLEUS = Rule(), Rule(temperature=0.0), Rule(top_p=0.9)

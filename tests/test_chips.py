@@ -7,7 +7,7 @@ import math
 import pytest
 
 from eso_jax import chips
-from eso_jax.config import EsoError
+from eso_jax.errors import EsoError
 
 
 @pytest.mark.parametrize(("name", "topology", "count"), [

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from eso_jax.config import Config, EsoError, FamilyConfig, ModelConfig, TrainConfig, from_dict, from_file
+from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig, from_dict, from_file
+from eso_jax.errors import EsoError
 
 EXPERIMENT = "from eso_jax.config import Config\nconfig = Config().override('train.steps=7')\n"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eso_jax.config import EsoError
 from eso_jax.data import SPLITS, Bigram, documents, evenly_spaced
 from eso_jax.data.corpora import split_of
 from eso_jax.data.pipeline import batches
+from eso_jax.errors import EsoError
 
 
 def write(folder: Path, **files: bytes) -> str:

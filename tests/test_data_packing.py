@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eso_jax.config import EsoError
 from eso_jax.data import ByteTokenizer, pack
 from eso_jax.data.catalog import CORPORA
 from eso_jax.data.detokenizers import DETOKENIZERS
 from eso_jax.data.packing import WRAPPINGS, cut
+from eso_jax.errors import EsoError
 from vocabularies import bert_like, gpt2_like
 
 BYTES = ByteTokenizer()

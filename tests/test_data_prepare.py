@@ -23,12 +23,13 @@ from pyarrow import parquet
 import eso_jax
 from conftest import BASE
 from eso_jax.cli import main
-from eso_jax.config import Config, DataConfig, EsoError, ModelConfig
+from eso_jax.config import Config, DataConfig, ModelConfig
 from eso_jax.data import (ByteTokenizer, Tokenizer, evenly_spaced, is_prepared, prepare, prepared_windows, tokenizer_of,
                           windows_of)
 from eso_jax.data.catalog import CORPORA, Corpus
 from eso_jax.data.pipeline import batches
 from eso_jax.data.prepared import PreparedWindows, check
+from eso_jax.errors import EsoError
 from eso_jax.run import train as training
 from vocabularies import BERT_WORDS, bert_like, gpt2_like
 

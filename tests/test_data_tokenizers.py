@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import eso_jax
 from conftest import BASE
 from eso_jax.cli import main
-from eso_jax.config import EsoError
 from eso_jax.data import ByteTokenizer, get_tokenizer
 from eso_jax.data.tokenizers import CharacterTokenizer, LibraryTokenizer, Tokenizer, dtype_of, sha256, train_tokenizer
+from eso_jax.errors import EsoError
 from eso_jax.run import train as training
 from vocabularies import BERT_WORDS, bert_like, gpt2_like
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eso_jax.config import EsoError
+from eso_jax.errors import EsoError
 from eso_jax.evaluation import diversity
 
 SETS = st.lists(st.lists(st.integers(0, 3), max_size=9), min_size=2, max_size=6)

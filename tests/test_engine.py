@@ -15,10 +15,11 @@ import pytest
 import engine_numbers
 from conftest import emulated, engine, random_params, random_weights, tiny_config
 from eso_jax import noise
-from eso_jax.config import Config, EsoError, ModelConfig
+from eso_jax.config import Config, ModelConfig
 from eso_jax.data import ByteTokenizer
 from eso_jax.engine import perplexity
 from eso_jax.engine.rows import catch_out_of_memory
+from eso_jax.errors import EsoError
 from eso_jax.run import workdir
 
 SCRIPT = Path(engine_numbers.__file__)

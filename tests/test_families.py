@@ -12,8 +12,9 @@ import pytest
 
 from conftest import engine, random_params, random_tokens, random_weights, tiny_config
 from eso_jax import families, likelihood, noise
-from eso_jax.config import FAMILIES, Config, EsoError
+from eso_jax.config import FAMILIES, Config
 from eso_jax.decoding.order import likelihood_orders
+from eso_jax.errors import EsoError
 from eso_jax.families import bd3lm, esolm, mdlm
 from eso_jax.model import transformer, vocabulary
 from eso_jax.noise import Draws

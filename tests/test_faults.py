@@ -27,9 +27,10 @@ from orbax.checkpoint import v1 as ocp
 
 import eso_jax
 from conftest import BASE, emulated, free_port, launch, params_of, together
-from eso_jax.config import Config, EsoError, RunAgain
+from eso_jax.config import Config
 from eso_jax.data import windows_of
 from eso_jax.data.pipeline import batches
+from eso_jax.errors import EsoError, RunAgain
 from eso_jax.run import checkpoint, metrics, multihost, train as training
 from test_train import step_lines
 
@@ -278,7 +279,7 @@ def test_a_full_disk_stops_cleanly_and_loses_nothing(base: Config, tmp_path: Pat
 WAITING = """
 import sys, time
 from pathlib import Path
-from eso_jax.config import RunAgain
+from eso_jax.errors import RunAgain
 from eso_jax.run import multihost
 multihost.start(Path(sys.argv[1]), 60)
 if multihost.is_writer():

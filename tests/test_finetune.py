@@ -15,8 +15,9 @@ import pytest
 import eso_jax
 from conftest import GOLDENS, Run, random_params, random_tokens
 from eso_jax import sharding
-from eso_jax.config import Config, EsoError, MeshConfig, from_file
+from eso_jax.config import Config, MeshConfig, from_file
 from eso_jax.data.tokenizers import LibraryTokenizer
+from eso_jax.errors import EsoError
 from eso_jax.model import attention, masks, transformer
 from eso_jax.run import finetune, train as training, workdir
 from vocabularies import gpt2_like

@@ -12,8 +12,8 @@ import pytest
 
 from conftest import emulated, tiny_config
 from eso_jax import likelihood
-from eso_jax.config import EsoError
 from eso_jax.data import ByteTokenizer
+from eso_jax.errors import EsoError
 from test_quality import made, subwords
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ import checkpoints
 import eso_jax
 from checkpoints import call, listed, literal, many, mapping, named, node, tensor
 from conftest import GOLDENS, Run, params_of
-from eso_jax.config import EsoError
+from eso_jax.errors import EsoError
 from eso_jax.interop import lightning, names, pickles
 
 CKPT, SAFE = GOLDENS / "eso_tiny.ckpt", GOLDENS / "eso_tiny.safetensors"

@@ -16,9 +16,10 @@ import pytest
 
 from conftest import engine, random_tokens, random_weights, tiny_config
 from eso_jax import families, likelihood
-from eso_jax.config import Config, EsoError
+from eso_jax.config import Config
 from eso_jax.decoding.order import likelihood_orders
 from eso_jax.engine import importance, perplexity
+from eso_jax.errors import EsoError
 from eso_jax.families import mdlm
 from test_families import draws, toy
 

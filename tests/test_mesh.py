@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 import mesh_losses
 from conftest import emulated, tiny_config, together
 from eso_jax import sharding
-from eso_jax.config import FAMILIES, Config, EsoError, MeshConfig
+from eso_jax.config import FAMILIES, Config, MeshConfig
+from eso_jax.errors import EsoError
 from eso_jax.model import masks, transformer
 from eso_jax.model.attention import single_stream
 from eso_jax.run import train

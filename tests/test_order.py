@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eso_jax.config import EsoError
 from eso_jax.decoding import order
+from eso_jax.errors import EsoError
 
 L = 6
 ROWS = 3000

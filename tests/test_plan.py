@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eso_jax.config import EsoError
 from eso_jax.decoding.plan import POLICIES, Plan, binomial, draw, expected_nfe, left_to_right, within_blocks
+from eso_jax.errors import EsoError
 
 L = 1024
 TABLE_13 = [  # alpha_0, T and the NFE that the paper prints, L = 1024

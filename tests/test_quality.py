@@ -15,8 +15,9 @@ import eso_jax
 from conftest import random_params, tiny_config
 from eso_jax import likelihood
 from eso_jax.cli import main
-from eso_jax.config import Config, DataConfig, EsoError
+from eso_jax.config import Config, DataConfig
 from eso_jax.data import ByteTokenizer, Tokenizer
+from eso_jax.errors import EsoError
 from eso_jax.evaluation import frontier, judges, mauve, quality
 from eso_jax.evaluation.judges import Scores
 from eso_jax.evaluation.texts import Texts, is_workdir, of_tokens, read

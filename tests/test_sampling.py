@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from conftest import engine, random_tokens, random_weights, tiny_config
 from eso_jax import families
-from eso_jax.config import Config, EsoError
+from eso_jax.config import Config
 from eso_jax.decoding import categorical, check, loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import random_then_ascending, sort, unsort
 from eso_jax.decoding.plan import Plan, binomial, left_to_right, within_blocks
+from eso_jax.errors import EsoError
 from eso_jax.families import ar, bd3lm, mdlm
 
 LENGTH, BLOCK = 12, 4

@@ -13,7 +13,8 @@ import pytest
 
 from conftest import GOLDENS
 from eso_jax import sharding
-from eso_jax.config import EsoError, ModelConfig
+from eso_jax.config import ModelConfig
+from eso_jax.errors import EsoError
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,8 @@ import pytest
 import eso_jax
 from conftest import BASE, emulated, params_of, random_tokens, tiny_config, together
 from eso_jax import flops
-from eso_jax.config import FAMILIES, Config, EsoError
+from eso_jax.config import FAMILIES, Config
+from eso_jax.errors import EsoError
 from eso_jax.run import metrics, train as training
 from eso_jax.run.optim import optimizer, update_ema
 

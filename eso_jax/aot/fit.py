@@ -10,7 +10,8 @@ import jax
 from eso_jax import chips, sharding
 from eso_jax.aot import programs, target
 from eso_jax.chips import Topology
-from eso_jax.config import Config, EsoError
+from eso_jax.config import Config
+from eso_jax.errors import EsoError
 
 _REMATS = ("none", "dots", "full")
 

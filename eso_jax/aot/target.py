@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from eso_jax.chips import Topology
-from eso_jax.config import EsoError, require
+from eso_jax.errors import EsoError, require
 
 # libtpu reads these as it loads: without them it asks the cloud's metadata server what it is part of, and lets in one
 # process at a time.

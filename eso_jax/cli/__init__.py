@@ -17,7 +17,8 @@ from typing import NoReturn
 
 from eso_jax.cli import bench, check_cache, data, evaluate, export, import_, plan, quality, sample, score, train
 from eso_jax.cli.files import read_plan
-from eso_jax.config import EsoError, RunAgain, fields
+from eso_jax.config import fields
+from eso_jax.errors import EsoError, RunAgain
 
 __all__ = ["guarded", "keep_compilations", "main", "read_plan"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from eso_jax.cli import options
 from eso_jax.cli.files import say
-from eso_jax.config import EsoError, require
+from eso_jax.errors import EsoError, require
 
 if TYPE_CHECKING:
     from eso_jax.engine.model import Model
@@ -26,8 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from eso_jax import families, load, sharding
-    from eso_jax.engine.rows import REMEDY, catch_out_of_memory
     from eso_jax.decoding import check
+    from eso_jax.engine.rows import REMEDY, catch_out_of_memory
 
     rows = arguments.batch_size
     require(rows >= 2, "--batch-size", rows, "must be at least 2, to compare batch sizes")

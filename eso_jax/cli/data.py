@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from eso_jax.cli.files import check_out, say
-from eso_jax.config import require
+from eso_jax.errors import require
 
 EXAMPLE = "eso-jax data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128"
 

@@ -6,7 +6,7 @@ import argparse
 
 from eso_jax.cli import options
 from eso_jax.cli.files import check_out, say, write_json
-from eso_jax.config import EsoError, require
+from eso_jax.errors import EsoError, require
 
 EXAMPLE = "eso-jax eval --workdir /tmp/w --alpha-0 0.25 --out eval.json"
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eso_jax.config import EsoError, require
+from eso_jax.errors import EsoError, require
 
 if TYPE_CHECKING:
     from eso_jax.decoding.plan import Plan

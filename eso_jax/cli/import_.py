@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from eso_jax.cli.files import say
-from eso_jax.config import FAMILIES, require
+from eso_jax.config import FAMILIES
+from eso_jax.errors import require
 
 EXAMPLE = "eso-jax import eso.ckpt --ema --out /tmp/w"
 
@@ -30,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from eso_jax.run import workdir
     from eso_jax.data.tokenizers import get_tokenizer
     from eso_jax.interop import import_checkpoint, names, parity
+    from eso_jax.run import workdir
 
     require(not Path(arguments.out).exists(), "--out", arguments.out, "exists already; nothing was written")
     config, params = import_checkpoint(

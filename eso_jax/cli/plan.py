@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from eso_jax import chips
     from eso_jax import config as configs
-    from eso_jax.config import require
     from eso_jax.aot import plan, target
+    from eso_jax.errors import require
 
     if arguments.out:
         check_out(arguments.out)

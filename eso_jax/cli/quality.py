@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from eso_jax.cli import options
 from eso_jax.cli.files import check_out, say, write_json
-from eso_jax.config import require
+from eso_jax.errors import require
 
 if TYPE_CHECKING:
     from eso_jax.evaluation.quality import Quality

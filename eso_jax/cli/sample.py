@@ -7,8 +7,8 @@ from typing import Any
 
 from eso_jax.cli import options
 from eso_jax.cli.files import check_out, read_plan, say, write_npz
-from eso_jax.config import EsoError
 from eso_jax.decoding.plan import POLICIES
+from eso_jax.errors import EsoError
 
 EXAMPLE = "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz"
 

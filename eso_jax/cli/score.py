@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eso_jax.cli import options
 from eso_jax.cli.files import check_out, read_array, read_plan, say, write_npz
-from eso_jax.config import EsoError
+from eso_jax.errors import EsoError
 
 EXAMPLE = "eso-jax score --workdir /tmp/w --tokens x.npy --num-orders 16 --alpha-0 0.25 --out s.npz"
 

@@ -9,12 +9,13 @@ pipeline       windows to shuffled, resumable training batches (the only file th
 bigram         the baseline that every language model should beat
 """
 
-from eso_jax.config import Config, require
+from eso_jax.config import Config
 from eso_jax.data.bigram import Bigram
 from eso_jax.data.corpora import SPLITS, documents
 from eso_jax.data.packing import pack
 from eso_jax.data.prepared import Windows, evenly_spaced, is_prepared, prepared_tokenizer, prepared_windows
 from eso_jax.data.tokenizers import ByteTokenizer, Tokenizer, get_tokenizer
+from eso_jax.errors import require
 
 __all__ = ["SPLITS", "Bigram", "ByteTokenizer", "Tokenizer", "Windows", "documents", "evenly_spaced", "get_tokenizer",
            "is_prepared", "pack", "prepared_windows", "tokenizer_of", "windows_of"]

@@ -16,9 +16,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from eso_jax.config import EsoError, require
 from eso_jax.data import readers
 from eso_jax.data.catalog import CORPORA
+from eso_jax.errors import EsoError, require
 
 
 class Corpora(tfds.core.GeneratorBasedBuilder):

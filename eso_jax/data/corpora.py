@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from eso_jax.config import EsoError, require
+from eso_jax.errors import EsoError, require
 
 SPLITS = ("train", "validation", "test")
 

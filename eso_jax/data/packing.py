@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eso_jax.config import EsoError
 from eso_jax.data.tokenizers import Tokenizer
+from eso_jax.errors import EsoError
 
 
 class Wrapping(NamedTuple):

@@ -6,8 +6,8 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from eso_jax.config import require
 from eso_jax.data.prepared import Windows
+from eso_jax.errors import require
 
 
 def batches(windows: Windows, batch_size: int, seed: int,

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eso_jax.config import EsoError, require
 from eso_jax.data import prepared, tokenizers
 from eso_jax.data.catalog import CORPORA
 from eso_jax.data.detokenizers import DETOKENIZERS
 from eso_jax.data.packing import WRAPPINGS, Wrapping, cut, require_window
 from eso_jax.data.tokenizers import LibraryTokenizer, Tokenizer, get_tokenizer
+from eso_jax.errors import EsoError, require
 from eso_jax.run.metrics import say
 
 Streams = Callable[[list[range]], Iterator[np.ndarray]]

@@ -17,10 +17,11 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config
 from eso_jax.data import tokenizers
 from eso_jax.data.catalog import CORPORA
 from eso_jax.data.tokenizers import LibraryTokenizer, Tokenizer, get_tokenizer
+from eso_jax.errors import EsoError, require
 
 MANIFEST = "manifest.json"
 UNFINISHED = MANIFEST + ".unfinished"

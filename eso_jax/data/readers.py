@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
-from eso_jax.config import EsoError, require
 from eso_jax.data.catalog import TEXT8, Corpus
+from eso_jax.errors import EsoError, require
 
 FIELDS = ("text", "sentence", "article", "article_text", "content")  # of JSON lines and Parquet, the first there is
 PIECE = 1_000_000  # characters of text8 in a document

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from eso_jax.config import EsoError, require
+from eso_jax.errors import EsoError, require
 
 FILE = "tokenizer.json"  # what a library tokenizer is kept as
 HUB = {"gpt2": "openai-community/gpt2", "bert-base-uncased": "google-bert/bert-base-uncased"}

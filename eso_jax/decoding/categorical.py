@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from eso_jax.config import require
+from eso_jax.errors import require
 
 
 @struct.dataclass

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key, Shaped
 
-from eso_jax.config import EsoError
+from eso_jax.errors import EsoError
 
 
 def clean_first(keys: Key[Array, " B"], masked: Bool[Array, "B L"], *, shuffle_clean: bool,

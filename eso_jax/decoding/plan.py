@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from eso_jax.config import EsoError, require
 from eso_jax.decoding import order
+from eso_jax.errors import EsoError, require
 
 
 @dataclass(frozen=True)

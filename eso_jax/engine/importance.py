@@ -20,9 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from eso_jax import families, likelihood
-from eso_jax.config import EsoError, require
 from eso_jax.decoding.order import likelihood_orders
 from eso_jax.engine.rows import Engine
+from eso_jax.errors import EsoError, require
 
 SAVE_EVERY = 30.0  # seconds
 

@@ -19,12 +19,12 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from eso_jax import families, likelihood, sharding
-from eso_jax.config import require
 from eso_jax.data.tokenizers import Tokenizer
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan
 from eso_jax.decoding.rejection import unigram_entropy
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
+from eso_jax.errors import require
 from eso_jax.model import transformer
 from eso_jax.model.transformer import Weights
 from eso_jax.run import workdir

@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import families, sharding
-from eso_jax.config import Config, require
+from eso_jax.config import Config
 from eso_jax.data import Tokenizer, Windows
 from eso_jax.engine.rows import Engine
+from eso_jax.errors import require
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import RANK, Draws
 

@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from eso_jax import sharding
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config
+from eso_jax.errors import EsoError, require
 from eso_jax.model.transformer import Weights
 
 BATCH_SIZE = 64  # rows that pass together, where nobody says

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from eso_jax.config import require
+from eso_jax.errors import require
 
 ORDER = 4  # of the longest n-grams
 FLOOR = 0.1  # self-BLEU takes no match of some length for this many

@@ -21,8 +21,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eso_jax import families, likelihood
-from eso_jax.config import EsoError, require
 from eso_jax.engine.model import load
+from eso_jax.errors import EsoError, require
 from eso_jax.run.metrics import say
 
 Ids = Sequence[int]

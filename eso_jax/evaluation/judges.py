@@ -25,9 +25,9 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from eso_jax import likelihood
-from eso_jax.config import EsoError, require
 from eso_jax.data.tokenizers import SHOWN_SEPARATOR
 from eso_jax.engine.rows import BATCH_SIZE
+from eso_jax.errors import EsoError, require
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.texts import Texts, is_workdir
 

@@ -25,8 +25,9 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from eso_jax import families
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config
 from eso_jax.engine.rows import BATCH_SIZE
+from eso_jax.errors import EsoError, require
 from eso_jax.evaluation.judges import ended, pretrained
 from eso_jax.evaluation.texts import Texts, is_workdir
 from eso_jax.model import attention, transformer

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eso_jax.config import EsoError
 from eso_jax.decoding.rejection import unigram_entropy
+from eso_jax.errors import EsoError
 from eso_jax.evaluation import diversity, mauve as mauves
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.judges import Judge

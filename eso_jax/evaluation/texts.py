@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
-from eso_jax.config import EsoError, require
 from eso_jax.data.tokenizers import SHOWN_SEPARATOR
+from eso_jax.errors import EsoError, require
 
 if TYPE_CHECKING:
     from eso_jax.data.tokenizers import Tokenizer
@@ -126,8 +126,8 @@ def read(name: str, flag: str, limit: int | None = None) -> Texts:
 
 def _windows(name: str, limit: int | None) -> Texts:
     from eso_jax import config as configs
-    from eso_jax.run import workdir
     from eso_jax.data import evenly_spaced, windows_of
+    from eso_jax.run import workdir
 
     config = configs.from_file(Path(name) / "config.json")
     tokenizer = workdir.kept_tokenizer(Path(name), config)

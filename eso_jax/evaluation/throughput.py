@@ -38,13 +38,14 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from eso_jax import families, sharding
-from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig, require
+from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import unsort
 from eso_jax.decoding.plan import Plan
 from eso_jax.engine.model import decode
 from eso_jax.engine.rows import Engine
+from eso_jax.errors import require
 from eso_jax.model import transformer
 from eso_jax.model.transformer import Weights
 from eso_jax.run.timing import Stopwatch

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int, Key
 
-from eso_jax.config import Config, require
+from eso_jax.config import Config
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan
+from eso_jax.errors import require
 from eso_jax.families.ar import AR
 from eso_jax.families.base import Family
 from eso_jax.families.bd3lm import BD3LM

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config
 from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.plan import Plan, left_to_right
+from eso_jax.errors import EsoError, require
 from eso_jax.families.base import Family, Pass, Visible, only_natural
 from eso_jax.model import masks, transformer, vocabulary
 from eso_jax.model.attention import single_stream

@@ -17,10 +17,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from eso_jax.config import Config, EsoError, FamilyConfig
+from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.order import sort
 from eso_jax.decoding.plan import Plan
+from eso_jax.errors import EsoError
 from eso_jax.model import vocabulary
 from eso_jax.model.attention import Attend, two_streams
 from eso_jax.model.transformer import Weights

@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import noise
-from eso_jax.config import Config, FamilyConfig, require
+from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.plan import Plan, within_blocks
+from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass, Visible
 from eso_jax.model import masks, transformer, vocabulary
 from eso_jax.model.attention import Attend, two_streams

@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import noise
-from eso_jax.config import Config, require
+from eso_jax.config import Config
 from eso_jax.decoding import plan as plans
 from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.plan import Plan
+from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass, Visible
 from eso_jax.model import masks, transformer, vocabulary
 from eso_jax.model.attention import single_stream

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config
 from eso_jax.data import tokenizers
+from eso_jax.errors import EsoError, require
 from eso_jax.interop import names
 from eso_jax.interop.card import card
 from eso_jax.interop.sources import KEYS, MODEL, OF_FAMILY

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from eso_jax.config import EsoError, require
+from eso_jax.errors import EsoError, require
 from eso_jax.interop import pickles
 from eso_jax.interop.names import is_buffer
 from eso_jax.interop.pickles import Global, Inert, Persistent, shown

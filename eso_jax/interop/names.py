@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from eso_jax.config import EsoError, ModelConfig, require
+from eso_jax.config import ModelConfig
+from eso_jax.errors import EsoError, require
 from eso_jax.interop.pickles import shown
 from eso_jax.model import transformer
 from eso_jax.model.transformer import FREQUENCIES, Params

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from eso_jax import families
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config
 from eso_jax.decoding.order import check_permutations
+from eso_jax.errors import EsoError, require
 from eso_jax.model import transformer
 from eso_jax.model.attention import single_stream
 from eso_jax.model.transformer import Params

@@ -15,7 +15,7 @@ import pickletools
 import sys
 from typing import Any
 
-from eso_jax.config import EsoError
+from eso_jax.errors import EsoError
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from eso_jax.config import Config, EsoError, from_dict, require
+from eso_jax.config import Config, from_dict
+from eso_jax.errors import EsoError, require
 from eso_jax.interop import lightning, names
 from eso_jax.model.transformer import Params
 

@@ -31,7 +31,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
-from eso_jax.config import EsoError, ModelConfig, RunAgain, require
+from eso_jax.config import ModelConfig
+from eso_jax.errors import EsoError, RunAgain, require
 from eso_jax.run import metrics, multihost
 
 PARTS = ("params", "ema", "optimizer")

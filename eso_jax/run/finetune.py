@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from eso_jax import sharding
-from eso_jax.config import Config, EsoError, require
+from eso_jax.config import Config
 from eso_jax.data.tokenizers import Tokenizer, sha256
+from eso_jax.errors import EsoError, require
 from eso_jax.model import transformer
 from eso_jax.model.transformer import GATES, Params
 from eso_jax.run import workdir

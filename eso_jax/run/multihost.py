@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from eso_jax.config import EsoError, RunAgain, require
+from eso_jax.errors import EsoError, RunAgain, require
 
 WAIT = 600  # seconds that a process waits for the others before it gives up
 PATIENCE = 15  # seconds between two words about it

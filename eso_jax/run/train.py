@@ -33,10 +33,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from eso_jax import families, flops, sharding
-from eso_jax.config import Config, EsoError, RunAgain, require
+from eso_jax.config import Config
 from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
 from eso_jax.engine import perplexity
 from eso_jax.engine.rows import Engine, catch_out_of_memory
+from eso_jax.errors import EsoError, RunAgain, require
 from eso_jax.model import transformer
 from eso_jax.model.transformer import Params
 from eso_jax.noise import Draws

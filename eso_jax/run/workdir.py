@@ -13,9 +13,10 @@ import jax
 from jax.sharding import Mesh
 
 from eso_jax import config as configs, sharding
-from eso_jax.config import Config, EsoError, RunAgain, require
+from eso_jax.config import Config
 from eso_jax.data import tokenizers
 from eso_jax.data.tokenizers import Tokenizer
+from eso_jax.errors import EsoError, RunAgain, require
 from eso_jax.model import transformer
 from eso_jax.model.transformer import Params
 from eso_jax.run import multihost

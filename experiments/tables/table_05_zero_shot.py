@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 import bounds
-from eso_jax.config import require
 from eso_jax.data import evenly_spaced, windows_of
 from eso_jax.data.prepared import read_manifest
 from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
+from eso_jax.errors import require
 from eso_jax.evaluation.diversity import Estimate
 from lab import Cell, Lab, Table, main
 

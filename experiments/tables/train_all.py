@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import jax
 from tqdm import tqdm
 
-from eso_jax.config import EsoError
+from eso_jax.errors import EsoError
 from eso_jax.run.metrics import say
 from lab import EXPERIMENTS, Lab, main
 
