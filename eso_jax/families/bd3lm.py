@@ -22,7 +22,7 @@ from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.plan import Plan, within_blocks
 from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass, Visible
-from eso_jax.model import masks, transformer, vocabulary
+from eso_jax.model import loss, masks, transformer
 from eso_jax.model.attention import Attend, two_streams
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
@@ -103,11 +103,8 @@ def block_times(draws: Draws, blocks: int, low: float, high: float) -> Float[Arr
 def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
                training: transformer.Training | None = None) -> Float[Array, "B L"]:
     """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens."""
-    zt = jnp.where(masked, config.model.mask, tokens)
-    positions = transformer.natural_positions(tokens)
-    hidden, _ = transformer.trunk(weights, jnp.concatenate([zt, tokens], 1), jnp.concatenate([positions, positions], 1),
-                                  two_streams(config.family.block_size), training=training)
-    return jnp.where(masked, vocabulary.nll(weights, hidden[:, :tokens.shape[1]], tokens, config.model.mask), 0)
+    return loss.masked_nll(weights, config.model.mask, tokens, masked, transformer.natural_positions(tokens),
+                           two_streams(config.family.block_size), 2, training)
 
 
 @functools.cache

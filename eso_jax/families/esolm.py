@@ -24,7 +24,7 @@ from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.order import clean_first, sort
 from eso_jax.decoding.plan import Plan
 from eso_jax.families.base import Family, Pass, Visible, only_natural
-from eso_jax.model import masks, transformer, vocabulary
+from eso_jax.model import loss, masks, transformer
 from eso_jax.model.attention import Attend, single_stream, two_streams
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
@@ -97,11 +97,9 @@ class EsoLM(Family):
 
         A masked token sees the clean ones, the masked ones before it in the order, and itself.
         """
-        x, hidden_from = sort(tokens, order), sort(masked, order)
         attend = single_stream(self.visible(config, (~masked).sum(1)[:, None, None]))
-        zt = jnp.where(hidden_from, config.model.mask, x)
-        hidden, _ = transformer.trunk(weights, zt, order, attend, training=training)
-        return jnp.where(hidden_from, vocabulary.nll(weights, hidden, x, config.model.mask), 0)
+        return loss.masked_nll(weights, config.model.mask, sort(tokens, order), sort(masked, order), order, attend, 1,
+                               training)
 
     def sequential_nll(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
                        order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L"]:
@@ -109,19 +107,9 @@ class EsoLM(Family):
 
         Two streams, z_0 and x: the z_0 copy of a token sees itself and the x copies before it. No shift by one.
         """
-        hidden = self._two_streams(weights, config, tokens, masked, order, training)
-        nll = vocabulary.nll(weights, hidden, sort(tokens, order), config.model.mask)
-        return jnp.where(sort(masked, order), nll, 0)
-
-    def _two_streams(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-                     order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L D"]:
-        """The hidden states of the z_0 stream, along the order."""
-        x = sort(tokens, order)
-        z0 = jnp.where(sort(masked, order), config.model.mask, x)
         attend = self.both_streams(config, (~masked).sum(1))
-        hidden, _ = transformer.trunk(weights, jnp.concatenate([z0, x], 1), jnp.concatenate([order, order], 1),
-                                      attend, training=training)
-        return hidden[:, :x.shape[1]]
+        return loss.masked_nll(weights, config.model.mask, sort(tokens, order), sort(masked, order), order, attend, 2,
+                               training)
 
     def passes(self, config: Config) -> list[Pass]:
         """The share kappa in one stream (diffusion), the rest in two."""
@@ -135,7 +123,9 @@ class EsoLM(Family):
         (A) sees clean tokens in both directions, so its passes do not chain into the likelihood of a random order;
         along the natural order (alpha_0 = 0) they do.
         """
-        return self._two_streams(weights, config, tokens, jnp.ones_like(tokens, bool), order)
+        all_masked = jnp.ones_like(tokens, bool)
+        attend = self.both_streams(config, jnp.zeros_like(tokens[:, 0]))
+        return loss.masked_hidden(weights, config.model.mask, sort(tokens, order), all_masked, order, attend, 2)
 
     def check_orders(self, config: Config, orders: Int[np.ndarray, "O B L"]) -> None:
         if self.prefix:

@@ -21,7 +21,7 @@ from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.plan import Plan
 from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass, Visible
-from eso_jax.model import masks, transformer, vocabulary
+from eso_jax.model import loss, masks, transformer
 from eso_jax.model.attention import single_stream
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
@@ -76,10 +76,8 @@ def _weighted_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], d
 def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
                training: transformer.Training | None = None) -> Float[Array, "B L"]:
     """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens."""
-    zt = jnp.where(masked, config.model.mask, tokens)
-    positions = transformer.natural_positions(tokens)
-    hidden, _ = transformer.trunk(weights, zt, positions, single_stream(masks.everyone), training=training)
-    return jnp.where(masked, vocabulary.nll(weights, hidden, tokens, config.model.mask), 0)
+    return loss.masked_nll(weights, config.model.mask, tokens, masked, transformer.natural_positions(tokens),
+                           single_stream(masks.everyone), 1, training)
 
 
 def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
