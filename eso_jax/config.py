@@ -238,8 +238,9 @@ class Config:
         return from_dict(values)
 
     def law(self) -> Config:
-        """What the model's law depends on, model and family, and defaults elsewhere: scores are compiled by it, so that
-        runs which differ in their data or their training share the compiled programs."""
+        """The sections `model` and `family` as they are, and defaults elsewhere. Scores are compiled by it, so that
+        runs which differ in `data`, `train` or `mesh` share the compiled programs."""
+        # The batch size has no meaning here; this one divides by kappa, as a Config demands.
         return Config(self.model, self.family, train=TrainConfig(batch_size=self.family.split.denominator))
 
     def to_json(self) -> str:

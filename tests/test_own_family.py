@@ -16,6 +16,7 @@ from eso_jax.config import FAMILIES, Config
 from eso_jax.evaluation.mauve import ModelFeatures
 from eso_jax.evaluation.texts import of_tokens
 from eso_jax.families.bd3lm import BD3LM
+from eso_jax.run.workdir import read_config
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +53,8 @@ def answers(config: Config, run: Run, folder: Path) -> dict[str, np.ndarray]:
     run("score", "--workdir", workdir, "--tokens", out, "--plan", out, "--out", folder / "plan.npz")
     assert "TOO MUCH" not in run("check-cache", "--workdir", workdir, "--batch-size", 2)
     run("export", "--workdir", workdir, "--out", folder / "m.safetensors")
+    run("import", folder / "m.safetensors", "--config", folder / "m.json", "--out", folder / "back")
+    assert read_config(folder / "back").family == config.family
     texts = of_tokens(np.load(out)["tokens"], None)
     return {"bound": np.array(json.loads((folder / "e.json").read_text())["nats_per_token"]),
             "tokens": np.load(out)["tokens"], "order": np.load(out)["order"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -399,3 +401,12 @@ def test_frontiers() -> None:
     points = [(3.0, 120.0), (6.4, 53.0), (10.0, 60.0), (24.0, 49.0), (3.0, 110.0)]
     assert frontier.frontier(points, True) == [(3.0, 110.0), (6.4, 53.0), (24.0, 49.0)]
     assert frontier.frontier(points, False) == [(3.0, 120.0)]
+
+
+def test_the_harness_without_its_library_is_one_line() -> None:
+    script = ("import runpy, sys; sys.modules['lm_eval'] = None; "
+              "runpy.run_module('eso_jax.evaluation.harness', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("eso-jax: error: the lm-evaluation-harness needs the extra eval (")
+    assert len(done.stderr.splitlines()) == 1 and "pip install 'eso-jax[eval]'" in done.stderr

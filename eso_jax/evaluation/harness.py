@@ -11,19 +11,28 @@ far, so generate_until raises one as well.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eso_jax import families, likelihood
 from eso_jax.engine.model import load
 from eso_jax.errors import EsoError, require
 from eso_jax.run.metrics import say
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    MISSING = f"the lm-evaluation-harness needs the extra eval ({error}); pip install 'eso-jax[eval]'"
+    if __name__ == "__main__":
+        print(f"eso-jax: error: {MISSING}", file=sys.stderr)
+        sys.exit(2)
+    raise EsoError(MISSING) from error
 
 Ids = Sequence[int]
 

@@ -36,6 +36,8 @@ class AR(Family):
     one_pass = True
     only_alpha_0 = (0.0, 1.0)  # it is 0; its config has the field's default, 1
     policies = ("left-to-right",)
+    settings = ("start_id",)
+    without_adaln = True
 
     def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
              draws: Draws) -> dict[str, Float[Array, ""]]:

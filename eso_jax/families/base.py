@@ -51,10 +51,13 @@ class Family(ABC):
     Attributes:
       name: as `family.name` says it.
       label: as people write it.
-      exact_bound: `nelbo` gives -log p itself, not a bound of it.
+      exact_bound: `nelbo` always gives -log p itself, not a bound of it.
       one_pass: `log_likelihood` scores an order in one pass. Without it, an order takes L passes of the sampler.
-      only_alpha_0: what `--alpha-0` may say where there is no choice, what it stands for first; None: any share.
-      policies: plans that `check-cache` tries; the last decodes one token per pass.
+      only_alpha_0: the values that `--alpha-0` may have where there is no choice; the first is the one in use. None:
+        any share is allowed.
+      policies: plans that `check-cache` tries. The last one decodes one token per pass; `eso-jax plan` takes it.
+      settings: the fields of FamilyConfig that a model of the family cannot do without, written by an export.
+      without_adaln: its models may have no AdaLN (model.cond_dim = 0).
     """
 
     name: str
@@ -63,6 +66,8 @@ class Family(ABC):
     one_pass: ClassVar[bool] = False
     only_alpha_0: ClassVar[tuple[float, ...] | None] = (1.0,)
     policies: ClassVar[tuple[str, ...]] = ("balanced", "one-by-one")
+    settings: ClassVar[tuple[str, ...]] = ()
+    without_adaln: ClassVar[bool] = False
 
     # Training and its bound.
 
@@ -100,15 +105,17 @@ class Family(ABC):
     def log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
                        order: Int[Array, "B L"]) -> Float[Array, "B L"]:
         """log p of each token given those before it in the order, along the order; in one pass, exact for the sampler
-        that decodes one token at a time (paper, eq. 9)."""
+        that decodes one token at a time (paper, eq. 9). Only for orders that `check_orders` accepts."""
         hidden = self.predictors(weights, config, tokens, order)
         return -vocabulary.nll(weights, hidden, sort(tokens, order), config.model.mask)
 
     def check_orders(self, config: Config, orders: Int[np.ndarray, "O B L"]) -> None:
-        """Raises an EsoError for orders whose likelihood the family does not have."""
+        """Raises an EsoError for orders that the family cannot score in one pass. (Without `one_pass`, `check_plan`
+        says which orders it can follow.)"""
 
     def block(self, config: Config) -> int | None:
-        """The length of the blocks that are decoded one after the other, which no order may leave; None: none are."""
+        """The length of blocks that are decoded one after the other: an order finishes a block before the next one.
+        None: there are no blocks."""
         return None
 
     def check_conditionals(self) -> None:

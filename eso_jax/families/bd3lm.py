@@ -34,6 +34,7 @@ class BD3LM(Family):
 
     name: str = "bd3lm"
     label: str = "BD3-LM"
+    settings = ("block_size",)
 
     def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
              draws: Draws) -> dict[str, Float[Array, ""]]:

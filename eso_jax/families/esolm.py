@@ -43,6 +43,7 @@ class EsoLM(Family):
     prefix: bool = False
     one_pass = True
     only_alpha_0 = None
+    settings = ("alpha_0",)
 
     def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
              draws: Draws) -> dict[str, Float[Array, ""]]:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from eso_jax import families
 from eso_jax.config import Config
 from eso_jax.data import tokenizers
 from eso_jax.errors import EsoError, require
 from eso_jax.interop import names
 from eso_jax.interop.card import card
-from eso_jax.interop.sources import KEYS, MODEL, OF_FAMILY
+from eso_jax.interop.sources import KEYS, MODEL
 from eso_jax.run import metrics, workdir
 
 
@@ -80,7 +81,7 @@ def describe(config: Config) -> dict[str, Any]:
     family = config.family
     values: dict[str, Any] = {KEYS[name][0]: getattr(config.model, name) for name in MODEL}
     values |= {"mask_id": config.model.mask, "family": family.name}
-    values |= {name: getattr(family, name) for name, of in OF_FAMILY.items() if family.name.startswith(of)}
+    values |= {name: getattr(family, name) for name in families.get(config).settings}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from eso_jax import families
 from eso_jax.config import Config, from_dict
 from eso_jax.errors import EsoError, require
 from eso_jax.interop import lightning, names
@@ -20,7 +21,7 @@ KEYS = {"width": ("hidden_size", "hidden_dim"), "layers": ("n_blocks",), "heads"
         "cond_dim": ("cond_dim",), "block_size": ("block_size",), "family": ("family", "model_type"),
         "alpha_0": ("alpha_0",), "start_id": ("start_id",)}
 MODEL = ("width", "layers", "heads", "length", "vocab_size", "mask_id", "cond_dim")
-OF_FAMILY = {"alpha_0": "esolm", "block_size": "bd3lm", "start_id": "ar"}
+SETTINGS = {"alpha_0", "block_size", "start_id"}  # of a family, not of the denoiser
 HEAD_SIZE = 64  # of the authors' small and medium models
 
 
@@ -66,12 +67,13 @@ def _config(shown: dict[str, Any], said: dict[str, Any], given: dict[str, Any], 
                 f"{sizes['width']} has no heads of size {HEAD_SIZE}; give --heads, or --config with a JSON of sizes")
         sizes["heads"] = sizes["width"] // HEAD_SIZE
     name = sizes.get("family", "esolm")
-    require(sizes["cond_dim"] > 0 or name == "ar", "--family", name,
+    family = families.BY_NAME.get(name)  # None: the config refuses it below
+    require(sizes["cond_dim"] > 0 or family is None or family.without_adaln, "--family", name,
             f"{src} has no AdaLN tensors, so it is an AR model; give --family ar")
     # What a file says of another family than the one asked for is passed over; what is given has to fit.
-    own = {field for field, family in OF_FAMILY.items() if str(name).startswith(family)} | set(given)
+    own = {*(family.settings if family else ()), *(set(given) & SETTINGS)}
     return from_dict({"model": {field: sizes[field] for field in MODEL if field in sizes} | {"dropout": 0.0},
-                      "family": {"name": name} | {f: sizes[f] for f in OF_FAMILY if f in sizes and f in own}})
+                      "family": {"name": name} | {field: sizes[field] for field in own if field in sizes}})
 
 
 def _read(src: str | Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -239,7 +239,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
             if step % settings.eval_every == 0 or ends:
                 meter.flush()
                 engine = Engine(config, fold(state.ema), mesh, settings.batch_size // settings.accumulate)
-                found = perplexity.nelbo(engine, validation, tokenizer, config.family.alpha_0, jax.random.key(0))
+                found = perplexity.nelbo(engine, validation, tokenizer, families.alpha_0_of(config, None),
+                                         jax.random.key(0))
                 log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
                 metrics.say(f"step {step}: validation {found.bits_per_byte:.3f} bits per byte")
                 meter.restart_clock()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from eso_jax import likelihood
+from eso_jax import families, likelihood
 from eso_jax.engine import importance, perplexity
 from eso_jax.engine.model import Model
 from eso_jax.evaluation.diversity import Estimate
@@ -45,7 +45,7 @@ def log_prob(lab: Lab, run: str, orders: int, most: int) -> Float[np.ndarray, "O
     partial = lab.workdir(run) / f"orders-{most}.partial"
 
     def compute(model: Model) -> list[list[float]]:
-        alpha_0 = 0.0 if model.config.family.name == "ar" else model.config.family.alpha_0
+        alpha_0 = families.alpha_0_of(model.config, None)
         found = importance.log_prob(model, lab.test_windows(run, most), orders, alpha_0, 0, partial)
         return found[:orders].tolist()
 
