@@ -50,11 +50,11 @@ def log_prob(engine: Engine, tokens: np.ndarray, orders: np.ndarray) -> Float[np
     check_permutations(orders, config.model.length)
     family = families.get(config)
     family.check_orders(config, orders)
-    flat, batch = orders.reshape(-1, orders.shape[-1]).astype(np.int32), len(tokens)
+    flat, batch, law = orders.reshape(-1, orders.shape[-1]).astype(np.int32), len(tokens), config.law()
 
     def score(weights: Weights, tokens: Array, order: Array) -> Array:
         if family.one_pass:
-            return _log_prob_in_order(weights, config.law(), tokens, order).sum(axis=1)
+            return _log_prob_in_order(weights, law, tokens, order).sum(axis=1)
         plan = Plan(order, np.ones(order.shape[1], np.int64))
         return families.plan_log_prob(weights, config, plan, tokens).sum(axis=1)
 
@@ -127,7 +127,8 @@ def conditionals(engine: Engine, tokens: np.ndarray, given: np.ndarray, wanted: 
     rank = np.where(given, 0, np.where(wanted, 1, 2))
     orders = np.argsort(rank, axis=1, kind="stable").astype(np.int32)
     family.check_given_first(orders)
-    logp, likeliest = engine.rows(lambda weights, *arrays: _conditionals(weights, config.law(), *arrays), len(tokens),
+    law = config.law()
+    logp, likeliest = engine.rows(lambda weights, *arrays: _conditionals(weights, law, *arrays), len(tokens),
                                   lambda rows: (tokens[rows].astype(np.int32), orders[rows]), label)
     return Conditionals(np.where(wanted, logp, np.float32(0)), ~wanted | (likeliest == tokens))
 

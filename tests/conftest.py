@@ -46,7 +46,7 @@ BASE = Config().override(
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
-    """Drops a file's compiled programs after it: each holds a dozen memory maps, and Linux gives a process 65,530. Past
+    """Drops a file's compiled programs after it: each holds several memory maps, and Linux gives a process 65,530. Past
     them the compiler fails with a segmentation fault."""
     yield
     jax.clear_caches()

@@ -76,7 +76,7 @@ def _per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array
                 num_bytes: Callable[[np.ndarray], int]) -> tuple[dict[str, Float[np.ndarray, " M"]], int]:
     """The terms, and the bytes of text that all windows stand for."""
     require(len(windows) > 0, "windows", 0, "nothing to evaluate")
-    ranks = time_ranks(key, len(windows), samples)
+    ranks, law = time_ranks(key, len(windows), samples), engine.config.law()
 
     def read(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
         tokens = windows[numbers].astype(np.int32)
@@ -86,7 +86,7 @@ def _per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array
 
     def estimate(weights: Weights, tokens: Array, numbers: Array, ranks: Array,
                  num_bytes: Array) -> tuple[Any, Array]:
-        found = [_estimate(weights, engine.config.law(), tokens, numbers + sample * len(windows), ranks[:, sample],
+        found = [_estimate(weights, law, tokens, numbers + sample * len(windows), ranks[:, sample],
                            samples * len(windows), alpha_0, key) for sample in range(samples)]
         return {term: jnp.stack([one[term] for one in found], axis=1) for term in found[0]}, num_bytes
 

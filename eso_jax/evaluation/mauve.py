@@ -133,9 +133,9 @@ class ModelFeatures:
         tokens = np.zeros((len(rows), config.model.length), np.int32)
         for row, found, count in zip(tokens, rows, counts, strict=True):
             row[:count] = found[:count]
-        pooled: np.ndarray = self.model.rows(
-            lambda weights, *arrays: _pooled(weights, config.law(), *arrays), len(rows),
-            lambda index: (tokens[index], counts[index]), "features")
+        law = config.law()
+        pooled: np.ndarray = self.model.rows(lambda weights, *arrays: _pooled(weights, law, *arrays), len(rows),
+                                             lambda index: (tokens[index], counts[index]), "features")
         return pooled
 
 

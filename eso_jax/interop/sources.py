@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from eso_jax import families
-from eso_jax.config import Config, from_dict
+from eso_jax.config import Config, FamilyConfig, from_dict
 from eso_jax.errors import EsoError, require
 from eso_jax.interop import lightning, names
 from eso_jax.model.transformer import Params
@@ -21,7 +22,6 @@ KEYS = {"width": ("hidden_size", "hidden_dim"), "layers": ("n_blocks",), "heads"
         "cond_dim": ("cond_dim",), "block_size": ("block_size",), "family": ("family", "model_type"),
         "alpha_0": ("alpha_0",), "start_id": ("start_id",)}
 MODEL = ("width", "layers", "heads", "length", "vocab_size", "mask_id", "cond_dim")
-SETTINGS = {"alpha_0", "block_size", "start_id"}  # of a family, not of the denoiser
 HEAD_SIZE = 64  # of the authors' small and medium models
 
 
@@ -71,7 +71,8 @@ def _config(shown: dict[str, Any], said: dict[str, Any], given: dict[str, Any], 
     require(sizes["cond_dim"] > 0 or family is None or family.without_adaln, "--family", name,
             f"{src} has no AdaLN tensors, so it is an AR model; give --family ar")
     # What a file says of another family than the one asked for is passed over; what is given has to fit.
-    own = {*(family.settings if family else ()), *(set(given) & SETTINGS)}
+    known = {field.name for field in dataclasses.fields(FamilyConfig)}
+    own = {*(family.settings if family else ()), *(known & set(given))}
     return from_dict({"model": {field: sizes[field] for field in MODEL if field in sizes} | {"dropout": 0.0},
                       "family": {"name": name} | {field: sizes[field] for field in own if field in sizes}})
 
