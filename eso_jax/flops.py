@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from eso_jax import families
 from eso_jax.config import Config, ModelConfig
+from eso_jax.model.masks import TwoStreams
 from eso_jax.model.transformer import FREQUENCIES
 
 Parts = dict[str, int]  # FLOPs by part: qkv, attention, out, mlp_in, mlp_out, head, adaln
@@ -24,10 +25,12 @@ def forward(config: Config) -> Parts:
     """Forward FLOPs of one training step, all devices and micro-batches together."""
     model, length = config.model, config.model.length
     total = dict.fromkeys(("qkv", "attention", "out", "mlp_in", "mlp_out", "head"), 0)
-    for one in families.get(config).passes(config):
-        rows = int(config.train.batch_size * one.share)
-        parts = layers(model, rows * one.streams * length)
-        parts["attention"] = attention(model, rows * length, one.streams * length + one.own)
+    for each in families.get(config).passes(config):
+        rows, pattern = int(config.train.batch_size * each.share), each.pattern
+        parts = layers(model, rows * length * (2 if isinstance(pattern, TwoStreams) else 1))
+        # With two streams, a noisy and a clean slot each score the clean keys, and the noisy one those of its block.
+        keys = 2 * length + pattern.block if isinstance(pattern, TwoStreams) else length
+        parts["attention"] = attention(model, rows * length, keys)
         parts["head"] = head(model, rows * length)
         total = {name: total[name] + parts[name] for name in total}
     return {**total, "adaln": config.train.accumulate * fold(model)}

@@ -198,20 +198,20 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def locally(function: Callable[..., Array], heads: tuple[Array, ...], masks: tuple[Array, ...]) -> Array:
-    """function(*heads, *masks), computed by every device for its own rows and heads, without communication.
+def locally(function: Callable[..., Array], heads: tuple[Array, ...], rows: Any) -> Array:
+    """function(*heads, rows), computed by every device for its own rows and heads, without communication.
 
     Args:
       heads: arrays [B, S, H, K]; so is the result.
-      masks: arrays [B or 1, S, L].
+      rows: a tree of arrays [B or 1].
     """
     batch, _, count, _ = heads[0].shape
-    rows, tensor = batch_shards(), tensor_shards()
-    if rows * tensor == 1 or batch % rows or count % tensor:
-        return function(*heads, *masks)
+    shards, tensor = batch_shards(), tensor_shards()
+    if shards * tensor == 1 or batch % shards or count % tensor:
+        return function(*heads, rows)
     whole = P(BATCH, None, "tensor", None)
-    specs = (*(whole for _ in heads), *(P(BATCH if mask.shape[0] > 1 else None) for mask in masks))
-    return jax.shard_map(function, in_specs=specs, out_specs=whole, check_vma=False)(*heads, *masks)
+    specs = (*(whole for _ in heads), jax.tree.map(lambda x: P(BATCH if x.shape[0] > 1 else None), rows))
+    return jax.shard_map(function, in_specs=specs, out_specs=whole, check_vma=False)(*heads, rows)
 
 
 @functools.cache  # asked for every batch

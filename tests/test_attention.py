@@ -18,8 +18,16 @@ def test_tiles(tile: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = jax.random.bernoulli(jax.random.key(1), 0.6, (batch if own else 1, length, length))
     mask |= jnp.eye(length, dtype=bool)[None]
 
+    class Listed(masks.Pattern):
+        """Row `clean` of `mask`."""
+
+        def __call__(self, query: jax.Array, key: jax.Array, clean: jax.Array | int = 0) -> jax.Array:
+            return mask[clean, query, key]
+
+    view = masks.View(Listed(), jnp.arange(batch if own else 1))
+
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = attention.dense(q, attention.keys_last(k), attention.heads_first(v), mask)
+        out = attention.attend(q, k, v, view)
         return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
 
     whole = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(q, k, v)
@@ -43,7 +51,7 @@ def test_two_streams_in_tiles(block: int, own: bool, monkeypatch: pytest.MonkeyP
     clean = jnp.arange(3, 3 + batch) if own else None
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out, _ = attention.two_streams(block, clean)(q, k, v, None, None)
+        out = attention.attend(q, k, v, masks.View(masks.TwoStreams(block, prefix=own), clean))
         return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
 
     whole = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(q, k, v)
@@ -56,7 +64,7 @@ def test_two_streams_in_tiles(block: int, own: bool, monkeypatch: pytest.MonkeyP
 
     query, key = jnp.arange(length)[None, :, None], jnp.arange(length)[None, None]
     up_to = masks.blocks_up_to(query, key, block) if clean is None else \
-        masks.prefix(query, key, clean[:, None, None])
+        masks.prefix(query, key, clean[:, None, None], block)
     noisy = np.concatenate([masks.own_block(query, key, block), masks.blocks_before(query, key, block)], axis=2)
     mask = np.concatenate([np.repeat(noisy, len(up_to), 0), np.concatenate([np.zeros_like(up_to), up_to], 2)], axis=1)
     scores = np.where(mask[:, None], np.einsum("bshk,blhk->bhsl", q, k) / np.sqrt(size), -np.inf)
@@ -71,15 +79,15 @@ def test_two_streams_need_little_more_memory_than_one(monkeypatch: pytest.Monkey
     """One layer, forward and backward, with the tiles of an accelerator: the noisy half is tiled as well."""
     monkeypatch.setattr(attention, "TILE", {})
 
-    def temporaries(attend: attention.Attend, streams: int) -> int:
+    def temporaries(pattern: masks.Pattern | masks.TwoStreams, streams: int) -> int:
         x = jax.ShapeDtypeStruct((1, streams * 8192, 12, 64), jnp.bfloat16)
 
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attend(q, k, v, None, None)[0].astype(jnp.float32).sum()
+            return attention.attend(q, k, v, masks.View(pattern)).astype(jnp.float32).sum()
 
         return int(jax.jit(jax.grad(total, (0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes)
 
-    one = temporaries(attention.single_stream(masks.causal), 1)
+    one = temporaries(masks.CAUSAL, 1)
     assert one < 3e9
     for block in (1, 16):
-        assert temporaries(attention.two_streams(block), 2) <= 1.6 * one
+        assert temporaries(masks.TwoStreams(block), 2) <= 1.6 * one

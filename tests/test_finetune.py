@@ -18,7 +18,7 @@ from eso_jax import sharding
 from eso_jax.config import Config, MeshConfig, from_file
 from eso_jax.data.tokenizers import LibraryTokenizer
 from eso_jax.errors import EsoError
-from eso_jax.model import attention, masks, transformer
+from eso_jax.model import masks, transformer
 from eso_jax.run import finetune, train as training, workdir
 from vocabularies import gpt2_like
 
@@ -42,7 +42,7 @@ def made(directory: Path, base: Config, *overrides: str) -> Path:
 def logits(config: Config, params: transformer.Params, tokens: jax.Array) -> jax.Array:
     weights = transformer.fold(config.model, params)
     hidden, _ = transformer.trunk(weights, tokens, transformer.natural_positions(tokens),
-                                  attention.single_stream(masks.causal))
+                                  masks.View(masks.CAUSAL))
     return transformer.head(weights, hidden, config.model.mask)
 
 

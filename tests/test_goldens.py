@@ -14,7 +14,8 @@ from eso_jax.decoding import categorical, check
 from eso_jax.decoding.order import sort
 from eso_jax.decoding.plan import Plan
 from eso_jax.families import ar, bd3lm, mdlm
-from eso_jax.model import attention, masks, transformer
+from eso_jax.model import masks, transformer
+from eso_jax.model.masks import View
 
 Cases = dict[str, np.ndarray]
 
@@ -41,19 +42,18 @@ def masked_of(cases: Cases, name: str, model: Golden) -> np.ndarray:
 @pytest.mark.parametrize("case", ["eso_b_diffusion", "eso_a_diffusion", "mdlm"])
 def test_single_stream_logits(case: str, eso: Golden, cases: Cases) -> None:
     order, zt = (jnp.asarray(cases[f"{case}/{name}"]) for name in ("order", "zt"))
-    clean = (zt != eso.config.model.mask).sum(1)[:, None, None]
-    visible = {"eso_b_diffusion": masks.causal, "mdlm": masks.everyone,
-               "eso_a_diffusion": lambda query, key: masks.prefix(query, key, clean)}[case]
-    hidden, _ = transformer.trunk(eso.weights, sort(zt, order), order, attention.single_stream(visible))
+    clean = (zt != eso.config.model.mask).sum(1)
+    pattern = {"eso_b_diffusion": masks.CAUSAL, "mdlm": masks.EVERYONE, "eso_a_diffusion": masks.PREFIX}[case]
+    hidden, _ = transformer.trunk(eso.weights, sort(zt, order), order, View(pattern, clean))
     logits_close(transformer.head(eso.weights, hidden, eso.config.model.mask), cases[f"{case}/logits_in_order"])
 
 
 @pytest.mark.parametrize("case", ["eso_b_sequential", "eso_a_sequential"])
 def test_two_stream_logits(case: str, eso: Golden, cases: Cases) -> None:
     order, z0, x = (jnp.asarray(cases[name]) for name in (f"{case}/order", f"{case}/z0", "x0"))
-    clean = (z0 != eso.config.model.mask).sum(1) if "_a_" in case else None
+    view = View(masks.TwoStreams(prefix="_a_" in case), (z0 != eso.config.model.mask).sum(1))
     hidden, _ = transformer.trunk(eso.weights, jnp.concatenate([sort(z0, order), sort(x, order)], 1),
-                                  jnp.concatenate([order, order], 1), attention.two_streams(1, clean))
+                                  jnp.concatenate([order, order], 1), view)
     logits = transformer.head(eso.weights, hidden[:, :x.shape[1]], eso.config.model.mask)
     logits_close(logits, cases[f"{case}/logits_in_order"])
 
@@ -140,7 +140,7 @@ def test_ar(cases: Cases) -> None:
     assert model.config.model.cond_dim == 0
     inputs = x[:, :-1]
     hidden, _ = transformer.trunk(model.weights, inputs, transformer.natural_positions(inputs),
-                                  attention.single_stream(masks.causal))
+                                  View(masks.CAUSAL))
     logits_close(transformer.head(model.weights, hidden, model.config.model.mask), cases["ar/logits"])
     sums_close(ar.next_token_nll(model.weights, model.config, inputs, x[:, 1:]), cases["ar/nll"])
 
@@ -150,7 +150,7 @@ def test_bd3lm(cases: Cases) -> None:
     assert model.config.family.block_size == 4
     positions = transformer.natural_positions(x)
     hidden, _ = transformer.trunk(model.weights, jnp.concatenate([zt, x], 1), jnp.concatenate([positions] * 2, 1),
-                                  attention.two_streams(4))
+                                  View(masks.TwoStreams(4)))
     logits = transformer.head(model.weights, hidden[:, :x.shape[1]], model.config.model.mask)
     logits_close(logits, cases["bd3lm/logits"])
     masked = jnp.asarray(masked_of(cases, "bd3lm/zt", model))

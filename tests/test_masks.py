@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 
 from eso_jax.config import ModelConfig
+from eso_jax.errors import EsoError
 from eso_jax.model import attention, cache, masks, transformer
+from eso_jax.model.masks import View
 
+PLAIN = attention.BACKENDS[-1]
 TABLES: dict[str, list[dict[str, int]]] = {  # function -> the arguments of the tables in its docstring, left to right
     "everyone": [{}], "causal": [{}], "prefix": [{"clean": 2}], "blocks_up_to": [{"block": 2}],
     "blocks_before": [{"block": 2}, {"block": 1}], "own_block": [{"block": 2}, {"block": 1}],
 }
 L = 8
 CLEAN = np.array([0, 3, 8])  # clean tokens in each row, for the prefix
+LENGTHS = np.array([1, 5, 8])  # slots of each row that may be seen
 
 
 def docstring_tables(function: Callable) -> list[list[list[int]]]:
@@ -73,16 +77,19 @@ def per_row(mask: np.ndarray) -> np.ndarray:
     return np.stack([mask] * len(CLEAN))
 
 
-ATTENDS: dict[str, tuple[attention.Attend, np.ndarray]] = {  # what runs, and the mask [B, S, S] that it must obey
-    "everyone": (attention.single_stream(masks.everyone), per_row(np.ones((L, L), bool))),
-    "causal": (attention.single_stream(masks.causal), per_row(np.tri(L, dtype=bool))),
-    "prefix": (attention.single_stream(lambda q, k: masks.prefix(q, k, jnp.asarray(CLEAN)[:, None, None])),
-               np.stack([pattern("prefix", L, clean=c) for c in CLEAN])),
-    "blocks": (attention.single_stream(lambda q, k: masks.blocks_up_to(q, k, 4)),
-               per_row(pattern("blocks_up_to", L, block=4))),
-    **{f"two_streams-{block}": (attention.two_streams(block), per_row(two_stream_mask(block, None)))
+VIEWS: dict[str, tuple[View, np.ndarray]] = {  # who sees whom, and the mask [B, S, S] that attention must obey
+    "everyone": (View(masks.EVERYONE), per_row(np.ones((L, L), bool))),
+    "causal": (View(masks.CAUSAL), per_row(np.tri(L, dtype=bool))),
+    "prefix": (View(masks.PREFIX, jnp.asarray(CLEAN)), np.stack([pattern("prefix", L, clean=c) for c in CLEAN])),
+    "blocks": (View(masks.Pattern(4)), per_row(pattern("blocks_up_to", L, block=4))),
+    "lengths": (View(masks.CAUSAL, length=jnp.asarray(LENGTHS)),
+                np.stack([np.tri(L, dtype=bool) & (np.arange(L) < length) for length in LENGTHS])),
+    **{f"two_streams-{block}": (View(masks.TwoStreams(block)), per_row(two_stream_mask(block, None)))
        for block in (1, 2, 4)},
-    "two_streams-A": (attention.two_streams(1, jnp.asarray(CLEAN)), np.stack([two_stream_mask(1, c) for c in CLEAN])),
+    "two_streams-A": (View(masks.TwoStreams(prefix=True), jnp.asarray(CLEAN)),
+                      np.stack([two_stream_mask(1, c) for c in CLEAN])),
+    "two_streams-lengths": (View(masks.TwoStreams(2), length=jnp.asarray(LENGTHS)), np.stack(
+        [two_stream_mask(2, None) & np.concatenate([np.ones(L, bool), np.arange(L) < n]) for n in LENGTHS])),
 }
 
 
@@ -98,11 +105,11 @@ def sensitivity(f: Callable[..., jax.Array], *xs: jax.Array) -> list[np.ndarray]
     return [np.abs(np.asarray(jacobian)[rows, :, rows]).sum((-2, -1)) for jacobian in jacobians]
 
 
-@pytest.mark.parametrize("name", ATTENDS)
+@pytest.mark.parametrize("name", VIEWS)
 def test_attention_depends_on_exactly_what_the_mask_shows(name: str) -> None:
-    attend, mask = ATTENDS[name]
+    view, mask = VIEWS[name]
     q, k, v = random_qkv(mask.shape[-1])
-    by_key, by_value = sensitivity(lambda k, v: attend(q, k, v, None, 0)[0], k, v)
+    by_key, by_value = sensitivity(lambda k, v: attention.attend(q, k, v, view), k, v)
     np.testing.assert_array_equal(by_value > 0, mask)
     # A key that is seen alone has weight 1 whatever it is.
     compared = mask & (mask.sum(-1, keepdims=True) > 1)
@@ -110,32 +117,30 @@ def test_attention_depends_on_exactly_what_the_mask_shows(name: str) -> None:
     np.testing.assert_array_equal(by_key[~mask], 0)
 
 
-@pytest.mark.parametrize("name", ATTENDS)
+@pytest.mark.parametrize("name", VIEWS)
 def test_attention_equals_a_plain_softmax_under_the_mask(name: str) -> None:
     """In float64 numpy; large scores, so that a softmax taken over each part alone would show."""
-    attend, mask = ATTENDS[name]
+    view, mask = VIEWS[name]
     q, k, v = random_qkv(mask.shape[-1], seed=1) * 3
     scores = np.einsum("bshk,blhk->bhsl", *(np.asarray(x, np.float64) for x in (q, k))) / np.sqrt(q.shape[-1])
     weights = np.exp(scores - scores.max(-1, keepdims=True)) * mask[:, None]
     expected = np.einsum("bhsl,blhk->bshk", weights / weights.sum(-1, keepdims=True), np.asarray(v, np.float64))
-    out, kept = attend(q, k, v, "the cache", 0)
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
-    assert kept == "the cache"
+    np.testing.assert_allclose(attention.attend(q, k, v, view), expected, rtol=1e-4, atol=1e-5)
 
 
 def kept_as(keys: jax.Array, values: jax.Array) -> cache.KVCache:
     """A cache of two layers, both with these keys and values [B, L, H, K]."""
-    return cache.KVCache((attention.keys_last(keys),) * 2, (attention.heads_first(values),) * 2)
+    return cache.KVCache((attention.arrange(keys, PLAIN.key_axes),) * 2,
+                         (attention.arrange(values, PLAIN.value_axes),) * 2, PLAIN)
 
 
 @pytest.mark.parametrize("offset, slots", [(0, 3), (4, 3), (2, 1)])
 def test_cached_sees_what_precedes_its_window_and_is_causal_within(offset: int, slots: int) -> None:
     """The cache holds numbers everywhere: what lies in or beyond the window must not be read."""
     (q, k, v), (_, old_k, old_v) = random_qkv(slots), random_qkv(L, seed=1)
-    attend = cache.cached(offset, masks.causal)
 
     def run(k: jax.Array, v: jax.Array, old_k: jax.Array, old_v: jax.Array) -> jax.Array:
-        return attend(q, k, v, kept_as(old_k, old_v), 1)[0]
+        return cache.attend(kept_as(old_k, old_v), 1, q, k, v, View(masks.CAUSAL), offset)[0]
 
     before = np.broadcast_to(np.arange(L) < offset, (len(CLEAN), slots, L))
     within = per_row(np.tri(slots, dtype=bool))
@@ -150,7 +155,7 @@ def test_cached_sees_what_precedes_its_window_and_is_causal_within(offset: int, 
 def test_cached_writes_its_window_of_its_layer_and_nothing_else() -> None:
     (q, k, v), (_, old_k, old_v) = random_qkv(3), random_qkv(L, seed=1)
     old = kept_as(old_k, old_v)
-    _, kept = cache.cached(4, masks.causal)(q, k, v, old, 0)
+    _, kept = cache.attend(old, 0, q, k, v, View(masks.CAUSAL), 4)
     new = kept_as(*(jnp.concatenate([x[:, :4], y, x[:, 7:]], axis=1) for x, y in ((old_k, k), (old_v, v))))
     for arrays, written, untouched in ((kept.keys, new.keys, old.keys), (kept.values, new.values, old.values)):
         np.testing.assert_array_equal(arrays[0], written[0])
@@ -166,6 +171,42 @@ def test_a_grown_cache_holds_what_it_held() -> None:
     assert grown.keys[0].shape[3] == grown.values[0].shape[2] == L + 3
 
 
+@pytest.mark.parametrize("name", ["causal", "blocks", "prefix"])
+def test_a_backend_chooses_its_layout_and_its_patterns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that keeps keys and values as they come, and takes one pattern alone: passes and the cache follow it."""
+    view, _ = VIEWS[name]
+
+    class Other(attention.Plain):
+        name = "other"
+        key_axes = value_axes = "BLHK"
+
+        def refuse(self, pattern: masks.Pattern | masks.TwoStreams) -> str | None:
+            return None if pattern == view.pattern else "not mine"
+
+        def one_stream(self, q: jax.Array, k: jax.Array, v: jax.Array, view: View,
+                       offset: jax.Array | int) -> jax.Array:
+            used.append(k.shape)
+            return super().one_stream(q, attention.arrange(k, "BHKL"), attention.arrange(v, "BHLK"), view, offset)
+
+    def run() -> tuple[jax.Array, jax.Array]:
+        q, k, v = random_qkv(L)
+        rows, _, heads, size = q.shape
+        config = ModelConfig(length=L, vocab_size=2, width=heads * size, heads=heads, layers=1)
+        kept = cache.grown(cache.empty(config, rows, 2, attention.choose(view.pattern)), L)
+        assert kept.slots == L
+        return attention.attend(q, k, v, view), cache.attend(kept, 0, q, k, v, view, 0)[0]
+
+    plain, used = run(), []
+    monkeypatch.setattr(attention, "BACKENDS", (Other(), *attention.BACKENDS))
+    for ours, theirs in zip(run(), plain, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert used == [(len(CLEAN), L, 2, 4)] * 2
+    assert attention.choose(masks.EVERYONE) is PLAIN
+    monkeypatch.setattr(attention, "BACKENDS", (Other(),))
+    with pytest.raises(EsoError, match="no backend computes it .other: not mine"):
+        attention.choose(masks.EVERYONE)
+
+
 MODEL = ModelConfig(length=L, vocab_size=2 * L, width=16, layers=2, heads=2, cond_dim=8)
 
 
@@ -178,9 +219,9 @@ def weights() -> transformer.Weights:
     return transformer.unstack(jax.jit(lambda params: transformer.fold(MODEL, params))(params))
 
 
-def trunk_sensitivity(attend: Callable[[jax.Array], attention.Attend], slots: int, arguments: object = (0,),
+def trunk_sensitivity(view: Callable[[jax.Array], View], slots: int, arguments: object = (0,),
                       **options: object) -> np.ndarray:
-    """For each of `arguments` to `attend`: how the hidden states of two random layers depend on the embedded inputs.
+    """For each of `arguments` to `view`: how the hidden states of two random layers depend on the embedded inputs.
 
     Token j is slot j, so that the inputs are the embedding table.
     """
@@ -189,7 +230,7 @@ def trunk_sensitivity(attend: Callable[[jax.Array], attention.Attend], slots: in
 
     def hidden(embedding: jax.Array, argument: jax.Array) -> jax.Array:
         table = {**weights(), "embedding": embedding}
-        return transformer.trunk(table, slot, slot, attend(argument), **options)[0][0] @ features
+        return transformer.trunk(table, slot, slot, view(argument), **options)[0][0] @ features
 
     jacobians = jax.jit(jax.vmap(jax.jacrev(hidden), (None, 0)))
     return np.abs(jacobians(weights()["embedding"][:slots], jnp.asarray(arguments))).sum(-1)
@@ -198,16 +239,16 @@ def trunk_sensitivity(attend: Callable[[jax.Array], attention.Attend], slots: in
 @pytest.mark.parametrize("name", ["causal", "blocks", "two_streams-1", "two_streams-2"])
 def test_trunk_depends_on_exactly_what_the_mask_shows(name: str) -> None:
     """However deep: these masks are transitive."""
-    attend, masks_of_rows = ATTENDS[name]
+    view, masks_of_rows = VIEWS[name]
     mask = masks_of_rows[0]
     np.testing.assert_array_equal(mask.astype(int) @ mask > 0, mask)
-    np.testing.assert_array_equal(trunk_sensitivity(lambda _: attend, len(mask))[0] > 0, mask)
+    np.testing.assert_array_equal(trunk_sensitivity(lambda _: view, len(mask))[0] > 0, mask)
 
 
 def test_trunk_of_eso_lm_a_reveals_nothing_later_to_tokens_after_the_prefix() -> None:
     """A noisy token within the prefix sees earlier clean ones, and through these the whole prefix, itself included: it
     bears no loss. For those after the prefix the mask is transitive."""
-    found = trunk_sensitivity(lambda clean: attention.two_streams(1, clean[None]), 2 * L, CLEAN) > 0
+    found = trunk_sensitivity(lambda clean: View(masks.TwoStreams(prefix=True), clean[None]), 2 * L, CLEAN) > 0
     for clean, reached in zip(CLEAN.tolist(), found, strict=True):
         one_layer = two_stream_mask(1, clean)
         np.testing.assert_array_equal(reached, one_layer.astype(int) @ one_layer > 0)
@@ -215,5 +256,5 @@ def test_trunk_of_eso_lm_a_reveals_nothing_later_to_tokens_after_the_prefix() ->
 
 
 def test_trunk_through_the_cache_is_causal() -> None:
-    found = trunk_sensitivity(lambda _: cache.cached(0, masks.causal), L, cache=cache.empty(MODEL, 1, L))
+    found = trunk_sensitivity(lambda _: View(masks.CAUSAL), L, cache=cache.empty(MODEL, 1, L, PLAIN))
     np.testing.assert_array_equal(found[0] > 0, np.tri(L, dtype=bool))

@@ -23,7 +23,6 @@ from eso_jax import sharding
 from eso_jax.config import FAMILIES, Config, MeshConfig
 from eso_jax.errors import EsoError
 from eso_jax.model import masks, transformer
-from eso_jax.model.attention import single_stream
 from eso_jax.run import train
 
 SCRIPT = Path(mesh_losses.__file__)
@@ -186,7 +185,7 @@ def test_deep_models_are_not_unrolled_whole_on_cpu() -> None:
         def hidden(params: dict, tokens: jax.Array) -> jax.Array:
             weights = transformer.fold(model, params)
             return transformer.trunk(weights, tokens, transformer.natural_positions(tokens),
-                                     single_stream(masks.causal))[0]
+                                     masks.View(masks.CAUSAL))[0]
 
         return len(jax.jit(hidden).lower(params, jax.ShapeDtypeStruct((2, 8), jnp.int32)).as_text().splitlines())
 

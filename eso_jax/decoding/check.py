@@ -23,7 +23,6 @@ from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.plan import Plan
 from eso_jax.engine.rows import Engine
 from eso_jax.model import transformer
-from eso_jax.model.attention import single_stream
 from eso_jax.model.transformer import Weights
 
 
@@ -138,5 +137,4 @@ _hidden_of = jax.jit(loop.hidden_of, static_argnames=("sampler", "shape"))
 @functools.partial(jax.jit, static_argnames="sampler")
 def _pass(weights: Weights, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], step: Step,
           sampler: Sampler) -> Float[Array, "B L D"]:
-    attend = single_stream(lambda query, key: sampler.visible(query, key, step))
-    return transformer.trunk(weights, tokens, positions, attend)[0]
+    return transformer.trunk(weights, tokens, positions, sampler.view(step))[0]

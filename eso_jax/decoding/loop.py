@@ -44,8 +44,8 @@ from eso_jax.decoding import categorical
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import sort, unsort
 from eso_jax.decoding.plan import Plan
-from eso_jax.model import cache as kv, transformer, vocabulary
-from eso_jax.model.attention import single_stream
+from eso_jax.model import attention, cache as kv, transformer, vocabulary
+from eso_jax.model.masks import Pattern, View
 from eso_jax.model.transformer import Weights
 
 PARTS, PART = 8, 256  # wide windows, and the cache, grow by an eighth of the length; the cache at least by 256 slots
@@ -72,14 +72,14 @@ class Sampler(NamedTuple):
     Attributes:
       window: plan -> (start [S], stop [S]), the slots of each step's pass. With a cache, every slot before `start` must
         have been in an earlier pass that came after its token was decoded.
-      visible: (query slots, key slots, step) -> bool, who sees whom.
+      pattern: who sees whom; its prefix is the slots that were decoded by diffusion.
       cached: whether keys and values before the window come from a cache.
       start_id: the token before the first, if a slot's logits come from the slot before it (AR); None if they come
         from its own mask.
     """
 
     window: Callable[[Plan], tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]]
-    visible: Callable[[Array, Array, Step], Bool[Array, "W _"]]
+    pattern: Pattern
     cached: bool = True
     start_id: int | None = None
 
@@ -87,6 +87,10 @@ class Sampler(NamedTuple):
     def shift(self) -> int:
         """Tokens in the input before the first slot's own."""
         return 0 if self.start_id is None else 1
+
+    def view(self, step: Step) -> View:
+        """Who sees whom in a step."""
+        return View(self.pattern, step.diffused[None])
 
 
 @struct.dataclass
@@ -169,21 +173,21 @@ def start(weights: Weights, config: ModelConfig, sampler: Sampler, order: Int[Ar
     tokens = jnp.full((batch, length), config.mask, jnp.int32)
     if sampler.start_id is not None:
         tokens = jnp.concatenate([jnp.full((batch, 1), sampler.start_id, jnp.int32), tokens], axis=1)
-    cache = kv.empty(config, batch, 0, weights["head"]["kernel"].dtype) if sampler.cached else None
+    cache = None
+    if sampler.cached:
+        cache = kv.empty(config, batch, 0, attention.choose(sampler.pattern), weights["head"]["kernel"].dtype)
     tokens, positions = (sharding.constrain(x, sharding.BATCH) for x in (tokens, jnp.array(order, jnp.int32)))
     return State(tokens, positions, None, cache)
 
 
 def grow(state: State, shape: Shape) -> State:
     """The state with room in the cache for a run."""
-    if state.cache is None or state.cache.keys[0].shape[-1] == shape.live:
+    if state.cache is None or state.cache.slots == shape.live:
         return state
     return dataclasses.replace(state, cache=_grown(state.cache, shape.live))
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def _grown(cache: kv.KVCache, slots: int) -> kv.KVCache:
-    return jax.tree.map(lambda x: sharding.constrain(x, sharding.BATCH, "tensor"), kv.grown(cache, slots))
+_grown = jax.jit(kv.grown, static_argnames="slots")
 
 
 def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> tuple[Step, list[Run]]:
@@ -237,12 +241,7 @@ def hidden_of(weights: Weights, state: State, step: Step, sampler: Sampler,
     """One pass over the window: the hidden states of `shape.width` slots, and the cache with the window written."""
     tokens, positions = (jax.lax.dynamic_slice_in_dim(x, step.start, shape.window, axis=1)
                          for x in (state.tokens, state.positions))
-
-    def visible(query: Array, key: Array) -> Array:
-        return sampler.visible(query, key, step)
-
-    attend = kv.cached(step.start, visible) if sampler.cached else single_stream(visible)
-    hidden, cache = transformer.trunk(weights, tokens, positions, attend, state.cache)
+    hidden, cache = transformer.trunk(weights, tokens, positions, sampler.view(step), state.cache, step.start)
     return jax.lax.dynamic_slice_in_dim(hidden, taken_from(step, shape) - step.start, shape.width, axis=1), cache
 
 

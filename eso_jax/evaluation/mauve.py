@@ -30,7 +30,8 @@ from eso_jax.engine.rows import BATCH_SIZE
 from eso_jax.errors import EsoError, require
 from eso_jax.evaluation.judges import ended, pretrained
 from eso_jax.evaluation.texts import Texts, is_workdir
-from eso_jax.model import attention, transformer
+from eso_jax.model import transformer
+from eso_jax.model.masks import View
 from eso_jax.model.transformer import Weights
 
 if TYPE_CHECKING:
@@ -145,9 +146,8 @@ def _pooled(weights: Weights, config: Config, tokens: Int[Array, "B L"],
     """Mean last-layer state of the first `counts` tokens of each row, who see each other as clean tokens do in the
     family's own passes, and nothing else; 0 for an empty row."""
     inside = jnp.arange(tokens.shape[1])[None] < counts[:, None]
-    visible = families.get(config).visible(config, counts[:, None, None])
-    attend = attention.single_stream(lambda query, key: visible(query, key) & (key < counts[:, None, None]))
-    hidden, _ = transformer.trunk(weights, tokens, transformer.natural_positions(tokens), attend)
+    view = View(families.get(config).pattern(config), counts, jnp.maximum(counts, 1))
+    hidden, _ = transformer.trunk(weights, tokens, transformer.natural_positions(tokens), view)
     total = jnp.where(inside[..., None], hidden.astype(jnp.float32), 0).sum(1)
     return total / jnp.maximum(counts, 1)[:, None]
 

@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from eso_jax.config import Config
-from eso_jax.decoding.loop import Sampler, Step
+from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.plan import Plan, left_to_right
 from eso_jax.errors import EsoError, require
-from eso_jax.families.base import Family, Pass, Visible, only_natural
+from eso_jax.families.base import Family, Pass, only_natural
 from eso_jax.model import masks, transformer, vocabulary
-from eso_jax.model.attention import single_stream
+from eso_jax.model.masks import Pattern, View
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
 
@@ -50,7 +50,7 @@ class AR(Family):
         return {"sequential": next_token_nll(weights, config, shift(config, tokens), tokens).sum(1)}
 
     def passes(self, config: Config) -> list[Pass]:
-        return [Pass(Fraction(1), 1, 0)]
+        return [Pass(Fraction(1), self.pattern(config))]
 
     def predictors(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
                    order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -79,10 +79,10 @@ class AR(Family):
                 f"{plan.nfe} steps", "AR decodes one token per step, left to right")
 
     def sampler(self, config: Config) -> Sampler:
-        return Sampler(_window, _causal, start_id=start_id(config))
+        return Sampler(_window, masks.CAUSAL, start_id=start_id(config))
 
-    def visible(self, config: Config, clean: Int[Array, "B 1 1"]) -> Visible:
-        return masks.causal
+    def pattern(self, config: Config) -> Pattern:
+        return masks.CAUSAL
 
 
 def shift(config: Config, tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
@@ -99,7 +99,7 @@ def next_token_nll(weights: Weights, config: Config, inputs: Int[Array, "B L"], 
 def _trunk(weights: Weights, inputs: Int[Array, "B L"],
            training: transformer.Training | None = None) -> Float[Array, "B L D"]:
     positions = transformer.natural_positions(inputs)
-    return transformer.trunk(weights, inputs, positions, single_stream(masks.causal), training=training)[0]
+    return transformer.trunk(weights, inputs, positions, View(masks.CAUSAL), training=training)[0]
 
 
 def start_id(config: Config) -> int:
@@ -109,7 +109,3 @@ def start_id(config: Config) -> int:
 def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
     """The token decoded last: in AR's input it stands in this step's slot."""
     return plan.first, plan.first + 1
-
-
-def _causal(query: Array, key: Array, step: Step) -> Array:
-    return masks.causal(query, key)

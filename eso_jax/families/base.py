@@ -9,13 +9,12 @@ Axes: B batch, L length, O orders, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding.loop import Sampler
@@ -23,11 +22,9 @@ from eso_jax.decoding.order import sort
 from eso_jax.decoding.plan import Plan
 from eso_jax.errors import EsoError
 from eso_jax.model import vocabulary
-from eso_jax.model.attention import Attend, two_streams
+from eso_jax.model.masks import Pattern, TwoStreams
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
-
-Visible = Callable[[Array, Array], Bool[Array, "..."]]
 
 
 class Pass(NamedTuple):
@@ -35,13 +32,11 @@ class Pass(NamedTuple):
 
     Attributes:
       share: of the batch's rows.
-      streams: 1, or 2 where a noisy and a clean copy pass together; only one stream has logits.
-      own: noisy keys that a noisy slot scores beside the L clean ones (a block), 0 with one stream.
+      pattern: who sees whom. Of two streams, only one has logits.
     """
 
     share: Fraction
-    streams: int
-    own: int
+    pattern: Pattern | TwoStreams
 
 
 @dataclass(frozen=True)
@@ -139,15 +134,15 @@ class Family(ABC):
     def sampler(self, config: Config) -> Sampler:
         """What a step's pass covers and who sees whom in it; see eso_jax/decoding/loop.py."""
 
-    # Who sees whom, for passes that others make of it: features, stored logits.
+    # Who sees whom.
 
     @abstractmethod
-    def visible(self, config: Config, clean: Int[Array, "B 1 1"]) -> Visible:
-        """(query slots, key slots) -> bool, in a pass of one stream whose first clean[b] slots are clean."""
+    def pattern(self, config: Config) -> Pattern:
+        """In a pass of one stream, whose clean slots come first."""
 
-    def both_streams(self, config: Config, clean: Int[Array, " B"]) -> Attend:
-        """The attention of a pass of two streams."""
-        return two_streams(1)
+    def two_streams(self, config: Config) -> TwoStreams:
+        """In a pass of two streams."""
+        return TwoStreams()
 
     # Words.
 

@@ -18,12 +18,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import noise
 from eso_jax.config import Config, FamilyConfig
-from eso_jax.decoding.loop import Sampler, Step
+from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.plan import Plan, within_blocks
 from eso_jax.errors import require
-from eso_jax.families.base import Family, Pass, Visible
-from eso_jax.model import loss, masks, transformer
-from eso_jax.model.attention import Attend, two_streams
+from eso_jax.families.base import Family, Pass
+from eso_jax.model import loss, transformer
+from eso_jax.model.masks import Pattern, TwoStreams
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
 
@@ -48,7 +48,7 @@ class BD3LM(Family):
         return {"diffusion": _weighted_nll(weights, config, tokens, draws, noise.T_MIN, 1.0, train=False).sum(1)}
 
     def passes(self, config: Config) -> list[Pass]:
-        return [Pass(Fraction(1), 2, config.family.block_size)]
+        return [Pass(Fraction(1), self.two_streams(config))]
 
     def block(self, config: Config) -> int | None:
         return config.family.block_size
@@ -73,11 +73,11 @@ class BD3LM(Family):
     def sampler(self, config: Config) -> Sampler:
         return _sampler(config.family.block_size)
 
-    def visible(self, config: Config, clean: Int[Array, "B 1 1"]) -> Visible:
-        return lambda query, key: masks.blocks_up_to(query, key, config.family.block_size)
+    def pattern(self, config: Config) -> Pattern:
+        return Pattern(config.family.block_size)
 
-    def both_streams(self, config: Config, clean: Int[Array, " B"]) -> Attend:
-        return two_streams(config.family.block_size)
+    def two_streams(self, config: Config) -> TwoStreams:
+        return TwoStreams(config.family.block_size)
 
     def short_label(self, settings: FamilyConfig) -> str:
         return f"{self.label} ({settings.block_size})"
@@ -105,7 +105,7 @@ def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], mask
                training: transformer.Training | None = None) -> Float[Array, "B L"]:
     """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens."""
     return loss.masked_nll(weights, config.model.mask, tokens, masked, transformer.natural_positions(tokens),
-                           two_streams(config.family.block_size), 2, training)
+                           TwoStreams(config.family.block_size), training)
 
 
 @functools.cache
@@ -117,7 +117,4 @@ def _sampler(block: int) -> Sampler:
         fresh = plan.first == begin
         return np.where(fresh, np.maximum(begin - block, 0), begin), begin + block
 
-    def visible(query: Array, key: Array, step: Step) -> Array:
-        return masks.blocks_up_to(query, key, block)
-
-    return Sampler(window, visible)
+    return Sampler(window, Pattern(block))

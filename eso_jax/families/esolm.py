@@ -20,12 +20,12 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from eso_jax import noise
 from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding import plan as plans
-from eso_jax.decoding.loop import Sampler, Step
+from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.order import clean_first, sort
 from eso_jax.decoding.plan import Plan
-from eso_jax.families.base import Family, Pass, Visible, only_natural
+from eso_jax.families.base import Family, Pass, only_natural
 from eso_jax.model import loss, masks, transformer
-from eso_jax.model.attention import Attend, single_stream, two_streams
+from eso_jax.model.masks import Pattern, TwoStreams
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
 
@@ -98,9 +98,8 @@ class EsoLM(Family):
 
         A masked token sees the clean ones, the masked ones before it in the order, and itself.
         """
-        attend = single_stream(self.visible(config, (~masked).sum(1)[:, None, None]))
-        return loss.masked_nll(weights, config.model.mask, sort(tokens, order), sort(masked, order), order, attend, 1,
-                               training)
+        return loss.masked_nll(weights, config.model.mask, sort(tokens, order), sort(masked, order), order,
+                               self.pattern(config), training)
 
     def sequential_nll(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
                        order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L"]:
@@ -108,14 +107,14 @@ class EsoLM(Family):
 
         Two streams, z_0 and x: the z_0 copy of a token sees itself and the x copies before it. No shift by one.
         """
-        attend = self.both_streams(config, (~masked).sum(1))
-        return loss.masked_nll(weights, config.model.mask, sort(tokens, order), sort(masked, order), order, attend, 2,
-                               training)
+        return loss.masked_nll(weights, config.model.mask, sort(tokens, order), sort(masked, order), order,
+                               self.two_streams(config), training)
 
     def passes(self, config: Config) -> list[Pass]:
         """The share kappa in one stream (diffusion), the rest in two."""
         kappa = config.family.split
-        return [found for found in (Pass(kappa, 1, 0), Pass(1 - kappa, 2, 1)) if found.share]
+        both = Pass(kappa, self.pattern(config)), Pass(1 - kappa, self.two_streams(config))
+        return [each for each in both if each.share]
 
     def predictors(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
                    order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -125,8 +124,8 @@ class EsoLM(Family):
         along the natural order (alpha_0 = 0) they do.
         """
         all_masked = jnp.ones_like(tokens, bool)
-        attend = self.both_streams(config, jnp.zeros_like(tokens[:, 0]))
-        return loss.masked_hidden(weights, config.model.mask, sort(tokens, order), all_masked, order, attend, 2)
+        return loss.masked_hidden(weights, config.model.mask, sort(tokens, order), all_masked, order,
+                                  self.two_streams(config))
 
     def check_orders(self, config: Config, orders: Int[np.ndarray, "O B L"]) -> None:
         if self.prefix:
@@ -143,13 +142,13 @@ class EsoLM(Family):
     def sampler(self, config: Config) -> Sampler:
         """(B) caches in both phases; (A) recomputes the tokens decoded by diffusion in each step of that phase, since
         they see each other, and caches in the sequential phase (the paper describes it; its code does not have it)."""
-        return Sampler(_window_a, _prefix) if self.prefix else Sampler(_window, _causal)
+        return Sampler(_window_a if self.prefix else _window, self.pattern(config))
 
-    def visible(self, config: Config, clean: Int[Array, "B 1 1"]) -> Visible:
-        return (lambda query, key: masks.prefix(query, key, clean)) if self.prefix else masks.causal
+    def pattern(self, config: Config) -> Pattern:
+        return masks.PREFIX if self.prefix else masks.CAUSAL
 
-    def both_streams(self, config: Config, clean: Int[Array, " B"]) -> Attend:
-        return two_streams(1, clean if self.prefix else None)
+    def two_streams(self, config: Config) -> TwoStreams:
+        return TwoStreams(prefix=self.prefix)
 
     def short_label(self, settings: FamilyConfig) -> str:
         return self.label if self.prefix else "Eso-LM"
@@ -168,14 +167,6 @@ def _window_a(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]
     """All tokens from the first, up to and including the first sequential step; then as (B)."""
     start, stop = _window(plan)
     return np.where(plan.first <= plan.diffused, 0, start), stop
-
-
-def _causal(query: Array, key: Array, step: Step) -> Array:
-    return masks.causal(query, key)
-
-
-def _prefix(query: Array, key: Array, step: Step) -> Array:
-    return masks.prefix(query, key, step.diffused)
 
 
 def diffusion_rank(index: Int[Array, " B"], kappa: Fraction) -> Int[Array, " B"]:

@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from eso_jax import noise
 from eso_jax.config import Config
 from eso_jax.decoding import plan as plans
-from eso_jax.decoding.loop import Sampler, Step
+from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.plan import Plan
 from eso_jax.errors import require
-from eso_jax.families.base import Family, Pass, Visible
+from eso_jax.families.base import Family, Pass
 from eso_jax.model import loss, masks, transformer
-from eso_jax.model.attention import single_stream
+from eso_jax.model.masks import Pattern
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
 
@@ -45,7 +45,7 @@ class MDLM(Family):
         return {"diffusion": _weighted_nll(weights, config, tokens, draws, low_var=False, train=False).sum(1)}
 
     def passes(self, config: Config) -> list[Pass]:
-        return [Pass(Fraction(1), 1, 0)]
+        return [Pass(Fraction(1), self.pattern(config))]
 
     def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
              policy: str = "binomial") -> Plan:
@@ -58,10 +58,10 @@ class MDLM(Family):
         with steps that decode nothing dropped, as they change nothing), and then each takes its token from p(x | z_t).
         A joint draw over tokens and mask has the same law, and float32 Gumbel noise gets its tail wrong. Counts are
         shared by the batch. Each step is a pass over all L tokens."""
-        return Sampler(_window, _everyone, cached=False)
+        return Sampler(_window, masks.EVERYONE, cached=False)
 
-    def visible(self, config: Config, clean: Int[Array, "B 1 1"]) -> Visible:
-        return masks.everyone
+    def pattern(self, config: Config) -> Pattern:
+        return masks.EVERYONE
 
 
 def _weighted_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, low_var: bool,
@@ -77,12 +77,8 @@ def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], mask
                training: transformer.Training | None = None) -> Float[Array, "B L"]:
     """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens."""
     return loss.masked_nll(weights, config.model.mask, tokens, masked, transformer.natural_positions(tokens),
-                           single_stream(masks.everyone), 1, training)
+                           masks.EVERYONE, training)
 
 
 def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
     return np.zeros(plan.nfe, np.int64), np.full(plan.nfe, plan.length)
-
-
-def _everyone(query: Array, key: Array, step: Step) -> Array:
-    return masks.everyone(query, key)

@@ -12,7 +12,7 @@ from eso_jax.config import Config
 from eso_jax.decoding.order import check_permutations
 from eso_jax.errors import EsoError, require
 from eso_jax.model import transformer
-from eso_jax.model.attention import single_stream
+from eso_jax.model.masks import View
 from eso_jax.model.transformer import Params
 
 MOST = 0.05  # of the largest logit: bfloat16 products stay well below it, another model does not
@@ -45,10 +45,9 @@ def worst_difference(config: Config, params: Params, path: Path) -> float:
     check_permutations(order, length)
 
     weights = transformer.fold(config.model, params)
-    clean = jnp.asarray((tokens[:, :length] != config.model.mask).sum(1))
-    hidden, _ = transformer.trunk(weights, jnp.asarray(tokens), jnp.asarray(np.tile(order, 1 + two)),
-                                  families.get(config).both_streams(config, clean) if two else
-                                  single_stream(families.get(config).visible(config, clean[:, None, None])))
+    family, clean = families.get(config), jnp.asarray((tokens[:, :length] != config.model.mask).sum(1))
+    view = View(family.two_streams(config) if two else family.pattern(config), clean)
+    hidden, _ = transformer.trunk(weights, jnp.asarray(tokens), jnp.asarray(np.tile(order, 1 + two)), view)
     ours = transformer.head(weights, hidden[:, :length], config.model.mask)
     difference = jnp.abs(ours - logits).at[..., config.model.mask].set(0)
     worst, largest = float(difference.max()), float(np.abs(np.delete(logits, config.model.mask, -1)).max())

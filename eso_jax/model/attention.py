@@ -1,34 +1,28 @@
-"""Attention: who sees whom, computed.
+"""Attention: one dispatcher, and the ways to compute it.
 
-An `Attend` is what the transformer calls in every layer: attend(q, k, v, cache, layer) -> (out, cache). The functions
-here make one for each kind of pass, so that the transformer is the same for all of them:
+`attend` is what the transformer calls in every layer. It asks the `BACKENDS`, in their order, who can compute the
+pattern (eso_jax/model/masks.py). A backend also owns the layout in which keys and values are kept: the key-value cache
+(eso_jax/model/cache.py) asks it. `Plain` takes every pattern, and is what others are to be compared with: products in
+float32 tiles that keep the scores small.
 
-  single_stream(visible)     one sequence and a pattern of eso_jax.model.masks
-  two_streams(block, clean)  a noisy and a clean copy of the sequence (sequential pass, exact likelihood, BD3-LM)
+Scores and softmax are float32 whatever the compute type.
 
-and in eso_jax/model/cache.py, cached(offset, visible): the next few tokens against a key-value cache.
-
-Scores and softmax are float32 whatever the compute type. `dense` is the one path so far: plain, in tiles that keep the
-scores small.
-
-Axes: B batch, S query slots, L key slots (or the length), H heads, K head size. Keys are kept as [B, H, K, L] and
-values as [B, H, L, K], in which both products read memory in order (10 times as fast as [B, L, H, K] on CPU, batch 16).
+Axes: B batch, S query slots, L key slots (or the length), H heads, K head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from eso_jax import sharding
-from eso_jax.model import masks
-
-Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
-Visible = Callable[[Array, Array], Array]  # (query slots, key slots) -> bool
+from eso_jax.errors import EsoError
+from eso_jax.model.masks import Pattern, TwoStreams, View
 
 HIDDEN = -1e30  # the score of a key that may not be seen
 # Scores at once, of more than a few queries: on CPU, tiles that stay in its cache make long sequences 7 times as fast.
@@ -37,10 +31,104 @@ TILE_ELSEWHERE = 2**28
 FEW_QUERIES = 64  # are not tiled: the tiles of a batch copy its keys and values
 
 
-def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
-          mask: Bool[Array, "#B S L"], noisy: tuple[Array, Array] | None = None,
+@dataclass(frozen=True)
+class Backend(ABC):
+    """A way to compute attention.
+
+    Attributes:
+      name: for people.
+      key_axes: the axes of keys as they are kept, a permutation of "BLHK".
+      value_axes: those of values.
+    """
+
+    name: ClassVar[str]
+    key_axes: ClassVar[str]
+    value_axes: ClassVar[str]
+
+    @abstractmethod
+    def refuse(self, pattern: Pattern | TwoStreams) -> str | None:
+        """Why it cannot compute a pattern on the platform at hand; None: it can."""
+
+    @abstractmethod
+    def one_stream(self, q: Float[Array, "B S H K"], k: Float[Array, "_ _ _ _"], v: Float[Array, "_ _ _ _"],
+                   view: View, offset: Int[Array, ""] | int) -> Float[Array, "B S H K"]:
+        """Attention of the slots offset, ..., offset + S - 1 over keys and values in the layout of the cache."""
+
+    @abstractmethod
+    def two_streams(self, q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"],
+                    view: View) -> Float[Array, "B S H K"]:
+        """Attention of [noisy copy, clean copy], S = 2L slots."""
+
+
+def attend(q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"],
+           view: View) -> Float[Array, "B S H K"]:
+    """Attention within one pass, by the first backend that can."""
+    backend = choose(view.pattern)
+
+    def local(q: Array, k: Array, v: Array, view: View) -> Array:
+        if isinstance(view.pattern, TwoStreams):
+            return backend.two_streams(q, k, v, view)
+        return backend.one_stream(q, arrange(k, backend.key_axes), arrange(v, backend.value_axes), view, 0)
+
+    return sharding.locally(local, (q, k, v), view)
+
+
+def choose(pattern: Pattern | TwoStreams) -> Backend:
+    """The first backend that computes the pattern.
+
+    Raises:
+      EsoError: there is none.
+    """
+    refusals = {}
+    for backend in BACKENDS:
+        reason = backend.refuse(pattern)
+        if reason is None:
+            return backend
+        refusals[backend.name] = reason
+    raise EsoError(f"attention = {pattern}: no backend computes it ("
+                   + "; ".join(f"{name}: {reason}" for name, reason in refusals.items()) + ")")
+
+
+def arrange(x: Float[Array, "B L H K"], axes: str) -> Float[Array, "_ _ _ _"]:
+    """Keys or values, laid out as a backend keeps them."""
+    return jnp.transpose(x, tuple("BLHK".index(axis) for axis in axes))
+
+
+class Plain(Backend):
+    """Products and a softmax, as they are written down. Both products read keys and values in order: 10 times as fast
+    as kept in [B, L, H, K] on CPU, batch 16."""
+
+    name = "plain"
+    key_axes = "BHKL"
+    value_axes = "BHLK"
+
+    def refuse(self, pattern: Pattern | TwoStreams) -> str | None:
+        return None
+
+    def one_stream(self, q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
+                   view: View, offset: Int[Array, ""] | int) -> Float[Array, "B S H K"]:
+        assert isinstance(view.pattern, Pattern)
+        return dense(q, k, v, view, view.pattern, offset)
+
+    def two_streams(self, q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"],
+                    view: View) -> Float[Array, "B S H K"]:
+        """Never 2L x 2L: a clean row scores L keys, and a noisy row L clean keys and the noisy keys of its block."""
+        pattern = view.pattern
+        assert isinstance(pattern, TwoStreams)
+        (q_noisy, q_clean), (k_noisy, k_clean), (v_noisy, v_clean) = (jnp.split(x, 2, axis=1) for x in (q, k, v))
+        k, v = arrange(k_clean, self.key_axes), arrange(v_clean, self.value_axes)
+        return jnp.concatenate([dense(q_noisy, k, v, view, pattern.noisy, 0, (k_noisy, v_noisy), pattern.block),
+                                dense(q_clean, k, v, view, pattern.clean)], axis=1)
+
+
+BACKENDS: tuple[Backend, ...] = (Plain(),)
+
+
+def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"], view: View,
+          pattern: Pattern, offset: Int[Array, ""] | int = 0, noisy: tuple[Array, Array] | None = None,
           block: int = 1) -> Float[Array, "B S H K"]:
-    """Softmax attention under a dense mask [B or 1, S, L] (True: may see). Every query must see some key.
+    """Softmax attention of the slots offset, ..., offset + S - 1 under a pattern of a view. Every query must see some
+    key.
 
     Args:
       noisy: further keys and values [B, S, H, K], one for each query, who sees those of its own block as well.
@@ -48,23 +136,27 @@ def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array
     """
     mine = tuple(heads_first(x) for x in (q, *(noisy or ())))  # [B, H, S, K] each: what is split with the queries
     batch, heads, slots, size = mine[0].shape
+    keys = jnp.arange(k.shape[-1])
     most = TILE.get(sharding.platform(), TILE_ELSEWHERE) // (heads * k.shape[-1])  # queries in a tile
     if batch * slots <= most or slots <= FEW_QUERIES:
-        return _dense(mine, k, v, mask, block)
+        return _dense(mine, k, v, view.table(pattern, offset + jnp.arange(slots), keys), block)
     s = block * _divisor(slots // block, most // block)
     b = _divisor(batch, most // s)
 
-    def rows(xs: tuple[tuple[Array, ...], Array, Array, Array | None]) -> Array:
+    def rows(xs: tuple[tuple[Array, ...], Array, Array, View]) -> Array:
         """b rows, s queries at a time."""
-        mine, k, v, own = xs
+        mine, k, v, view = xs
+
+        def tile(xs: tuple[tuple[Array, ...], Array]) -> Array:
+            mine, first = xs
+            return _dense(mine, k, v, view.table(pattern, offset + first + jnp.arange(s), keys), block)
+
         tiles = tuple(jnp.moveaxis(x.reshape(b, heads, -1, s, size), 2, 0) for x in mine)
-        shown = mask if own is None else own
-        shown = jnp.moveaxis(shown.reshape(shown.shape[0], -1, s, shown.shape[-1]), 1, 0)
-        out = jax.lax.map(jax.checkpoint(lambda tile: _dense(tile[0], k, v, tile[1], block)), (tiles, shown))
+        out = jax.lax.map(jax.checkpoint(tile), (tiles, jnp.arange(0, slots, s)))
         return jnp.moveaxis(out, 0, 1).reshape(b, slots, heads, size)
 
-    own = None if mask.shape[0] == 1 else mask
-    xs = jax.tree.map(lambda x: x.reshape(-1, b, *x.shape[1:]), (mine, k, v, own))
+    view = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch,)), view)
+    xs = jax.tree.map(lambda x: x.reshape(-1, b, *x.shape[1:]), (mine, k, v, view))
     return jax.lax.map(rows, xs).reshape(q.shape)
 
 
@@ -88,13 +180,8 @@ def _dense(mine: tuple[Float[Array, "B H S K"], ...], k: Float[Array, "B H K L"]
 
 
 def heads_first(x: Float[Array, "B S H K"]) -> Float[Array, "B H S K"]:
-    """Queries and values, as the products want them."""
+    """Queries, and the noisy keys and values, as the products want them."""
     return jnp.swapaxes(x, 1, 2)
-
-
-def keys_last(k: Float[Array, "B L H K"]) -> Float[Array, "B H K L"]:
-    """Keys, as the products want them."""
-    return jnp.transpose(k, (0, 2, 3, 1))
 
 
 def scaled(q: Float[Array, "*s K"]) -> Float[Array, "*s K"]:
@@ -125,47 +212,3 @@ def weigh(weights: Float[Array, "B H S L"], v: Float[Array, "B H L K"]) -> Float
 
 def normalize(out: Float[Array, "B H S K"], total: Float[Array, "B H S"], dtype: Any) -> Float[Array, "B S H K"]:
     return jnp.swapaxes(out / total[..., None], 1, 2).astype(dtype)
-
-
-def single_stream(visible: Visible) -> Attend:
-    """Attention within one sequence. `visible` may close over per-row arrays of shape [B, 1, 1]."""
-
-    def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
-        return dense(q, keys_last(k), heads_first(v), mask)
-
-    def attend(q: Array, k: Array, v: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
-        return sharding.locally(local, (q, k, v), (_pattern(visible, q.shape[1]),)), cache
-
-    return attend
-
-
-def two_streams(block: int, clean: Int[Array, " B"] | None = None) -> Attend:
-    """Attention of [noisy copy, clean copy], 2L slots, as in eso_jax.model.masks; `clean` [B] makes it Eso-LM (A)'s.
-
-    Never 2L x 2L: a clean row scores L keys, and a noisy row L clean keys and the `block` noisy keys of its block.
-    """
-
-    def up_to(query: Array, key: Array) -> Array:
-        if clean is not None:
-            return masks.prefix(query, key, clean[:, None, None])
-        return masks.blocks_up_to(query, key, block)
-
-    def before(query: Array, key: Array) -> Array:
-        return masks.blocks_before(query, key, block)
-
-    def local(q: Array, k: Array, v: Array, clean_mask: Array, noisy_mask: Array) -> Array:
-        (q_noisy, q_clean), (k_noisy, k_clean), (v_noisy, v_clean) = (jnp.split(x, 2, axis=1) for x in (q, k, v))
-        keys, values = keys_last(k_clean), heads_first(v_clean)
-        return jnp.concatenate([dense(q_noisy, keys, values, noisy_mask, (k_noisy, v_noisy), block),
-                                dense(q_clean, keys, values, clean_mask)], axis=1)
-
-    def attend(q: Array, k: Array, v: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
-        length = q.shape[1] // 2
-        return sharding.locally(local, (q, k, v), (_pattern(up_to, length), _pattern(before, length))), cache
-
-    return attend
-
-
-def _pattern(visible: Visible, length: int) -> Bool[Array, "_ L L"]:
-    slots = jnp.arange(length)
-    return visible(slots[None, :, None], slots[None, None, :])

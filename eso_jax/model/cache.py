@@ -19,10 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from eso_jax import sharding
 from eso_jax.config import ModelConfig
-from eso_jax.model.attention import Attend, Visible, dense, heads_first, keys_last
+from eso_jax.model.attention import Backend, arrange
+from eso_jax.model.masks import View
 
 
 @struct.dataclass
@@ -30,48 +33,59 @@ class KVCache:
     """Keys (rotated by their natural positions) and values of every layer, one array per layer.
 
     Attributes:
-      keys: N arrays [B, H, K, C].
-      values: N arrays [B, H, C, K].
+      keys: N arrays of the axes B, C, H, K, in the order of `backend.key_axes` (which says L for C).
+      values: N arrays of these axes, in the order of `backend.value_axes`.
+      backend: what reads them. Static.
     """
 
-    keys: tuple[Float[Array, "B H K C"], ...]
-    values: tuple[Float[Array, "B H C K"], ...]
+    keys: tuple[Float[Array, "_ _ _ _"], ...]
+    values: tuple[Float[Array, "_ _ _ _"], ...]
+    backend: Backend = struct.field(pytree_node=False)
+
+    @property
+    def slots(self) -> int:
+        """C."""
+        return self.keys[0].shape[self.backend.key_axes.index("L")]
 
 
-def empty(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
+def empty(config: ModelConfig, batch: int, slots: int, backend: Backend, dtype: Any = jnp.float32) -> KVCache:
     """A cache of zeros with room for `slots`."""
-    def zeros(*last: int) -> tuple[Array, ...]:
-        return tuple(jnp.zeros((batch, config.heads, *last), dtype) for _ in range(config.layers))
+    sizes = {"B": batch, "L": slots, "H": config.heads, "K": config.head_size}
 
-    return KVCache(zeros(config.head_size, slots), zeros(slots, config.head_size))
+    def zeros(axes: str) -> tuple[Array, ...]:
+        return tuple(jnp.zeros([sizes[axis] for axis in axes], dtype) for _ in range(config.layers))
+
+    return KVCache(zeros(backend.key_axes), zeros(backend.value_axes), backend)
+
+
+def spec(axes: str) -> PartitionSpec:
+    """How arrays of these axes are split over a mesh: by rows and heads."""
+    return PartitionSpec(*({"B": sharding.BATCH, "H": "tensor"}.get(axis) for axis in axes))
 
 
 def grown(cache: KVCache, slots: int) -> KVCache:
-    """The same with room for `slots`, at least as many as before."""
-    def pad(x: Array, axis: int) -> Array:
-        widths = [(0, 0)] * 4
-        widths[axis] = (0, slots - x.shape[axis])
-        return jnp.pad(x, widths)
+    """The same with room for `slots`, at least as many as before, split over the mesh in force."""
+    def pad(x: Array, axes: str) -> Array:
+        more = [(0, slots - size if axis == "L" else 0) for axis, size in zip(axes, x.shape, strict=True)]
+        return sharding.constrain(jnp.pad(x, more), *spec(axes))
 
-    return KVCache(tuple(pad(k, 3) for k in cache.keys), tuple(pad(v, 2) for v in cache.values))
+    return KVCache(tuple(pad(k, cache.backend.key_axes) for k in cache.keys),
+                   tuple(pad(v, cache.backend.value_axes) for v in cache.values), cache.backend)
 
 
-def cached(offset: Int[Array, ""] | int, visible: Visible) -> Attend:
-    """Attention of the slots offset, ..., offset + S - 1, which must fit, over the cache under a pattern of slots.
+def attend(cache: KVCache, layer: int, q: Float[Array, "B S H K"], k: Float[Array, "B S H K"],
+           v: Float[Array, "B S H K"], view: View,
+           offset: Int[Array, ""] | int) -> tuple[Float[Array, "B S H K"], KVCache]:
+    """Attention of the slots offset, ..., offset + S - 1, which must fit, over a layer of the cache.
 
     Writes the S keys and values at `offset` first.
     """
+    def write(old: Array, new: Array, axes: str) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, arrange(new, axes).astype(old.dtype), offset, axes.index("L"))
 
-    def attend(q: Array, k: Array, v: Array, cache: KVCache, layer: int) -> tuple[Array, KVCache]:
-        def write(old: Array, new: Array, axis: int) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis)
-
-        keys = write(cache.keys[layer], keys_last(k), 3)
-        values = write(cache.values[layer], heads_first(v), 2)
-        mask = visible(offset + jnp.arange(q.shape[1])[:, None], jnp.arange(keys.shape[3])[None, :])
-        out = dense(q, keys.astype(q.dtype), values.astype(q.dtype), mask[None])
-        replaced = dataclasses.replace(cache, keys=cache.keys[:layer] + (keys,) + cache.keys[layer + 1:],
-                                       values=cache.values[:layer] + (values,) + cache.values[layer + 1:])
-        return out, replaced
-
-    return attend
+    backend = cache.backend
+    keys = write(cache.keys[layer], k, backend.key_axes)
+    values = write(cache.values[layer], v, backend.value_axes)
+    out = backend.one_stream(q, keys.astype(q.dtype), values.astype(q.dtype), view, offset)
+    return out, dataclasses.replace(cache, keys=cache.keys[:layer] + (keys,) + cache.keys[layer + 1:],
+                                    values=cache.values[:layer] + (values,) + cache.values[layer + 1:])

@@ -1,22 +1,102 @@
-"""Who sees whom: one function of (query, key) per pattern.
+"""Who sees whom: patterns, which are data, and the truth tables behind them.
 
-Indices are slots along the order (natural positions for AR, MDLM and BD3-LM). A function takes integer arrays that
-broadcast against each other and says whether the query attends to the key. The truth tables have a row per query and a
-column per key, four slots each.
+A `Pattern` says who sees whom in one stream, a `TwoStreams` in a pass over a noisy and a clean copy of the tokens. Both
+are hashable: programs are compiled by them, and whoever computes attention (eso_jax/model/attention.py) can ask them
+what they are. A `View` is a pattern with its numbers per row.
+
+Indices are slots along the order (natural positions for AR, MDLM and BD3-LM). The functions take integer arrays that
+broadcast against each other and say whether the query attends to the key. Their truth tables have a row per query and
+a column per key, four slots each.
 
 Families:
-  AR                     causal
-  MDLM                   everyone
-  Eso-LM (B) diffusion   causal, along an order with the masks last
-  Eso-LM (A) diffusion   prefix
+  AR                     CAUSAL
+  MDLM                   EVERYONE
+  Eso-LM (B) diffusion   CAUSAL, along an order with the masks last
+  Eso-LM (A) diffusion   PREFIX
   two streams            a clean row sees clean keys by `blocks_up_to` (Eso-LM (A): `prefix`);
                          a noisy row sees clean keys by `blocks_before`, and noisy keys by `own_block`;
                          clean rows never see noisy keys. Eso-LM has blocks of one token, BD3-LM of L'.
+
+Axes: B batch, S query slots, L key slots.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from flax import struct
 from jaxtyping import Array, Bool, Int
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Who sees whom in one stream.
+
+    Attributes:
+      block: a query sees its own block of so many slots, and the blocks before. 1: causal. None: everyone.
+      prefix: the first slots of a row, `clean` many, are seen by all.
+      before: a query does not see its own block, only those before.
+    """
+
+    block: int | None = 1
+    prefix: bool = False
+    before: bool = False
+
+    def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
+                 clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
+        """The truth table. `clean`, which broadcasts against the others, counts where there is a prefix."""
+        if self.block is None:
+            return everyone(query, key)
+        if self.before:
+            return blocks_before(query, key, self.block)
+        return prefix(query, key, clean, self.block) if self.prefix else blocks_up_to(query, key, self.block)
+
+
+EVERYONE, CAUSAL, PREFIX = Pattern(None), Pattern(), Pattern(prefix=True)
+
+
+@dataclass(frozen=True)
+class TwoStreams:
+    """Who sees whom in a pass over [noisy copy, clean copy], L slots each. See the top of this file.
+
+    Attributes:
+      block: slots in a block.
+      prefix: the first clean slots of a row, `clean` many, are seen by all clean ones.
+    """
+
+    block: int = 1
+    prefix: bool = False
+
+    @property
+    def clean(self) -> Pattern:
+        """Clean queries and clean keys."""
+        return Pattern(self.block, self.prefix)
+
+    @property
+    def noisy(self) -> Pattern:
+        """Noisy queries and clean keys. They also see the noisy keys of their own block."""
+        return Pattern(self.block, before=True)
+
+
+@struct.dataclass
+class View:
+    """Who sees whom in the rows of a batch.
+
+    Attributes:
+      pattern: static.
+      clean: int [B] or [1], the slots of a pattern's prefix; None where the pattern has none.
+      length: int [B] or [1], at least 1: nobody sees slots from here on. None: all slots count.
+    """
+
+    pattern: Pattern | TwoStreams = struct.field(pytree_node=False)
+    clean: Int[Array, "..."] | None = None  # [B], but for a moment where attention is tiled
+    length: Int[Array, "..."] | None = None
+
+    def table(self, pattern: Pattern, queries: Int[Array, " S"], keys: Int[Array, " L"]) -> Bool[Array, "_ S L"]:
+        """The truth table of a pattern of this view, for every row, or one for all of them."""
+        query, key = queries[None, :, None], keys[None, None]
+        seen = pattern(query, key, 0 if self.clean is None else self.clean[:, None, None])
+        return seen if self.length is None else seen & (key < self.length[:, None, None])
 
 
 def everyone(query: Int[Array, "*#s"], key: Int[Array, "*#s"]) -> Bool[Array, "*s"]:
@@ -41,15 +121,16 @@ def causal(query: Int[Array, "*#s"], key: Int[Array, "*#s"]) -> Bool[Array, "*s"
     return key <= query
 
 
-def prefix(query: Int[Array, "*#s"], key: Int[Array, "*#s"], clean: Int[Array, "*#s"] | int) -> Bool[Array, "*s"]:
-    """The first `clean` slots see each other; the rest is causal. With clean = 2:
+def prefix(query: Int[Array, "*#s"], key: Int[Array, "*#s"], clean: Int[Array, "*#s"] | int,
+           block: int = 1) -> Bool[Array, "*s"]:
+    """The first `clean` slots are seen by all; the rest is as `blocks_up_to`. With clean = 2 and block = 1:
 
         1 1 0 0
         1 1 0 0
         1 1 1 0
         1 1 1 1
     """
-    return (key <= query) | (key < clean)
+    return blocks_up_to(query, key, block) | (key < clean)
 
 
 def blocks_up_to(query: Int[Array, "*#s"], key: Int[Array, "*#s"], block: int) -> Bool[Array, "*s"]:

@@ -31,7 +31,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import noise, sharding
 from eso_jax.config import Config, ModelConfig
-from eso_jax.model.attention import Attend
+from eso_jax.model import attention, cache as kv
+from eso_jax.model.masks import View
 
 Params = dict[str, Any]
 Weights = dict[str, Any]
@@ -198,16 +199,17 @@ def _padded(kernel: Array, mesh: Mesh) -> Array:
     return jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % mesh.shape["tensor"])))
 
 
-def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], attend: Attend,
-          cache: Any = None, training: Training | None = None) -> tuple[Float[Array, "B S D"], Any]:
+def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], view: View,
+          cache: kv.KVCache | None = None, offset: Int[Array, ""] | int = 0,
+          training: Training | None = None) -> tuple[Float[Array, "B S D"], kv.KVCache | None]:
     """Everything but the head.
 
     Args:
       weights: of `fold`, stacked or unstacked.
       tokens: ids in [0, V).
       positions: natural positions in [0, L), for the rotary embedding.
-      attend: who sees whom; see eso_jax/model/attention.py.
-      cache: whatever `attend` carries through the layers (None, or a KVCache; the latter needs unstacked weights).
+      view: who sees whom.
+      cache: the tokens are then its slots from `offset` on (needs unstacked weights).
       training: dropout and rematerialization of a training pass.
 
     Returns:
@@ -228,7 +230,11 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
         qkv = linear(_layer_norm(x, w["norm1"]).astype(w["qkv"].dtype), w["qkv"])
         q, k, v = (qkv[:, :, i] for i in range(3))
         with jax.named_scope("attention"):
-            out, cache = attend(rotate(q, rotary), rotate(k, rotary), v, cache, layer)
+            q, k = rotate(q, rotary), rotate(k, rotary)
+            if cache is None:
+                out = attention.attend(q, k, v, view)
+            else:
+                out, cache = kv.attend(cache, layer, q, k, v, view, offset)
         x = x + drop(linear(out, w["out"], axes=2), layer, 0)
         hidden = linear(_layer_norm(x, w["norm2"]).astype(w["qkv"].dtype), w["mlp_in"]["kernel"])
         hidden = nn.gelu(hidden + over(w["mlp_in"]["bias"], hidden).astype(hidden.dtype), approximate=True)

@@ -19,14 +19,14 @@ E = V^L states of knowledge (per position: a token, or nothing), K = L V (positi
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from eso_jax.config import ModelConfig
-from eso_jax.model.attention import Attend
+from eso_jax.model import attention, cache as kv
+from eso_jax.model.masks import View
 from eso_jax.model.transformer import MASK_LOGIT, Weights
 
 
@@ -97,8 +97,8 @@ def _conditionals(p: np.ndarray) -> np.ndarray:
     return table.reshape(-1, p.ndim, p.shape[0])
 
 
-def trunk(weights: Weights, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: Any = None,
-          dropout: None = None) -> tuple[jax.Array, Any]:
+def trunk(weights: Weights, tokens: jax.Array, positions: jax.Array, view: View, cache: kv.KVCache | None = None,
+          offset: jax.Array | int = 0, training: None = None) -> tuple[jax.Array, kv.KVCache | None]:
     """log p of each slot's token given the tokens that it sees, [B, S, X]: stands in for `transformer.trunk`.
 
     A slot whose view is not a set of distinct positions (a slot never written to, or a position twice) gets NaN.
@@ -107,7 +107,10 @@ def trunk(weights: Weights, tokens: jax.Array, positions: jax.Array, attend: Att
     length, ids = table.shape[1], table.shape[2] + 1
     value = jax.nn.one_hot(positions * ids + tokens, length * ids + length * ids % 2)[:, :, None]
     nothing = jnp.zeros_like(value)
-    average, cache = attend(nothing, nothing, value, cache, 0)
+    if cache is None:
+        average = attention.attend(nothing, nothing, value, view)
+    else:
+        average, cache = kv.attend(cache, 0, nothing, nothing, value, view, offset)
     share = average[:, :, 0, :length * ids].reshape(*tokens.shape, length, ids)
     seen = share > 0
     evenly = jnp.abs(share * seen.sum((2, 3), keepdims=True) - seen) < 0.01

@@ -198,14 +198,21 @@ def test_only_parallel_steps_leave_the_joint(case: Case) -> None:
         assert p_value(ROWS / len(laws) * joint, laws) < CERTAIN
 
 
+class Blind(masks.Pattern):
+    """A pattern that hides the first slot."""
+
+    def __call__(self, query: jax.Array, key: jax.Array, clean: jax.Array | int = 0) -> jax.Array:
+        return super().__call__(query, key - 1, clean)
+
+
 # What is wrong, where, and by which fields of its Sampler.
 MUTANTS: dict[str, tuple[Case, dict[str, Any]]] = {
     "the tokens decoded last are never fed": (
         Case("esolm", "balanced"), {"window": lambda plan: (plan.first, plan.first + plan.tokens_per_step)}),
     "slots are seen that were never written": (
-        Case("esolm", "balanced"), {"visible": lambda query, key, step: masks.everyone(query, key)}),
+        Case("esolm", "balanced"), {"pattern": masks.EVERYONE}),
     "the first token is never seen": (
-        Case("mdlm", "one-by-one"), {"visible": lambda query, key, step: masks.everyone(query, key - 1)}),
+        Case("mdlm", "one-by-one"), {"pattern": Blind(None)}),
     "the last token of a block is never fed": (
         Case("bd3lm", "one-by-one", options={"block_size": 3}),
         {"window": lambda plan: (plan.first // 3 * 3, plan.first // 3 * 3 + 3)}),
