@@ -56,6 +56,16 @@ def few_programs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def quick_programs() -> Iterator[None]:
+    """Compiles in half the time, to slower programs: for files that ask what a command does with a model."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """BASE on a small corpus."""
     path = tmp_path_factory.mktemp("corpus") / "text.py"

@@ -25,7 +25,7 @@ from eso_jax.model import transformer
 from eso_jax.run.train import init_state, train_step
 from lab import Lab
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted(path.relative_to(ROOT) for folder in ("lm1b", "owt")

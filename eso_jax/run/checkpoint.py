@@ -150,6 +150,8 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
             except Exception as error:  # Orbax raises what its storage layers raise
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 damage, failure = (reason, None) if _is_damage(error) else ("", error)
+            if loaded is None:
+                gc.collect()  # now, while what is left behind cannot complain
         # One that could not read leaves the others at Orbax's barrier for five minutes: its word counts, not theirs.
         told = [text for text in multihost.gathered("damage", damage) if text]
         if told:
@@ -191,7 +193,6 @@ def _quietly() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited")
             yield
-            gc.collect()
     finally:
         sys.unraisablehook = hook
 
