@@ -3,6 +3,8 @@
 An experiment is a Python file that holds one `config = Config(...)`. Fields are overridden on the command line as
 `section.field=value`, and the whole is kept as JSON beside the checkpoints. Every error names the field, its value and
 the remedy.
+
+The fields of `family` are the family's own: each declares them in its file in eso_jax/families and registers them here.
 """
 
 from __future__ import annotations
@@ -15,14 +17,12 @@ import math
 import textwrap
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from eso_jax.errors import EsoError, require
-
-FAMILIES = ("esolm", "esolm_a", "mdlm", "bd3lm", "ar")
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": dict(width=256, layers=8, heads=8),
@@ -72,47 +72,95 @@ class ModelConfig:
         return ModelConfig(**{**SIZES[size], **fields})
 
 
-@dataclass(frozen=True)
-class FamilyConfig:
-    """Which language model the denoiser is trained as; see eso_jax/families."""
+class _ByName(type):
+    """Makes `FamilyConfig(name=..., **fields)` an instance of the class that is registered under the name."""
 
-    name: str = "esolm"
-    alpha_0: float = 1.0  # share of tokens left to diffusion (Eso-LM); 1: all diffusion, 0: all sequential
-    kappa: float | None = None  # share of the batch on the diffusion loss; None: 1 at alpha_0 = 1, 0 at 0, else 1/2
-    loss_weight: str = "elbo"  # training weight of the diffusion term: "elbo", or "low_var" (w = 1)
-    block_size: int = 16  # BD3-LM's L'
-    t_range: tuple[float, float] = (1e-3, 1.0)  # BD3-LM's clipped training range of t; evaluation uses (1e-3, 1)
-    start_id: int | None = None  # AR's token before the first; None: the mask id
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        if cls is not FamilyConfig:
+            return super().__call__(*args, **fields)
+        name = args[0] if args else fields.pop("name", next(iter(SETTINGS)))
+        kind = _settings_of(name)
+        own = {f.name for f in dataclasses.fields(kind)}
+        for field_name in fields.keys() - own:
+            _check_foreign(name, field_name, fields[field_name])
+        return kind(name=name, **{field_name: fields[field_name] for field_name in fields.keys() & own})
+
+
+@dataclass(frozen=True)
+class FamilyConfig(metaclass=_ByName):
+    """Which language model the denoiser is trained as, and the settings of that family; see eso_jax/families.
+
+    FamilyConfig(name="bd3lm", block_size=4) is an instance of the class that the family has registered. Without a name
+    it is the family that registered first. A field of another family is an error, unless its value is the only one that
+    the family could have (`only`); then it is left out.
+
+    Attributes:
+      only: fields of other families, and the values that say of them what this family does anyway.
+    """
+
+    name: str
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {"alpha_0": (1.0,), "kappa": (None,)}
+
+    if TYPE_CHECKING:
+
+        def __init__(self, name: str = ..., **fields: Any) -> None: ...
+
+        def __getattr__(self, field_name: str) -> Any: ...
 
     def __post_init__(self) -> None:
         _check_types("family", self)
-        require(self.name in FAMILIES, "family.name", self.name, f"choose one of {', '.join(FAMILIES)}")
-        require(0 <= self.alpha_0 <= 1, "family.alpha_0", self.alpha_0, "must be in [0, 1]")
-        require(self.name.startswith("esolm") or self.alpha_0 == 1, "family.alpha_0", self.alpha_0,
-                f"only Eso-LMs have it; set family.alpha_0=1 for family.name = {self.name!r}")
-        require(self.kappa is None or 0 <= self.kappa <= 1, "family.kappa", self.kappa, "must be in [0, 1]")
-        require(self.kappa is None or self.name.startswith("esolm"), "family.kappa", self.kappa,
-                f"only Eso-LMs have it; leave it unset for family.name = {self.name!r}")
-        both = 0 < self.alpha_0 < 1
-        require(self.kappa is None or (0 < self.kappa < 1 if both else self.kappa == self.alpha_0), "family.kappa",
-                self.kappa, f"alpha_0 = {self.alpha_0} needs {'both losses' if both else 'its one loss'}; "
-                "leave family.kappa unset")
-        require(0 < self.split < 1 or self.alpha_0 in (0, 1), "family.kappa", self.kappa,
-                "must leave each loss at least a 64th of the batch")
-        require(self.loss_weight in ("elbo", "low_var"), "family.loss_weight", self.loss_weight,
-                "choose elbo or low_var")
-        require(self.loss_weight == "elbo" or self.name not in ("ar", "bd3lm"), "family.loss_weight", self.loss_weight,
-                f"family.name = {self.name!r} has no other weight than elbo")
-        require(self.block_size >= 1, "family.block_size", self.block_size, "must be at least 1")
-        low, high = self.t_range
-        require(0 < low < high <= 1, "family.t_range", self.t_range, "must satisfy 0 < low < high <= 1")
+        require(_settings_of(self.name) is type(self), "family.name", self.name,
+                f"{type(self).__name__} is not its class; make it with FamilyConfig(name={self.name!r}, ...)")
+        self.check()
+
+    def check(self) -> None:
+        """Raises an EsoError for settings that do not fit each other."""
+
+    def check_with(self, config: Config) -> None:
+        """Raises an EsoError for settings that do not fit the other sections."""
+
+    def change(self, **given: Any) -> FamilyConfig:
+        """A copy with other settings. With another name, those that the new family does not have are left behind."""
+        kept = _fields_of(type(self)).keys() & _fields_of(_settings_of(given.get("name", self.name))).keys()
+        return FamilyConfig(**{**{name: getattr(self, name) for name in kept}, **given})
 
     @property
-    def split(self) -> Fraction:
-        """kappa as a fraction with a small denominator, so that a batch divides into equal groups."""
-        if self.kappa is not None:
-            return Fraction(self.kappa).limit_denominator(64)
-        return Fraction(self.alpha_0) if self.alpha_0 in (0, 1) else Fraction(1, 2)
+    def group_size(self) -> int:
+        """How many rows that follow each other in a batch stay together, in a micro-batch and on a device."""
+        return 1
+
+    @property
+    def group_reason(self) -> str:
+        """What rows stay together for, in the words of an error."""
+        return "rows on their own"
+
+
+SETTINGS: dict[str, type[FamilyConfig]] = {}  # the class of each family's settings, by the family's name
+
+
+def register(name: str, settings: type[FamilyConfig]) -> None:
+    """Makes a family known to configs and the command line by its name."""
+    SETTINGS[name] = settings
+
+
+def _settings_of(name: str) -> type[FamilyConfig]:
+    require(name in list(SETTINGS), "family.name", name, f"choose one of {', '.join(SETTINGS)}")
+    return SETTINGS[name]
+
+
+def _owners(field_name: str) -> list[str]:
+    """The families with a setting of that name."""
+    return [name for name, kind in SETTINGS.items() if field_name in _fields_of(kind)]
+
+
+def _check_foreign(name: str, field_name: str, value: Any) -> None:
+    """Raises an EsoError unless a value for another family's setting is the only one that the family could have."""
+    only = SETTINGS[name].only.get(field_name, ())
+    if value not in only:
+        _check_field(f"family.{field_name}", "family", field_name)
+        where = f", where it is {' or '.join(map(str, only))}" if only else ""
+        raise EsoError(f"family.{field_name} = {value!r}: a setting of {', '.join(_owners(field_name))} alone; leave "
+                       f"it out for family.name = {name!r}{where}")
 
 
 @dataclass(frozen=True)
@@ -212,36 +260,39 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        require(self.family.name != "bd3lm" or self.model.length % self.family.block_size == 0,
-                "family.block_size", self.family.block_size, f"must divide model.length = {self.model.length}")
-        groups = self.train.accumulate * self.family.split.denominator
+        self.family.check_with(self)
+        groups = self.train.accumulate * self.family.group_size
         require(self.train.batch_size % groups == 0, "train.batch_size", self.train.batch_size,
-                f"must be a multiple of {groups} (train.accumulate x the denominator of kappa = {self.family.split})")
-        start = self.family.start_id
-        require(start is None or 0 <= start < self.model.vocab_size, "family.start_id", start,
-                f"must be in [0, {self.model.vocab_size})")
+                f"must be a multiple of {groups} (train.accumulate = {self.train.accumulate}, with "
+                f"{self.family.group_reason})")
 
     def override(self, *assignments: str) -> Config:
         """A copy with `section.field=value` assignments applied, values read by the field's type.
 
-        Assignments take effect together, so that fields which must agree can change in one call.
+        Assignments take effect together, so that fields which must agree can change in one call. With another
+        `family.name`, settings that the new family does not have are left behind.
         """
-        values = dataclasses.asdict(self)
+        texts: dict[str, dict[str, str]] = {section: {} for section in _SECTIONS}
         for assignment in assignments:
             path, separator, text = assignment.partition("=")
             if not separator:
                 raise EsoError(f"{assignment!r}: write an override as section.field=value, e.g. train.steps=1000")
             section, _, name = path.strip().partition(".")
-            _check_field(path, section, name)
-            kind = typing.get_type_hints(_SECTIONS[section])[name]
-            values[section][name] = _parse(path, text.strip(), kind)
-        return from_dict(values)
+            _check_field(path.strip(), section, name)
+            texts[section][name] = text.strip()
+        family = texts["family"].get("name", self.family.name)
+        kinds = {section: _kinds_in(section, family) for section in _SECTIONS}
+        given = {section: {name: _parse(f"{section}.{name}", text, kinds[section][name])
+                           for name, text in fields.items()} for section, fields in texts.items()}
+        sections = {section: dataclasses.replace(getattr(self, section), **given[section])
+                    for section in _SECTIONS if section != "family"}
+        return Config(family=self.family.change(**given["family"]), **sections)
 
     def law(self) -> Config:
         """The sections `model` and `family` as they are, and defaults elsewhere. Scores are compiled by it, so that
         runs which differ in `data`, `train` or `mesh` share the compiled programs."""
-        # The batch size has no meaning here; this one divides by kappa, as a Config demands.
-        return Config(self.model, self.family, train=TrainConfig(batch_size=self.family.split.denominator))
+        # The batch size has no meaning here; this one is a whole group of rows, as a Config demands.
+        return Config(self.model, self.family, train=TrainConfig(batch_size=self.family.group_size))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -251,26 +302,53 @@ _SECTIONS: dict[str, type] = {"model": ModelConfig, "family": FamilyConfig, "dat
                               "mesh": MeshConfig}
 
 
+def _fields_of(kind: type) -> dict[str, Any]:
+    """The fields of a section's class and their types."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def _kinds_in(section: str, family: Any = None) -> dict[str, Any]:
+    """The fields of a section and their types; those of `family` are all families', with its own types for its own."""
+    if section != "family":
+        return _fields_of(_SECTIONS[section])
+    kinds: dict[str, Any] = {}
+    for settings in reversed(SETTINGS.values()):
+        kinds |= _fields_of(settings)
+    return kinds | (_fields_of(SETTINGS[family]) if family in list(SETTINGS) else {})
+
+
+def family_fields() -> dict[str, list[str]]:
+    """The settings of all families, and by each the names of the families that have it."""
+    return {name: _owners(name) for kind in SETTINGS.values() for name in _fields_of(kind) if name != "name"}
+
+
 def fields() -> str:
     """The names of all fields, for people."""
-    sections = [textwrap.fill(f"  {section}: {', '.join(f.name for f in dataclasses.fields(kind))}", 100,
-                              subsequent_indent="    ") for section, kind in _SECTIONS.items()]
-    return "\n".join(["fields (what they mean: eso_jax/config.py):", *sections])
+    lines = {section: ", ".join(_fields_of(kind)) for section, kind in _SECTIONS.items()}
+    lines["family"] += "".join(f", {name} (of {', '.join(owners)})" for name, owners in family_fields().items())
+    return "\n".join(["fields (what they mean: eso_jax/config.py; of a family: its file in eso_jax/families):", *(
+        textwrap.fill(f"  {section}: {line}", 100, subsequent_indent="    ") for section, line in lines.items())])
 
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:
-    """The Config of a nested dict such as `json.loads(config.to_json())`; unknown fields are errors."""
-    sections = {}
+    """The Config of a nested dict such as `json.loads(config.to_json())`; unknown fields are errors.
+
+    Settings of other families are passed over, as configs of before hold those of all.
+    """
+    sections: dict[str, Any] = {}
     for section, given in values.items():
         if section not in _SECTIONS:
             raise EsoError(f"{'.'.join([section, *list(given)[:1]])}: unknown; sections are {', '.join(_SECTIONS)}")
         fields = {}
+        kinds = _kinds_in(section, given.get("name"))
         for name, value in given.items():
             path = f"{section}.{name}"
             _check_field(path, section, name)
-            kind = typing.get_type_hints(_SECTIONS[section])[name]
-            require(_fits(value, kind), path, value, f"must be of type {_type_name(kind)}")
-            fields[name] = _as_floats(value) if "float" in str(kind) else value
+            fields[name] = _read(path, value, kinds[name])
+        if section == "family" and "name" in fields:
+            kind = _settings_of(fields["name"])
+            fields = {name: value for name, value in fields.items() if name in _fields_of(kind) or name in kind.only}
         sections[section] = _SECTIONS[section](**fields)
     return Config(**sections)
 
@@ -302,17 +380,20 @@ def from_file(path: str | Path) -> Config:
 
 def _check_types(section: str, config: Any) -> None:
     """Every field of a section holds its type, also when it was made in Python."""
-    for name, kind in typing.get_type_hints(type(config)).items():
+    for name, kind in _fields_of(type(config)).items():
         value = getattr(config, name)
         require(_fits(value, kind), f"{section}.{name}", value, f"must be of type {_type_name(kind)}")
 
 
 def _check_field(path: str, section: str, name: str) -> None:
-    known = [f"{s}.{f.name}" for s, kind in _SECTIONS.items() for f in dataclasses.fields(kind)]
+    known = [f"{s}.{f}" for s in _SECTIONS for f in _kinds_in(s)]
     if section in _SECTIONS and path in known:
         return
     close = difflib.get_close_matches(path, known, n=1) or [k for k in known if k.endswith(f".{name or path}")]
-    hint = f"did you mean {close[0]}?" if close else f"sections are {', '.join(_SECTIONS)}"
+    hint = f"sections are {', '.join(_SECTIONS)}"
+    if close:
+        owners = family_fields().get(close[0].removeprefix("family."))
+        hint = f"did you mean {close[0]}?" + (f" (of {', '.join(owners)})" if owners else "")
     raise EsoError(f"{path}: unknown config field; {hint}")
 
 
@@ -337,6 +418,12 @@ def _fits(value: Any, kind: Any) -> bool:
     return False
 
 
+def _read(path: str, value: Any, kind: Any) -> Any:
+    """A value of its field's type; raises an EsoError where it does not fit."""
+    require(_fits(value, kind), path, value, f"must be of type {_type_name(kind)}")
+    return _as_floats(value) if "float" in str(kind) else value
+
+
 def _as_floats(value: Any) -> Any:
     """Whole numbers given for floats, as floats; lists as tuples."""
     if isinstance(value, (list, tuple)):
@@ -354,4 +441,4 @@ def _parse(path: str, text: str, kind: Any) -> Any:
     if int in _kinds(kind) and isinstance(value, float) and value.is_integer():
         value = int(value)  # train.steps=1e6
     require(_fits(value, kind), path, text, f"must be of type {_type_name(kind)}")
-    return value
+    return _read(path, value, kind)

@@ -20,9 +20,9 @@ def lm1b(family: str, steps: int = 1_000_000, adaln: bool = True, **fields: Any)
     """A run on LM1B (One Billion Words): 128 tokens, BERT's vocabulary, 1M steps of 512 sequences.
 
     Args:
-      family: config.FAMILIES.
+      family: its name, see eso_jax/families.
       adaln: False leaves AdaLN out, as the plain AR baseline does.
-      fields: of FamilyConfig.
+      fields: of FamilyConfig, the family's own.
     """
     model = ModelConfig.of_size("small", length=128, vocab_size=30522, mask_id=103, cond_dim=128 if adaln else 0)
     return _run(family, model, DataConfig("data/lm1b", "bert-base-uncased"), TrainConfig(steps=steps), fields)
@@ -43,7 +43,7 @@ def fine_tuned(config: Config, start_from: str, length: int, steps: int) -> Conf
 
 
 def _run(family: str, model: ModelConfig, data: DataConfig, train: TrainConfig, fields: dict[str, Any]) -> Config:
-    if family == "bd3lm":
+    if "block_size" in fields:
         fields = {"t_range": BD3LM_RANGES[fields["block_size"]], **fields}
     return Config(model, FamilyConfig(name=family, **fields), data, train)
 

@@ -95,11 +95,10 @@ def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises an EsoError unless a config's batch and model divide over a mesh."""
     size, model, train = mesh.shape, config.model, config.train
     rows, shards = math.prod(size[axis] for axis in BATCH), size["fsdp"] * size["tensor"]
-    # Each of an Eso-LM's two losses has its own rows; with less than one of each on a device, layers would communicate.
-    least = rows * train.accumulate * config.family.split.denominator
+    least = rows * train.accumulate * config.family.group_size
     require(train.batch_size % least == 0, "train.batch_size", train.batch_size,
             f"must be a multiple of {least}: mesh.data x mesh.fsdp = {rows} devices split the rows, in "
-            f"train.accumulate = {train.accumulate} parts, by kappa = {config.family.split}")
+            f"train.accumulate = {train.accumulate} parts, with {config.family.group_reason}")
     require(model.heads % size["tensor"] == 0, "mesh.tensor", size["tensor"], f"must divide the {model.heads} heads")
     require(model.width % shards == 0, "mesh.fsdp x mesh.tensor", shards,
             f"must divide model.width = {model.width}; use more of mesh.data")

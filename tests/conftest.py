@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import os
 import socket
@@ -23,9 +25,9 @@ import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from eso_jax import sharding  # noqa: E402
+from eso_jax import families, sharding  # noqa: E402
 from eso_jax.cli import main  # noqa: E402
-from eso_jax.config import Config, FamilyConfig, ModelConfig  # noqa: E402
+from eso_jax.config import SETTINGS, Config, FamilyConfig, ModelConfig, family_fields  # noqa: E402
 from eso_jax.engine.rows import Engine  # noqa: E402
 from eso_jax.interop import import_checkpoint  # noqa: E402
 from eso_jax.model import transformer  # noqa: E402
@@ -149,6 +151,29 @@ def golden(file: str, family: str) -> Golden:
 @pytest.fixture(scope="session")
 def cases() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDENS / "cases.npz"))
+
+
+@contextlib.contextmanager
+def renamed(prefix: str) -> Iterator[None]:
+    """All families under other names alone, within its block."""
+    known, settings = dict(families.BY_NAME), dict(SETTINGS)
+    families.BY_NAME.clear()
+    SETTINGS.clear()
+    try:
+        for name, family in known.items():
+            families.register(dataclasses.replace(family, name=prefix + name))
+        yield
+    finally:
+        for table, before in ((families.BY_NAME, known), (SETTINGS, settings)):
+            table.clear()
+            table.update(before)  # type: ignore[attr-defined]
+
+
+def as_family(name: str) -> list[str]:
+    """Overrides for a small model of a family: alpha_0 = 1/2 or blocks of 4, where it has such a setting."""
+    owners = family_fields()
+    return [f"family.name={name}", *(f"family.{field}={value}" for field, value in (("alpha_0", 0.5), ("block_size", 4))
+                                     if name in owners[field])]
 
 
 def tiny_config(family: str = "esolm", length: int = 12, vocab_size: int = 9, **fields: object) -> Config:

@@ -24,8 +24,9 @@ TRAIN = TrainConfig(steps=STEPS, batch_size=16, accumulate=1, learning_rate=5e-3
 
 
 def config_of(family: str, mesh: MeshConfig = MeshConfig()) -> Config:
-    alpha_0 = 0.5 if family.startswith("esolm") else 1.0
-    return Config(MODEL, FamilyConfig(name=family, alpha_0=alpha_0, block_size=4), train=TRAIN, mesh=mesh)
+    fields: dict[str, float] = {"esolm": {"alpha_0": 0.5}, "esolm_a": {"alpha_0": 0.5},
+                                "bd3lm": {"block_size": 4}}.get(family, {})
+    return Config(MODEL, FamilyConfig(name=family, **fields), train=TRAIN, mesh=mesh)
 
 
 def losses(config: Config, devices: list[jax.Device]) -> list[float]:

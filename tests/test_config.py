@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import pickle
 from fractions import Fraction
 from pathlib import Path
 
@@ -40,7 +43,7 @@ def test_json_round_trip(assignments: tuple[str, ...], tmp_path: Path) -> None:
     ("family.kappa=1", 1.0), ("train.clip_norm=2", 2.0),
     ("data.source=None", "None"), ("data.source=my_dir/(a)", "my_dir/(a)"), ("data.source=a=b", "a=b")])
 def test_override_reads_the_value_by_the_fields_type(assignment: str, expected: object) -> None:
-    config = Config().override(assignment)
+    config = Config().override(*(["family.name=bd3lm"] if "t_range" in assignment else []), assignment)
     section, _, name = assignment.partition("=")[0].partition(".")
     value = getattr(getattr(config, section), name)
     assert repr(value) == repr(expected)  # 1 is not 1.0
@@ -64,10 +67,15 @@ def test_sizes() -> None:
 @pytest.mark.parametrize("fields, split", [
     (dict(), Fraction(1)), (dict(alpha_0=0.0), Fraction(0)), (dict(alpha_0=0.125), Fraction(1, 2)),
     (dict(alpha_0=0.5, kappa=0.75), Fraction(3, 4)), (dict(alpha_0=0.5, kappa=0.1), Fraction(1, 10)),
-    (dict(alpha_0=0.5, kappa=1 / 3), Fraction(1, 3)),
-    (dict(name="ar"), Fraction(1))])
+    (dict(alpha_0=0.5, kappa=1 / 3), Fraction(1, 3))])
 def test_split_is_a_small_fraction(fields: dict, split: Fraction) -> None:
     assert FamilyConfig(**fields).split == split
+    assert FamilyConfig(**fields).group_size == split.denominator
+
+
+@pytest.mark.parametrize("name", ["mdlm", "bd3lm", "ar"])
+def test_rows_of_other_families_stand_alone(name: str) -> None:
+    assert FamilyConfig(name=name).group_size == 1 and not hasattr(FamilyConfig(name=name), "split")
 
 
 @pytest.mark.parametrize("kappa", [0.005, 0.997])
@@ -79,7 +87,8 @@ def test_split_never_drops_a_loss(kappa: float) -> None:
 ERRORS = {  # assignments -> what the message must hold: the field and its value, and the remedy
     ("family.alpha_0=1.5",): ("family.alpha_0 = 1.5", "in [0, 1]"),
     ("family.alpha_0=-0.1",): ("family.alpha_0 = -0.1", "in [0, 1]"),
-    ("family.name=mdlm", "family.alpha_0=0.5"): ("family.alpha_0 = 0.5", "only Eso-LMs", "'mdlm'"),
+    ("family.name=mdlm", "family.alpha_0=0.5"):
+        ("family.alpha_0 = 0.5", "of esolm, esolm_a alone", "leave it out", "'mdlm'"),
     ("family.name=gpt",): ("family.name = 'gpt'", "esolm, esolm_a, mdlm, bd3lm, ar"),
     ("model.heads=7",): ("model.heads = 7", "divide model.width = 768"),
     ("model.heads=256",): ("model.heads = 256", "head size 3", "even", "model.width"),
@@ -93,11 +102,11 @@ ERRORS = {  # assignments -> what the message must hold: the field and its value
     ("family.alpha_0=0.5", "family.kappa=1.0"): ("family.kappa = 1.0", "alpha_0 = 0.5", "both losses"),
     ("family.kappa=1.2",): ("family.kappa = 1.2", "in [0, 1]"),
     ("family.loss_weight=flat",): ("family.loss_weight = 'flat'", "elbo or low_var"),
-    ("family.t_range=(0.5,0.2)",): ("family.t_range = (0.5, 0.2)", "low < high"),
-    ("family.t_range=(0.5,)",): ("family.t_range = '(0.5,)'", "tuple"),
-    ("family.t_range=(0.5,0.6,0.7)",): ("family.t_range = '(0.5,0.6,0.7)'", "tuple"),
+    ("family.name=bd3lm", "family.t_range=(0.5,0.2)"): ("family.t_range = (0.5, 0.2)", "low < high"),
+    ("family.name=bd3lm", "family.t_range=(0.5,)"): ("family.t_range = '(0.5,)'", "tuple"),
+    ("family.name=bd3lm", "family.t_range=(0.5,0.6,0.7)"): ("family.t_range = '(0.5,0.6,0.7)'", "tuple"),
     ("family.name=bd3lm", "family.block_size=24"): ("family.block_size = 24", "divide model.length = 128"),
-    ("family.start_id=258",): ("family.start_id = 258", "[0, 258)"),
+    ("family.name=ar", "family.start_id=258"): ("family.start_id = 258", "[0, 258)"),
     ("train.batch_size=6", "train.accumulate=2", "family.alpha_0=0.5"):
         ("train.batch_size = 6", "multiple of 4", "kappa = 1/2"),
     ("train.batch_size=10", "family.alpha_0=0.5", "family.kappa=0.25"): ("train.batch_size = 10", "multiple of 4"),
@@ -146,7 +155,7 @@ def test_field_without_its_section_is_recognized() -> None:
 @pytest.mark.parametrize("fields, message", [
     (dict(alpha_0=1.0, kappa=0.0), "family.kappa = 0.0: alpha_0 = 1.0 needs its one loss"),
     (dict(alpha_0=0.0, kappa=1.0), "family.kappa = 1.0: alpha_0 = 0.0 needs its one loss"),
-    (dict(name="mdlm", kappa=0.5), "only Eso-LMs have it"),
+    (dict(name="mdlm", kappa=0.5), "of esolm, esolm_a alone; leave it out"),
     (dict(name="ar", loss_weight="low_var"), "family.loss_weight = 'low_var'")])
 def test_settings_that_would_train_on_nothing(fields: dict, message: str) -> None:
     with pytest.raises(EsoError, match=message):
@@ -188,3 +197,66 @@ def test_unusable_file_is_named(tmp_path: Path, name: str, content: str | None, 
     with pytest.raises(EsoError) as caught:
         from_file(tmp_path / name)
     assert f"config = '{tmp_path / name}'" in str(caught.value) and remedy in str(caught.value)
+
+
+# config.json of commit 295e718 holds the fields of all families for each.
+OLD = {"alpha_0": 1.0, "kappa": None, "loss_weight": "elbo", "block_size": 4, "t_range": [0.001, 1.0], "start_id": None}
+
+
+@pytest.mark.parametrize("name, changes, own", [
+    ("esolm", {"alpha_0": 0.25, "kappa": 0.75}, {"alpha_0": 0.25, "kappa": 0.75, "loss_weight": "elbo"}),
+    ("esolm_a", {"loss_weight": "low_var"}, {"alpha_0": 1.0, "kappa": None, "loss_weight": "low_var"}),
+    ("mdlm", {"loss_weight": "low_var", "start_id": 3}, {"loss_weight": "low_var"}),
+    ("bd3lm", {"t_range": [0.3, 0.8]}, {"block_size": 4, "t_range": [0.3, 0.8]}),
+    ("ar", {"start_id": 3}, {"start_id": 3})])
+def test_configs_of_before(name: str, changes: dict, own: dict) -> None:
+    """They hold what is written now, which is the family's own."""
+    config = from_dict({"family": {"name": name, **OLD, **changes}})
+    assert json.loads(config.to_json())["family"] == {"name": name, **own}
+    assert config.family == FamilyConfig(name=name, **{key: tuple(x) if isinstance(x, list) else x
+                                                       for key, x in own.items()})
+    assert isinstance(config.family, FamilyConfig) and type(config.family) is not FamilyConfig
+
+
+def test_configs_of_before_that_were_refused_still_are() -> None:
+    for changes in ({"alpha_0": 0.5}, {"kappa": 0.5}, {"alpha_0": "all"}):
+        with pytest.raises(EsoError, match=f"family.{next(iter(changes))} = "):
+            from_dict({"family": {"name": "mdlm", **OLD, **changes}})
+
+
+@pytest.mark.parametrize("assignments, family", [
+    (["family.name=mdlm"], dict(name="mdlm", loss_weight="low_var")),
+    (["family.name=esolm_a"], dict(name="esolm_a", alpha_0=0.25, kappa=0.75, loss_weight="low_var")),
+    (["family.name=ar"], dict(name="ar")),
+    (["family.name=bd3lm", "family.block_size=4"], dict(name="bd3lm", block_size=4)),
+    (["family.name=mdlm", "family.alpha_0=1", "family.kappa=None"], dict(name="mdlm", loss_weight="low_var")),
+    (["family.alpha_0=0", "family.loss_weight=elbo", "family.name=ar"], dict(name="ar"))])
+def test_another_family_leaves_what_it_does_not_have(assignments: list[str], family: dict) -> None:
+    config = Config(family=FamilyConfig(name="esolm", alpha_0=0.25, kappa=0.75, loss_weight="low_var"))
+    assert config.override(*assignments).family == FamilyConfig(**family)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(name="mdlm", block_size=4), dict(name="esolm", start_id=3), dict(name="bd3lm", loss_weight="low_var"),
+    dict(name="ar", alpha_0=0.5), dict(name="mdlm", kappa=0.5)])
+def test_foreign_settings_are_refused(fields: dict) -> None:
+    name, field, value = fields["name"], *list(fields.items())[1]
+    for attempt in (lambda: FamilyConfig(**fields),
+                    lambda: Config().override(f"family.name={name}", f"family.{field}={value}")):
+        with pytest.raises(EsoError, match=f"family.{field} = .*alone; leave it out for family.name = {name!r}"):
+            attempt()
+
+
+def test_unknown_settings_in_python() -> None:
+    with pytest.raises(EsoError,
+                       match=r"family.blok_size: unknown config field; did you mean family.block_size\? \(of bd3lm"):
+        FamilyConfig(name="bd3lm", blok_size=4)
+    with pytest.raises(EsoError, match=r"family.name = 'mdlm': EsoLMConfig is not its class"):
+        dataclasses.replace(FamilyConfig(name="esolm"), name="mdlm")
+
+
+@pytest.mark.parametrize("name", ["esolm", "esolm_a", "mdlm", "bd3lm", "ar"])
+def test_settings_are_values(name: str) -> None:
+    settings = FamilyConfig(name=name)
+    assert pickle.loads(pickle.dumps(settings)) == dataclasses.replace(settings) == copy.deepcopy(settings) == settings
+    assert len({settings, FamilyConfig(name=name)}) == 1

@@ -59,7 +59,7 @@ def test_there_is_a_run_for_every_row_of_the_paper() -> None:
     kappas = {(f[1], f[2]) for f in by_corpus["lm1b"] if f[0] == "esolm_a" and f[2] is not None}
     assert len(kappas) == 16
     for found in by_corpus.values():
-        assert {f[4] for f in found if f[0] == "bd3lm"} == {4, 8, 16}
+        assert {f[1] for f in found if f[0] == "bd3lm"} == {4, 8, 16}
 
 
 def distinct() -> dict[str, Config]:
@@ -68,7 +68,8 @@ def distinct() -> dict[str, Config]:
     for path in RUNS:
         config = configs.from_file(ROOT / path)
         family = config.family
-        kind = (family.name, config.model.length, config.model.cond_dim, float(family.split), family.block_size)
+        kind = (family.name, config.model.length, config.model.cond_dim,
+                getattr(family, "split", 1), getattr(family, "block_size", 16))
         found[kind] = path
     return {str(path): configs.from_file(ROOT / path) for path in found.values()}
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import eso_jax
-from conftest import GOLDENS, Run, random_params, random_tokens
+from conftest import GOLDENS, Run, as_family, random_params, random_tokens
 from eso_jax import sharding
 from eso_jax.config import Config, MeshConfig, from_file
 from eso_jax.data.tokenizers import LibraryTokenizer
@@ -78,7 +78,7 @@ def test_the_golden_ar_becomes_an_eso_lm(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["mdlm", "ar", "bd3lm"])
 def test_another_family_and_a_longer_length(family: str, base: Config, tmp_path: Path) -> None:
     """The first step's rate is 0 (warm-up), so that one step shows where training begins: step 0, a fresh optimizer."""
-    source = made(tmp_path / "source", base, f"family.name={family}", "family.block_size=4")
+    source = made(tmp_path / "source", base, *as_family(family))
     run = base.override(f"train.start_from={source}", "model.length=32", "train.steps=1")
     state = training.train(run, tmp_path / "w")
     _, _, before = workdir.read(source)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import Golden, engine, golden
+from conftest import Golden, engine, golden, renamed
 from eso_jax import families, likelihood, noise
 from eso_jax.decoding import categorical, check
 from eso_jax.decoding.order import sort
@@ -20,9 +21,16 @@ from eso_jax.model.masks import View
 Cases = dict[str, np.ndarray]
 
 
+@pytest.fixture(scope="module", params=["", "x_"], ids=["own names", "other names"], autouse=True)
+def prefix(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Before the names of all families: no number may depend on them."""
+    with renamed(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="module")
-def eso() -> Golden:
-    return golden("eso", "esolm")
+def eso(prefix: str) -> Golden:
+    return golden("eso", f"{prefix}esolm")
 
 
 def logits_close(ours: object, theirs: np.ndarray) -> None:
@@ -59,8 +67,8 @@ def test_two_stream_logits(case: str, eso: Golden, cases: Cases) -> None:
 
 
 @pytest.mark.parametrize(("case", "family"), [("eso_b_diffusion", "esolm"), ("eso_a_diffusion", "esolm_a")])
-def test_esolm_diffusion_losses(case: str, family: str, cases: Cases) -> None:
-    model = golden("eso", family)
+def test_esolm_diffusion_losses(case: str, family: str, prefix: str, cases: Cases) -> None:
+    model = golden("eso", prefix + family)
     nll = families.get(model.config).diffusion_nll(model.weights, model.config, jnp.asarray(cases["x0"]),
                               jnp.asarray(masked_of(cases, f"{case}/zt", model)), jnp.asarray(cases[f"{case}/order"]))
     t, alpha_0 = jnp.asarray(cases[f"{case}/t"]), float(cases[f"{case}/alpha_0"])
@@ -69,8 +77,8 @@ def test_esolm_diffusion_losses(case: str, family: str, cases: Cases) -> None:
     sums_close(nll * noise.elbo_weight(t, alpha_0)[:, None], cases[f"{case}/nll_elbo_in_order"])
 
 
-def test_mdlm_losses(cases: Cases) -> None:
-    model = golden("eso", "mdlm")
+def test_mdlm_losses(prefix: str, cases: Cases) -> None:
+    model = golden("eso", f"{prefix}mdlm")
     nll = mdlm.masked_nll(model.weights, model.config, jnp.asarray(cases["x0"]),
                           jnp.asarray(masked_of(cases, "mdlm/zt", model)))
     t = jnp.asarray(cases["mdlm/t"])
@@ -81,8 +89,8 @@ def test_mdlm_losses(cases: Cases) -> None:
 
 
 @pytest.mark.parametrize(("case", "family"), [("eso_b_sequential", "esolm"), ("eso_a_sequential", "esolm_a")])
-def test_esolm_sequential_losses(case: str, family: str, cases: Cases) -> None:
-    model = golden("eso", family)
+def test_esolm_sequential_losses(case: str, family: str, prefix: str, cases: Cases) -> None:
+    model = golden("eso", prefix + family)
     nll = families.get(model.config).sequential_nll(model.weights, model.config, jnp.asarray(cases["x0"]),
                                jnp.asarray(masked_of(cases, f"{case}/z0", model)), jnp.asarray(cases[f"{case}/order"]))
     sums_close(nll, cases[f"{case}/nll_in_order"])
@@ -135,8 +143,8 @@ def test_nucleus(cases: Cases) -> None:
     np.testing.assert_array_equal(kept, cases["nucleus/keep_top_p_0.9"])
 
 
-def test_ar(cases: Cases) -> None:
-    model, x = golden("ar", "ar"), jnp.asarray(cases["x0"])
+def test_ar(prefix: str, cases: Cases) -> None:
+    model, x = golden("ar", f"{prefix}ar"), jnp.asarray(cases["x0"])
     assert model.config.model.cond_dim == 0
     inputs = x[:, :-1]
     hidden, _ = transformer.trunk(model.weights, inputs, transformer.natural_positions(inputs),
@@ -145,8 +153,8 @@ def test_ar(cases: Cases) -> None:
     sums_close(ar.next_token_nll(model.weights, model.config, inputs, x[:, 1:]), cases["ar/nll"])
 
 
-def test_bd3lm(cases: Cases) -> None:
-    model, x, zt = golden("bd3lm", "bd3lm"), jnp.asarray(cases["x0"]), jnp.asarray(cases["bd3lm/zt"])
+def test_bd3lm(prefix: str, cases: Cases) -> None:
+    model, x, zt = golden("bd3lm", f"{prefix}bd3lm"), jnp.asarray(cases["x0"]), jnp.asarray(cases["bd3lm/zt"])
     assert model.config.family.block_size == 4
     positions = transformer.natural_positions(x)
     hidden, _ = transformer.trunk(model.weights, jnp.concatenate([zt, x], 1), jnp.concatenate([positions] * 2, 1),

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 import mesh_losses
 from conftest import emulated, tiny_config, together
-from eso_jax import sharding
-from eso_jax.config import FAMILIES, Config, MeshConfig
+from eso_jax import families, sharding
+from eso_jax.config import Config, MeshConfig
 from eso_jax.errors import EsoError
 from eso_jax.model import masks, transformer
 from eso_jax.run import train
@@ -29,7 +29,7 @@ SCRIPT = Path(mesh_losses.__file__)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", list(families.BY_NAME))
 def test_losses_agree_on_every_mesh(family: str, tmp_path: Path) -> None:
     """20 steps on one device, 8 along data, 8 along fsdp, 4 along tensor x 2 along data; and two processes of 4
     devices, whose parameters are split over both."""

@@ -256,4 +256,4 @@ def test_the_runs_at_scale(name: str, billions: float) -> None:
     assert sum(x.size for x in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, abs=0.005)
     for chips_ in (256, 512):
         assert chips_ % config.mesh.fsdp == 0 and config.model.width % config.mesh.fsdp == 0
-        assert config.train.batch_size % (chips_ * config.family.split.denominator) == 0
+        assert config.train.batch_size % (chips_ * config.family.group_size) == 0

@@ -144,7 +144,7 @@ def test_import_mistakes(tmp_path: Path, run: Run) -> None:
             ([good, "--config", tmp_path / "wide.json"], "should hold shape"),
             ([good, "--config", tmp_path / "word.json"], "model.length = 'long'"),
             ([good, "--length", 16, "--heads", 8], "check the number of heads"),
-            ([good, "--length", 16, "--family", "mdlm", "--alpha-0", 0.5], "only Eso-LMs have it")):
+            ([good, "--length", 16, "--family", "mdlm", "--alpha-0", 0.5], "of esolm, esolm_a alone")):
         assert message in run("import", *arguments, "--out", tmp_path / "w", code=2)
     assert not list(tmp_path.glob("w")) + list(tmp_path.glob("w.*"))
     (tmp_path / "w").mkdir()

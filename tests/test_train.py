@@ -19,9 +19,9 @@ import optax
 import pytest
 
 import eso_jax
-from conftest import BASE, emulated, params_of, random_tokens, tiny_config, together
-from eso_jax import flops
-from eso_jax.config import FAMILIES, Config
+from conftest import BASE, as_family, emulated, params_of, random_tokens, tiny_config, together
+from eso_jax import families, flops
+from eso_jax.config import Config
 from eso_jax.errors import EsoError
 from eso_jax.run import metrics, train as training
 from eso_jax.run.optim import optimizer, update_ema
@@ -53,10 +53,9 @@ def test_it_learns_logs_and_draws(base: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", list(families.BY_NAME))
 def test_every_family_trains(family: str, base: Config, tmp_path: Path) -> None:
-    run = base.override(f"family.name={family}", f"family.alpha_0={0.5 if 'eso' in family else 1}",
-                        "family.block_size=4", "train.steps=2")
+    run = base.override(*as_family(family), "train.steps=2")
     state = training.train(run, tmp_path / "w")
     assert int(state.step) == 2 and np.isfinite(optax.tree.norm(state.params))
 
@@ -224,11 +223,10 @@ def validation_lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, windows", list(zip(FAMILIES, (100, 300, 300, 100, 100), strict=True)))
+@pytest.mark.parametrize("family, windows", list(zip(families.BY_NAME, (100, 300, 300, 100, 100), strict=True)))
 def test_a_pod_passes_its_evaluation(family: str, windows: int, long: Config, tmp_path: Path) -> None:
     """128 devices, which do not divide the windows."""
-    run = long.override(f"family.name={family}", f"family.alpha_0={0.5 if 'eso' in family else 1}", "train.steps=2",
-                        "family.block_size=4", "train.batch_size=256", f"train.eval_windows={windows}",
+    run = long.override(*as_family(family), "train.steps=2", "train.batch_size=256", f"train.eval_windows={windows}",
                         "model.layers=1")
     (tmp_path / "run.json").write_text(run.to_json())
     done = subprocess.run([sys.executable, "-m", "eso_jax", "train", str(tmp_path / "run.json"), "--workdir",

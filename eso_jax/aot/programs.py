@@ -108,7 +108,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     model, dtype = config.model, jnp.dtype(config.train.compute_dtype)
     mesh = sharding.inference_mesh(model, tensor, devices)
     batch, family = batch_per_copy * (len(devices) // tensor), families.get(config)
-    plan = family.plan(jax.random.key(0), config, 1, model.length, config.family.alpha_0,
+    plan = family.plan(jax.random.key(0), config, 1, model.length, families.alpha_0_of(config, None),
                        family.policies[-1])
     sampler = family.sampler(config)
     with jax.set_mesh(mesh):  # shapes depend on the platform and on the batch

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from eso_jax import families
 from eso_jax.cli.files import say
-from eso_jax.config import FAMILIES
 from eso_jax.errors import require
 
 EXAMPLE = "eso-jax import eso.ckpt --ema --out /tmp/w"
@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="a .safetensors file, a Lightning .ckpt, or a hub repository "
                                                   "owner/name")
     parser.add_argument("--out", required=True, help="the new work directory; an existing one is refused")
-    parser.add_argument("--family", choices=FAMILIES, help="what it was trained as (what SRC says, or esolm)")
+    parser.add_argument("--family", choices=tuple(families.BY_NAME),
+                        help="what it was trained as (what SRC says, or esolm)")
     parser.add_argument("--ema", action="store_true", help="take the averaged parameters of a .ckpt, not the raw ones")
     parser.add_argument("--config", help="JSON of sizes, as eso-jax export writes it: any of hidden_size, n_heads, "
                                         "n_blocks, cond_dim, length, vocab_size, mask_id, family, alpha_0, block_size")

@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
         logp = importance.log_prob(model, tokens, count, alpha_0, arguments.seed, partial)
     bound, error = likelihood.iw_bound(logp)
     orders = "1 order" if len(logp) == 1 else f"{len(logp)} orders"
-    say(f"{len(tokens)} sequences, {orders} each: log p >= {bound.mean():.4f} nats on average "
+    sign = "=" if families.get(model.config).exact_bound else ">="
+    say(f"{len(tokens)} sequences, {orders} each: log p {sign} {bound.mean():.4f} nats on average "
         f"({-bound.mean() / tokens.shape[1]:.4f} nats per token)")
     write_npz(arguments.out, logp_per_order=logp, iw_bound=bound, iw_bound_standard_error=error)
     Path(arguments.out + ".partial").unlink(missing_ok=True)

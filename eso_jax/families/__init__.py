@@ -1,8 +1,8 @@
 """The families: what is corrupted, who sees whom, the loss, the bound and the sampler of each.
 
-A family is one object in one file; eso_jax/families/base.py says what it has to say for itself. To add one: write its
-file, and name it in `BY_NAME` and in `config.FAMILIES`; tests/test_families.py and tests/test_train.py then apply to
-it.
+A family is one object in one file, with its settings; eso_jax/families/base.py says what it has to say for itself. To
+add one: write its file, and `register` it, here or in that file; tests/test_families.py and tests/test_train.py then
+apply to it, where it is registered here.
 
 `sample` and `plan_log_prob` decode and score along a plan by the family's sampler.
 """
@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int, Key
 
+from eso_jax import config as config_module
 from eso_jax.config import Config
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan
-from eso_jax.errors import require
 from eso_jax.families.ar import AR
 from eso_jax.families.base import Family
 from eso_jax.families.bd3lm import BD3LM
@@ -23,8 +23,17 @@ from eso_jax.families.esolm import EsoLM
 from eso_jax.families.mdlm import MDLM
 from eso_jax.model.transformer import Weights
 
-BY_NAME: dict[str, Family] = {family.name: family for family in (
-    EsoLM(), EsoLM("esolm_a", "Eso-LM (A)", prefix=True), MDLM(), BD3LM(), AR())}
+BY_NAME: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Makes a family known, and its settings to configs and the command line, by its name."""
+    BY_NAME[family.name] = family
+    config_module.register(family.name, family.settings)
+
+
+for _family in (EsoLM(), EsoLM("esolm_a", "Eso-LM (A)", prefix=True), MDLM(), BD3LM(), AR()):
+    register(_family)
 
 
 def get(config: Config) -> Family:
@@ -39,14 +48,12 @@ def alpha_0_of(config: Config, alpha_0: float | None) -> float:
     Raises:
       EsoError: it is no share, or the family has no such choice.
     """
-    only = get(config).only_alpha_0
+    family = get(config)
     if alpha_0 is not None:
-        require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
-        require(alpha_0 in (only or (alpha_0,)), "alpha_0", alpha_0,
-                f"only Eso-LMs have a choice; leave it out for family.name = {config.family.name!r}")
-    if only:
-        return only[0]
-    return config.family.alpha_0 if alpha_0 is None else alpha_0
+        family.check_alpha_0(alpha_0)
+    if family.only_alpha_0 is not None:
+        return family.only_alpha_0[0]
+    return float(config.family.alpha_0) if alpha_0 is None else alpha_0
 
 
 def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),

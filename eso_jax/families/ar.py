@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from eso_jax.config import Config
+from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.plan import Plan, left_to_right
 from eso_jax.errors import EsoError, require
@@ -27,6 +27,19 @@ from eso_jax.noise import Draws
 
 
 @dataclass(frozen=True)
+class ARConfig(FamilyConfig):
+    """The settings of an AR model."""
+
+    start_id: int | None = None  # the token before the first; None: the mask id
+    # alpha_0 is 0; configs of before have 1, which was the field's default.
+    only = {**FamilyConfig.only, "alpha_0": (0.0, 1.0), "loss_weight": ("elbo",)}
+
+    def check_with(self, config: Config) -> None:
+        require(self.start_id is None or 0 <= self.start_id < config.model.vocab_size, "family.start_id",
+                self.start_id, f"must be in [0, {config.model.vocab_size})")
+
+
+@dataclass(frozen=True)
 class AR(Family):
     """The causal language model."""
 
@@ -34,9 +47,8 @@ class AR(Family):
     label: str = "AR"
     exact_bound = True
     one_pass = True
-    only_alpha_0 = (0.0, 1.0)  # it is 0; its config has the field's default, 1
     policies = ("left-to-right",)
-    settings = ("start_id",)
+    settings = ARConfig
     without_adaln = True
 
     def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],

@@ -8,6 +8,7 @@ Axes: B batch, L length, O orders, D width.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +21,7 @@ from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.order import sort
 from eso_jax.decoding.plan import Plan
-from eso_jax.errors import EsoError
+from eso_jax.errors import EsoError, require
 from eso_jax.model import vocabulary
 from eso_jax.model.masks import Pattern, TwoStreams
 from eso_jax.model.transformer import Weights
@@ -46,23 +47,33 @@ class Family(ABC):
     Attributes:
       name: as `family.name` says it.
       label: as people write it.
+      settings: the class of its section `family` in a config.
       exact_bound: `nelbo` always gives -log p itself, not a bound of it.
       one_pass: `log_likelihood` scores an order in one pass. Without it, an order takes L passes of the sampler.
-      only_alpha_0: the values that `--alpha-0` may have where there is no choice; the first is the one in use. None:
-        any share is allowed.
       policies: plans that `check-cache` tries. The last one decodes one token per pass; `eso-jax plan` takes it.
-      settings: the fields of FamilyConfig that a model of the family cannot do without, written by an export.
       without_adaln: its models may have no AdaLN (model.cond_dim = 0).
     """
 
     name: str
     label: str
+    settings: ClassVar[type[FamilyConfig]]
     exact_bound: ClassVar[bool] = False
     one_pass: ClassVar[bool] = False
-    only_alpha_0: ClassVar[tuple[float, ...] | None] = (1.0,)
     policies: ClassVar[tuple[str, ...]] = ("balanced", "one-by-one")
-    settings: ClassVar[tuple[str, ...]] = ()
     without_adaln: ClassVar[bool] = False
+
+    @property
+    def only_alpha_0(self) -> tuple[float, ...] | None:
+        """The values that `--alpha-0` may have where there is no choice; the first is the one in use. None: any share
+        is allowed."""
+        has_choice = "alpha_0" in {field.name for field in dataclasses.fields(self.settings)}
+        return None if has_choice else self.settings.only["alpha_0"]
+
+    def check_alpha_0(self, alpha_0: float) -> None:
+        """Raises an EsoError for what is no share of tokens left to diffusion, or none that the family has."""
+        require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
+        require(self.only_alpha_0 is None or alpha_0 in self.only_alpha_0, "alpha_0", alpha_0,
+                f"only Eso-LMs have a choice; leave it out for family.name = {self.name!r}")
 
     # Training and its bound.
 
@@ -153,6 +164,11 @@ class Family(ABC):
     def describe(self, settings: FamilyConfig) -> str:
         """The settings that say which model of the family it is, in words; empty: there are none."""
         return ""
+
+
+def check_loss_weight(loss_weight: str) -> None:
+    """Raises an EsoError for a weight of a diffusion loss that there is not."""
+    require(loss_weight in ("elbo", "low_var"), "family.loss_weight", loss_weight, "choose elbo or low_var")
 
 
 def only_natural(name: str, orders: np.ndarray) -> None:

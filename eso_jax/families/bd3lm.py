@@ -29,12 +29,30 @@ from eso_jax.noise import Draws
 
 
 @dataclass(frozen=True)
+class BD3LMConfig(FamilyConfig):
+    """The settings of a BD3-LM."""
+
+    block_size: int = 16  # L'
+    t_range: tuple[float, float] = (1e-3, 1.0)  # the clipped training range of t; evaluation uses (1e-3, 1)
+    only = {**FamilyConfig.only, "loss_weight": ("elbo",)}
+
+    def check(self) -> None:
+        require(self.block_size >= 1, "family.block_size", self.block_size, "must be at least 1")
+        low, high = self.t_range
+        require(0 < low < high <= 1, "family.t_range", self.t_range, "must satisfy 0 < low < high <= 1")
+
+    def check_with(self, config: Config) -> None:
+        require(config.model.length % self.block_size == 0, "family.block_size", self.block_size,
+                f"must divide model.length = {config.model.length}")
+
+
+@dataclass(frozen=True)
 class BD3LM(Family):
     """Block diffusion."""
 
     name: str = "bd3lm"
     label: str = "BD3-LM"
-    settings = ("block_size",)
+    settings = BD3LMConfig
 
     def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
              draws: Draws) -> dict[str, Float[Array, ""]]:
@@ -44,7 +62,7 @@ class BD3LM(Family):
 
     def nelbo(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
               alpha_0: float = 1.0) -> dict[str, Float[Array, " B"]]:
-        require(alpha_0 == 1, "alpha_0", alpha_0, "BD3-LM is all diffusion; leave alpha_0 at 1")
+        self.check_alpha_0(alpha_0)
         return {"diffusion": _weighted_nll(weights, config, tokens, draws, noise.T_MIN, 1.0, train=False).sum(1)}
 
     def passes(self, config: Config) -> list[Pass]:
@@ -56,7 +74,7 @@ class BD3LM(Family):
     def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
              policy: str = "binomial") -> Plan:
         """T = `steps` in all, T / J for each of the J blocks; "one-by-one" is the first-hitting sampler."""
-        require(alpha_0 == 1, "alpha_0", alpha_0, "BD3-LM is all diffusion; leave alpha_0 at 1")
+        self.check_alpha_0(alpha_0)
         length, block = config.model.length, config.family.block_size
         blocks = length // block
         require(policy == "one-by-one" or steps % blocks == 0 and steps > 0, "steps", steps,

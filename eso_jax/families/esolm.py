@@ -23,11 +23,49 @@ from eso_jax.decoding import plan as plans
 from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.order import clean_first, sort
 from eso_jax.decoding.plan import Plan
-from eso_jax.families.base import Family, Pass, only_natural
+from eso_jax.errors import require
+from eso_jax.families.base import Family, Pass, check_loss_weight, only_natural
 from eso_jax.model import loss, masks, transformer
 from eso_jax.model.masks import Pattern, TwoStreams
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
+
+
+@dataclass(frozen=True)
+class EsoLMConfig(FamilyConfig):
+    """The settings of an Eso-LM."""
+
+    alpha_0: float = 1.0  # share of tokens left to diffusion; 1: all diffusion, 0: all sequential
+    kappa: float | None = None  # share of the batch on the diffusion loss; None: 1 at alpha_0 = 1, 0 at 0, else 1/2
+    loss_weight: str = "elbo"  # training weight of the diffusion term: "elbo", or "low_var" (w = 1)
+
+    def check(self) -> None:
+        require(0 <= self.alpha_0 <= 1, "family.alpha_0", self.alpha_0, "must be in [0, 1]")
+        require(self.kappa is None or 0 <= self.kappa <= 1, "family.kappa", self.kappa, "must be in [0, 1]")
+        both = 0 < self.alpha_0 < 1
+        require(self.kappa is None or (0 < self.kappa < 1 if both else self.kappa == self.alpha_0), "family.kappa",
+                self.kappa, f"alpha_0 = {self.alpha_0} needs {'both losses' if both else 'its one loss'}; "
+                "leave family.kappa unset")
+        require(0 < self.split < 1 or self.alpha_0 in (0, 1), "family.kappa", self.kappa,
+                "must leave each loss at least a 64th of the batch")
+        check_loss_weight(self.loss_weight)
+
+    @property
+    def split(self) -> Fraction:
+        """kappa as a fraction with a small denominator, so that a batch divides into equal groups."""
+        if self.kappa is not None:
+            return Fraction(self.kappa).limit_denominator(64)
+        return Fraction(self.alpha_0) if self.alpha_0 in (0, 1) else Fraction(1, 2)
+
+    @property
+    def group_size(self) -> int:
+        """Each of the two losses has its own rows, the same share of every group. With less than one row of each on a
+        device, layers would communicate."""
+        return self.split.denominator
+
+    @property
+    def group_reason(self) -> str:
+        return f"rows shared by kappa = {self.split}"
 
 
 @dataclass(frozen=True)
@@ -41,9 +79,8 @@ class EsoLM(Family):
     name: str = "esolm"
     label: str = "Eso-LM (B)"
     prefix: bool = False
+    settings = EsoLMConfig
     one_pass = True
-    only_alpha_0 = None
-    settings = ("alpha_0",)
 
     def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
              draws: Draws) -> dict[str, Float[Array, ""]]:

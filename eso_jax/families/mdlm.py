@@ -15,16 +15,25 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import noise
-from eso_jax.config import Config
+from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding import plan as plans
 from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.plan import Plan
-from eso_jax.errors import require
-from eso_jax.families.base import Family, Pass
+from eso_jax.families.base import Family, Pass, check_loss_weight
 from eso_jax.model import loss, masks, transformer
 from eso_jax.model.masks import Pattern
 from eso_jax.model.transformer import Weights
 from eso_jax.noise import Draws
+
+
+@dataclass(frozen=True)
+class MDLMConfig(FamilyConfig):
+    """The settings of an MDLM."""
+
+    loss_weight: str = "elbo"  # in training: "elbo", or "low_var" (w = 1)
+
+    def check(self) -> None:
+        check_loss_weight(self.loss_weight)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class MDLM(Family):
 
     name: str = "mdlm"
     label: str = "MDLM"
+    settings = MDLMConfig
 
     def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
              draws: Draws) -> dict[str, Float[Array, ""]]:
@@ -41,7 +51,7 @@ class MDLM(Family):
 
     def nelbo(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
               alpha_0: float = 1.0) -> dict[str, Float[Array, " B"]]:
-        require(alpha_0 == 1, "alpha_0", alpha_0, "MDLM is all diffusion; leave alpha_0 at 1")
+        self.check_alpha_0(alpha_0)
         return {"diffusion": _weighted_nll(weights, config, tokens, draws, low_var=False, train=False).sum(1)}
 
     def passes(self, config: Config) -> list[Pass]:
@@ -50,7 +60,7 @@ class MDLM(Family):
     def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
              policy: str = "binomial") -> Plan:
         """The binomial plan is the ancestral sampler, "one-by-one" its first-hitting form."""
-        require(alpha_0 == 1, "alpha_0", alpha_0, "MDLM is all diffusion; leave alpha_0 at 1")
+        self.check_alpha_0(alpha_0)
         return plans.draw(policy, key, batch, config.model.length, steps, 1.0)
 
     def sampler(self, config: Config) -> Sampler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from eso_jax import families
 from eso_jax.config import Config
 from eso_jax.data import tokenizers
 from eso_jax.errors import EsoError, require
@@ -78,10 +78,9 @@ def export_model(directory: str | Path, out: str | Path, ema: bool = True) -> Ex
 
 def describe(config: Config) -> dict[str, Any]:
     """The sizes and settings that no tensor shows, and those it does, as `eso-jax import --config` reads them."""
-    family = config.family
     values: dict[str, Any] = {KEYS[name][0]: getattr(config.model, name) for name in MODEL}
-    values |= {"mask_id": config.model.mask, "family": family.name}
-    values |= {name: getattr(family, name) for name in families.get(config).settings}
+    settings = dataclasses.asdict(config.family)
+    values |= {"mask_id": config.model.mask, "family": settings.pop("name"), **settings}
     return {name: value for name, value in values.items() if value is not None}
 
 

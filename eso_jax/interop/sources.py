@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from eso_jax import families
-from eso_jax.config import Config, FamilyConfig, from_dict
+from eso_jax.config import Config, family_fields, from_dict
 from eso_jax.errors import EsoError, require
 from eso_jax.interop import lightning, names
 from eso_jax.model.transformer import Params
 
-# What a JSON of sizes may say: our name -> the names it goes by in sizes.json and in the authors' hub repositories.
+# What a JSON of sizes may say: our name -> the names it goes by in sizes.json and in the authors' hub repositories. The
+# settings of families go by their own names.
 KEYS = {"width": ("hidden_size", "hidden_dim"), "layers": ("n_blocks",), "heads": ("n_heads",),
         "length": ("length", "model_length"), "vocab_size": ("vocab_size",), "mask_id": ("mask_id", "mask_index"),
-        "cond_dim": ("cond_dim",), "block_size": ("block_size",), "family": ("family", "model_type"),
-        "alpha_0": ("alpha_0",), "start_id": ("start_id",)}
+        "cond_dim": ("cond_dim",), "family": ("family", "model_type")}
 MODEL = ("width", "layers", "heads", "length", "vocab_size", "mask_id", "cond_dim")
 HEAD_SIZE = 64  # of the authors' small and medium models
 
@@ -71,10 +71,12 @@ def _config(shown: dict[str, Any], said: dict[str, Any], given: dict[str, Any], 
     require(sizes["cond_dim"] > 0 or family is None or family.without_adaln, "--family", name,
             f"{src} has no AdaLN tensors, so it is an AR model; give --family ar")
     # What a file says of another family than the one asked for is passed over; what is given has to fit.
-    known = {field.name for field in dataclasses.fields(FamilyConfig)}
-    own = {*(family.settings if family else ()), *(known & set(given))}
-    return from_dict({"model": {field: sizes[field] for field in MODEL if field in sizes} | {"dropout": 0.0},
-                      "family": {"name": name} | {field: sizes[field] for field in own if field in sizes}})
+    settings = family_fields()
+    said_of_it = {field: sizes[field] for field, owners in settings.items() if field in sizes and name in owners}
+    config = from_dict({"model": {field: sizes[field] for field in MODEL if field in sizes} | {"dropout": 0.0},
+                        "family": {"name": name, **said_of_it}})
+    wanted = {field: given[field] for field in settings if field in given}
+    return dataclasses.replace(config, family=config.family.change(**wanted))
 
 
 def _read(src: str | Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -114,7 +116,8 @@ def read_sizes(path: Path) -> dict[str, Any]:
         raise
     except ValueError as error:  # not JSON, or not text
         raise EsoError(f"--config = {str(path)!r}: must be a JSON object ({error})") from error
-    found = {ours: values[name] for ours, theirs in KEYS.items() for name in theirs[::-1]
+    keys = KEYS | {name: (name,) for name in family_fields()}
+    found = {ours: values[name] for ours, theirs in keys.items() for name in theirs[::-1]
              if values.get(name) is not None}
     require(bool(found), "--config", str(path), "says none of " + ", ".join(theirs[0] for theirs in KEYS.values()))
     if "family" in found:

@@ -153,8 +153,8 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
 
 
 def _split(config: Config, x: Array) -> Array:
-    """[B, ...] -> [A, B / A, ...]. Rows that the loss splits by kappa stay together, and no row leaves its device."""
-    groups = x.reshape(-1, config.train.accumulate, config.family.split.denominator, *x.shape[1:])
+    """[B, ...] -> [A, B / A, ...]. Groups of rows stay together, and no row leaves its device."""
+    groups = x.reshape(-1, config.train.accumulate, config.family.group_size, *x.shape[1:])
     return jnp.moveaxis(groups, 1, 0).reshape(config.train.accumulate, -1, *x.shape[1:])
 
 

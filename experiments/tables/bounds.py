@@ -30,7 +30,7 @@ def nelbo_per_window(lab: Lab, run: str, most: int | None = None,
     samples = samples or (4 if lab.smoke else 1)
 
     def compute(model: Model) -> list[float]:
-        terms = perplexity.nelbo_per_window(model, lab.test_windows(run, most), model.config.family.alpha_0,
+        terms = perplexity.nelbo_per_window(model, lab.test_windows(run, most), families.alpha_0_of(model.config, None),
                                             jax.random.key(0), samples)
         return np.sum(list(terms.values()), axis=0).tolist()
 

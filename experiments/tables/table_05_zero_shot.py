@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 import bounds
+from eso_jax import families
 from eso_jax.data import evenly_spaced, windows_of
 from eso_jax.data.prepared import read_manifest
 from eso_jax.engine import perplexity
@@ -77,7 +78,7 @@ def nelbo(lab: Lab, model: Model, source: str, split: str) -> list[float]:
         require(wrapping == "zero-shot", "data.source", source, f"was packed as {wrapping!r}; --help has the command")
     windows = windows_of(model.config, split, source, model.tokenizer)
     chosen = evenly_spaced(windows, MOST if lab.smoke else len(windows))
-    terms = perplexity.nelbo_per_window(model, chosen, model.config.family.alpha_0, jax.random.key(0))
+    terms = perplexity.nelbo_per_window(model, chosen, families.alpha_0_of(model.config, None), jax.random.key(0))
     return np.sum(list(terms.values()), axis=0).tolist()
 
 
