@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import ast
 import difflib
+import functools
 import json
 import math
 import textwrap
@@ -304,7 +305,7 @@ _SECTIONS: dict[str, type] = {"model": ModelConfig, "family": FamilyConfig, "dat
 
 def _fields_of(kind: type) -> dict[str, Any]:
     """The fields of a section's class and their types."""
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 
@@ -376,6 +377,11 @@ def from_file(path: str | Path) -> Config:
         raise EsoError(f"config = {str(path)!r}: running it failed ({reason})") from error
     require(isinstance(config, Config), "config", str(path), "the file must define config = eso_jax.Config(...)")
     return typing.cast(Config, config)
+
+
+@functools.cache  # Python reads the annotations anew every time
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
 
 
 def _check_types(section: str, config: Any) -> None:
