@@ -1,8 +1,8 @@
 """What a run is: frozen dataclasses that check themselves.
 
-An experiment is a Python file that holds `config = Config(...)`, or several; `from_file` says how a run is named. Fields
-are overridden on the command line as `section.field=value`, and the whole is kept as JSON beside the checkpoints. Every
-error names the field, its value and the remedy.
+An experiment is a Python file that holds `config = Config(...)`, or several; `from_file` says how a run is named. Its
+fields are overridden on the command line as `section.field=value`, and the whole is kept as JSON beside the
+checkpoints. Every error names the field, its value and the remedy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The quickstart's run: `eso-jax train quickstart --workdir W`, from any directory. experiments/quickstart.py shows it."""
+"""The quickstart's run: `eso-jax train quickstart --workdir W`, from any directory. See experiments/quickstart.py."""
 
 from __future__ import annotations
 
