@@ -1,8 +1,8 @@
 """What a run is: frozen dataclasses that check themselves.
 
-An experiment is a Python file that holds one `config = Config(...)`. Fields are overridden on the command line as
-`section.field=value`, and the whole is kept as JSON beside the checkpoints. Every error names the field, its value and
-the remedy.
+An experiment is a Python file that holds `config = Config(...)`, or several; `from_file` says how a run is named. Its
+fields are overridden on the command line as `section.field=value`, and the whole is kept as JSON beside the
+checkpoints. Every error names the field, its value and the remedy.
 
 The fields of `family` are the family's own: each declares them in its file in eso_jax/families and registers them here.
 """
@@ -13,6 +13,7 @@ import dataclasses
 import ast
 import difflib
 import functools
+import importlib
 import json
 import math
 import textwrap
@@ -303,9 +304,10 @@ _SECTIONS: dict[str, type] = {"model": ModelConfig, "family": FamilyConfig, "dat
                               "mesh": MeshConfig}
 
 
+@functools.cache  # Python would read the annotations anew every time
 def _fields_of(kind: type) -> dict[str, Any]:
     """The fields of a section's class and their types."""
-    hints = _hints(kind)
+    hints = typing.get_type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 
@@ -354,34 +356,85 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     return Config(**sections)
 
 
-def from_file(path: str | Path) -> Config:
-    """The `config` of an experiment file (Python), or of a saved config.json."""
-    path = Path(path)
-    require(path.is_file(), "config", str(path), "no such file; give an experiment such as experiments/quickstart.py")
+SHIPPED = ("quickstart",)  # modules of this package that hold a `config`
+
+
+def from_file(experiment: str | Path) -> Config:
+    """The config of a run, as `eso-jax train`, `eso-jax plan` and the scripts in launch/ take it.
+
+    Args:
+      experiment: one of
+        FILE.py, Python that defines `config = Config(...)`;
+        FILE.py:RUN, one of several that the file defines as `configs = {RUN: Config(...), ...}`;
+        a config.json, as work directories hold it;
+        "quickstart", which the package brings along (a file of that name is `./quickstart`).
+        A path that is a file is that file, whatever colons are in it.
+
+    Raises:
+      EsoError: there is no such file or run, or it is not usable. The message says which runs there are.
+    """
+    name = str(experiment)
+    if name in SHIPPED and isinstance(experiment, str):
+        shipped: Config = importlib.import_module(f"eso_jax.{name}").config
+        return shipped
+    path, run = Path(name), None
+    if not path.is_file() and ":" in name:
+        file, _, after = name.rpartition(":")
+        if Path(file).suffix in (".py", ".json"):
+            path, run = Path(file), after
+    require(path.is_file(), "config", name, _remedy(path))
     if path.suffix == ".json":
-        try:
-            values = json.loads(path.read_text())
-        except ValueError as error:  # not JSON, or not text
-            raise EsoError(f"config = {str(path)!r}: not a config in JSON ({error})") from error
-        sections = isinstance(values, dict) and all(isinstance(fields, dict) for fields in values.values())
-        require(sections, "config", str(path), "not a config in JSON (an object of sections of fields)")
-        return from_dict(values)
+        require(run is None, "config", name, f"{path} holds a single config; leave out ':{run}'")
+        return _from_json(path)
+    found = _variables(path)
+    config, configs = found.get("config"), found.get("configs")
+    if configs is None:
+        require(isinstance(config, Config), "config", name, "the file must define config = eso_jax.Config(...), or "
+                "several as configs = {'RUN': eso_jax.Config(...)}")
+        require(run is None, "config", name, f"{path} holds a single config; leave out ':{run}'")
+        return typing.cast(Config, config)
+    require(config is None, "config", name, "the file defines both config and configs; keep one of them")
+    usable = isinstance(configs, dict) and len(configs) > 0 and all(
+        isinstance(key, str) and isinstance(value, Config) for key, value in configs.items())
+    require(usable, "config", name, "configs must be a dict {'RUN': eso_jax.Config(...)}, and not empty")
+    if run not in configs:
+        close = difflib.get_close_matches(run or "", configs, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"its runs are {', '.join(configs)}"
+        raise EsoError(f"config = {name!r}: " + (f"no run {run!r} in {path}; {hint}" if run else
+                                                 f"the file holds several runs; give one as {path}:RUN; {hint}"))
+    return typing.cast(Config, configs[run])
+
+
+def _remedy(path: Path) -> str:
+    """What to give instead of a file that is not there."""
+    if path.suffix == ".py" and path.parent.name in ("lm1b", "owt"):  # where each run of the paper was a file
+        paper = path.parent.parent / "paper.py"
+        return f"no such file; the paper's runs are in one file now: {paper}:{path.parent.name}/{path.stem}"
+    return ("no such file; give FILE.py, FILE.py:RUN (such as experiments/paper.py:owt/esolm_025), a config.json, or "
+            + " or ".join(SHIPPED))
+
+
+def _from_json(path: Path) -> Config:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not text
+        raise EsoError(f"config = {str(path)!r}: not a config in JSON ({error})") from error
+    sections = isinstance(values, dict) and all(isinstance(fields, dict) for fields in values.values())
+    require(sections, "config", str(path), "not a config in JSON (an object of sections of fields)")
+    return from_dict(values)
+
+
+def _variables(path: Path) -> dict[str, Any]:
+    """What a Python file defines."""
     import runpy
 
     try:
-        config = runpy.run_path(str(path)).get("config")
+        return runpy.run_path(str(path))
     except EsoError:
         raise
     except Exception as error:  # whatever the user's Python raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise EsoError(f"config = {str(path)!r}: running it failed ({reason})") from error
-    require(isinstance(config, Config), "config", str(path), "the file must define config = eso_jax.Config(...)")
-    return typing.cast(Config, config)
-
-
-@functools.cache  # Python reads the annotations anew every time
-def _hints(section: type) -> dict[str, Any]:
-    return typing.get_type_hints(section)
 
 
 def _check_types(section: str, config: Any) -> None:

@@ -1,7 +1,7 @@
 """A small Eso-LM from nothing to samples, on a laptop.
 
 Command:   python experiments/quickstart.py --workdir runs/quickstart      (or: bash launch/local.sh)
-The same model alone:  eso-jax train experiments/quickstart.py --workdir runs/quickstart
+The same model alone:  eso-jax train quickstart --workdir runs/quickstart
 
 Trains on the source text of Python's own standard library (bytes, no download), and then shows
   1. validation bits per byte beside a byte-bigram model's on the same text,
@@ -23,22 +23,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from eso_jax import Config, FamilyConfig, ModelConfig, TrainConfig, families, likelihood, load
+from eso_jax import Config, FamilyConfig, families, likelihood, load
 from eso_jax.cli import guarded
 from eso_jax.data import Bigram, get_tokenizer, windows_of
 from eso_jax.decoding import order
 from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
 from eso_jax.errors import require
+from eso_jax.quickstart import config
 from eso_jax.run.metrics import say
 from eso_jax.run.train import train
-
-config = Config(
-    model=ModelConfig(length=128, width=128, layers=4, heads=2, cond_dim=32, dropout=0.0),
-    family=FamilyConfig(name="esolm", alpha_0=0.25),
-    train=TrainConfig(steps=900, batch_size=32, learning_rate=3e-3, warmup=100, log_every=20, eval_every=150,
-                      eval_windows=512, save_every=150,
-                      compute_dtype="float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 ORDERS = 16  # of the importance-weighted bound
 SCORED = 64  # windows it is measured on

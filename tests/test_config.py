@@ -260,3 +260,56 @@ def test_settings_are_values(name: str) -> None:
     settings = FamilyConfig(name=name)
     assert pickle.loads(pickle.dumps(settings)) == dataclasses.replace(settings) == copy.deepcopy(settings) == settings
     assert len({settings, FamilyConfig(name=name)}) == 1
+
+
+SEVERAL = """from eso_jax.config import Config
+configs = {f"a/{n}": Config().override(f"train.steps={n}") for n in (10, 20)} | {"b": Config()}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory to work in, with a file of each kind."""
+    (tmp_path / "one.py").write_text(EXPERIMENT)
+    (tmp_path / "several.py").write_text(SEVERAL)
+    (tmp_path / "both.py").write_text(SEVERAL + "config = Config()\n")
+    (tmp_path / "none.py").write_text("configs = {}\n")
+    (tmp_path / "other.py").write_text("configs = {'a': 1}\n")
+    (tmp_path / "config.json").write_text(Config().to_json())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, steps", [
+    ("several.py:a/10", 10), ("several.py:a/20", 20), ("several.py:b", 1_000_000), ("./one.py", 7),
+    ("quickstart", 900)])
+def test_a_run_by_its_name(name: str, steps: int, here: Path) -> None:
+    assert from_file(name).train.steps == steps
+    if ".py" in name:
+        assert from_file(here / name).train.steps == steps
+
+
+@pytest.mark.parametrize("name, said", [
+    ("several.py", "holds several runs; give one as several.py:RUN; its runs are a/10, a/20, b"),
+    ("several.py:a/30", "no run 'a/30' in several.py; did you mean a/20 or a/10?"),
+    ("several.py:else", "no run 'else' in several.py; its runs are a/10, a/20, b"),
+    ("several.py:", "give one as several.py:RUN"),
+    ("one.py:a", "one.py holds a single config; leave out ':a'"),
+    ("config.json:a", "config.json holds a single config; leave out ':a'"),
+    ("both.py:b", "both config and configs"), ("both.py", "both config and configs"),
+    ("none.py:b", "not empty"), ("other.py:a", "configs must be a dict"),
+    ("no.py:a/10", "no such file"), ("C:/no.py", "no such file"), ("quickstrat", "or quickstart"),
+    ("experiments/owt/esolm_025.py", "the paper's runs are in one file now: experiments/paper.py:owt/esolm_025"),
+    ("/x/lm1b/ar.py", "in one file now: /x/paper.py:lm1b/ar")])
+def test_a_run_that_is_not_there(name: str, said: str, here: Path) -> None:
+    with pytest.raises(EsoError) as caught:
+        from_file(name)
+    assert str(caught.value).startswith(f"config = {name!r}: ") and said in str(caught.value)
+
+
+def test_a_file_is_taken_as_it_is(here: Path) -> None:
+    """Whatever is in its name; what the package ships goes before a file of the same bare name."""
+    for name in ("C:one.py", "several.py:a", "quickstart"):
+        (here / name).write_text(EXPERIMENT)
+    assert [from_file(name).train.steps for name in ("C:one.py", "several.py:a", "./quickstart")] == [7, 7, 7]
+    assert from_file("quickstart").train.steps == 900 and from_file(Path("quickstart")).train.steps == 7

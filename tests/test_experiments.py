@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
+import collections
 import dataclasses
 import importlib
 import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,42 +19,97 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lab as labs
+import paper
 import samples
-from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs, recipes
+from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs
 from eso_jax.evaluation import throughput
 from eso_jax.model import transformer
 from eso_jax.run.train import init_state, train_step
-from lab import Lab
+from lab import AS_ABOVE, RUNS, Lab
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
 
 ROOT = Path(__file__).parents[1]
-RUNS = sorted(path.relative_to(ROOT) for folder in ("lm1b", "owt")
-              for path in (ROOT / "experiments" / folder).glob("*.py"))
 SCRIPTS = sorted((ROOT / "experiments" / "tables").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", RUNS, ids=str)
-def test_every_run_loads_and_says_how(path: Path) -> None:
-    config = configs.from_file(ROOT / path)
-    doc = ast.get_docstring(ast.parse((ROOT / path).read_text())) or ""
-    workdir = Path("runs/paper") / path.relative_to("experiments").with_suffix("")
-    assert f"Command:   eso-jax train {path} --workdir {workdir}\n" in doc
-    assert all(f"\n{what}:" in doc for what in ("Data", "Hardware", "Paper", "Ours"))
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_loads_and_says_how(name: str) -> None:
+    run = RUNS[name]
+    config = configs.from_file(f"{ROOT}/experiments/paper.py:{name}")
+    assert config == run.config
     assert config.model.width == 768 and config.train.batch_size == 512
     params = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
     count = sum(np.prod(x.shape) for x in jax.tree.leaves(params))
     if config.model.cond_dim:  # the authors' counts
         assert round(count / 1e6, 1) == {30522: 139.3, 50258: 169.6}[config.model.vocab_size]
     if config.train.start_from:
-        source = ROOT / "experiments" / Path(config.train.start_from).relative_to("runs/paper").with_suffix(".py")
-        assert configs.from_file(source).family == config.family
+        source = Path(config.train.start_from).relative_to("runs/paper").as_posix()
+        assert RUNS[source].config.family == config.family
+    has = {2: run.estimators, 3: run.redraws, 4: run.config.train.steps == 500_000, 5: run.zero_shot, 12: run.long}
+    assert {table for table, numbers in has.items() if numbers} == set(run.tables) & set(has)
+    assert bool(run.orders) == any(table in run.tables for table in (6, 7, 8))
+    assert bool(run.samples) == any(table in run.tables for table in (13, 14, 15)) or name == "owt/ar"  # Figure 4
+    assert run.nelbo or run.exact or run.long or run.diverged or "inputs shifted" in run.note
+
+
+def test_the_list_of_runs() -> None:
+    """What it takes to do a run, and the paper's numbers of each."""
+    done = subprocess.run([sys.executable, "experiments/paper.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert list(RUNS) == [name for name in lines if "/" in name]
+    for words in ("esolm  ", "alpha_0=0.25 ", " 250K ", " 1, 5, 8, 10, 13 ", "NELBO 24.71", "K = 1000: 23.15",
+                  "37 hours"):
+        assert words in lines["owt/esolm_025"]
+    assert "alpha_0=0.5, kappa=0.25" in lines["lm1b/kappa_025_esolm_a_05"] and "diverged" in lines[
+        "lm1b/kappa_025_esolm_a_05"]
+    for command in ("data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128\n",
+                    "data prepare openwebtext --data-dir data --tokenizer gpt2 --length 1024\n",
+                    "--length 10240 --out data/10240/openwebtext\n",
+                    "eso-jax train experiments/paper.py:RUN --workdir runs/paper/RUN\n"):
+        assert command in done.stdout
+    doc = paper.__doc__ or ""
+    assert all(f"\n{what}:" in doc for what in ("Data", "Hardware", "Ours"))
+
+
+def floats(value: Any) -> Iterator[float]:
+    """All floats in nested tuples, and in the values of dicts."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, (tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from floats(part)
+
+
+def test_the_papers_numbers_stand_once() -> None:
+    """A run's perplexities are typed once in its row; no script of experiments/ has one of the numbers again, be it in
+    a comment."""
+    number = re.compile(r"(?<![\w.])\d*\.\d+(?![\w.])")
+    typed: set[float] = set()
+    for name, run in RUNS.items():
+        perplexities = [value for value in (run.nelbo, run.likelihood, *run.orders.values()) if value is not None]
+        assert len(set(perplexities)) == len(perplexities), name
+        typed |= set(floats(run[1:]))
+    constants = (paper.SETTINGS, paper.SEDD_ZERO_SHOT, paper.LATENCY)
+    typed |= set(floats(constants))
+    assert len(typed) > 350
+    source = (ROOT / "experiments" / "paper.py").read_text()
+    counts = collections.Counter(float(found) for found in number.findall(source))
+    table = collections.Counter(value for run in RUNS.values() for value in floats(run[1:])
+                                if value not in set(floats(paper.SETTINGS)))
+    assert {value: count for value, count in counts.items() if count > table[value] > 0} == {}
+    for path in sorted((ROOT / "experiments").rglob("*.py")):
+        again = {found for found in number.findall(path.read_text()) if float(found) in typed}
+        assert path.name == "paper.py" or not again, (path.name, again)
 
 
 def test_there_is_a_run_for_every_row_of_the_paper() -> None:
-    families = [dataclasses.astuple(configs.from_file(ROOT / path).family) for path in RUNS]
-    by_corpus = {corpus: [f for f, path in zip(families, RUNS, strict=True) if path.parts[1] == corpus]
+    families = {name: dataclasses.astuple(run.config.family) for name, run in RUNS.items()}
+    by_corpus = {corpus: [f for name, f in families.items() if name.startswith(f"{corpus}/")]
                  for corpus in ("lm1b", "owt")}
+    assert len(RUNS) == 50 == sum(map(len, by_corpus.values()))
     alphas = {corpus: sorted({f[1] for f in found if f[0] == "esolm"}) for corpus, found in by_corpus.items()}
     assert alphas == {"lm1b": [0, 0.0625, 0.125, 0.25, 0.5, 1], "owt": [0, 0.125, 0.25, 0.5, 1]}
     kappas = {(f[1], f[2]) for f in by_corpus["lm1b"] if f[0] == "esolm_a" and f[2] is not None}
@@ -65,13 +121,13 @@ def test_there_is_a_run_for_every_row_of_the_paper() -> None:
 def distinct() -> dict[str, Config]:
     """A run for every way in which the program differs (not only its numbers)."""
     found = {}
-    for path in RUNS:
-        config = configs.from_file(ROOT / path)
+    for name, run in RUNS.items():
+        config = run.config
         family = config.family
         kind = (family.name, config.model.length, config.model.cond_dim,
                 getattr(family, "split", 1), getattr(family, "block_size", 16))
-        found[kind] = path
-    return {str(path): configs.from_file(ROOT / path) for path in found.values()}
+        found[kind] = name
+    return {name: RUNS[name].config for name in found.values()}
 
 
 @pytest.mark.parametrize("name,config", distinct().items(), ids=lambda x: x if isinstance(x, str) else "")
@@ -93,24 +149,29 @@ TEXT = "def f(x):\n    return x + 1  # one more\n\n\n" * 400
 # What is made smaller in each script, so that all together take a minute.
 SMALL: dict[str, dict[str, Any]] = {
     "table_01_perplexity": {"STEPS": ["esolm_1", "esolm_0"], "ORDERS": {"smoke": {"lm1b": 3, "owt": 3}},
-                            "WINDOWS": {"smoke": 8}, "PAPER": ["AR + AdaLN", "MDLM", "Eso-LM, alpha_0 = 1",
-                                                               "Eso-LM, alpha_0 = 0"]},
+                            "WINDOWS": {"smoke": 8}, "METHODS": ["AR + AdaLN", "MDLM", "Eso-LM, alpha_0 = 1",
+                                                                 "Eso-LM, alpha_0 = 0"]},
     "table_02_estimators": {"TRIALS": 6, "DRAWS": 2},
-    "table_03_num_tries": {"PAPER": [("MDLM", 1024)]},
+    "table_03_num_tries": {"SAMPLERS": ["MDLM"]},
     "table_04_kappa": {"ALPHAS": ("0.5",), "KAPPAS": ("0.75",)},
-    "table_05_zero_shot": {"RUNS": ["MDLM", "Eso-LM, alpha_0 = 1"], "MOST": 8},
+    "table_05_zero_shot": {"MODELS": ["MDLM", "Eso-LM, alpha_0 = 1"], "MOST": 8},
     "tables_06_to_08_orders": {"COUNTS": {"smoke": {"lm1b": (1, 3), "owt": (1, 3)}}, "WINDOWS": {"smoke": 8},
                                "MDLM_COUNTS": {"smoke": (1, 3)},
-                               "CORPORA": {"lm1b": ("LM1B", ("mdlm", "esolm_1")), "owt": ("OWT", ("esolm_1",))}},
-    "tables_09_10_a_and_b": {"PAPER": {"lm1b": {"1": (36.12, 30.96)}, "owt": {"1": (30.06, 26.21)}}},
+                               "CORPORA": {"lm1b": ("mdlm", "esolm_1", "esolm_05"), "owt": ("esolm_1", "esolm_05")}},
+    "tables_09_10_a_and_b": {"ALPHAS": ("1", "0.5")},
     "table_11_latency": {"LENGTHS": {"smoke": (8, 16), "paper": (2048, 8192)}},
-    "table_12_long": {"COUNT": 4, "PAPER": ["Eso-LM, alpha_0 = 0.125"]},
+    "table_12_long": {"COUNT": 4, "MODELS": ["Eso-LM, alpha_0 = 0.125"]},
     "tables_13_to_15_quality": {"TRAINED": ["1"], "ESO_LM": [(0.25, 128), (1.0, 1024)], "MDLM": [1024],
                                 "BD3LM": [4]},
-    "figure_16_training_speed": {"RUNS": ["MDLM", "Eso-LM, alpha_0 = 1"], "STEPS": 2},
+    "figure_16_training_speed": {"MODELS": ["MDLM", "Eso-LM, alpha_0 = 1"], "STEPS": 2},
     "figures_18_19_alpha_0": {"TRAINED": ["1"], "ESO_LM": [(0.25, 128), (1.0, 1024)]},
     "figures_20_21_block_sampler": {"PARALLELISM": (64, 1), "PLANS": ["binomial", "block, shuffled for each row"]},
     "figures_24_to_26_samples": {"SETTINGS": ["MDLM, T = 1024"]}}
+
+
+NOT_TRAINED = {"table_11_latency", "figure_16_training_speed"}  # of random weights, or of random tokens
+TWO_CORPORA = {"table_01_perplexity": "Eso-LM, alpha_0 = 1", "tables_06_to_08_orders": "alpha_0 = 1, ours",
+               "tables_09_10_a_and_b": "1"}  # and the row of the run that differs, by its loss_weight
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +194,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         return Config(model, config.family, DataConfig(str(folder / "text.py")), train)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "smoke", tiny)
+        patch.setattr(labs, "smoke", tiny)
+        patch.setitem(labs.CORPORA, str(folder / "text.py"), "a function, again and again")
         patch.setattr(throughput, "run", bench)
         patch.setattr(samples, "COUNT", {"smoke": 8})
         patch.setattr(samples, "BATCH", {"smoke": 8})
@@ -156,11 +218,22 @@ def test_a_table_comes_out_and_is_not_made_twice(name: str, lab: Lab, monkeypatc
         kept = {key: full[key] for key in value} if isinstance(full, dict) and isinstance(value, list) else value
         monkeypatch.setattr(module, constant, kept)
     monkeypatch.setattr("sys.argv", [f"{name}.py"])
+    lab = Lab("smoke", lab.runs, lab.results)  # as in a process of its own
     module.run(lab)
     report = json.loads((lab.results / f"{name}.json").read_text())
     text = (lab.results / f"{name}.md").read_text()
     assert report["title"] in text and report["measured"] and report["measured"][0] in text
     assert f"{name}.py --scale smoke" in text
+    assert report["trained_on"] == ([] if name in NOT_TRAINED else ["a function, again and again"])
+    assert ("Our runs are trained on a function, again and again." in text) == (name not in NOT_TRAINED)
+    if name in TWO_CORPORA:
+        lm1b, owt = report["tables"]
+        assert lm1b.replace("LM1B", "OpenWebText").replace("Table 9", "Table 10") == owt
+        assert all("(paper), a function, again and again (ours)" in title for title in (lm1b, owt))
+        ours = {title: {row[0] for row in report["tables"][title]["rows"] if any(isinstance(x, dict) for x in row)}
+                for title in (lm1b, owt)}
+        assert ours[owt] == {TWO_CORPORA[name]} < ours[lm1b]  # the one recipe that differs; no other run stands twice
+        assert AS_ABOVE not in json.dumps(report["tables"][lm1b]) and AS_ABOVE in text
     for table in report["tables"].values():
         assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
         for row in table["rows"]:

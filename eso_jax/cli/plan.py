@@ -11,7 +11,7 @@ USAGE = "%(prog)s [-h] experiment --topology TOPOLOGY [options] [section.field=v
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", help="a Python file that defines `config`, or a config.json")
+    parser.add_argument("experiment", help="FILE.py, FILE.py:RUN, a config.json, or quickstart")
     parser.add_argument("--topology", required=True, help="v5p:8x8x8, v5e:2x4, v6e:16x16, ...; an accelerator type of "
                         "the cloud (v5p-1024, v5litepod-8); h100:8 for GPUs")
     parser.add_argument("--tensor", type=int, default=1, help="devices to a copy of the model when sampling; doubled "

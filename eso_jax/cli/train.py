@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-EXAMPLE = "eso-jax train experiments/quickstart.py --workdir /tmp/w train.steps=100"
+EXAMPLE = "eso-jax train quickstart --workdir /tmp/w train.steps=100"
 USAGE = "%(prog)s [-h] experiment --workdir WORKDIR [--multi-host] [section.field=value ...]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", help="a Python file that defines `config`, or a config.json")
+    parser.add_argument("experiment", help="FILE.py, FILE.py:RUN, a config.json, or quickstart")
     parser.add_argument("--workdir", required=True, help="made, or resumed from if it holds this run")
     parser.add_argument("--multi-host", action="store_true", help="join the other processes of the run: of Slurm, of a "
                         "TPU pod, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID")

@@ -1,8 +1,8 @@
 """What the scripts for tables and figures share: runs at a scale, measurements kept beside them, and reports.
 
---scale paper is the paper's own setting. --scale smoke walks through the same on a laptop (see eso_jax/recipes.py);
-there the corpora are replaced by one embedded text, so that an LM1B run and an OpenWebText run that differ in nothing
-else are one and the same.
+--scale paper is the paper's own setting. --scale smoke walks through the same on a laptop (see `smoke`); there the
+corpora are replaced by one embedded text, so that an LM1B run and an OpenWebText run that differ in nothing else are
+one and the same. A report names the text that ours were trained on, and shows such a run once.
 
 Whatever takes long is kept in the run's work directory (W/measured/), with where and when it was measured, and not done
 again: an interrupted script goes on where it was. It is kept under a hash of all that it depends on beside the run.
@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eso_jax import config as configs, load, recipes
+from eso_jax import load
 from eso_jax.cli import guarded, keep_compilations
-from eso_jax.config import Config
+from eso_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from eso_jax.data import evenly_spaced, windows_of
 from eso_jax.engine.model import Model
 from eso_jax.evaluation.diversity import Estimate
@@ -38,7 +38,36 @@ from eso_jax.run.metrics import say
 from eso_jax.run.train import train
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
-PAPER_RUNS = Path("runs/paper")  # where the files in experiments/ have their work directories
+sys.path.insert(0, str(EXPERIMENTS))
+
+import paper  # noqa: E402, beside the folder of this file
+
+RUNS = paper.RUNS
+PAPER_RUNS = Path("runs/paper")  # where the runs have their work directories
+SMOKE_STEPS = 1000  # of the paper's 250K on OpenWebText and 1M on LM1B; half of it for the 500K of Table 4
+AS_ABOVE = "as above"  # instead of a number: its run is the one of the table above
+NOTE_AS_ABOVE = ("As above: on one text, a recipe of OpenWebText's that is LM1B's is one and the same run, and what is "
+                 "said of it is said once.")
+# What a run is trained on, by its data.source.
+CORPORA = {"stdlib": "Python's own source text", "data/lm1b": "LM1B", "data/openwebtext": "OpenWebText",
+           "data/10240/openwebtext": "OpenWebText"}
+
+
+def smoke(config: Config) -> Config:
+    """The run in about a minute on two CPU cores: bytes of Python's own source text, 64 tokens, a model of 0.2 M
+    parameters. It keeps its family and its loss. What differs between the paper's runs of one length and number of
+    steps differs here as well.
+    """
+    full, long = config.train, config.train.start_from is not None
+    steps = 100 if long else SMOKE_STEPS // 2 if full.steps == 500_000 else SMOKE_STEPS
+    return Config(
+        model=ModelConfig(length=640 if long else 64, width=64, layers=3, heads=2, dropout=0.0,
+                          cond_dim=16 if config.model.cond_dim else 0),
+        family=config.family,
+        data=DataConfig(),
+        train=TrainConfig(steps=steps, batch_size=8 if long else 32, learning_rate=4e-3, warmup=50, ema=0.995,
+                          log_every=50, eval_every=steps, eval_windows=256, save_every=max(1, steps // 4),
+                          compute_dtype="float32", seed=full.seed, start_from=full.start_from))
 
 
 Cell = str | int | float | Estimate | None
@@ -75,25 +104,27 @@ class Lab:
       runs: the folder of the work directories.
       results: the folder of the reports.
       sources: machine, date and commit of every measurement that was used.
+      corpora: what the runs that were measured are trained on.
     """
 
     scale: str
     runs: Path
     results: Path
     sources: set[tuple[str, ...]] = dataclasses.field(default_factory=set, compare=False)
+    corpora: set[str] = dataclasses.field(default_factory=set, compare=False)
 
     @property
     def smoke(self) -> bool:
         return self.scale == "smoke"
 
     def config(self, run: str) -> Config:
-        """The config of experiments/RUN.py, such as "owt/esolm_025", at this scale."""
-        config = configs.from_file(EXPERIMENTS / f"{run}.py")
+        """The config of a run of experiments/paper.py, such as "owt/esolm_025", at this scale."""
+        config = RUNS[run].config
         source = self._source(run)
         if source is not None:
             train_fields = dataclasses.replace(config.train, start_from=str(self.workdir(source)))
             config = dataclasses.replace(config, train=train_fields)
-        return recipes.smoke(config) if self.smoke else config
+        return smoke(config) if self.smoke else config
 
     def workdir(self, run: str) -> Path:
         if not self.smoke:
@@ -117,8 +148,23 @@ class Lab:
 
     def _source(self, run: str) -> str | None:
         """The run that this one goes on from."""
-        start_from = configs.from_file(EXPERIMENTS / f"{run}.py").train.start_from
+        start_from = RUNS[run].config.train.start_from
         return start_from and Path(start_from).relative_to(PAPER_RUNS).as_posix()
+
+    def corpus(self, run: str) -> str:
+        """The name of the text that a run is trained on at this scale."""
+        source = self.config(run).data.source
+        return CORPORA.get(source, source)
+
+    def heading(self, corpus: str) -> str:
+        """Of a table of one of the paper's corpora ("lm1b" or "owt"): its name, and ours where it is another."""
+        papers, ours = CORPORA[RUNS[f"{corpus}/mdlm"].config.data.source], self.corpus(f"{corpus}/mdlm")
+        return papers if ours == papers else f"{papers} (paper), {ours} (ours)"
+
+    def is_as_above(self, run: str) -> bool:
+        """Whether a run on OpenWebText is at this scale the run of the same name on LM1B, whose table comes first."""
+        other = run.replace("owt/", "lm1b/")
+        return other != run and other in RUNS and self.workdir(other) == self.workdir(run)
 
     def measure(self, run: str, what: str, settings: dict[str, Any], compute: Callable[[Model], Any]) -> Any:
         """compute(model) of a run, as JSON values; `settings` are all that they depend on beside the run."""
@@ -127,6 +173,7 @@ class Lab:
             say(f"{run}: {what} {settings}")
             return compute(model)
 
+        self.corpora.add(self.corpus(run))
         return self.once(self.kept(run, what, settings, ".json"), with_model)
 
     def kept(self, run: str, what: str, settings: dict[str, Any], suffix: str) -> Path:
@@ -157,8 +204,11 @@ class Lab:
         self.results.mkdir(parents=True, exist_ok=True)
         header = {"title": doc.strip().splitlines()[0],
                   "command": f"python experiments/tables/{Path(sys.argv[0]).name} --scale {self.scale}",
-                  "measured": [", ".join(source) for source in sorted(self.sources)]}
+                  "measured": [", ".join(source) for source in sorted(self.sources)],
+                  "trained_on": sorted(self.corpora)}
         lines = [f"# {header['title']}", "", f"`{header['command']}`; measured on {'; '.join(header['measured'])}."]
+        if self.corpora:
+            lines += ["", f"Our runs are trained on {' and '.join(header['trained_on'])}."]
         for title, table in tables.items():
             lines += ["", *([f"## {title}", ""] if title else []), table.markdown()]
         lines += ["", *(f"- {note}" for note in notes)] if notes else []

@@ -19,7 +19,7 @@ from eso_jax.decoding.order import likelihood_orders
 from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
 from eso_jax.evaluation.diversity import Estimate
-from lab import Lab, Table, main
+from lab import RUNS, Lab, Table, main
 
 RUN, TRIALS, DRAWS = "owt/esolm_1", 100, 10
 
@@ -30,7 +30,8 @@ def run(lab: Lab) -> None:
     ao = np.array(lab.measure(RUN, "estimator-ao", settings, lambda model: ao_trials(lab, model)))
     table = Table(["estimator", "passes per trial", "paper, mean", "paper, s.d.", "ours, mean (nats per token)",
                    "ours, s.d."],
-                  [["MDM", DRAWS, 3.25, 0.56, mean(mdm), spread(mdm)], ["AO", 1, 3.28, 0.03, mean(ao), spread(ao)]])
+                  [["MDM", DRAWS, *RUNS[RUN].estimators["MDM"], mean(mdm), spread(mdm)],
+                   ["AO", 1, *RUNS[RUN].estimators["AO"], mean(ao), spread(ao)]])
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()

@@ -12,11 +12,9 @@ from typing import Any
 
 import bounds
 from eso_jax.evaluation.diversity import Estimate
-from lab import Cell, Lab, Table, main
+from lab import RUNS, Cell, Lab, Table, main
 
 ALPHAS, KAPPAS = ("0.5", "0.25", "0.125", "0.0625"), ("0.75", "0.5", "0.25", "0.125")
-PAPER = {("0.5", "0.75"): 32.25, ("0.5", "0.5"): 31.53, ("0.25", "0.75"): 30.49, ("0.25", "0.5"): 29.33,
-         ("0.125", "0.75"): 27.76, ("0.125", "0.5"): 26.73, ("0.0625", "0.75"): 25.92, ("0.0625", "0.5"): 25.07}
 
 
 def run(lab: Lab) -> None:
@@ -27,7 +25,8 @@ def run(lab: Lab) -> None:
     for alpha_0 in ALPHAS:
         cells: list[Cell] = [alpha_0]
         for kappa in KAPPAS:
-            cells += [PAPER.get((alpha_0, kappa), "diverged"), ours[alpha_0, kappa]]
+            paper = RUNS[name(alpha_0, kappa)]
+            cells += ["diverged" if paper.diverged else paper.nelbo, ours[alpha_0, kappa]]
         rows.append(cells)
     lab.report("table_04_kappa", __doc__ or "", {"Test perplexity (NELBO)": Table(columns, rows)},
                draw=lambda figure: draw(figure, ours))
@@ -40,8 +39,9 @@ def name(alpha_0: str, kappa: str) -> str:
 def draw(figure: Any, ours: dict[tuple[str, str], Estimate]) -> None:
     left, right = figure.subplots(1, 2)
     for alpha_0 in ALPHAS:
-        kappas = [kappa for kappa in KAPPAS if (alpha_0, kappa) in PAPER]
-        left.plot([float(k) for k in kappas], [PAPER[alpha_0, k] for k in kappas], "o-", label=f"alpha_0 = {alpha_0}")
+        kappas = [kappa for kappa in KAPPAS if not RUNS[name(alpha_0, kappa)].diverged]
+        paper = [RUNS[name(alpha_0, kappa)].nelbo for kappa in kappas]
+        left.plot([float(k) for k in kappas], paper, "o-", label=f"alpha_0 = {alpha_0}")
         values = [ours[alpha_0, kappa] for kappa in KAPPAS]
         right.errorbar([float(k) for k in KAPPAS], [v.value for v in values], [v.standard_error for v in values],
                        fmt="o-", label=f"alpha_0 = {alpha_0}")

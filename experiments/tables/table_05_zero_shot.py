@@ -23,20 +23,13 @@ from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
 from eso_jax.errors import require
 from eso_jax.evaluation.diversity import Estimate
-from lab import Cell, Lab, Table, main
+from lab import RUNS, Cell, Lab, Table, main, paper
 
-SETS = ("PTB", "WikiText", "LM1B", "LAMBADA", "AG News", "PubMed", "arXiv")
-PAPER = {"AR": (82.00, 26.54, 52.14, 51.69, 55.53, 49.49, 44.98),
-         "MDLM": (100.17, 37.08, 70.79, 52.06, 71.37, 46.51, 40.21),
-         "SEDD Absorb": (99.59, 38.55, 72.51, 52.16, 72.62, 47.07, 41.18),
-         "BD3-LM, L' = 16": (95.87, 32.88, 65.11, 50.05, 61.68, 43.41, 40.13),
-         "Eso-LM, alpha_0 = 1": (126.29, 45.08, 82.01, 61.37, 98.22, 62.37, 55.76),
-         "Eso-LM, alpha_0 = 0.5": (110.70, 39.57, 75.75, 57.33, 86.65, 60.20, 53.78),
-         "Eso-LM, alpha_0 = 0.25": (105.19, 37.32, 67.69, 60.15, 75.74, 62.45, 55.31),
-         "Eso-LM, alpha_0 = 0.125": (97.46, 35.65, 60.11, 69.13, 65.26, 65.27, 57.4)}
-RUNS = {"AR": "owt/ar", "MDLM": "owt/mdlm", "BD3-LM, L' = 16": "owt/bd3lm_16", "Eso-LM, alpha_0 = 1": "owt/esolm_1",
-        "Eso-LM, alpha_0 = 0.5": "owt/esolm_05", "Eso-LM, alpha_0 = 0.25": "owt/esolm_025",
-        "Eso-LM, alpha_0 = 0.125": "owt/esolm_0125"}
+MODELS = {"AR": "owt/ar", "MDLM": "owt/mdlm", "BD3-LM, L' = 16": "owt/bd3lm_16", "Eso-LM, alpha_0 = 1": "owt/esolm_1",
+          "Eso-LM, alpha_0 = 0.5": "owt/esolm_05", "Eso-LM, alpha_0 = 0.25": "owt/esolm_025",
+          "Eso-LM, alpha_0 = 0.125": "owt/esolm_0125"}
+PAPER = {name: RUNS[run].zero_shot for name, run in MODELS.items()}
+PAPER = {"AR": PAPER["AR"], "MDLM": PAPER["MDLM"], "SEDD Absorb": paper.SEDD_ZERO_SHOT, **PAPER}  # in the paper's order
 # Where the paper has the text from: a split of a prepared folder (LM1B's and AG News' test, else validation).
 PREPARED = {"PTB": ("ptb", "validation"), "WikiText": ("wikitext103", "validation"), "LM1B": ("lm1b", "test"),
             "LAMBADA": ("lambada", "test"), "AG News": ("ag_news", "test"), "PubMed": ("pubmed", "validation"),
@@ -48,14 +41,15 @@ def run(lab: Lab) -> None:
     sets = embedded_sets() if lab.smoke else {name: (f"data/zero_shot/{folder}", split)
                                               for name, (folder, split) in PREPARED.items()}
     ours: list[list[Cell]] = []
-    for name, experiment in RUNS.items():
+    for name, experiment in MODELS.items():
         cells: list[Cell] = [name]
         for text, (source, split) in sets.items():
             nats = lab.measure(experiment, "zero-shot", {"text": text, "split": split, "most": MOST},
                                lambda model: nelbo(lab, model, source, split))
             cells.append(bounds.perplexity_of(np.array(nats)))
         ours.append(cells)
-    tables = {"Paper": Table(["model", *SETS], [[name, *values] for name, values in PAPER.items()]),
+    tables = {"Paper": Table(["model", *paper.ZERO_SHOT],
+                             [[name, *(values[text] for text in paper.ZERO_SHOT)] for name, values in PAPER.items()]),
               "Ours": Table(["model", *sets], ours)}
     notes = [f"{MOST} windows of each set at most; the text of \"package descriptions\" depends on what is installed."]
     lab.report("table_05_zero_shot", __doc__ or "", tables, notes if lab.smoke else [],

@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 
 from eso_jax.evaluation import throughput
-from lab import Cell, Lab, Table, main
+from lab import Cell, Lab, Table, main, paper
 
-PAPER = {"AR": (13.3, 54.0), "Eso-LM": (14.6, 82.1), "BD3-LM (16)": (21.3, 268.1), "BD3-LM (4)": (24.3, 312.0),
-         "MDLM": (201.3, 5438.3)}
-LENGTHS = {"smoke": (256, 1024), "paper": (2048, 8192)}
+LENGTHS = {"smoke": (256, 1024), "paper": paper.LATENCY_LENGTHS}
 PRESETS = {"smoke": "cpu", "paper": "table11"}
 
 
@@ -33,9 +31,9 @@ def run(lab: Lab) -> None:
         columns += [f"paper, L = {paper_length}, s", "times Eso-LM", f"ours, L = {length}, s", "times Eso-LM",
                     "of the floor"]
     rows: list[list[Cell]] = []
-    for sampler, paper in PAPER.items():
+    for sampler, papers in paper.LATENCY.items():
         cells: list[Cell] = [sampler]
-        for published, eso, length in zip(paper, PAPER["Eso-LM"], lengths, strict=True):
+        for published, eso, length in zip(papers, paper.LATENCY["Eso-LM"], lengths, strict=True):
             row = seconds[sampler, length]
             cells += [published, published / eso, row["seconds"], row["times_eso_lm"],
                       f"{100 * row['of_the_floor']:.0f}%"]

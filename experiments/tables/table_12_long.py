@@ -17,21 +17,22 @@ from eso_jax.engine.model import Model
 from eso_jax.evaluation import diversity
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.texts import of_tokens
-from lab import Cell, Lab, Table, main
+from lab import RUNS, Cell, Lab, Table, main
 
-PAPER = {"BD3-LM, L' = 4": ("owt/long_bd3lm_4", 29.50, 6.5, 588.6), "Eso-LM, alpha_0 = 0.125":
-         ("owt/long_esolm_0125", 23.40, 6.3, 116.4)}
+MODELS = {"BD3-LM, L' = 4": "owt/long_bd3lm_4", "Eso-LM, alpha_0 = 0.125": "owt/long_esolm_0125"}
 COUNT = 16  # samples judged; seconds are of one alone, as the paper's
 
 
 def run(lab: Lab) -> None:
     rows: list[list[Cell]] = []
-    for name, (experiment, gen_ppl, entropy, seconds) in PAPER.items():
+    for name, experiment in MODELS.items():
+        paper = RUNS[experiment].long
+        assert paper is not None
         settings = {"count": COUNT, "top_p": samples.TOP_P}
         path = lab.kept(experiment, "long-samples", settings, ".npz")
         found = lab.measure(experiment, "long-samples", settings, lambda model: measure(lab, model, path))
-        rows.append([name, gen_ppl, Estimate(*found["gen_ppl"]), entropy, Estimate(*found["entropy"]), seconds,
-                     found["seconds"], found["cut"]])
+        rows.append([name, paper.gen_ppl, Estimate(*found["gen_ppl"]), paper.entropy, Estimate(*found["entropy"]),
+                     paper.seconds, found["seconds"], found["cut"]])
     columns = ["model", *(f"{what}, {whose}" for what in ("Gen PPL", "entropy", "s") for whose in ("paper", "ours")),
                "ours, not judged to the end"]
     length = lab.config("owt/long_bd3lm_4").model.length

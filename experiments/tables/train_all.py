@@ -1,4 +1,4 @@
-"""Trains every run of the paper that is not trained yet: all files in experiments/lm1b and experiments/owt.
+"""Trains every run of the paper that is not trained yet: all of experiments/paper.py.
 
 Command:   python experiments/tables/train_all.py --scale smoke
            at --scale paper one run after the other on all devices; on a pod, start each by its own command instead
@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from eso_jax.errors import EsoError
 from eso_jax.run.metrics import say
-from lab import EXPERIMENTS, Lab, main
+from lab import RUNS, Lab, main
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
 def run(lab: Lab) -> None:
-    todo = {lab.workdir(name): name for name in reversed(names())}  # where two are one, the first name
+    todo = {lab.workdir(name): name for name in reversed(RUNS)}  # where two are one, the first name
     first = [name for name in todo.values() if not lab.config(name).train.start_from]
     then = [name for name in todo.values() if lab.config(name).train.start_from]
     for stage in (first[::-1], then[::-1]):
@@ -34,11 +34,6 @@ def run(lab: Lab) -> None:
         else:
             for name in waiting:
                 lab.model(name)
-
-
-def names() -> list[str]:
-    return [path.relative_to(EXPERIMENTS).with_suffix("").as_posix()
-            for folder in ("lm1b", "owt") for path in sorted((EXPERIMENTS / folder).glob("*.py"))]
 
 
 def side_by_side(lab: Lab, runs: list[str]) -> None:
