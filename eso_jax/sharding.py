@@ -247,7 +247,7 @@ def inference_mesh(config: ModelConfig, tensor: int = 1, devices: Sequence[jax.D
 def weight_shardings(weights: Any, mesh: Mesh) -> Any:
     """The NamedSharding of every folded weight (or its shape): that of the parameter it comes from, and norms
     everywhere. Unstacked weights, of inference, have no axis of layers, and their head is split by vocabulary, as it is
-    used (transformer.for_inference makes it divide)."""
+    used (params.for_inference makes it divide)."""
     unstacked = isinstance(weights["blocks"], tuple)
 
     def of(path: tuple[Any, ...], _: Any) -> NamedSharding:

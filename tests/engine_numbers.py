@@ -32,7 +32,8 @@ from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
 from eso_jax.engine.rows import Engine
 from eso_jax.evaluation import judges, mauve, texts
-from eso_jax.model import transformer, vocabulary
+from eso_jax.model import vocabulary
+from eso_jax.model.params import fold, for_inference
 
 CONFIG = tiny_config("esolm", length=12, vocab_size=258, alpha_0=0.5).override("model.heads=4", "model.layers=1")
 ROWS = 8
@@ -45,14 +46,14 @@ def inference(mesh: MeshConfig, batch_size: int) -> Model:
     devices = jax.devices()[:(mesh.data or 1) * mesh.tensor]
     where = sharding.inference_mesh(CONFIG.model, mesh.tensor, devices)
     params = jax.device_put(random_params(CONFIG.model), sharding.shardings(random_params(CONFIG.model), where))
-    weights = transformer.for_inference(CONFIG.model, params, jnp.float32, where)
+    weights = for_inference(CONFIG.model, params, jnp.float32, where)
     return Model(CONFIG, weights, where, batch_size, step=0, tokenizer=ByteTokenizer())
 
 
 def training(mesh: MeshConfig, batch_size: int) -> Engine:
     """The model as training's validation has it."""
     where = sharding.mesh(mesh, jax.devices()[:(mesh.data or 1) * mesh.fsdp * mesh.tensor])
-    weights = transformer.fold(CONFIG.model, random_params(CONFIG.model))
+    weights = fold(CONFIG.model, random_params(CONFIG.model))
     return Engine(CONFIG, jax.device_put(weights, sharding.weight_shardings(weights, where)), where, batch_size)
 
 

@@ -120,7 +120,7 @@ import math, sys
 import jax, jax.numpy as jnp
 import eso_jax
 from eso_jax import sharding
-from eso_jax.model import transformer
+from eso_jax.model import params as declared
 from eso_jax.run import workdir
 
 def most():
@@ -140,16 +140,16 @@ def spied_read(*arguments):
     made.append((size(found[2]), most()))
     return found
 workdir.read = spied_read
-folds = transformer.inference_folds
+folds = declared.inference_folds
 def spied_folds(*arguments):
     blocks, head = folds(*arguments)
     def after(kernel):
         made.append(most())  # between the two
         return head(kernel)
     return blocks, after
-transformer.inference_folds = spied_folds
+declared.inference_folds = spied_folds
 model = eso_jax.load(sys.argv[1], tensor=4)
-transformer.inference_folds = folds
+declared.inference_folds = folds
 (params, most_read), most_between, weights = *made, size(model.weights)
 assert most_read <= 1.1 * params / 4, (most_read, params)
 assert most_between <= 1.1 * weights / 4, (most_between, weights)
@@ -157,9 +157,9 @@ assert most() <= 1.1 * weights / 4, (most(), weights)  # and the parameters are 
 kernel = model.weights["head"]["kernel"]
 assert kernel.shape == (64, 1032) and kernel.sharding.shard_shape(kernel.shape) == (64, 258)
 assert model.weights["embedding"].sharding.shard_shape((1030, 64)) == (1030, 16)
-shapes = jax.eval_shape(lambda: transformer.init(model.config.model, jax.random.key(0)))
+shapes = jax.eval_shape(lambda: declared.init_params(model.config.model, jax.random.key(0)))
 where = sharding.placed(shapes, model.mesh)
-folds, kernel = transformer.inference_folds(model.config.model, jnp.float32, model.mesh), where["head_kernel"]
+folds, kernel = declared.inference_folds(model.config.model, jnp.float32, model.mesh), where["head_kernel"]
 blocks, head = (fold.lower(x).compile().memory_analysis() for fold, x in zip(folds, (where, kernel)))
 def peak(found): return found.output_size_in_bytes + found.temp_size_in_bytes
 assert params / 4 + peak(blocks) <= 1.1 * (params + weights) / 4, (blocks, params, weights)

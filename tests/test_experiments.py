@@ -21,7 +21,7 @@ import pytest
 import samples
 from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs, recipes
 from eso_jax.evaluation import throughput
-from eso_jax.model import transformer
+from eso_jax.model.params import init_params
 from eso_jax.run.train import init_state, train_step
 from lab import Lab
 
@@ -41,7 +41,7 @@ def test_every_run_loads_and_says_how(path: Path) -> None:
     assert f"Command:   eso-jax train {path} --workdir {workdir}\n" in doc
     assert all(f"\n{what}:" in doc for what in ("Data", "Hardware", "Paper", "Ours"))
     assert config.model.width == 768 and config.train.batch_size == 512
-    params = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     count = sum(np.prod(x.shape) for x in jax.tree.leaves(params))
     if config.model.cond_dim:  # the authors' counts
         assert round(count / 1e6, 1) == {30522: 139.3, 50258: 169.6}[config.model.vocab_size]

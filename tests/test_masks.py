@@ -14,6 +14,7 @@ import pytest
 
 from eso_jax.config import ModelConfig
 from eso_jax.model import attention, cache, masks, transformer
+from eso_jax.model.params import Weights, fold, init_params, unstack
 
 TABLES: dict[str, list[dict[str, int]]] = {  # function -> the arguments of the tables in its docstring, left to right
     "everyone": [{}], "causal": [{}], "prefix": [{"clean": 2}], "blocks_up_to": [{"block": 2}],
@@ -170,12 +171,12 @@ MODEL = ModelConfig(length=L, vocab_size=2 * L, width=16, layers=2, heads=2, con
 
 
 @functools.cache
-def weights() -> transformer.Weights:
+def weights() -> Weights:
     """Random, drawn by numpy: compiling an initialization would take longer than all that is tested here."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: transformer.init(MODEL, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), shapes)
-    return transformer.unstack(jax.jit(lambda params: transformer.fold(MODEL, params))(params))
+    return unstack(jax.jit(lambda params: fold(MODEL, params))(params))
 
 
 def trunk_sensitivity(attend: Callable[[jax.Array], attention.Attend], slots: int, arguments: object = (0,),

@@ -24,6 +24,7 @@ from eso_jax.config import FAMILIES, Config, MeshConfig
 from eso_jax.errors import EsoError
 from eso_jax.model import masks, transformer
 from eso_jax.model.attention import single_stream
+from eso_jax.model.params import fold, init_params
 from eso_jax.run import train
 
 SCRIPT = Path(mesh_losses.__file__)
@@ -181,10 +182,10 @@ def test_rows_of_one_process_are_all() -> None:
 def test_deep_models_are_not_unrolled_whole_on_cpu() -> None:
     def lines(layers: int) -> int:
         model = Config().override(f"model.layers={layers}", "model.width=16", "model.heads=2").model
-        params = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+        params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
         def hidden(params: dict, tokens: jax.Array) -> jax.Array:
-            weights = transformer.fold(model, params)
+            weights = fold(model, params)
             return transformer.trunk(weights, tokens, transformer.natural_positions(tokens),
                                      single_stream(masks.causal))[0]
 

@@ -28,7 +28,7 @@ from eso_jax.chips import Topology
 from eso_jax.config import Config
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
-from eso_jax.model import transformer
+from eso_jax.model.params import abstract_weights
 from eso_jax.run import train
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -121,7 +121,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     def rows(x: Any, *axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(sharding.BATCH, *axes)))
 
-    weights = transformer.abstract_weights(model, dtype, mesh)
+    weights = abstract_weights(model, dtype, mesh)
     order = jax.ShapeDtypeStruct((batch, model.length), jnp.int32)
     state = jax.eval_shape(lambda weights, order: loop.grow(loop.start(weights, model, sampler, order), shape),
                            weights, order)

@@ -46,7 +46,7 @@ from eso_jax.decoding.order import sort, unsort
 from eso_jax.decoding.plan import Plan
 from eso_jax.model import cache as kv, transformer, vocabulary
 from eso_jax.model.attention import single_stream
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 
 PARTS, PART = 8, 256  # wide windows, and the cache, grow by an eighth of the length; the cache at least by 256 slots
 
@@ -135,7 +135,7 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     The draws of row b are keyed by (key, rows[b], slot) and do not depend on the other rows.
 
     Args:
-      weights: of transformer.fold, unstacked.
+      weights: of params.fold, unstacked.
       rows: numbers of the rows, 0 to B - 1 by default.
     """
     state = start(weights, config, sampler, plan.order)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from eso_jax import sharding
 from eso_jax.config import Config
 from eso_jax.errors import EsoError, require
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 
 BATCH_SIZE = 64  # rows that pass together, where nobody says
 REMEDY = ("give a smaller --batch-size (of validation while training: a larger train.accumulate), or split each copy "

@@ -46,8 +46,7 @@ from eso_jax.decoding.plan import Plan
 from eso_jax.engine.model import decode
 from eso_jax.engine.rows import Engine
 from eso_jax.errors import require
-from eso_jax.model import transformer
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights, fold, init_params, unstack
 from eso_jax.run.timing import Stopwatch
 
 GREEDY = Rule(temperature=0.0)
@@ -167,10 +166,10 @@ def _config(preset: Preset, length: int, case: Case, overrides: Sequence[str]) -
 def random_weights(model: ModelConfig, dtype: Any) -> Weights:
     """Unstacked inference weights, none at its initial zero."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     params = {name: jnp.asarray(("norm" in name) + 0.02 * rng.standard_normal(x.shape, np.float32))
               for name, x in shapes.items()}
-    return transformer.unstack(transformer.fold(model, params, dtype))
+    return unstack(fold(model, params, dtype))
 
 
 def _device_counts(batch: int) -> list[int]:

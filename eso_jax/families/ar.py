@@ -22,7 +22,7 @@ from eso_jax.errors import EsoError, require
 from eso_jax.families.base import Family, Pass, Visible, only_natural
 from eso_jax.model import masks, transformer, vocabulary
 from eso_jax.model.attention import single_stream
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
 
 

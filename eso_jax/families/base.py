@@ -24,7 +24,7 @@ from eso_jax.decoding.plan import Plan
 from eso_jax.errors import EsoError
 from eso_jax.model import vocabulary
 from eso_jax.model.attention import Attend, two_streams
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
 
 Visible = Callable[[Array, Array], Bool[Array, "..."]]

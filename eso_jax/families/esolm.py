@@ -26,7 +26,7 @@ from eso_jax.decoding.plan import Plan
 from eso_jax.families.base import Family, Pass, Visible, only_natural
 from eso_jax.model import loss, masks, transformer
 from eso_jax.model.attention import Attend, single_stream, two_streams
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
 
 

@@ -23,7 +23,7 @@ from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass, Visible
 from eso_jax.model import loss, masks, transformer
 from eso_jax.model.attention import single_stream
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
 
 

@@ -17,8 +17,7 @@ import numpy as np
 from eso_jax.config import ModelConfig
 from eso_jax.errors import EsoError, require
 from eso_jax.interop.pickles import shown
-from eso_jax.model import transformer
-from eso_jax.model.transformer import FREQUENCIES, Params
+from eso_jax.model.params import FREQUENCIES, Params, init_params
 
 PREFIX = "backbone."
 FREQUENCY_BUFFER = PREFIX + "rotary_emb.inv_freq"  # of the rotary embedding; computed from the head size
@@ -130,7 +129,7 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
 def abstract_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Our parameter names and shapes."""
-    params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return {name: array.shape for name, array in params.items()}
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eso_jax import sharding
-from eso_jax.model.transformer import Weights, head, linear, logits_of, over
+from eso_jax.model.params import Weights
+from eso_jax.model.transformer import head, linear, logits_of, over
 
 LOGITS_AT_ONCE = 2**27  # on a device: half a gigabyte in float32
 

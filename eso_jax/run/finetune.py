@@ -16,14 +16,13 @@ from eso_jax import sharding
 from eso_jax.config import Config
 from eso_jax.data.tokenizers import Tokenizer, sha256
 from eso_jax.errors import EsoError, require
-from eso_jax.model import transformer
-from eso_jax.model.transformer import GATES, Params
+from eso_jax.model.params import GATES, Params, init_params
 from eso_jax.run import workdir
 
 
 def random_params(config: Config) -> Params:
     """Fresh parameters, by train.seed."""
-    return transformer.init(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0))
+    return init_params(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0))
 
 
 def starting_params(config: Config, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Params | None:

@@ -27,7 +27,8 @@ import numpy as np
 
 from eso_jax.config import ModelConfig
 from eso_jax.model.attention import Attend
-from eso_jax.model.transformer import MASK_LOGIT, Weights
+from eso_jax.model.params import Weights
+from eso_jax.model.transformer import MASK_LOGIT
 
 
 @functools.cache
