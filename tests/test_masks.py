@@ -189,11 +189,11 @@ def trunk_sensitivity(attend: Callable[[jax.Array], attention.Attend], slots: in
     features = jnp.cos(jnp.arange(16.0))  # the plain sum over a normalized vector's features would tell nothing
 
     def hidden(embedding: jax.Array, argument: jax.Array) -> jax.Array:
-        table = {**weights(), "embedding": embedding}
+        table = Weights(embedding, weights().blocks, weights().head)
         return transformer.trunk(table, slot, slot, attend(argument), **options)[0][0] @ features
 
     jacobians = jax.jit(jax.vmap(jax.jacrev(hidden), (None, 0)))
-    return np.abs(jacobians(weights()["embedding"][:slots], jnp.asarray(arguments))).sum(-1)
+    return np.abs(jacobians(weights().embedding[:slots], jnp.asarray(arguments))).sum(-1)
 
 
 @pytest.mark.parametrize("name", ["causal", "blocks", "two_streams-1", "two_streams-2"])

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import AbstractMesh
-from jax.sharding import PartitionSpec as P
 
 import mesh_losses
 from conftest import emulated, tiny_config, together
@@ -24,7 +24,7 @@ from eso_jax.config import FAMILIES, Config, MeshConfig
 from eso_jax.errors import EsoError
 from eso_jax.model import masks, transformer
 from eso_jax.model.attention import single_stream
-from eso_jax.model.params import fold, init_params
+from eso_jax.model.params import PARAMETERS, Parameters, fold, init_params, param_shardings, param_spec
 from eso_jax.run import train
 
 SCRIPT = Path(mesh_losses.__file__)
@@ -48,25 +48,49 @@ def test_losses_agree_on_every_mesh(family: str, tmp_path: Path) -> None:
 
 
 def test_every_parameter_has_a_rule_and_no_rule_is_dead() -> None:
-    paths = set()
+    names = set()
     for config in (tiny_config("esolm"), tiny_config("ar").override("model.cond_dim=0")):
         state = jax.eval_shape(lambda config=config: train.init_state(config).__dict__)
         for path, x in jax.tree_util.tree_leaves_with_path(state):
-            sharding.spec(path, x.ndim)
-        paths |= set(state["params"])
-    assert paths == set(sharding.RULES)
+            param_spec(path, x.ndim)
+        names |= set(state["params"])
+    assert names == set(PARAMETERS)
+    assert {axis for one in PARAMETERS.values() for axis in one.axes} == set(sharding.RULES) == set(sharding.SAMPLING)
 
 
-@pytest.mark.parametrize("rule, message", [
-    (None, r"parameter = \"\['norm1'\]\": has no rule in eso_jax/sharding.py"),
-    (P("fsdp", "fsdp"), "names an axis twice"), (P(("data", "fsdp"), "data"), "names an axis twice"),
-    (P("model"), "may name only data, fsdp, tensor"), (P(None, None, "fsdp"), "has more axes than the parameter's 2")])
-def test_bad_rules_are_refused(rule: P | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sharding.RULES, "norm1")
-    if rule is not None:
-        monkeypatch.setitem(sharding.RULES, "norm1", rule)
+@pytest.mark.parametrize("cond_dim", [0, 8])
+def test_rules_are_what_flax_makes_of_the_declaration(cond_dim: int) -> None:
+    """Flax reads the logical axes off the module; parameters themselves are plain arrays."""
+    model, mesh = tiny_config().override(f"model.cond_dim={cond_dim}").model, sharding.mesh(MeshConfig())
+    boxed = jax.eval_shape(Parameters(model).init, jax.random.key(0))
+    flax = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed)["params"], mesh, list(sharding.RULES.items()))
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    assert all(type(x) is jax.ShapeDtypeStruct for x in params.values())
+    assert param_shardings(params, mesh) == flax
+
+
+@pytest.mark.parametrize("rules, message", [
+    ({"vector": None}, "logical axis = 'vector': has no rule in eso_jax/sharding.py"),
+    ({"vector": ("fsdp", "fsdp")}, "names an axis twice"),
+    ({"layers": ("data", "fsdp"), "vector": "data"}, "names an axis twice"),
+    ({"vector": "model"}, "may name only data, fsdp, tensor")])
+def test_bad_rules_are_refused(rules: dict[str, sharding.Axes], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for axis, rule in rules.items():
+        if rule is None:
+            monkeypatch.delitem(sharding.RULES, axis)
+        else:
+            monkeypatch.setitem(sharding.RULES, axis, rule)
     with pytest.raises(EsoError, match=message):
-        sharding.shardings({"norm1": jnp.zeros((2, 16))}, sharding.mesh(MeshConfig()))
+        param_shardings({"norm1": jnp.zeros((2, 16))}, sharding.mesh(MeshConfig()))
+
+
+@pytest.mark.parametrize("name, shape, message", [
+    ("norm3", (2, 16), r"parameter = \"\['norm3'\]\": is not declared in eso_jax/model/params.py"),
+    ("norm1", (16,), r"parameter norm1 = \('layers', 'vector'\): has other axes than the array's 1"),
+    ("norm1", (2, 16, 1), r"parameter norm1 = \('layers', 'vector'\): has other axes than the array's 3")])
+def test_parameters_that_are_not_declared_are_refused(name: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(EsoError, match=message):
+        param_shardings({name: jnp.zeros(shape)}, sharding.mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize("mesh, message", [

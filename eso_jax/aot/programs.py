@@ -133,7 +133,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     with jax.set_mesh(mesh):
         lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, steps), scalar, scalar, uniforms,
                                         model, sampler, Rule(), shape)
-    memory = {"weights": _held((weights["blocks"], weights["head"])), "embedding": _held(weights["embedding"]),
+    memory = {"weights": _held((weights.blocks, weights.head)), "embedding": _held(weights.embedding),
               "cache": _held(state.cache),
               "tokens": _held((state.tokens, state.positions, uniforms))}
     read = memory["weights"] + memory["cache"]

@@ -169,7 +169,7 @@ def start(weights: Weights, config: ModelConfig, sampler: Sampler, order: Int[Ar
     tokens = jnp.full((batch, length), config.mask, jnp.int32)
     if sampler.start_id is not None:
         tokens = jnp.concatenate([jnp.full((batch, 1), sampler.start_id, jnp.int32), tokens], axis=1)
-    cache = kv.empty(config, batch, 0, weights["head"]["kernel"].dtype) if sampler.cached else None
+    cache = kv.empty(config, batch, 0, weights.head.kernel.dtype) if sampler.cached else None
     tokens, positions = (sharding.constrain(x, sharding.BATCH) for x in (tokens, jnp.array(order, jnp.int32)))
     return State(tokens, positions, None, cache)
 

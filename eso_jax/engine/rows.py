@@ -35,7 +35,7 @@ class Engine:
 
     Attributes:
       config: the run's.
-      weights: folded, where `mesh` wants them (sharding.weight_shardings).
+      weights: folded, where `mesh` wants them (params.weight_shardings).
       mesh: the devices that share the rows (axes data and fsdp) and the weights (tensor).
       batch_size: rows that pass together, over all devices; rounded up to a multiple of the devices that share the
         rows. Results do not depend on it, but for rounding.

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from eso_jax import noise, sharding
 from eso_jax.config import Config
 from eso_jax.model.attention import Attend
-from eso_jax.model.params import Weights
+from eso_jax.model.params import Block, Norm, Weights, embedding_split, head_split
 
 MASK_LOGIT = -1e6
 UNROLLED = 12  # layers in one turn of the scan, on CPU
@@ -55,9 +55,7 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
     Returns:
       The hidden states after the last normalization, and the cache.
     """
-    head_size = weights["blocks"][0]["qkv"].shape[-1] if isinstance(weights["blocks"], tuple) \
-        else weights["blocks"]["qkv"].shape[-1]
-    rotary = rotary_table(positions, head_size)
+    rotary = rotary_table(positions, weights.head_size)
 
     def drop(x: Array, layer: Any, site: int) -> Array:
         if training is None or training.keys is None:
@@ -65,25 +63,25 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 2 * layer + site))(training.keys)
         return noise.dropout(x, training.dropout, keys)
 
-    def block(carry: tuple[Array, Any], scanned: tuple[Any, Any]) -> tuple[tuple[Array, Any], None]:
+    def block(carry: tuple[Array, Any], scanned: tuple[Any, Block]) -> tuple[tuple[Array, Any], None]:
         (x, cache), (layer, w) = carry, scanned
-        qkv = linear(_layer_norm(x, w["norm1"]).astype(w["qkv"].dtype), w["qkv"])
+        qkv = linear(_layer_norm(x, w.norm1).astype(w.qkv.dtype), w.qkv)
         q, k, v = (qkv[:, :, i] for i in range(3))
         with jax.named_scope("attention"):
             out, cache = attend(rotate(q, rotary), rotate(k, rotary), v, cache, layer)
-        x = x + drop(linear(out, w["out"], axes=2), layer, 0)
-        hidden = linear(_layer_norm(x, w["norm2"]).astype(w["qkv"].dtype), w["mlp_in"]["kernel"])
-        hidden = nn.gelu(hidden + over(w["mlp_in"]["bias"], hidden).astype(hidden.dtype), approximate=True)
-        x = x + drop(linear(hidden, w["mlp_out"]["kernel"]) + over(w["mlp_out"]["bias"], x), layer, 1)
+        x = x + drop(linear(out, w.out, axes=2), layer, 0)
+        hidden = linear(_layer_norm(x, w.norm2).astype(w.qkv.dtype), w.mlp_in.kernel)
+        hidden = nn.gelu(hidden + over(w.mlp_in.bias, hidden).astype(hidden.dtype), approximate=True)
+        x = x + drop(linear(hidden, w.mlp_out.kernel) + over(w.mlp_out.bias, x), layer, 1)
         return (sharding.constrain(x, sharding.BATCH), cache), None
 
     block = jax.named_scope("block")(block)
-    carry = (sharding.constrain(sharding.embedding_split(weights["embedding"])[tokens], sharding.BATCH), cache)
-    if isinstance(weights["blocks"], tuple):
-        for scanned in enumerate(weights["blocks"]):
+    carry = (sharding.constrain(embedding_split(weights.embedding)[tokens], sharding.BATCH), cache)
+    if isinstance(weights.blocks, tuple):
+        for scanned in enumerate(weights.blocks):
             carry, _ = block(carry, scanned)
     else:
-        count, remat = weights["blocks"]["qkv"].shape[0], "none" if training is None else training.remat
+        count, remat = weights.blocks.qkv.shape[0], "none" if training is None else training.remat
         # Unrolled, a step is 30-60% faster on CPU; scanned, it compiles in half the time on TPU, and however deep the
         # model is. Rematerialization saves memory under a scan alone.
         unroll = 1
@@ -92,19 +90,19 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
         elif sharding.platform() == "cpu":
             unroll = max(n for n in range(1, UNROLLED + 1) if count % n == 0)
-        carry, _ = jax.lax.scan(block, carry, (jnp.arange(count), weights["blocks"]), unroll=unroll)
+        carry, _ = jax.lax.scan(block, carry, (jnp.arange(count), weights.blocks), unroll=unroll)
     x, cache = carry
-    return _layer_norm(x, weights["head"]["norm"]).astype(weights["head"]["kernel"].dtype), cache
+    return _layer_norm(x, weights.head.norm).astype(weights.head.kernel.dtype), cache
 
 
 def head(weights: Weights, hidden: Float[Array, "*s D"], mask_id: int) -> Float[Array, "*s V"]:
     """Float32 logits of hidden states, the mask's set to MASK_LOGIT."""
-    return logits_of(sharding.head_split(weights["head"]["kernel"]), weights["head"]["bias"], hidden, mask_id)
+    return logits_of(head_split(weights.head.kernel), weights.head.bias, hidden, mask_id)
 
 
 def logits_of(kernel: Float[Array, "D _"], bias: Float[Array, " V"], hidden: Float[Array, "*s D"],
               mask_id: int) -> Float[Array, "*s V"]:
-    """As `head`, by a kernel that is laid out for its use (sharding.head_split); columns beyond V are padding."""
+    """As `head`, by a kernel that is laid out for its use (params.head_split); columns beyond V are padding."""
     with jax.named_scope("head"):
         logits = linear(hidden, kernel, dtype=jnp.float32)
         logits = sharding.constrain(logits, sharding.BATCH, *[None] * (logits.ndim - 2), "tensor")
@@ -150,12 +148,12 @@ def rotate(x: Float[Array, "B S H K"], rotary: tuple[Array, Array]) -> Float[Arr
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _layer_norm(x: Float[Array, "B S D"], norm: dict[str, Array]) -> Float[Array, "B S D"]:
+def _layer_norm(x: Float[Array, "B S D"], norm: Norm) -> Float[Array, "B S D"]:
     """Layer normalization in float32, epsilon 1e-5."""
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
     normal = centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
-    return normal * over(norm["scale"], x) + over(norm["bias"], x)
+    return normal * over(norm.scale, x) + over(norm.bias, x)
 
 
 def over(w: Array, x: Array) -> Array:

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from eso_jax import sharding
 from eso_jax.config import Config
 from eso_jax.data.tokenizers import Tokenizer, sha256
 from eso_jax.errors import EsoError, require
-from eso_jax.model.params import GATES, Params, init_params
+from eso_jax.model.params import GATES, Params, init_params, param_shardings
 from eso_jax.run import workdir
 
 
@@ -60,7 +59,7 @@ def starting_params(config: Config, mesh: Mesh, tokenizer: Tokenizer | None = No
         return params
     fresh = jax.eval_shape(lambda: random_params(config))
     add = jax.jit(lambda params: add_adaln(params, random_params(config)),
-                  out_shardings=sharding.shardings(fresh, mesh))
+                  out_shardings=param_shardings(fresh, mesh))
     return add(params)
 
 

@@ -38,7 +38,7 @@ from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
 from eso_jax.engine import perplexity
 from eso_jax.engine.rows import Engine, catch_out_of_memory
 from eso_jax.errors import EsoError, RunAgain, require
-from eso_jax.model.params import Params, Weights, fold
+from eso_jax.model.params import Params, Weights, constrain_params, fold, placed, weight_shardings
 from eso_jax.noise import Draws
 from eso_jax.run import checkpoint, finetune, metrics, multihost, workdir
 from eso_jax.run.optim import optimizer, update_ema
@@ -76,7 +76,7 @@ def init_state(config: Config, params: Params | None = None) -> TrainState:
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The shapes, types and shardings of the state."""
-    return sharding.placed(jax.eval_shape(functools.partial(init_state, config)), mesh)
+    return placed(jax.eval_shape(functools.partial(init_state, config)), mesh)
 
 
 def shardings(config: Config, mesh: Mesh) -> TrainState:
@@ -101,7 +101,7 @@ def jit_fold(config: Config, mesh: Mesh) -> Any:
         return fold(config.model, params, jnp.dtype(config.train.compute_dtype))
 
     weights = jax.eval_shape(weights_of, abstract_state(config, mesh).params)
-    return jax.jit(weights_of, out_shardings=sharding.weight_shardings(weights, mesh))
+    return jax.jit(weights_of, out_shardings=weight_shardings(weights, mesh))
 
 
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
@@ -130,12 +130,12 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     def add_micro_batch(total: Any, rows: tuple[Array, Array]) -> tuple[Any, None]:
         values, gradients = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
         # Each device needs the gradients of the parameters that it holds, and no others.
-        return jax.tree.map(jnp.add, total, (values, sharding.constrain_params(gradients))), None
+        return jax.tree.map(jnp.add, total, (values, constrain_params(gradients))), None
 
     micro_batches = jax.tree.map(functools.partial(_split, config), (tokens, jnp.arange(tokens.shape[0])))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
         jax.value_and_grad(loss, has_aux=True), state.params, jax.tree.map(lambda x: x[0], micro_batches)))
-    total, _ = jax.lax.scan(add_micro_batch, (zero[0], sharding.constrain_params(zero[1])), micro_batches)
+    total, _ = jax.lax.scan(add_micro_batch, (zero[0], constrain_params(zero[1])), micro_batches)
     (mean_loss, terms), gradients = jax.tree.map(lambda x: x / config.train.accumulate, total)
 
     updates, opt_state = optimizer(config.train).update(gradients, state.optimizer, state.params)
