@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax.sharding import AbstractMesh
 
 import mesh_losses
@@ -24,7 +23,7 @@ from eso_jax.config import FAMILIES, Config, MeshConfig
 from eso_jax.errors import EsoError
 from eso_jax.model import masks, transformer
 from eso_jax.model.attention import single_stream
-from eso_jax.model.params import PARAMETERS, Parameters, fold, init_params, param_shardings, param_spec
+from eso_jax.model.params import PARAMETERS, fold, init_params, param_shardings, param_spec
 from eso_jax.run import train
 
 SCRIPT = Path(mesh_losses.__file__)
@@ -58,17 +57,6 @@ def test_every_parameter_has_a_rule_and_no_rule_is_dead() -> None:
     assert {axis for one in PARAMETERS.values() for axis in one.axes} == set(sharding.RULES) == set(sharding.SAMPLING)
 
 
-@pytest.mark.parametrize("cond_dim", [0, 8])
-def test_rules_are_what_flax_makes_of_the_declaration(cond_dim: int) -> None:
-    """Flax reads the logical axes off the module; parameters themselves are plain arrays."""
-    model, mesh = tiny_config().override(f"model.cond_dim={cond_dim}").model, sharding.mesh(MeshConfig())
-    boxed = jax.eval_shape(Parameters(model).init, jax.random.key(0))
-    flax = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed)["params"], mesh, list(sharding.RULES.items()))
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    assert all(type(x) is jax.ShapeDtypeStruct for x in params.values())
-    assert param_shardings(params, mesh) == flax
-
-
 @pytest.mark.parametrize("rules, message", [
     ({"vector": None}, "logical axis = 'vector': has no rule in eso_jax/sharding.py"),
     ({"vector": ("fsdp", "fsdp")}, "names an axis twice"),
@@ -82,15 +70,6 @@ def test_bad_rules_are_refused(rules: dict[str, sharding.Axes], message: str, mo
             monkeypatch.setitem(sharding.RULES, axis, rule)
     with pytest.raises(EsoError, match=message):
         param_shardings({"norm1": jnp.zeros((2, 16))}, sharding.mesh(MeshConfig()))
-
-
-@pytest.mark.parametrize("name, shape, message", [
-    ("norm3", (2, 16), r"parameter = \"\['norm3'\]\": is not declared in eso_jax/model/params.py"),
-    ("norm1", (16,), r"parameter norm1 = \('layers', 'vector'\): has other axes than the array's 1"),
-    ("norm1", (2, 16, 1), r"parameter norm1 = \('layers', 'vector'\): has other axes than the array's 3")])
-def test_parameters_that_are_not_declared_are_refused(name: str, shape: tuple[int, ...], message: str) -> None:
-    with pytest.raises(EsoError, match=message):
-        param_shardings({name: jnp.zeros(shape)}, sharding.mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize("mesh, message", [
