@@ -5,7 +5,7 @@
     model.sample(4, steps=64, alpha_0=0.25)
     model.log_likelihood(tokens, orders)
 
-Underneath are pure functions of parameters; start with eso_jax/model/transformer.py and eso_jax/families.
+Underneath are pure functions of parameters; start with eso_jax/model/params.py and eso_jax/families.
 """
 
 from eso_jax.config import Config, DataConfig, FamilyConfig, ModelConfig, TrainConfig

@@ -439,7 +439,7 @@ def _variables(path: Path) -> dict[str, Any]:
 
 def _check_types(section: str, config: Any) -> None:
     """Every field of a section holds its type, also when it was made in Python."""
-    for name, kind in _fields_of(type(config)).items():
+    for name, kind in _fields_of(config.__class__).items():
         value = getattr(config, name)
         require(_fits(value, kind), f"{section}.{name}", value, f"must be of type {_type_name(kind)}")
 

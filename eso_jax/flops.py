@@ -16,7 +16,7 @@ from __future__ import annotations
 from eso_jax import families
 from eso_jax.config import Config, ModelConfig
 from eso_jax.model.masks import TwoStreams
-from eso_jax.model.transformer import FREQUENCIES
+from eso_jax.model.params import FREQUENCIES
 
 Parts = dict[str, int]  # FLOPs by part: qkv, attention, out, mlp_in, mlp_out, head, adaln
 

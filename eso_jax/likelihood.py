@@ -27,7 +27,7 @@ from eso_jax.decoding.plan import Plan
 from eso_jax.engine.rows import Engine
 from eso_jax.errors import EsoError, require
 from eso_jax.model import vocabulary
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 
 
 def log_prob(engine: Engine, tokens: np.ndarray, orders: np.ndarray) -> Float[np.ndarray, "O B"]:

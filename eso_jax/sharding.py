@@ -8,7 +8,7 @@ The axes are Auto: XLA places what is not said here, and inserts the communicati
 machines that are not there (eso_jax/aot) all use these meshes. There is no axis along the sequence: at the
 paper's lengths the rows of a batch are enough to keep every device busy.
 
-Axes: B batch, L length, S slots, H heads; of parameters see eso_jax/model/transformer.py.
+Axes: B batch, L length, S slots, H heads.
 """
 
 from __future__ import annotations
@@ -31,30 +31,32 @@ from eso_jax.errors import require
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
 
-# Parameter -> who holds which part. Averages and optimizer state follow their parameter. Vocabularies such as 50,258
-# divide by nothing, so the embedding and the head are kept split by width; `head_split` is how the head is used.
-RULES: dict[str, P] = {
-    "embedding": P(None, ("tensor", "fsdp")),
-    "qkv": P(None, "fsdp", None, "tensor", None),
-    "out": P(None, "tensor", None, "fsdp"),
-    "mlp_in_kernel": P(None, "fsdp", "tensor"),
-    "mlp_in_bias": P(None, "tensor"),
-    "mlp_out_kernel": P(None, "tensor", "fsdp"),
-    "mlp_out_bias": P(),
-    "norm1": P(),
-    "norm2": P(),
-    "adaln_kernel": P(None, None, None, ("fsdp", "tensor")),
-    "adaln_bias": P(None, None, ("fsdp", "tensor")),
-    "sigma_in_kernel": P(),
-    "sigma_in_bias": P(),
-    "sigma_out_kernel": P(),
-    "sigma_out_bias": P(),
-    "head_norm": P(),
-    "head_kernel": P(("fsdp", "tensor"), None),
-    "head_bias": P(),
-    "head_adaln_kernel": P(),
-    "head_adaln_bias": P(),
+Axes = str | tuple[str, ...] | None  # of the mesh: one, several, or none
+
+# Logical axis of a parameter (eso_jax/model/params.py) -> the axes of the mesh that split it. Vocabularies such as
+# 50,258 divide by nothing, so the embedding and the head are kept split by width; `route` says how they get to where
+# they are used.
+RULES: dict[str, Axes] = {
+    "layers": None,
+    "width": "fsdp",
+    "embedding_width": ("tensor", "fsdp"),
+    "head_width": ("fsdp", "tensor"),
+    "modulated": ("fsdp", "tensor"),
+    "vector": None,
+    "qkv": None,
+    "heads": "tensor",
+    "head_size": None,
+    "hidden": "tensor",
+    "vocab": None,
+    "ids": None,
+    "frequencies": None,
+    "condition_hidden": None,
+    "condition": None,
+    "modulations": None,
+    "head_modulations": None,
 }
+# Weights for sampling are laid out likewise, but for the head: split by vocabulary, as it is used.
+SAMPLING: dict[str, Axes] = RULES | {"head_width": None, "vocab": "tensor"}
 
 
 def mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -104,38 +106,20 @@ def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
             f"must divide model.width = {model.width}; use more of mesh.data")
 
 
-def spec(path: tuple[Any, ...], ndim: int) -> P:
-    """The rule of a parameter, or of its average or optimizer state, by its path in a tree. Scalars are everywhere.
+def spec(axes: Sequence[str], rules: dict[str, Axes] = RULES) -> P:
+    """Who holds which part of an array of these logical axes.
 
     Raises:
-      EsoError: no rule has its name, or the rule cannot be right.
+      EsoError: an axis has no rule, or the rules cannot be right together.
     """
-    if ndim == 0:
-        return P()
-    name = next((str(part.key) for part in reversed(path) if hasattr(part, "key")), "")
-    require(name in RULES, "parameter", jax.tree_util.keystr(path), "has no rule in eso_jax/sharding.py; add one")
-    rule = RULES[name]
-    axes = [axis for entry in rule for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None]
-    require(len(rule) <= ndim, f"rule of {name}", rule, f"has more axes than the parameter's {ndim}")
-    require(set(axes) <= set(AXES), f"rule of {name}", rule, f"may name only {', '.join(AXES)}")
-    require(len(set(axes)) == len(axes), f"rule of {name}", rule, "names an axis twice; each splits one dimension")
-    return rule
-
-
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The NamedSharding of every leaf of a tree of parameters, averages or optimizer state (arrays or their shapes)."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, spec(path, x.ndim)), tree)
-
-
-def placed(tree: Any, mesh: Mesh) -> Any:
-    """The shapes, types and shardings of a tree as above, without its values."""
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree,
-                        shardings(tree, mesh))
-
-
-def constrain_params(tree: Any) -> Any:
-    """A tree such as gradients, laid out by the rules on the mesh in force; itself where there is none."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *spec(path, x.ndim)), tree)
+    for axis in axes:
+        require(axis in rules, "logical axis", axis, "has no rule in eso_jax/sharding.py; add one")
+    found = P(*(rules[axis] for axis in axes))
+    used = [axis for entry in found for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None]
+    require(set(used) <= set(AXES), f"rules of {', '.join(axes)}", found, f"may name only {', '.join(AXES)}")
+    require(len(set(used)) == len(used), f"rules of {', '.join(axes)}", found,
+            "names an axis twice; each splits one dimension")
+    return found
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
@@ -151,9 +135,10 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.with_sharding_constraint(x, P(*axes)) if even or isinstance(x, jax.core.Tracer) else x
 
 
-def _used(name: str, *layouts: P) -> Callable[[Array], Array]:
-    """Lays a parameter out for its use, from where it is kept by way of `layouts`; its gradient goes back the same way,
-    but for the last layout, whose parts are first added up over the rows: so no device gets more than it keeps."""
+def route(axes: Sequence[str], *layouts: P) -> Callable[[Array], Array]:
+    """A function that lays a parameter of these logical axes out for its use, from where it is kept by way of
+    `layouts`; its gradient goes back the same way, but for the last layout, whose parts are first added up over the
+    rows: so no device gets more than it keeps."""
     @jax.custom_vjp
     def used(w: Array) -> Array:
         for layout in layouts:
@@ -161,19 +146,12 @@ def _used(name: str, *layouts: P) -> Callable[[Array], Array]:
         return w
 
     def back(_: None, gradient: Array) -> tuple[Array]:
-        for layout in (*reversed(layouts[:-1]), RULES[name]):
+        for layout in (*reversed(layouts[:-1]), spec(axes)):
             gradient = constrain(gradient, *layout)
         return (gradient,)
 
     used.defvjp(lambda w: (used(w), None), back)
     return used
-
-
-# The embedding [V, D] split by width: each device looks its part of a token's vector up.
-embedding_split = _used("embedding", P(None, "tensor"))
-# The head's kernel [D, V] split by vocabulary (unevenly, if need be; XLA pads): no device makes or keeps all logits of
-# a row. In two steps, exchange and gather: in one, XLA would gather all of it everywhere.
-head_split = _used("head_kernel", P("fsdp", "tensor"), P(None, "tensor"))
 
 
 def batch_shards() -> int:
@@ -241,19 +219,3 @@ def inference_mesh(config: ModelConfig, tensor: int = 1, devices: Sequence[jax.D
     require(tensor >= 1 and count % tensor == 0, "tensor", tensor, f"must divide the {count} devices")
     require(config.heads % tensor == 0, "tensor", tensor, f"must divide the {config.heads} heads")
     return mesh(MeshConfig(tensor=tensor), devices)
-
-
-def weight_shardings(weights: Any, mesh: Mesh) -> Any:
-    """The NamedSharding of every folded weight (or its shape): that of the parameter it comes from, and norms
-    everywhere. Unstacked weights, of inference, have no axis of layers, and their head is split by vocabulary, as it is
-    used (transformer.for_inference makes it divide)."""
-    unstacked = isinstance(weights["blocks"], tuple)
-
-    def of(path: tuple[Any, ...], _: Any) -> NamedSharding:
-        name = "_".join(str(part.key) for part in path if hasattr(part, "key"))
-        rule = RULES.get(name.removeprefix("blocks_"), P())
-        if unstacked:
-            rule = P(None, "tensor") if name == "head_kernel" else P(*rule[1:]) if name.startswith("blocks_") else rule
-        return NamedSharding(mesh, rule)
-
-    return jax.tree_util.tree_map_with_path(of, weights)

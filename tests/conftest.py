@@ -30,8 +30,7 @@ from eso_jax.cli import main  # noqa: E402
 from eso_jax.config import SETTINGS, Config, FamilyConfig, ModelConfig, family_fields  # noqa: E402
 from eso_jax.engine.rows import Engine  # noqa: E402
 from eso_jax.interop import import_checkpoint  # noqa: E402
-from eso_jax.model import transformer  # noqa: E402
-from eso_jax.model.transformer import Weights  # noqa: E402
+from eso_jax.model.params import Params, Weights, fold, init_params, unstack  # noqa: E402
 from eso_jax.run import workdir  # noqa: E402
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -144,8 +143,8 @@ class Golden(NamedTuple):
 
 def golden(file: str, family: str) -> Golden:
     config, params = import_checkpoint(GOLDENS / f"{file}_tiny.safetensors", str(GOLDENS / "config.json"), family)
-    weights = transformer.fold(config.model, params)
-    return Golden(config, weights, transformer.unstack(weights))
+    weights = fold(config.model, params)
+    return Golden(config, weights, unstack(weights))
 
 
 @pytest.fixture(scope="session")
@@ -182,16 +181,16 @@ def tiny_config(family: str = "esolm", length: int = 12, vocab_size: int = 9, **
     return Config(model=model, family=FamilyConfig(name=family, **fields))  # type: ignore[arg-type]
 
 
-def random_params(model: ModelConfig, seed: int = 0, scale: float = 0.3) -> transformer.Params:
+def random_params(model: ModelConfig, seed: int = 0, scale: float = 0.3) -> Params:
     """Parameters that leave nothing at its initial zero, so that every path matters."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return {name: jnp.asarray(("norm" in name) + scale * rng.standard_normal(x.shape), jnp.float32)
             for name, x in shapes.items()}
 
 
 def random_weights(model: ModelConfig, seed: int = 0, scale: float = 0.3) -> Weights:
-    return transformer.unstack(transformer.fold(model, random_params(model, seed, scale)))
+    return unstack(fold(model, random_params(model, seed, scale)))
 
 
 def engine(config: Config, weights: Weights, batch_size: int = 64) -> Engine:
@@ -199,7 +198,7 @@ def engine(config: Config, weights: Weights, batch_size: int = 64) -> Engine:
     return Engine(config, weights, sharding.inference_mesh(config.model, devices=jax.devices()[:1]), batch_size)
 
 
-def params_of(directory: Path, ema: bool = True) -> transformer.Params:
+def params_of(directory: Path, ema: bool = True) -> Params:
     """The float32 parameters of a work directory."""
     return workdir.read(directory, ema)[2]
 

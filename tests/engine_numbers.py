@@ -32,7 +32,8 @@ from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
 from eso_jax.engine.rows import Engine
 from eso_jax.evaluation import judges, mauve, texts
-from eso_jax.model import transformer, vocabulary
+from eso_jax.model import vocabulary
+from eso_jax.model.params import fold, for_inference, param_shardings, weight_shardings
 
 CONFIG = tiny_config("esolm", length=12, vocab_size=258, alpha_0=0.5).override("model.heads=4", "model.layers=1")
 ROWS = 8
@@ -44,16 +45,16 @@ def inference(mesh: MeshConfig, batch_size: int) -> Model:
     """The model as it is loaded."""
     devices = jax.devices()[:(mesh.data or 1) * mesh.tensor]
     where = sharding.inference_mesh(CONFIG.model, mesh.tensor, devices)
-    params = jax.device_put(random_params(CONFIG.model), sharding.shardings(random_params(CONFIG.model), where))
-    weights = transformer.for_inference(CONFIG.model, params, jnp.float32, where)
+    params = jax.device_put(random_params(CONFIG.model), param_shardings(random_params(CONFIG.model), where))
+    weights = for_inference(CONFIG.model, params, jnp.float32, where)
     return Model(CONFIG, weights, where, batch_size, step=0, tokenizer=ByteTokenizer())
 
 
 def training(mesh: MeshConfig, batch_size: int) -> Engine:
     """The model as training's validation has it."""
     where = sharding.mesh(mesh, jax.devices()[:(mesh.data or 1) * mesh.fsdp * mesh.tensor])
-    weights = transformer.fold(CONFIG.model, random_params(CONFIG.model))
-    return Engine(CONFIG, jax.device_put(weights, sharding.weight_shardings(weights, where)), where, batch_size)
+    weights = fold(CONFIG.model, random_params(CONFIG.model))
+    return Engine(CONFIG, jax.device_put(weights, weight_shardings(weights, where)), where, batch_size)
 
 
 def numbers(model: Model) -> dict[str, Callable[[], Any]]:
@@ -81,7 +82,7 @@ def head_gradients(mesh: MeshConfig) -> dict[int, float]:
     rows = NamedSharding(where, P(sharding.BATCH))
 
     def loss(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
-        return (weights * vocabulary.nll({"head": {"kernel": kernel, "bias": bias}}, hidden, targets, 511)).sum()
+        return (weights * vocabulary.nll(test_vocabulary.head_alone(kernel, bias), hidden, targets, 511)).sum()
 
     for chunks in (1, 512):
         vocabulary.LOGITS_AT_ONCE = hidden.shape[0] * hidden.shape[1] * 512 // chunks // where.size

@@ -73,7 +73,7 @@ def test_the_heads_gradient_does_not_depend_on_the_mesh(found: dict[str, Any]) -
 
 
 def test_batches_are_few_equal_and_divide_over_the_devices() -> None:
-    one = engine(tiny_config(), {})
+    one = engine(tiny_config(), random_weights(tiny_config().model))
 
     class Mesh:
         shape = {"data": 2, "fsdp": 3, "tensor": 4}
@@ -120,7 +120,7 @@ import math, sys
 import jax, jax.numpy as jnp
 import eso_jax
 from eso_jax import sharding
-from eso_jax.model import transformer
+from eso_jax.model import params as declared
 from eso_jax.run import workdir
 
 def most():
@@ -140,30 +140,30 @@ def spied_read(*arguments):
     made.append((size(found[2]), most()))
     return found
 workdir.read = spied_read
-folds = transformer.inference_folds
+folds = declared.inference_folds
 def spied_folds(*arguments):
     blocks, head = folds(*arguments)
     def after(kernel):
         made.append(most())  # between the two
         return head(kernel)
     return blocks, after
-transformer.inference_folds = spied_folds
+declared.inference_folds = spied_folds
 model = eso_jax.load(sys.argv[1], tensor=4)
-transformer.inference_folds = folds
+declared.inference_folds = folds
 (params, most_read), most_between, weights = *made, size(model.weights)
 assert most_read <= 1.1 * params / 4, (most_read, params)
 assert most_between <= 1.1 * weights / 4, (most_between, weights)
 assert most() <= 1.1 * weights / 4, (most(), weights)  # and the parameters are gone
-kernel = model.weights["head"]["kernel"]
+kernel = model.weights.head.kernel
 assert kernel.shape == (64, 1032) and kernel.sharding.shard_shape(kernel.shape) == (64, 258)
-assert model.weights["embedding"].sharding.shard_shape((1030, 64)) == (1030, 16)
-shapes = jax.eval_shape(lambda: transformer.init(model.config.model, jax.random.key(0)))
-where = sharding.placed(shapes, model.mesh)
-folds, kernel = transformer.inference_folds(model.config.model, jnp.float32, model.mesh), where["head_kernel"]
+assert model.weights.embedding.sharding.shard_shape((1030, 64)) == (1030, 16)
+shapes = jax.eval_shape(lambda: declared.init_params(model.config.model, jax.random.key(0)))
+where = declared.placed(shapes, model.mesh)
+folds, kernel = declared.inference_folds(model.config.model, jnp.float32, model.mesh), where["head_kernel"]
 blocks, head = (fold.lower(x).compile().memory_analysis() for fold, x in zip(folds, (where, kernel)))
 def peak(found): return found.output_size_in_bytes + found.temp_size_in_bytes
 assert params / 4 + peak(blocks) <= 1.1 * (params + weights) / 4, (blocks, params, weights)
-held = blocks.output_size_in_bytes + (size(model.weights["embedding"]) + 64 * 1030 * 4) / 4
+held = blocks.output_size_in_bytes + (size(model.weights.embedding) + 64 * 1030 * 4) / 4
 assert held + peak(head) <= 1.1 * (params + weights) / 4, (head, params, weights)
 assert (model.sample(3, steps=4, seed=0).tokens < 1029).all()  # the mask is the last id, and what pads the head is none
 """
@@ -197,7 +197,8 @@ def test_the_bound_does_not_depend_on_the_order_of_the_windows(monkeypatch: pyte
             return {"diffusion": 2 * noise.draw_times(draws) * tokens.sum(1)}
 
     monkeypatch.setattr(perplexity.families, "get", lambda config: Toy)
-    model = engine(tiny_config("mdlm", length=5), {}, 256)  # compiled for nobody else
+    config = tiny_config("mdlm", length=5)
+    model = engine(config, random_weights(config.model), 256)  # compiled for nobody else
     easy, hard = np.zeros((128, 5), np.int32), np.ones((128, 5), np.int32)
     mixed = np.stack([easy, hard], 1).reshape(-1, 5)
     for windows in (np.concatenate([easy, hard]), np.concatenate([hard, easy]), mixed):

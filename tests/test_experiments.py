@@ -24,7 +24,7 @@ import paper
 import samples
 from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs
 from eso_jax.evaluation import throughput
-from eso_jax.model import transformer
+from eso_jax.model.params import init_params
 from eso_jax.run.train import init_state, train_step
 from lab import AS_ABOVE, RUNS, Lab
 
@@ -40,7 +40,7 @@ def test_every_run_loads_and_says_how(name: str) -> None:
     config = configs.from_file(f"{ROOT}/experiments/paper.py:{name}")
     assert config == run.config
     assert config.model.width == 768 and config.train.batch_size == 512
-    params = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     count = sum(np.prod(x.shape) for x in jax.tree.leaves(params))
     if config.model.cond_dim:  # the authors' counts
         assert round(count / 1e6, 1) == {30522: 139.3, 50258: 169.6}[config.model.vocab_size]

@@ -16,7 +16,8 @@ from eso_jax.config import SETTINGS, Config
 from eso_jax.decoding.order import likelihood_orders
 from eso_jax.errors import EsoError
 from eso_jax.families import bd3lm, esolm, mdlm
-from eso_jax.model import transformer, vocabulary
+from eso_jax.model import vocabulary
+from eso_jax.model.params import Params, Weights, fold
 from eso_jax.noise import Draws
 
 
@@ -127,7 +128,7 @@ def test_bd3lm_block_times_are_spread_in_rows_and_columns() -> None:
     assert float(clipped.min()) >= 0.3 and float(clipped.max()) <= 0.8
 
 
-def toy(family: str, **fields: object) -> tuple[Config, transformer.Weights, jax.Array]:
+def toy(family: str, **fields: object) -> tuple[Config, Weights, jax.Array]:
     """Three tokens over a vocabulary of three and the mask; all 27 sequences."""
     config = tiny_config(family, length=3, vocab_size=4, **fields)
     everything = jnp.array(list(itertools.product(range(3), repeat=3)), jnp.int32)
@@ -149,7 +150,7 @@ def test_ar_is_normalized() -> None:
     assert float(jnp.exp(-nll).sum()) == pytest.approx(1, abs=1e-5)
 
 
-def true_nll(config: Config, weights: transformer.Weights, everything: jax.Array) -> np.ndarray:
+def true_nll(config: Config, weights: Weights, everything: jax.Array) -> np.ndarray:
     """-log E_order p(x | order), orders uniform, by enumeration: the law of decoding in random order."""
     orders = np.array(list(itertools.permutations(range(3))))
     scored = likelihood.log_prob(engine(config, weights), np.asarray(everything),
@@ -231,8 +232,8 @@ def test_gradients_reach_every_parameter() -> None:
     config = config_of("esolm")
     params, tokens = random_params(config.model), random_tokens(config, 4)
 
-    def loss(params: transformer.Params) -> jax.Array:
-        terms = families.BY_NAME["esolm"].loss(transformer.fold(config.model, params), config, tokens, draws(4))
+    def loss(params: Params) -> jax.Array:
+        terms = families.BY_NAME["esolm"].loss(fold(config.model, params), config, tokens, draws(4))
         return terms["diffusion"] + terms["sequential"]
 
     for name, gradient in jax.grad(loss)(params).items():
@@ -293,7 +294,7 @@ def test_nll_in_chunks_equals_nll_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 def test_bfloat16_is_close_to_float32(family: str) -> None:
     config = config_of(family)
     params, tokens = random_params(config.model, scale=0.1), random_tokens(config, 8)
-    losses = [sum(families.get(config).loss(transformer.fold(config.model, params, dtype), config, tokens,
+    losses = [sum(families.get(config).loss(fold(config.model, params, dtype), config, tokens,
                                             draws(8)).values()) for dtype in (jnp.float32, jnp.bfloat16)]
     assert losses[0].dtype == losses[1].dtype == jnp.float32
     np.testing.assert_allclose(*losses, rtol=2e-2)

@@ -19,6 +19,7 @@ from eso_jax.config import Config, MeshConfig, from_file
 from eso_jax.data.tokenizers import LibraryTokenizer
 from eso_jax.errors import EsoError
 from eso_jax.model import masks, transformer
+from eso_jax.model.params import Params, fold
 from eso_jax.run import finetune, train as training, workdir
 from vocabularies import gpt2_like
 
@@ -39,8 +40,8 @@ def made(directory: Path, base: Config, *overrides: str) -> Path:
     return directory
 
 
-def logits(config: Config, params: transformer.Params, tokens: jax.Array) -> jax.Array:
-    weights = transformer.fold(config.model, params)
+def logits(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
+    weights = fold(config.model, params)
     hidden, _ = transformer.trunk(weights, tokens, transformer.natural_positions(tokens),
                                   masks.View(masks.CAUSAL))
     return transformer.head(weights, hidden, config.model.mask)
@@ -53,7 +54,7 @@ def test_ar_without_adaln_becomes_an_eso_lm(base: Config, tmp_path: Path) -> Non
     params = finetune.starting_params(run, MESH)
     assert params is not None
     theirs, _, before = workdir.read(source)
-    chex.assert_trees_all_equal(transformer.fold(run.model, params), transformer.fold(theirs.model, before))
+    chex.assert_trees_all_equal(fold(run.model, params), fold(theirs.model, before))
     tokens = random_tokens(run, 2)
     np.testing.assert_array_equal(logits(run, params, tokens), logits(theirs, before, tokens))
     after = training.train(run.override("train.steps=4"), tmp_path / "w").params

@@ -15,7 +15,7 @@ from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import left_to_right
-from eso_jax.model import transformer
+from eso_jax.model.params import fold, init_params, unstack
 from eso_jax.run.train import init_state, train_step
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks")
@@ -72,7 +72,7 @@ def test_parts() -> None:
 def test_six_per_parameter_and_token() -> None:
     """The rule of thumb, of the parameters that are multiplied with (the embedding is looked up)."""
     config = wide(name="ar")
-    params = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     multiplied = sum(params[name].size for name in ("qkv", "out", "mlp_in_kernel", "mlp_out_kernel", "head_kernel"))
     found = flops.training_step(config)
     assert sum(found.values()) - found["attention"] - found["adaln"] == 6 * multiplied * 8 * 128
@@ -85,7 +85,7 @@ def test_a_sampling_step_is_what_xla_counts(name: str) -> None:
     sampler = families.get(config).sampler(config)
     steps, runs = loop.schedule(plan, sampler)
     run = runs[-1]
-    weights = jax.eval_shape(lambda: transformer.unstack(transformer.fold(config.model, transformer.init(
+    weights = jax.eval_shape(lambda: unstack(fold(config.model, init_params(
         config.model, jax.random.key(0)))))
     state = jax.eval_shape(lambda: loop.grow(loop.start(weights, config.model, sampler, plan.order), run.shape))
     uniforms = jax.ShapeDtypeStruct((batch, config.model.length, 2), jnp.float32)

@@ -16,6 +16,7 @@ from eso_jax.config import ModelConfig
 from eso_jax.errors import EsoError
 from eso_jax.model import attention, cache, masks, transformer
 from eso_jax.model.masks import View
+from eso_jax.model.params import Weights, fold, init_params, unstack
 
 PLAIN = attention.BACKENDS[-1]
 TABLES: dict[str, list[dict[str, int]]] = {  # function -> the arguments of the tables in its docstring, left to right
@@ -211,12 +212,12 @@ MODEL = ModelConfig(length=L, vocab_size=2 * L, width=16, layers=2, heads=2, con
 
 
 @functools.cache
-def weights() -> transformer.Weights:
+def weights() -> Weights:
     """Random, drawn by numpy: compiling an initialization would take longer than all that is tested here."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: transformer.init(MODEL, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), shapes)
-    return transformer.unstack(jax.jit(lambda params: transformer.fold(MODEL, params))(params))
+    return unstack(jax.jit(lambda params: fold(MODEL, params))(params))
 
 
 def trunk_sensitivity(view: Callable[[jax.Array], View], slots: int, arguments: object = (0,),
@@ -229,11 +230,11 @@ def trunk_sensitivity(view: Callable[[jax.Array], View], slots: int, arguments: 
     features = jnp.cos(jnp.arange(16.0))  # the plain sum over a normalized vector's features would tell nothing
 
     def hidden(embedding: jax.Array, argument: jax.Array) -> jax.Array:
-        table = {**weights(), "embedding": embedding}
+        table = Weights(embedding, weights().blocks, weights().head)
         return transformer.trunk(table, slot, slot, view(argument), **options)[0][0] @ features
 
     jacobians = jax.jit(jax.vmap(jax.jacrev(hidden), (None, 0)))
-    return np.abs(jacobians(weights()["embedding"][:slots], jnp.asarray(arguments))).sum(-1)
+    return np.abs(jacobians(weights().embedding[:slots], jnp.asarray(arguments))).sum(-1)
 
 
 @pytest.mark.parametrize("name", ["causal", "blocks", "two_streams-1", "two_streams-2"])

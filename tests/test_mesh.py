@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
-from jax.sharding import PartitionSpec as P
 
 import mesh_losses
 from conftest import emulated, tiny_config, together
@@ -23,6 +22,7 @@ from eso_jax import families, sharding
 from eso_jax.config import Config, MeshConfig
 from eso_jax.errors import EsoError
 from eso_jax.model import masks, transformer
+from eso_jax.model.params import PARAMETERS, fold, init_params, param_shardings, param_spec
 from eso_jax.run import train
 
 SCRIPT = Path(mesh_losses.__file__)
@@ -46,25 +46,29 @@ def test_losses_agree_on_every_mesh(family: str, tmp_path: Path) -> None:
 
 
 def test_every_parameter_has_a_rule_and_no_rule_is_dead() -> None:
-    paths = set()
+    names = set()
     for config in (tiny_config("esolm"), tiny_config("ar").override("model.cond_dim=0")):
         state = jax.eval_shape(lambda config=config: train.init_state(config).__dict__)
         for path, x in jax.tree_util.tree_leaves_with_path(state):
-            sharding.spec(path, x.ndim)
-        paths |= set(state["params"])
-    assert paths == set(sharding.RULES)
+            param_spec(path, x.ndim)
+        names |= set(state["params"])
+    assert names == set(PARAMETERS)
+    assert {axis for one in PARAMETERS.values() for axis in one.axes} == set(sharding.RULES) == set(sharding.SAMPLING)
 
 
-@pytest.mark.parametrize("rule, message", [
-    (None, r"parameter = \"\['norm1'\]\": has no rule in eso_jax/sharding.py"),
-    (P("fsdp", "fsdp"), "names an axis twice"), (P(("data", "fsdp"), "data"), "names an axis twice"),
-    (P("model"), "may name only data, fsdp, tensor"), (P(None, None, "fsdp"), "has more axes than the parameter's 2")])
-def test_bad_rules_are_refused(rule: P | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sharding.RULES, "norm1")
-    if rule is not None:
-        monkeypatch.setitem(sharding.RULES, "norm1", rule)
+@pytest.mark.parametrize("rules, message", [
+    ({"vector": None}, "logical axis = 'vector': has no rule in eso_jax/sharding.py"),
+    ({"vector": ("fsdp", "fsdp")}, "names an axis twice"),
+    ({"layers": ("data", "fsdp"), "vector": "data"}, "names an axis twice"),
+    ({"vector": "model"}, "may name only data, fsdp, tensor")])
+def test_bad_rules_are_refused(rules: dict[str, sharding.Axes], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for axis, rule in rules.items():
+        if rule is None:
+            monkeypatch.delitem(sharding.RULES, axis)
+        else:
+            monkeypatch.setitem(sharding.RULES, axis, rule)
     with pytest.raises(EsoError, match=message):
-        sharding.shardings({"norm1": jnp.zeros((2, 16))}, sharding.mesh(MeshConfig()))
+        param_shardings({"norm1": jnp.zeros((2, 16))}, sharding.mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize("mesh, message", [
@@ -180,10 +184,10 @@ def test_rows_of_one_process_are_all() -> None:
 def test_deep_models_are_not_unrolled_whole_on_cpu() -> None:
     def lines(layers: int) -> int:
         model = Config().override(f"model.layers={layers}", "model.width=16", "model.heads=2").model
-        params = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+        params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
         def hidden(params: dict, tokens: jax.Array) -> jax.Array:
-            weights = transformer.fold(model, params)
+            weights = fold(model, params)
             return transformer.trunk(weights, tokens, transformer.natural_positions(tokens),
                                      masks.View(masks.CAUSAL))[0]
 

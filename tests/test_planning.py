@@ -19,7 +19,7 @@ from eso_jax.aot import hlo, report, target
 from eso_jax.aot.programs import _refused
 from eso_jax.cli import main
 from eso_jax.config import MeshConfig
-from eso_jax.model import transformer
+from eso_jax.model.params import init_params
 from eso_jax.run import train
 from test_flops import FAMILIES, ident, wide
 
@@ -252,7 +252,7 @@ def test_a_plan_for_a_tpu(tmp_path: Path) -> None:
 def test_the_runs_at_scale(name: str, billions: float) -> None:
     """They are as large as they say, and their batch divides over both slices that they are for."""
     config = configs.from_file(ROOT / "experiments/scale" / f"esolm_{name}.py")
-    params = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     assert sum(x.size for x in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, abs=0.005)
     for chips_ in (256, 512):
         assert chips_ % config.mesh.fsdp == 0 and config.model.width % config.mesh.fsdp == 0

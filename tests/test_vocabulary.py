@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eso_jax.model import vocabulary
+from eso_jax.model.params import Head, Norm, Weights
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 512, 64, 512
 MASK = VOCAB - 1
@@ -23,11 +24,17 @@ def problem(dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array, jax.Arra
             jnp.asarray(rng.random((BATCH, LENGTH)), jnp.float32))
 
 
+def head_alone(kernel: jax.Array, bias: jax.Array) -> Weights:
+    """Weights of which only the head is there."""
+    none = jnp.zeros(1)
+    return Weights(none[None], (), Head(Norm(none, none), kernel, bias))
+
+
 def gradients(dtype: jnp.dtype) -> list[np.ndarray]:
     kernel, hidden, bias, targets, weights = problem(dtype)
 
     def loss(kernel: jax.Array, bias: jax.Array, hidden: jax.Array) -> jax.Array:
-        return (weights * vocabulary.nll({"head": {"kernel": kernel, "bias": bias}}, hidden, targets, MASK)).sum()
+        return (weights * vocabulary.nll(head_alone(kernel, bias), hidden, targets, MASK)).sum()
 
     return [np.asarray(x.astype(jnp.float32), np.float64) for x in jax.grad(loss, (0, 1, 2))(kernel, bias, hidden)]
 

@@ -28,7 +28,8 @@ from eso_jax.chips import Topology
 from eso_jax.config import Config
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
-from eso_jax.model import cache as kv, transformer
+from eso_jax.model import cache as kv
+from eso_jax.model.params import abstract_weights
 from eso_jax.run import train
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -129,7 +130,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
         return kv.KVCache(at(cache.keys, cache.backend.key_axes), at(cache.values, cache.backend.value_axes),
                           cache.backend)
 
-    weights = transformer.abstract_weights(model, dtype, mesh)
+    weights = abstract_weights(model, dtype, mesh)
     order = jax.ShapeDtypeStruct((batch, model.length), jnp.int32)
     state = jax.eval_shape(lambda weights, order: loop.grow(loop.start(weights, model, sampler, order), shape),
                            weights, order)
@@ -141,7 +142,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     with jax.set_mesh(mesh):
         lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, steps), scalar, scalar, uniforms,
                                         model, sampler, Rule(), shape)
-    memory = {"weights": _held((weights["blocks"], weights["head"])), "embedding": _held(weights["embedding"]),
+    memory = {"weights": _held((weights.blocks, weights.head)), "embedding": _held(weights.embedding),
               "cache": _held(state.cache),
               "tokens": _held((state.tokens, state.positions, uniforms))}
     read = memory["weights"] + memory["cache"]

@@ -23,7 +23,7 @@ from eso_jax.decoding.loop import Sampler, Step
 from eso_jax.decoding.plan import Plan
 from eso_jax.engine.rows import Engine
 from eso_jax.model import transformer
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 
 
 def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan,

@@ -46,7 +46,7 @@ from eso_jax.decoding.order import sort, unsort
 from eso_jax.decoding.plan import Plan
 from eso_jax.model import attention, cache as kv, transformer, vocabulary
 from eso_jax.model.masks import Pattern, View
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 
 PARTS, PART = 8, 256  # wide windows, and the cache, grow by an eighth of the length; the cache at least by 256 slots
 
@@ -139,7 +139,7 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     The draws of row b are keyed by (key, rows[b], slot) and do not depend on the other rows.
 
     Args:
-      weights: of transformer.fold, unstacked.
+      weights: of params.fold, unstacked.
       rows: numbers of the rows, 0 to B - 1 by default.
     """
     state = start(weights, config, sampler, plan.order)
@@ -175,7 +175,7 @@ def start(weights: Weights, config: ModelConfig, sampler: Sampler, order: Int[Ar
         tokens = jnp.concatenate([jnp.full((batch, 1), sampler.start_id, jnp.int32), tokens], axis=1)
     cache = None
     if sampler.cached:
-        cache = kv.empty(config, batch, 0, attention.choose(sampler.pattern), weights["head"]["kernel"].dtype)
+        cache = kv.empty(config, batch, 0, attention.choose(sampler.pattern), weights.head.kernel.dtype)
     tokens, positions = (sharding.constrain(x, sharding.BATCH) for x in (tokens, jnp.array(order, jnp.int32)))
     return State(tokens, positions, None, cache)
 

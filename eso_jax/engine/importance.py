@@ -23,6 +23,7 @@ from eso_jax import families, likelihood
 from eso_jax.decoding.order import likelihood_orders
 from eso_jax.engine.rows import Engine
 from eso_jax.errors import EsoError, require
+from eso_jax.model.params import Head, Weights
 
 SAVE_EVERY = 30.0  # seconds
 
@@ -67,9 +68,12 @@ def log_prob(engine: Engine, tokens: np.ndarray, num_orders: int, alpha_0: float
 
 def _digest(engine: Engine, tokens: np.ndarray) -> str:
     """Of the weights and the tokens; the same on every mesh."""
-    digest, head = hashlib.sha256(), engine.weights["head"]
-    kernel = head["kernel"][:, :len(head["bias"])]  # without what pads it
-    for array in (*jax.tree.leaves({**engine.weights, "head": {**head, "kernel": kernel}}), tokens):
+    digest, head = hashlib.sha256(), engine.weights.head
+    whole = Head(head.norm, head.kernel[:, :len(head.bias)], head.bias)  # without what pads it
+    named = jax.tree_util.tree_leaves_with_path(Weights(engine.weights.embedding, engine.weights.blocks, whole))
+    # By name, which does not depend on the order of fields.
+    named.sort(key=lambda leaf: [getattr(part, "name", getattr(part, "idx", None)) for part in leaf[0]])
+    for array in (*(array for _, array in named), tokens):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 

@@ -25,8 +25,7 @@ from eso_jax.decoding.plan import Plan
 from eso_jax.decoding.rejection import unigram_entropy
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
 from eso_jax.errors import require
-from eso_jax.model import transformer
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights, for_inference
 from eso_jax.run import workdir
 from eso_jax.run.timing import Stopwatch
 
@@ -173,6 +172,6 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
     with catch_out_of_memory(f"--tensor = {tensor}", "give a larger one, which splits each copy of the model over more "
                              "devices; sample and check-cache also take --dtype bfloat16"):
         config, step, params = workdir.read(directory, ema, mesh)
-        weights = jax.block_until_ready(transformer.for_inference(config.model, params, jnp.dtype(dtype), mesh))
+        weights = jax.block_until_ready(for_inference(config.model, params, jnp.dtype(dtype), mesh))
     tokenizer = workdir.kept_tokenizer(Path(directory), config)
     return Model(config, weights, mesh, batch_size, step=step, tokenizer=tokenizer)

@@ -20,7 +20,7 @@ from eso_jax.config import Config
 from eso_jax.data import Tokenizer, Windows
 from eso_jax.engine.rows import Engine
 from eso_jax.errors import require
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 from eso_jax.noise import RANK, Draws
 
 

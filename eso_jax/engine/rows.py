@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from eso_jax import sharding
 from eso_jax.config import Config
 from eso_jax.errors import EsoError, require
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 
 BATCH_SIZE = 64  # rows that pass together, where nobody says
 REMEDY = ("give a smaller --batch-size (of validation while training: a larger train.accumulate), or split each copy "
@@ -35,7 +35,7 @@ class Engine:
 
     Attributes:
       config: the run's.
-      weights: folded, where `mesh` wants them (sharding.weight_shardings).
+      weights: folded, where `mesh` wants them (params.weight_shardings).
       mesh: the devices that share the rows (axes data and fsdp) and the weights (tensor).
       batch_size: rows that pass together, over all devices; rounded up to a multiple of the devices that share the
         rows. Results do not depend on it, but for rounding.

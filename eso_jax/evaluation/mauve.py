@@ -32,7 +32,7 @@ from eso_jax.evaluation.judges import ended, pretrained
 from eso_jax.evaluation.texts import Texts, is_workdir
 from eso_jax.model import transformer
 from eso_jax.model.masks import View
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 
 if TYPE_CHECKING:
     from eso_jax.engine.model import Model

@@ -46,8 +46,7 @@ from eso_jax.decoding.plan import Plan
 from eso_jax.engine.model import decode
 from eso_jax.engine.rows import Engine
 from eso_jax.errors import require
-from eso_jax.model import transformer
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights, fold, init_params, unstack, weight_shardings
 from eso_jax.run.timing import Stopwatch
 
 GREEDY = Rule(temperature=0.0)
@@ -167,10 +166,10 @@ def _config(preset: Preset, length: int, case: Case, overrides: Sequence[str]) -
 def random_weights(model: ModelConfig, dtype: Any) -> Weights:
     """Unstacked inference weights, none at its initial zero."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     params = {name: jnp.asarray(("norm" in name) + 0.02 * rng.standard_normal(x.shape, np.float32))
               for name, x in shapes.items()}
-    return transformer.unstack(transformer.fold(model, params, dtype))
+    return unstack(fold(model, params, dtype))
 
 
 def _device_counts(batch: int) -> list[int]:
@@ -181,7 +180,7 @@ def _device_counts(batch: int) -> list[int]:
 def _engine(weights: Weights, config: Config, count: int) -> Engine:
     """So many devices, each with a copy of the weights."""
     mesh = sharding.inference_mesh(config.model, devices=jax.devices()[:count])
-    return Engine(config, jax.device_put(weights, sharding.weight_shardings(weights, mesh)), mesh)
+    return Engine(config, jax.device_put(weights, weight_shardings(weights, mesh)), mesh)
 
 
 class Timed:
@@ -303,9 +302,9 @@ def step_floors(plan: Plan, sampler: loop.Sampler, model: ModelConfig, weights: 
     batch, d, n = len(plan.order) // own, model.width, model.layers
     start, stop = sampler.window(plan)
     window, live = stop - start, stop if sampler.cached else np.full(plan.nfe, plan.length)
-    multiplied = [*weights["blocks"], weights["head"]]
+    multiplied = (weights.blocks, weights.head)
     weight_bytes = sum(w.nbytes for w in jax.tree.leaves(multiplied))
-    cache_bytes = 2 * n * batch * d * live * weights["head"]["kernel"].dtype.itemsize if sampler.cached else 0
+    cache_bytes = 2 * n * batch * d * live * weights.head.kernel.dtype.itemsize if sampler.cached else 0
     flops = batch * (2 * 12 * n * d * d * window + 4 * n * d * window * live
                      + 2 * d * model.vocab_size * plan.tokens_per_step)
     return np.maximum((weight_bytes + cache_bytes) / machine.bandwidth, flops / machine.flops)

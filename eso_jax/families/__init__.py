@@ -21,7 +21,7 @@ from eso_jax.families.base import Family
 from eso_jax.families.bd3lm import BD3LM
 from eso_jax.families.esolm import EsoLM
 from eso_jax.families.mdlm import MDLM
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 
 BY_NAME: dict[str, Family] = {}
 

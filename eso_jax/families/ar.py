@@ -22,7 +22,7 @@ from eso_jax.errors import EsoError, require
 from eso_jax.families.base import Family, Pass, only_natural
 from eso_jax.model import masks, transformer, vocabulary
 from eso_jax.model.masks import Pattern, View
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
 
 

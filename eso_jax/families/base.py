@@ -1,7 +1,7 @@
 """What a family of language models is: how it trains, what it can score, how it decodes, who sees whom.
 
 A family is one object of a subclass of `Family`, in one file. Its methods are pure functions of `weights` (see
-eso_jax/model/transformer.py); all that the rest of the project wants to know of a family, it asks here.
+eso_jax/model/params.py); all that the rest of the project wants to know of a family, it asks here.
 
 Axes: B batch, L length, O orders, D width.
 """
@@ -24,7 +24,7 @@ from eso_jax.decoding.plan import Plan
 from eso_jax.errors import EsoError, require
 from eso_jax.model import vocabulary
 from eso_jax.model.masks import Pattern, TwoStreams
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
 
 

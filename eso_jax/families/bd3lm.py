@@ -24,7 +24,7 @@ from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass
 from eso_jax.model import loss, transformer
 from eso_jax.model.masks import Pattern, TwoStreams
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
 
 

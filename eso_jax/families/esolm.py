@@ -27,7 +27,7 @@ from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass, check_loss_weight, only_natural
 from eso_jax.model import loss, masks, transformer
 from eso_jax.model.masks import Pattern, TwoStreams
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
 
 

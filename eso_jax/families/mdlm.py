@@ -22,7 +22,7 @@ from eso_jax.decoding.plan import Plan
 from eso_jax.families.base import Family, Pass, check_loss_weight
 from eso_jax.model import loss, masks, transformer
 from eso_jax.model.masks import Pattern
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
 
 

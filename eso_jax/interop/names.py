@@ -1,15 +1,16 @@
 """Which tensor of the authors' is which parameter of ours: every one is matched by name and shape, or it is an error.
 
-A checkpoint names its tensors `backbone.blocks.3.attn_qkv.weight` and so on. `_tables` says, for each, where it goes in
-our parameters; PyTorch's linear weights are [out, in], ours [in, out], with `out` split where it holds several things.
+A checkpoint names its tensors `backbone.blocks.3.attn_qkv.weight` and so on. The declaration of our parameters
+(eso_jax/model/params.py) has these names; PyTorch's linear weights are [out, in], ours [in, out], with `in` or `out`
+split where it holds several things.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,8 +18,7 @@ import numpy as np
 from eso_jax.config import ModelConfig
 from eso_jax.errors import EsoError, require
 from eso_jax.interop.pickles import shown
-from eso_jax.model import transformer
-from eso_jax.model.transformer import FREQUENCIES, Params
+from eso_jax.model.params import PARAMETERS, Parameter, Params, declared
 
 PREFIX = "backbone."
 FREQUENCY_BUFFER = PREFIX + "rotary_emb.inv_freq"  # of the rotary embedding; computed from the head size
@@ -38,33 +38,21 @@ class Place(NamedTuple):
 
 def places(config: ModelConfig) -> dict[str, Place]:
     """The place of every tensor of a checkpoint, by its name there."""
-    whole, layer = _tables(config)
-    return {PREFIX + name: Place(ours, None, shape) for name, (ours, shape) in whole.items()} | {
-        f"{PREFIX}blocks.{i}.{name}": Place(ours, i, shape)
-        for i in range(config.layers) for name, (ours, shape) in layer.items()}
+    found = {}
+    for ours, one in declared(config).items():
+        for layer in range(config.layers) if one.stacked else (None,):
+            block = "" if layer is None else f"blocks.{layer}."
+            found[PREFIX + block + one.authors] = Place(ours, layer, _theirs(ours, one, config))
+    return found
 
 
-def _tables(c: ModelConfig) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, tuple[str, tuple[int, ...]]]]:
-    """(tensors, per-layer tensors): reference name -> (our name, the reference shape)."""
-    d, v, e, h = c.width, c.vocab_size, c.cond_dim, 4 * c.width
-    whole = {"vocab_embed.embedding": ("embedding", (v, d)),
-             "output_layer.norm_final.weight": ("head_norm", (d,)),
-             "output_layer.linear.weight": ("head_kernel", (v, d)),
-             "output_layer.linear.bias": ("head_bias", (v,))}
-    layer = {"norm1.weight": ("norm1", (d,)), "norm2.weight": ("norm2", (d,)),
-             "attn_qkv.weight": ("qkv", (3 * d, d)), "attn_out.weight": ("out", (d, d)),
-             "mlp.0.weight": ("mlp_in_kernel", (h, d)), "mlp.0.bias": ("mlp_in_bias", (h,)),
-             "mlp.2.weight": ("mlp_out_kernel", (d, h)), "mlp.2.bias": ("mlp_out_bias", (d,))}
-    if e:
-        whole |= {"sigma_map.mlp.0.weight": ("sigma_in_kernel", (e, FREQUENCIES)),
-                  "sigma_map.mlp.0.bias": ("sigma_in_bias", (e,)),
-                  "sigma_map.mlp.2.weight": ("sigma_out_kernel", (e, e)),
-                  "sigma_map.mlp.2.bias": ("sigma_out_bias", (e,)),
-                  "output_layer.adaLN_modulation.weight": ("head_adaln_kernel", (2 * d, e)),
-                  "output_layer.adaLN_modulation.bias": ("head_adaln_bias", (2 * d,))}
-        layer |= {"adaLN_modulation.weight": ("adaln_kernel", (6 * d, e)),
-                  "adaLN_modulation.bias": ("adaln_bias", (6 * d,))}
-    return whole, layer
+def _theirs(name: str, one: Parameter, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of one layer's tensor: of a matrix [out, in], of all else [size]; of the embedding as ours."""
+    shape = one.shape(config)[one.stacked:]
+    if name == "embedding":
+        return shape
+    inputs, outputs = math.prod(shape[:one.inputs]), math.prod(shape[one.inputs:])
+    return (outputs, inputs) if one.inputs else (outputs,)
 
 
 def is_buffer(name: str) -> bool:
@@ -81,7 +69,6 @@ def to_params(tensors: dict[str, np.ndarray], config: ModelConfig, source: str) 
     expected = places(config)
     given = {name: tensor for name, tensor in tensors.items() if not is_buffer(name)}
     _same_names(set(given), set(expected), source)
-    shapes = abstract_shapes(config)
     stacks: dict[str, list[np.ndarray]] = {}
     for name, (ours, layer, shape) in expected.items():
         tensor = given[name]
@@ -89,16 +76,16 @@ def to_params(tensors: dict[str, np.ndarray], config: ModelConfig, source: str) 
         require(tensor.dtype in FLOATS, name, str(tensor.dtype),
                 f"{source} should hold float32, float16 or bfloat16, which become float32 without a loss")
         require(bool(np.isfinite(tensor).all()), name, "nan or inf", f"{source} is damaged, or was never trained")
-        target = shapes[ours] if layer is None else shapes[ours][1:]
+        one = PARAMETERS[ours]
         ours_first = tensor if ours == "embedding" else tensor.T
-        stacks.setdefault(ours, []).append(np.asarray(ours_first.reshape(target), np.float32))
+        stacks.setdefault(ours, []).append(np.asarray(ours_first.reshape(one.shape(config)[one.stacked:]), np.float32))
     if FREQUENCY_BUFFER in tensors:
         buffer, angles = tensors[FREQUENCY_BUFFER], frequencies(config)
         same = buffer.shape == angles.shape and np.allclose(buffer.astype(np.float32), angles, rtol=1e-2)  # or halves
         require(same, FREQUENCY_BUFFER, buffer.shape, f"{source} turns its {config.heads} heads by other angles than "
                 "the authors' models; check the number of heads")
-    single = {place.ours for place in expected.values() if place.layer is None}
-    return {ours: jnp.asarray(parts[0] if ours in single else np.stack(parts)) for ours, parts in stacks.items()}
+    return {ours: jnp.asarray(np.stack(parts) if PARAMETERS[ours].stacked else parts[0])
+            for ours, parts in stacks.items()}
 
 
 def _same_names(given: set[str], expected: set[str], source: str) -> None:
@@ -126,12 +113,6 @@ def frequencies(config: ModelConfig) -> np.ndarray:
     """
     exponents = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
     return np.float32(1) / (1e4 ** exponents.astype(np.float64)).astype(np.float32)
-
-
-def abstract_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameter names and shapes."""
-    params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    return {name: array.shape for name, array in params.items()}
 
 
 def sizes_of(tensors: dict[str, np.ndarray], source: str) -> dict[str, Any]:

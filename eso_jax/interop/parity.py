@@ -13,7 +13,7 @@ from eso_jax.decoding.order import check_permutations
 from eso_jax.errors import EsoError, require
 from eso_jax.model import transformer
 from eso_jax.model.masks import View
-from eso_jax.model.transformer import Params
+from eso_jax.model.params import Params, fold
 
 MOST = 0.05  # of the largest logit: bfloat16 products stay well below it, another model does not
 
@@ -44,7 +44,7 @@ def worst_difference(config: Config, params: Params, path: Path) -> float:
             f"[B, 2L] and float [B, L, {config.model.vocab_size}]")
     check_permutations(order, length)
 
-    weights = transformer.fold(config.model, params)
+    weights = fold(config.model, params)
     family, clean = families.get(config), jnp.asarray((tokens[:, :length] != config.model.mask).sum(1))
     view = View(family.two_streams(config) if two else family.pattern(config), clean)
     hidden, _ = transformer.trunk(weights, jnp.asarray(tokens), jnp.asarray(np.tile(order, 1 + two)), view)

@@ -14,7 +14,7 @@ from eso_jax import families
 from eso_jax.config import Config, family_fields, from_dict
 from eso_jax.errors import EsoError, require
 from eso_jax.interop import lightning, names
-from eso_jax.model.transformer import Params
+from eso_jax.model.params import Params
 
 # What a JSON of sizes may say: our name -> the names it goes by in sizes.json and in the authors' hub repositories. The
 # settings of families go by their own names.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eso_jax.model import transformer, vocabulary
 from eso_jax.model.masks import Pattern, TwoStreams, View
-from eso_jax.model.transformer import Weights
+from eso_jax.model.params import Weights
 
 
 def masked_nll(weights: Weights, mask: int, x: Int[Array, "B L"], masked: Bool[Array, "B L"],

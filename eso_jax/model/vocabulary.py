@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eso_jax import sharding
-from eso_jax.model.transformer import Weights, head, linear, logits_of, over
+from eso_jax.model.params import Weights, head_split
+from eso_jax.model.transformer import head, linear, logits_of, over
 
 LOGITS_AT_ONCE = 2**27  # on a device: half a gigabyte in float32
 
@@ -27,7 +28,7 @@ def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B 
     all rows, whatever the compute type, and rounded once.
     """
     with jax.named_scope("loss"):
-        return _nll(sharding.head_split(weights["head"]["kernel"]), weights["head"]["bias"], hidden, targets, mask_id)
+        return _nll(head_split(weights.head.kernel), weights.head.bias, hidden, targets, mask_id)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -92,7 +93,7 @@ _nll.defvjp(_nll_forward, _nll_backward)
 
 def likeliest(weights: Weights, hidden: Float[Array, "B L D"], mask_id: int) -> Int[Array, "B L"]:
     """The token of the largest logit."""
-    return in_chunks(lambda part: head(weights, part, mask_id).argmax(-1), len(weights["head"]["bias"]), hidden)
+    return in_chunks(lambda part: head(weights, part, mask_id).argmax(-1), len(weights.head.bias), hidden)
 
 
 def in_chunks(function: Callable[..., Any], vocab: int, hidden: Float[Array, "B L D"], *args: Array) -> Any:

@@ -12,18 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from eso_jax import sharding
 from eso_jax.config import Config
 from eso_jax.data.tokenizers import Tokenizer, sha256
 from eso_jax.errors import EsoError, require
-from eso_jax.model import transformer
-from eso_jax.model.transformer import GATES, Params
+from eso_jax.model.params import GATES, Params, init_params, param_shardings
 from eso_jax.run import workdir
 
 
 def random_params(config: Config) -> Params:
     """Fresh parameters, by train.seed."""
-    return transformer.init(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0))
+    return init_params(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0))
 
 
 def starting_params(config: Config, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Params | None:
@@ -61,7 +59,7 @@ def starting_params(config: Config, mesh: Mesh, tokenizer: Tokenizer | None = No
         return params
     fresh = jax.eval_shape(lambda: random_params(config))
     add = jax.jit(lambda params: add_adaln(params, random_params(config)),
-                  out_shardings=sharding.shardings(fresh, mesh))
+                  out_shardings=param_shardings(fresh, mesh))
     return add(params)
 
 

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int
 
 from eso_jax.config import TrainConfig
-from eso_jax.model.transformer import Params
+from eso_jax.model.params import Params
 
 
 def optimizer(train: TrainConfig) -> optax.GradientTransformation:

@@ -38,8 +38,7 @@ from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
 from eso_jax.engine import perplexity
 from eso_jax.engine.rows import Engine, catch_out_of_memory
 from eso_jax.errors import EsoError, RunAgain, require
-from eso_jax.model import transformer
-from eso_jax.model.transformer import Params
+from eso_jax.model.params import Params, Weights, constrain_params, fold, placed, weight_shardings
 from eso_jax.noise import Draws
 from eso_jax.run import checkpoint, finetune, metrics, multihost, workdir
 from eso_jax.run.optim import optimizer, update_ema
@@ -77,7 +76,7 @@ def init_state(config: Config, params: Params | None = None) -> TrainState:
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The shapes, types and shardings of the state."""
-    return sharding.placed(jax.eval_shape(functools.partial(init_state, config)), mesh)
+    return placed(jax.eval_shape(functools.partial(init_state, config)), mesh)
 
 
 def shardings(config: Config, mesh: Mesh) -> TrainState:
@@ -98,11 +97,11 @@ def jit_step(config: Config, mesh: Mesh) -> Any:
 
 def jit_fold(config: Config, mesh: Mesh) -> Any:
     """The compiled function from parameters on a mesh to weights there, for validation."""
-    def fold(params: Params) -> transformer.Weights:
-        return transformer.fold(config.model, params, jnp.dtype(config.train.compute_dtype))
+    def weights_of(params: Params) -> Weights:
+        return fold(config.model, params, jnp.dtype(config.train.compute_dtype))
 
-    weights = jax.eval_shape(fold, abstract_state(config, mesh).params)
-    return jax.jit(fold, out_shardings=sharding.weight_shardings(weights, mesh))
+    weights = jax.eval_shape(weights_of, abstract_state(config, mesh).params)
+    return jax.jit(weights_of, out_shardings=weight_shardings(weights, mesh))
 
 
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
@@ -122,7 +121,7 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     draws_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), 1), state.step)
 
     def loss(params: Params, rows: tuple[Array, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
-        weights = transformer.fold(config.model, params, jnp.dtype(config.train.compute_dtype))
+        weights = fold(config.model, params, jnp.dtype(config.train.compute_dtype))
         tokens, index = rows
         tokens = sharding.constrain(tokens, sharding.BATCH)
         terms = families.get(config).loss(weights, config, tokens, Draws(draws_key, index, config.train.batch_size))
@@ -131,12 +130,12 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     def add_micro_batch(total: Any, rows: tuple[Array, Array]) -> tuple[Any, None]:
         values, gradients = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
         # Each device needs the gradients of the parameters that it holds, and no others.
-        return jax.tree.map(jnp.add, total, (values, sharding.constrain_params(gradients))), None
+        return jax.tree.map(jnp.add, total, (values, constrain_params(gradients))), None
 
     micro_batches = jax.tree.map(functools.partial(_split, config), (tokens, jnp.arange(tokens.shape[0])))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
         jax.value_and_grad(loss, has_aux=True), state.params, jax.tree.map(lambda x: x[0], micro_batches)))
-    total, _ = jax.lax.scan(add_micro_batch, (zero[0], sharding.constrain_params(zero[1])), micro_batches)
+    total, _ = jax.lax.scan(add_micro_batch, (zero[0], constrain_params(zero[1])), micro_batches)
     (mean_loss, terms), gradients = jax.tree.map(lambda x: x / config.train.accumulate, total)
 
     updates, opt_state = optimizer(config.train).update(gradients, state.optimizer, state.params)

@@ -12,13 +12,12 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from eso_jax import config as configs, sharding
+from eso_jax import config as configs
 from eso_jax.config import Config
 from eso_jax.data import tokenizers
 from eso_jax.data.tokenizers import Tokenizer
 from eso_jax.errors import EsoError, RunAgain, require
-from eso_jax.model import transformer
-from eso_jax.model.transformer import Params
+from eso_jax.model.params import Params, init_params, placed
 from eso_jax.run import multihost
 
 CONFIG = "config.json"
@@ -143,9 +142,9 @@ def read(directory: str | Path, ema: bool = True, mesh: Mesh | None = None) -> t
     from eso_jax.run import checkpoint
 
     config = read_config(directory)
-    shapes = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = sharding.placed(shapes, mesh) if mesh is not None else jax.tree.map(
+    abstract = placed(shapes, mesh) if mesh is not None else jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     return config, *checkpoint.load_params(Path(directory), config.model, abstract, ema)
 

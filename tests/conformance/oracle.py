@@ -27,7 +27,7 @@ import numpy as np
 from eso_jax.config import ModelConfig
 from eso_jax.model import attention, cache as kv
 from eso_jax.model.masks import View
-from eso_jax.model.transformer import MASK_LOGIT, Weights
+from eso_jax.model.params import Head, Norm, Weights
 
 
 @functools.cache
@@ -69,7 +69,8 @@ def model(tokens: int, length: int) -> ModelConfig:
 
 
 def weights(p: np.ndarray, shifted: bool) -> Weights:
-    """What `trunk` needs to know: every conditional of p, and the place values that number the states of knowledge.
+    """What `trunk` needs to know: as the head's kernel [E, L X] every conditional of p, as the embedding the place
+    values [L, 1] that number the states of knowledge.
 
     Args:
       shifted: whether the input at position i is the token of position i - 1 and the first one is no token (AR). It is
@@ -78,7 +79,10 @@ def weights(p: np.ndarray, shifted: bool) -> Weights:
     place = (p.shape[0] + 1) ** np.arange(p.ndim)
     if shifted:
         place = np.concatenate([[0], place[:-1]])
-    return {"head": {"kernel": jnp.asarray(_conditionals(p), jnp.float32)}, "place": jnp.asarray(place, jnp.int32)}
+    table = _conditionals(p)
+    none = jnp.zeros(1)
+    return Weights(jnp.asarray(place, jnp.float32)[:, None], (),
+                   Head(Norm(none, none), jnp.asarray(table.reshape(len(table), -1), jnp.float32), none))
 
 
 def _conditionals(p: np.ndarray) -> np.ndarray:
@@ -103,7 +107,8 @@ def trunk(weights: Weights, tokens: jax.Array, positions: jax.Array, view: View,
 
     A slot whose view is not a set of distinct positions (a slot never written to, or a position twice) gets NaN.
     """
-    table = weights["head"]["kernel"]
+    place = weights.embedding[:, 0].astype(jnp.int32)
+    table = weights.head.kernel.reshape(len(weights.head.kernel), len(place), -1)
     length, ids = table.shape[1], table.shape[2] + 1
     value = jax.nn.one_hot(positions * ids + tokens, length * ids + length * ids % 2)[:, :, None]
     nothing = jnp.zeros_like(value)
@@ -117,7 +122,7 @@ def trunk(weights: Weights, tokens: jax.Array, positions: jax.Array, view: View,
     sound = evenly.all((2, 3)) & (seen.sum(3) <= 1).all(2)
     number = (jnp.arange(1, ids + 1) % ids)[None, None, None]  # the mask's is 0, as that of an unseen position
     digits = (seen * number).sum(3)
-    log_p = table[(digits * weights["place"][None, None]).sum(2), positions]
+    log_p = table[(digits * place[None, None]).sum(2), positions]
     return jnp.where(sound[..., None], log_p, jnp.nan), cache
 
 

@@ -34,6 +34,7 @@ from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan
 from eso_jax.model import masks, transformer
+from eso_jax.model.params import Weights
 
 ROWS, ORDERS = 2**14, 4  # samples, and the orders that they share
 ALARM = 1e-4  # the p-value under which a sampler is rejected
@@ -120,7 +121,7 @@ def config_of(case: Case) -> Config:
     return Config(model=oracle.model(*case.shape), family=FamilyConfig(name=case.family, **case.options))
 
 
-def weights_of(case: Case) -> transformer.Weights:
+def weights_of(case: Case) -> Weights:
     return oracle.weights(oracle.joint(*case.shape), shifted=case.family == "ar")
 
 
