@@ -6,21 +6,10 @@
 # VENV=DIR is the environment (.venv).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-dry_run=
-fail() { echo "local.sh: error: $*" >&2; exit 2; }
-run() { if [ -z "$dry_run" ]; then "$@"; else printf '%q' "$1"; printf ' %q' "${@:2}"; echo; fi; }
-
-while [[ ${1:-} == -* ]]; do
-  case $1 in
-    --help) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' launch/local.sh; exit ;;
-    --dry-run) dry_run=1 ;;
-    *) fail "no option $1; see --help" ;;
-  esac
-  shift
-done
-for override in "$@"; do
-  [[ $override == [!-]*=* ]] || fail "'$override': not section.field=value; options come first"
-done
+script=local.sh
+# shellcheck source=launch/options.sh
+source launch/options.sh
+check_overrides "overrides" "$@"
 venv=${VENV:-.venv}
 backend=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then backend=cuda; fi

@@ -2,7 +2,8 @@
 # Trains on a Cloud TPU slice or pod: asks for it (a queued resource), copies the code, installs, runs on all workers;
 # all of it again after a preemption; and deletes the resource at the end.
 #   bash launch/tpu_pod.sh [options] NAME ACCELERATOR EXPERIMENT WORKDIR [section.field=value ...]
-#   bash launch/tpu_pod.sh --spot --zone=us-east5-b eso v6e-256 experiments/owt/esolm_1.py gs://my-bucket/esolm_1
+#   bash launch/tpu_pod.sh --spot --zone=us-east5-b eso v6e-256 experiments/paper.py:owt/esolm_1 gs://my-bucket/esolm_1
+# EXPERIMENT: FILE.py, FILE.py:RUN, a config.json, or quickstart, as `eso-jax train` takes it.
 # --spot: preemptible capacity; --keep: do not delete at the end; --dry-run: print the commands, run none;
 # --project=P, --zone=Z: else gcloud's own (gcloud config set project P; gcloud config set compute/zone Z).
 # Hardware: ACCELERATOR, such as v5litepod-8, v5p-1024, v6e-256; RUNTIME=VERSION for a type unknown here.
@@ -19,28 +20,21 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/restart.sh
 source launch/restart.sh
-dry_run='' keep='' spot=() where=(--quiet)
-say() { echo "tpu_pod.sh: $*" >&2; }
-fail() { say "error: $*"; exit 2; }
-run() { if [ -z "$dry_run" ]; then "$@"; else printf '%q' "$1"; printf ' %q' "${@:2}"; echo; fi; }
-
-while [[ ${1:-} == -* ]]; do
+script=tpu_pod.sh keep='' spot=() where=(--quiet)
+option() {
   case $1 in
-    --help) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' launch/tpu_pod.sh; exit ;;
-    --dry-run) dry_run=1 ;;
     --keep) keep=1 ;;
     --spot) spot=(--spot) ;;
     --project=?* | --zone=?*) where+=("$1") ;;
-    *) fail "no option $1; see --help" ;;
+    *) return 1 ;;
   esac
-  shift
-done
+}
+# shellcheck source=launch/options.sh
+source launch/options.sh
 [ $# -ge 4 ] || fail "$# arguments; give NAME, ACCELERATOR, EXPERIMENT and WORKDIR, or --help"
 name=$1 accelerator=$2 experiment=$3 workdir=$4
 shift 4
-for override in "$@"; do
-  [[ $override == [!-]*=* ]] || fail "'$override': not section.field=value; options come before NAME"
-done
+check_overrides NAME "$@"
 case $accelerator in
   v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
   v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
@@ -50,7 +44,8 @@ case $accelerator in
 esac
 runtime=${RUNTIME:-$runtime}
 [ -n "$runtime" ] || fail "ACCELERATOR = '$accelerator': unknown; name one such as v6e-256, or set RUNTIME=VERSION"
-git ls-files --error-unmatch "$experiment" >/dev/null 2>&1 ||
+file=$(experiment_file "$experiment")
+git ls-files --error-unmatch "$file" >/dev/null 2>&1 ||
   fail "EXPERIMENT = '$experiment': not among git's files, which are what is copied; git add it"
 bucket=
 if [[ $workdir == gs://* ]]; then

@@ -19,7 +19,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.name for path in (ROOT / "launch").iterdir())
+FILES = sorted(path.name for path in (ROOT / "launch").iterdir())
+SCRIPTS = [name for name in FILES if name != "options.sh"]  # which is sourced by them
 OVERRIDES = ("family.t_range=(0.3,0.8)", "data.source=it's $HOME \"a\" *")
 QUOTED = r"family.t_range=\(0.3\,0.8\) data.source=it\'s\ \$HOME\ \"a\"\ \*"
 POD = ("eso", "v6e-256", "experiments/toy.py", "gs://bucket/runs/toy", *OVERRIDES)
@@ -78,6 +79,8 @@ class Project:
         shutil.copytree(ROOT / "launch", self.root / "launch")
         (self.root / "experiments").mkdir()
         (self.root / "experiments" / "toy.py").write_text("config = 1\n")
+        (self.root / "eso_jax").mkdir()
+        (self.root / "eso_jax" / "quickstart.py").write_text("config = 3\n")
         subprocess.run(["git", "init", "--quiet"], cwd=self.root, check=True)
         subprocess.run(["git", "add", "."], cwd=self.root, check=True)
         (self.root / "experiments" / "untracked.py").write_text("config = 2\n")
@@ -142,7 +145,7 @@ def test_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("no shellcheck; install the extra test")
-    files = [*(f"launch/{name}" for name in SCRIPTS), "tests/run.sh", ".ci/run"]
+    files = [*(f"launch/{name}" for name in FILES), "tests/run.sh", ".ci/run"]
     done = subprocess.run([shellcheck, "--external-sources", *files], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -165,11 +168,20 @@ def test_help_is_the_header(script: str, project: Project) -> None:
     ("tpu_pod.sh", [*POD, "--dry-run"], "'--dry-run': not section.field=value"),
     *((script, ["--dry-run", "experiments/no.py", "runs/toy"], "EXPERIMENT = 'experiments/no.py': no such file")
       for script in ("gpu.sh", "slurm.sbatch")),
+    *((script, ["--dry-run", "experiments/owt/esolm_025.py", "runs/toy"],
+       "no such file; the paper's runs are in one file now: experiments/paper.py:owt/esolm_025")
+      for script in ("gpu.sh", "slurm.sbatch")),
+    *((script, ["--dry-run", *POD[:keep], experiment, "gs://bucket/w"], f"EXPERIMENT = '{experiment}': no such file")
+      for script, keep in (("gpu.sh", 0), ("slurm.sbatch", 0), ("tpu_pod.sh", 2))
+      for experiment in ("experiments/no.py:owt/toy", "quickstrat", "experiments/toy.py.:a")),
+    ("slurm.sbatch", ["--partition=gpu"], "sbatch's own options come before the script"),
+    ("tpu_pod.sh", ["--zone", "us-east5-b", *POD], "no option --zone"),
     ("gpu.sh", ["experiments/toy.py"], "1 arguments"),
     ("slurm.sbatch", ["--dry-run", "experiments/toy.py"], "1 arguments"),
     ("tpu_pod.sh", POD[:3], "3 arguments"),
     ("tpu_pod.sh", ["eso", "h100-8", *POD[2:]], "h100-8"),
-    ("tpu_pod.sh", [*POD[:2], "experiments/untracked.py", "gs://bucket/w"], "git add"),
+    *(("tpu_pod.sh", [*POD[:2], experiment, "gs://bucket/w"], "git add")
+      for experiment in ("experiments/untracked.py", "experiments/untracked.py:owt/toy")),
 ])
 def test_a_mistake_is_one_line_and_starts_nothing(script: str, arguments: list[str], said: str,
                                                   project: Project) -> None:
@@ -201,6 +213,18 @@ def test_dry_run_gpu(project: Project) -> None:
         f"exec bash launch/restart.sh .venv/bin/eso-jax train experiments/toy.py --workdir runs/toy {QUOTED}",
     ]
     assert not project.calls()
+
+
+@pytest.mark.parametrize("experiment", ["experiments/toy.py:owt/toy", "quickstart", "experiments/a:b.py"])
+def test_every_name_of_a_run(experiment: str, project: Project) -> None:
+    """A run of a file, one that the package ships, a file with a colon: each comes to the trainer as it is."""
+    (project.root / "experiments" / "a:b.py").write_text("config = 4\n")
+    subprocess.run(["git", "add", "."], cwd=project.root, check=True)
+    project.run("gpu.sh", experiment, "runs/toy")
+    project.run("slurm.sbatch", experiment, "runs/toy", codes="0 0")
+    project.run("tpu_pod.sh", "eso", "v6e-8", experiment, "gs://bucket/toy")
+    trained = [call.split()[2] for call in project.calls("eso-jax")]
+    assert trained == [experiment] * 4  # a pod has two workers
 
 
 def test_dry_run_slurm(project: Project) -> None:
