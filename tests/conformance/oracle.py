@@ -28,6 +28,7 @@ from eso_jax.config import ModelConfig
 from eso_jax.model import attention, cache as kv
 from eso_jax.model.masks import View
 from eso_jax.model.params import Head, Norm, Weights
+from eso_jax.model.transformer import MASK_LOGIT
 
 
 @functools.cache
