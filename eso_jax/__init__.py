@@ -5,7 +5,8 @@
     model.sample(4, steps=64, alpha_0=0.25)
     model.log_likelihood(tokens, orders)
 
-Underneath are pure functions of parameters; start with eso_jax/model/params.py and eso_jax/families.
+Underneath are pure functions of weights; start with eso_jax/model/params.py and eso_jax/families. docs/reading.md is a
+guide to the code.
 """
 
 from eso_jax.config import Config, DataConfig, FamilyConfig, ModelConfig, TrainConfig

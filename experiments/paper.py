@@ -30,7 +30,7 @@ def lm1b(family: str, steps: int = 1_000_000, adaln: bool = True, **fields: Any)
     """A run on LM1B (One Billion Words): 128 tokens, BERT's vocabulary, 1M steps of 512 sequences.
 
     Args:
-      family: config.FAMILIES.
+      family: a name in families.BY_NAME.
       adaln: False leaves AdaLN out, as the plain AR baseline does.
       fields: of FamilyConfig.
     """

@@ -1,4 +1,4 @@
-"""A family that somebody adds: a file of its own and its name in two tables, and every command knows it."""
+"""A family that somebody adds: a file of its own, registered by one call, and every command knows it."""
 
 from __future__ import annotations
 

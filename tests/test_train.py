@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -223,7 +224,7 @@ def validation_lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, windows", list(zip(families.BY_NAME, (100, 300, 300, 100, 100), strict=True)))
+@pytest.mark.parametrize("family, windows", list(zip(families.BY_NAME, itertools.cycle((100, 300)))))
 def test_a_pod_passes_its_evaluation(family: str, windows: int, long: Config, tmp_path: Path) -> None:
     """128 devices, which do not divide the windows."""
     run = long.override(*as_family(family), "train.steps=2", "train.batch_size=256", f"train.eval_windows={windows}",

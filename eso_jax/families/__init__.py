@@ -1,8 +1,8 @@
 """The families: what is corrupted, who sees whom, the loss, the bound and the sampler of each.
 
 A family is one object in one file, with its settings; eso_jax/families/base.py says what it has to say for itself. To
-add one: write its file, and `register` it, here or in that file; tests/test_families.py and tests/test_train.py then
-apply to it, where it is registered here.
+add one: write its file, and `register` it here; tests/test_families.py, which lists the names, and tests/test_train.py
+then apply to it. One that is registered elsewhere is known to programs that import it, not to the command line.
 
 `sample` and `plan_log_prob` decode and score along a plan by the family's sampler.
 """

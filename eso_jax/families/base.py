@@ -149,10 +149,10 @@ class Family(ABC):
 
     @abstractmethod
     def pattern(self, config: Config) -> Pattern:
-        """In a pass of one stream, whose clean slots come first."""
+        """Who sees whom in a pass of one stream. Where the pattern has a prefix, its clean slots come first."""
 
     def two_streams(self, config: Config) -> TwoStreams:
-        """In a pass of two streams."""
+        """Who sees whom in a pass of two streams."""
         return TwoStreams()
 
     # Words.

@@ -1,6 +1,6 @@
 """The denoiser: a diffusion transformer whose modulation is constant.
 
-One axis legend for the whole project:
+One axis legend for the whole project (a file that counts something else says so at its top):
   B batch   L length   S slots of a pass (L, 2L with two streams, a few when sampling)   V vocabulary, mask included
   D width   H heads    K head size   N layers   T diffusion steps   O orders   C slots of the cache
 
