@@ -4,9 +4,9 @@ A `Pattern` says who sees whom in one stream, a `TwoStreams` in a pass over a no
 are hashable: programs are compiled by them, and whoever computes attention (eso_jax/model/attention.py) can ask them
 what they are. A `View` is a pattern with its numbers per row.
 
-Indices are slots along the order (in training, natural positions for AR, MDLM and BD3-LM). The functions take integer arrays that
-broadcast against each other and say whether the query attends to the key. Their truth tables have a row per query and
-a column per key, four slots each.
+Indices are slots along the order (in training, natural positions for AR, MDLM and BD3-LM). The functions take integer
+arrays that broadcast against each other and say whether the query attends to the key. Their truth tables have a row per
+query and a column per key, four slots each.
 
 Families:
   AR                     CAUSAL
