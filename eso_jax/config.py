@@ -122,9 +122,10 @@ class FamilyConfig(metaclass=_ByName):
         """Raises an EsoError for settings that do not fit the other sections."""
 
     def change(self, **given: Any) -> FamilyConfig:
-        """A copy with other settings. With another name, those that the new family does not have are left behind."""
-        kept = _fields_of(type(self)).keys() & _fields_of(_settings_of(given.get("name", self.name))).keys()
-        return FamilyConfig(**{**{name: getattr(self, name) for name in kept}, **given})
+        """A copy with other settings. With the name of a family that has settings of another class, those at hand are
+        left behind: its own defaults hold, but for what is given."""
+        kept = dataclasses.asdict(self) if _settings_of(given.get("name", self.name)) is type(self) else {}
+        return FamilyConfig(**{**kept, **given})
 
     @property
     def group_size(self) -> int:
@@ -272,7 +273,7 @@ class Config:
         """A copy with `section.field=value` assignments applied, values read by the field's type.
 
         Assignments take effect together, so that fields which must agree can change in one call. With another
-        `family.name`, settings that the new family does not have are left behind.
+        `family.name`, the settings of the family before are left behind (FamilyConfig.change).
         """
         texts: dict[str, dict[str, str]] = {section: {} for section in _SECTIONS}
         for assignment in assignments:
@@ -349,8 +350,8 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
             path = f"{section}.{name}"
             _check_field(path, section, name)
             fields[name] = _read(path, value, kinds[name])
-        if section == "family" and "name" in fields:
-            kind = _settings_of(fields["name"])
+        if section == "family":
+            kind = _settings_of(fields.get("name", next(iter(SETTINGS))))
             fields = {name: value for name, value in fields.items() if name in _fields_of(kind) or name in kind.only}
         sections[section] = _SECTIONS[section](**fields)
     return Config(**sections)
@@ -438,10 +439,11 @@ def _variables(path: Path) -> dict[str, Any]:
 
 
 def _check_types(section: str, config: Any) -> None:
-    """Every field of a section holds its type, also when it was made in Python."""
+    """Every field of a section holds its type, also when it was made in Python; whole numbers given for floats become
+    floats, lists tuples."""
     for name, kind in _fields_of(config.__class__).items():
-        value = getattr(config, name)
-        require(_fits(value, kind), f"{section}.{name}", value, f"must be of type {_type_name(kind)}")
+        value = _read(f"{section}.{name}", getattr(config, name), kind)
+        object.__setattr__(config, name, value)  # the section is frozen, but still being made
 
 
 def _check_field(path: str, section: str, name: str) -> None:

@@ -16,8 +16,8 @@ check_overrides() {  # WHAT OVERRIDE ...: options come before WHAT
 
 experiment_file() {  # EXPERIMENT, as eso-jax train takes it; prints its file, which must be there
   local file=$1 hint=
-  if [[ $1 != *[./:]* ]]; then
-    file=eso_jax/$1.py  # quickstart: a name that the package ships
+  if [ "$1" = quickstart ]; then
+    file=eso_jax/$1.py  # the package ships it
   elif [ ! -f "$1" ] && [[ $1 == *.py:* ]]; then
     file=${1%.py:*}.py
   fi

@@ -225,11 +225,12 @@ def test_configs_of_before_that_were_refused_still_are() -> None:
 
 
 @pytest.mark.parametrize("assignments, family", [
-    (["family.name=mdlm"], dict(name="mdlm", loss_weight="low_var")),
+    (["family.name=mdlm"], dict(name="mdlm")),
     (["family.name=esolm_a"], dict(name="esolm_a", alpha_0=0.25, kappa=0.75, loss_weight="low_var")),
     (["family.name=ar"], dict(name="ar")),
     (["family.name=bd3lm", "family.block_size=4"], dict(name="bd3lm", block_size=4)),
-    (["family.name=mdlm", "family.alpha_0=1", "family.kappa=None"], dict(name="mdlm", loss_weight="low_var")),
+    (["family.name=mdlm", "family.alpha_0=1", "family.kappa=None"], dict(name="mdlm")),
+    (["family.name=mdlm", "family.loss_weight=low_var"], dict(name="mdlm", loss_weight="low_var")),
     (["family.alpha_0=0", "family.loss_weight=elbo", "family.name=ar"], dict(name="ar"))])
 def test_another_family_leaves_what_it_does_not_have(assignments: list[str], family: dict) -> None:
     config = Config(family=FamilyConfig(name="esolm", alpha_0=0.25, kappa=0.75, loss_weight="low_var"))
@@ -245,6 +246,19 @@ def test_foreign_settings_are_refused(fields: dict) -> None:
                     lambda: Config().override(f"family.name={name}", f"family.{field}={value}")):
         with pytest.raises(EsoError, match=f"family.{field} = .*alone; leave it out for family.name = {name!r}"):
             attempt()
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_python_values_become_those_of_their_fields() -> None:
+    """Lists and whole numbers, as a config.json would give them."""
+    config = Config(family=FamilyConfig(name="bd3lm", t_range=[0.3, 1]), train=TrainConfig(learning_rate=1))
+    assert config.family.t_range == (0.3, 1.0) and hash(config) == hash(from_dict(json.loads(config.to_json())))
+    assert isinstance(config.train.learning_rate, float) and '"learning_rate": 1.0' in config.to_json()
+    assert config.override("train.steps=3").family.t_range == (0.3, 1.0)
+
+
+def test_settings_without_a_name_are_the_first_familys() -> None:
+    assert from_dict({"family": {**OLD, "alpha_0": 0.5}}).family == FamilyConfig(name="esolm", alpha_0=0.5)
 
 
 def test_unknown_settings_in_python() -> None:

@@ -166,6 +166,7 @@ def test_help_is_the_header(script: str, project: Project) -> None:
       for script in ("gpu.sh", "slurm.sbatch")),
     ("local.sh", ["train.steps=1", "--dry-run"], "'--dry-run': not section.field=value"),
     ("tpu_pod.sh", [*POD, "--dry-run"], "'--dry-run': not section.field=value"),
+    ("gpu.sh", ["--dry-run", "config", "runs/toy"], "EXPERIMENT = 'config': no such file"),  # though it is a module
     *((script, ["--dry-run", "experiments/no.py", "runs/toy"], "EXPERIMENT = 'experiments/no.py': no such file")
       for script in ("gpu.sh", "slurm.sbatch")),
     *((script, ["--dry-run", "experiments/owt/esolm_025.py", "runs/toy"],

@@ -73,6 +73,16 @@ def test_import_then_export_is_the_file_bit_for_bit(family: str, tmp_path: Path,
         np.testing.assert_array_equal(params[name], params2[name])
 
 
+def test_another_alpha_0_leaves_kappa_behind(tmp_path: Path) -> None:
+    """An export says both; an import can be given alpha_0 alone."""
+    sizes = json.loads(Path(SIZES).read_text()) | {"alpha_0": 0.25, "kappa": 0.25}
+    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
+    for alpha_0, kappa in ((None, 0.25), (0.25, 0.25), (1.0, None), (0.5, None)):
+        given = {} if alpha_0 is None else {"alpha_0": alpha_0}
+        config, _ = import_checkpoint(source("esolm"), str(tmp_path / "sizes.json"), "esolm", **given)
+        assert (config.family.alpha_0, config.family.kappa) == (alpha_0 or 0.25, kappa)
+
+
 @pytest.mark.parametrize(("head_size", "digest"), [(12, None), (32, "9cc63b858a37"), (64, "734f9e6b629f"),
                                                    (128, "4b659c349432"), (256, None)])
 def test_rotary_frequencies_are_pytorchs(head_size: int, digest: str | None) -> None:

@@ -73,6 +73,8 @@ def _config(shown: dict[str, Any], said: dict[str, Any], given: dict[str, Any], 
     # What a file says of another family than the one asked for is passed over; what is given has to fit.
     settings = family_fields()
     said_of_it = {field: sizes[field] for field, owners in settings.items() if field in sizes and name in owners}
+    if given.get("alpha_0") not in (None, said.get("alpha_0")):
+        said_of_it.pop("kappa", None)  # it is of the file's own alpha_0
     config = from_dict({"model": {field: sizes[field] for field in MODEL if field in sizes} | {"dropout": 0.0},
                         "family": {"name": name, **said_of_it}})
     wanted = {field: given[field] for field in settings if field in given}
