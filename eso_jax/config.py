@@ -389,7 +389,7 @@ def from_file(experiment: str | Path) -> Config:
         return _from_json(path)
     found = _variables(path)
     config, configs = found.get("config"), found.get("configs")
-    if configs is None:
+    if configs is None or isinstance(config, Config) and not isinstance(configs, dict):  # a module, say
         require(isinstance(config, Config), "config", name, "the file must define config = eso_jax.Config(...), or "
                 "several as configs = {'RUN': eso_jax.Config(...)}")
         require(run is None, "config", name, f"{path} holds a single config; leave out ':{run}'")

@@ -287,6 +287,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "one.py").write_text(EXPERIMENT)
     (tmp_path / "several.py").write_text(SEVERAL)
     (tmp_path / "both.py").write_text(SEVERAL + "config = Config()\n")
+    (tmp_path / "module.py").write_text("from eso_jax import config as configs\nconfig = configs.Config()\n")
     (tmp_path / "none.py").write_text("configs = {}\n")
     (tmp_path / "other.py").write_text("configs = {'a': 1}\n")
     (tmp_path / "config.json").write_text(Config().to_json())
@@ -295,8 +296,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name, steps", [
-    ("several.py:a/10", 10), ("several.py:a/20", 20), ("several.py:b", 1_000_000), ("./one.py", 7),
-    ("quickstart", 900)])
+    ("module.py", 1_000_000), ("several.py:a/10", 10), ("several.py:a/20", 20), ("several.py:b", 1_000_000),
+    ("./one.py", 7), ("quickstart", 900)])
 def test_a_run_by_its_name(name: str, steps: int, here: Path) -> None:
     assert from_file(name).train.steps == steps
     if ".py" in name:
