@@ -43,7 +43,7 @@ def test_tiles(tile: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("block", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_streams_in_tiles(block: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both halves, against the same at once and against one dense pass of 2L slots."""
     batch, length, heads, size = 4, 12, 2, 6

@@ -171,6 +171,7 @@ def test_an_exploding_run_is_not_saved(override: str, base: Config, tmp_path: Pa
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(params_of(tmp_path / "w", ema=False)))
 
 
+@pytest.mark.slow
 def test_a_work_directory_beyond_the_asked_steps_is_left_alone(base: Config, tmp_path: Path) -> None:
     training.train(base.override("train.steps=2"), tmp_path / "w")
     before = (tmp_path / "w" / "config.json").read_text()
