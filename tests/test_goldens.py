@@ -21,8 +21,8 @@ from eso_jax.model.masks import View
 Cases = dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="module", params=["", pytest.param("x_", marks=pytest.mark.slow)], ids=["own names", "other names"],
-                autouse=True)
+@pytest.fixture(scope="module", autouse=True, ids=["own names", "other names"],
+                params=["", pytest.param("x_", marks=pytest.mark.slow)])
 def prefix(request: pytest.FixtureRequest) -> Iterator[str]:
     """Before the names of all families: no number may depend on them."""
     with renamed(request.param):
