@@ -82,7 +82,7 @@ class _ByName(type):
             return super().__call__(*args, **fields)
         name = args[0] if args else fields.pop("name", next(iter(SETTINGS)))
         kind = _settings_of(name)
-        own = {f.name for f in dataclasses.fields(kind)}
+        own = _fields_of(kind).keys()
         for field_name in fields.keys() - own:
             _check_foreign(name, field_name, fields[field_name])
         return kind(name=name, **{field_name: fields[field_name] for field_name in fields.keys() & own})

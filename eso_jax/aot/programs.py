@@ -122,20 +122,15 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     def rows(x: Any, *axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(sharding.BATCH, *axes)))
 
-    def split(cache: kv.KVCache) -> kv.KVCache:
-        def at(arrays: tuple[Any, ...], axes: str) -> tuple[Any, ...]:
-            where = NamedSharding(mesh, kv.spec(axes))
-            return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in arrays)
-
-        return kv.KVCache(at(cache.keys, cache.backend.key_axes), at(cache.values, cache.backend.value_axes),
-                          cache.backend)
+    def split(x: Any, axes: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, kv.spec(axes)))
 
     weights = abstract_weights(model, dtype, mesh)
     order = jax.ShapeDtypeStruct((batch, model.length), jnp.int32)
     state = jax.eval_shape(lambda weights, order: loop.grow(loop.start(weights, model, sampler, order), shape),
                            weights, order)
     state = dataclasses.replace(state, tokens=rows(state.tokens), positions=rows(state.positions),
-                                cache=state.cache and split(state.cache))
+                                cache=state.cache and state.cache.map(split))
     uniforms = rows(jax.ShapeDtypeStruct((batch, model.length, 2), jnp.float32))
     scalar = everywhere(jax.ShapeDtypeStruct((), jnp.int32))
     begun = time.perf_counter()

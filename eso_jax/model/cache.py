@@ -14,6 +14,7 @@ Axes: N layers, B batch, C slots of the cache, S slots of a pass, H heads, K hea
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,6 +48,11 @@ class KVCache:
         """C."""
         return self.keys[0].shape[self.backend.key_axes.index("L")]
 
+    def map(self, function: Callable[[Any, str], Any]) -> KVCache:
+        """function(array, its axes) of all arrays."""
+        return KVCache(tuple(function(k, self.backend.key_axes) for k in self.keys),
+                       tuple(function(v, self.backend.value_axes) for v in self.values), self.backend)
+
 
 def empty(config: ModelConfig, batch: int, slots: int, backend: Backend, dtype: Any = jnp.float32) -> KVCache:
     """A cache of zeros with room for `slots`."""
@@ -69,8 +75,7 @@ def grown(cache: KVCache, slots: int) -> KVCache:
         more = [(0, slots - size if axis == "L" else 0) for axis, size in zip(axes, x.shape, strict=True)]
         return sharding.constrain(jnp.pad(x, more), *spec(axes))
 
-    return KVCache(tuple(pad(k, cache.backend.key_axes) for k in cache.keys),
-                   tuple(pad(v, cache.backend.value_axes) for v in cache.values), cache.backend)
+    return cache.map(pad)
 
 
 def attend(cache: KVCache, layer: int, q: Float[Array, "B S H K"], k: Float[Array, "B S H K"],
