@@ -72,7 +72,7 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
         with jax.named_scope("attention"):
             q, k = rotate(q, rotary), rotate(k, rotary)
             if cache is None:
-                out = attention.attend(q, k, v, view)
+                out = attention.attend(q, k, v, view, weights.attention)
             else:
                 out, cache = kv.attend(cache, layer, q, k, v, view, offset)
         x = x + drop(linear(out, w.out, axes=2), layer, 0)

@@ -38,6 +38,7 @@ from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
 from eso_jax.engine import perplexity
 from eso_jax.engine.rows import Engine, catch_out_of_memory
 from eso_jax.errors import EsoError, RunAgain, require
+from eso_jax.model import attention
 from eso_jax.model.params import Params, Weights, constrain_params, fold, placed, weight_shardings
 from eso_jax.noise import Draws
 from eso_jax.run import checkpoint, finetune, metrics, multihost, workdir
@@ -95,13 +96,22 @@ def jit_step(config: Config, mesh: Mesh) -> Any:
                    out_shardings=(shardings(config, mesh), NamedSharding(mesh, P())))
 
 
+def compute_weights(config: Config, params: Params) -> Weights:
+    """What a training pass computes with."""
+    return fold(config.model, params, jnp.dtype(config.train.compute_dtype), config.train.attention)
+
+
 def jit_fold(config: Config, mesh: Mesh) -> Any:
     """The compiled function from parameters on a mesh to weights there, for validation."""
-    def weights_of(params: Params) -> Weights:
-        return fold(config.model, params, jnp.dtype(config.train.compute_dtype))
-
+    weights_of = functools.partial(compute_weights, config)
     weights = jax.eval_shape(weights_of, abstract_state(config, mesh).params)
     return jax.jit(weights_of, out_shardings=weight_shardings(weights, mesh))
+
+
+def attention_of(config: Config) -> str:
+    """Who computes attention in the training step, on the mesh in force."""
+    return attention.describe((each.pattern for each in families.get(config).passes(config)), config.model,
+                              config.train.compute_dtype, config.train.attention)
 
 
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
@@ -121,7 +131,7 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     draws_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), 1), state.step)
 
     def loss(params: Params, rows: tuple[Array, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
-        weights = fold(config.model, params, jnp.dtype(config.train.compute_dtype))
+        weights = compute_weights(config, params)
         tokens, index = rows
         tokens = sharding.constrain(tokens, sharding.BATCH)
         terms = families.get(config).loss(weights, config, tokens, Draws(draws_key, index, config.train.batch_size))
@@ -208,7 +218,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
             workdir.save_config(directory, config)
         count = sum(x.size for x in jax.tree.leaves(state.params))
         metrics.say(f"{config.family.name}: {count:,} parameters on {sharding.described(mesh)}, step {first} of "
-                    f"{settings.steps}, in {directory}")
+                    f"{settings.steps}, in {directory}; attention: {attention_of(config)}")
         if not resumes and (lines := metrics.read(directory)):
             metrics.say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step "
                         "0 again")
