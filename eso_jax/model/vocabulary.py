@@ -1,23 +1,27 @@
 """What is made of logits over the vocabulary, in chunks, so that they never are in memory all at once.
 
-Axes: B batch, L length (or slots of a step), V vocabulary, D width, R parts into which devices split the rows.
+Axes: B batch, L length (or slots of a step), V vocabulary, D width, R parts into which devices split the rows,
+T tokens of a part, C those of them for which there is room.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from eso_jax import sharding
 from eso_jax.model.params import Weights, head_split
 from eso_jax.model.transformer import head, linear, logits_of, over
 
 LOGITS_AT_ONCE = 2**27  # on a device: half a gigabyte in float32
+ROOM = 128  # tokens: the step of the room for masked ones
+if_fits = jax.lax.cond  # a name of its own, for who counts what the usual branch costs
 
 
 def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"],
@@ -27,8 +31,39 @@ def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B 
     For the gradient logits are made again, chunk by chunk. That of the kernel and the bias is summed in float32 over
     all rows, whatever the compute type, and rounded once.
     """
+    return masked_nll(weights, hidden, targets, mask_id, jnp.ones(targets.shape, bool), 1.0)
+
+
+def masked_nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"], mask_id: int,
+               masked: Bool[Array, "B L"], share: float) -> Float[Array, "B L"]:
+    """-log p of the masked targets, in nats; 0 for the others, of which no logits are made.
+
+    Every device gathers its own masked tokens into as much `room` as they nearly always need. Where one of them has
+    more, logits of all tokens are made instead.
+
+    Args:
+      share: of the tokens that are masked, on average.
+    """
+    batch, length, _ = hidden.shape
+    shards = sharding.batch_shards()
+    size = room(batch // shards, length, share)
+    if batch % shards or size >= batch // shards * length:
+        with jax.named_scope("loss"):
+            values = _nll(head_split(weights.head.kernel), weights.head.bias, hidden, targets, mask_id)
+        return jnp.where(masked, values, 0)
     with jax.named_scope("loss"):
-        return _nll(head_split(weights.head.kernel), weights.head.bias, hidden, targets, mask_id)
+        by_device = (sharding.constrain(x.reshape(shards, -1, *x.shape[2:]), sharding.BATCH)
+                     for x in (hidden, targets, masked))
+        values = _some_nll(head_split(weights.head.kernel), weights.head.bias, *by_device, mask_id, size)
+    return values.reshape(batch, length)
+
+
+def room(rows: int, length: int, share: float) -> int:
+    """For how many masked tokens of some rows logits are made: their mean, six standard deviations of a draw for each
+    token, and a row more, since rows may be masked to different degrees. A multiple of 128; or all of them."""
+    tokens = rows * length
+    least = share * tokens + 6 * math.sqrt(share * (1 - share) * tokens) + length
+    return tokens if share == 1 else min(tokens, -(-math.ceil(least) // ROOM) * ROOM)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -37,7 +72,80 @@ def _nll(kernel: Array, bias: Array, hidden: Array, targets: Array, mask_id: int
 
 
 def _nll_forward(kernel: Array, bias: Array, hidden: Array, targets: Array, mask_id: int) -> tuple[Array, Any]:
-    """-log p, and what the gradient needs: the probabilities only where they are one chunk."""
+    values, total, p = _forward(kernel, bias, hidden, targets, mask_id)
+    return values, (kernel, bias, hidden, targets, total, p)
+
+
+def _nll_backward(mask_id: int, residuals: Any, slope: Float[Array, "B L"]) -> tuple[Array, Array, Array, None]:
+    kernel, bias, hidden, targets, total, p = residuals
+    return *_backward(kernel, bias, hidden, targets, total, p, slope, mask_id), None
+
+
+_nll.defvjp(_nll_forward, _nll_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _some_nll(kernel: Array, bias: Array, hidden: Float[Array, "R T D"], targets: Int[Array, "R T"],
+              masked: Bool[Array, "R T"], mask_id: int, size: int) -> Float[Array, "R T"]:
+    """`masked_nll` of T tokens for each of R devices, with room for `size` of them."""
+    return _some_forward(kernel, bias, hidden, targets, masked, mask_id, size)[0]
+
+
+def _some_forward(kernel: Array, bias: Array, hidden: Array, targets: Array, masked: Array, mask_id: int,
+                  size: int) -> tuple[Array, Any]:
+    index = jnp.argsort(~masked, axis=1)[:, :size]  # stable: the masked ones, then some others
+    fits = masked.sum(1).max() <= size
+
+    def some() -> tuple[Array, Array, Array | None]:
+        values, total, p = _forward(kernel, bias, _take(hidden, index), _take(targets, index), mask_id)
+        return _put(values, index, masked), _put(total, index, masked), p
+
+    def every() -> tuple[Array, Array, Array | None]:
+        values, total, _ = _forward(kernel, bias, hidden, targets, mask_id)
+        return jnp.where(masked, values, 0), total, jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype),
+                                                                 jax.eval_shape(some)[2])
+
+    values, total, p = if_fits(fits, some, every)
+    return values, (kernel, bias, hidden, targets, masked, index, fits, total, p)
+
+
+def _some_backward(mask_id: int, size: int, residuals: Any, slope: Float[Array, "R T"]) -> tuple[Any, ...]:
+    kernel, bias, hidden, targets, masked, index, fits, total, p = residuals
+    slope, total = jnp.where(masked, slope, 0), jnp.where(masked, total, jnp.inf)  # so that no others have a part
+
+    def some() -> tuple[Array, Array, Array]:
+        h, t, z, s = (_take(x, index) for x in (hidden, targets, total, slope))
+        to_kernel, to_bias, to_hidden = _backward(kernel, bias, h, t, z, p, s, mask_id)
+        return to_kernel, to_bias, _put(to_hidden, index, masked)
+
+    def every() -> tuple[Array, Array, Array]:
+        return _backward(kernel, bias, hidden, targets, total, None, slope, mask_id)
+
+    return *if_fits(fits, some, every), None, None
+
+
+_some_nll.defvjp(_some_forward, _some_backward)
+
+
+def _take(x: Shaped[Array, "R T *s"], index: Int[Array, "R C"]) -> Shaped[Array, "R C *s"]:
+    """The tokens of each device's own index."""
+    return jnp.take_along_axis(x, _over_rows(index, x), axis=1)
+
+
+def _put(x: Shaped[Array, "R C *s"], index: Int[Array, "R C"], masked: Bool[Array, "R T"]) -> Shaped[Array, "R T *s"]:
+    """The inverse for masked tokens; 0 for the others."""
+    place = jnp.where(masked, jnp.cumsum(masked, axis=1) - 1, 0)
+    return jnp.where(_over_rows(masked, x), _take(x, jnp.minimum(place, index.shape[1] - 1)), 0)
+
+
+def _over_rows(rows: Array, x: Array) -> Array:
+    """rows [R, T] with as many axes as x."""
+    return rows.reshape(*rows.shape, *[1] * (x.ndim - 2))
+
+
+def _forward(kernel: Array, bias: Array, hidden: Array, targets: Array,
+             mask_id: int) -> tuple[Array, Array, Array | None]:
+    """-log p, the logits' log-sum-exps, and their probabilities in the compute type where they are one chunk."""
     def chunk(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
         logits = logits_of(kernel, bias, hidden, mask_id)
         # A sum, so that each device looks among its own share of the vocabulary.
@@ -45,22 +153,22 @@ def _nll_forward(kernel: Array, bias: Array, hidden: Array, targets: Array, mask
         top = logits.max(-1)
         mass = jnp.exp(logits - top[..., None])
         total = mass.sum(-1)
-        return top + jnp.log(total) - target, top + jnp.log(total), mass / total[..., None]
+        return top + jnp.log(total) - target, top + jnp.log(total), (mass / total[..., None]).astype(hidden.dtype)
 
     if chunks(hidden, len(bias)) == 1:
-        values, total, p = chunk(hidden, targets)
-        return values, (kernel, bias, hidden, targets, total, p)
-    values, total = in_chunks(lambda *part: chunk(*part)[:2], len(bias), hidden, targets)
-    return values, (kernel, bias, hidden, targets, total, None)
+        return chunk(hidden, targets)
+    return *in_chunks(lambda *part: chunk(*part)[:2], len(bias), hidden, targets), None
 
 
-def _nll_backward(mask_id: int, residuals: Any, slope: Float[Array, "B L"]) -> tuple[Array, Array, Array, None]:
-    """The gradient of a logit is slope x (p - 1 at the target); its two products are of the compute type."""
-    kernel, bias, hidden, targets, total, p = residuals
+def _backward(kernel: Array, bias: Array, hidden: Array, targets: Array, total: Array, p: Array | None, slope: Array,
+              mask_id: int) -> tuple[Array, Array, Array]:
+    """The gradients of kernel, bias and hidden states. That of a logit is slope x (p - 1 at the target); its two
+    products are of the compute type."""
     vocab, shards = len(bias), sharding.batch_shards()
 
     def chunk(p: Array, hidden: Array, targets: Array, slope: Array) -> tuple[Array, Array, Array]:
         ids = over(jnp.arange(vocab), p)
+        p = p.astype(jnp.float32)
         change = slope[..., None] * jnp.where(ids == targets[..., None], p - 1, p)
         change = sharding.constrain(jnp.where(ids == mask_id, 0, change), sharding.BATCH, None, "tensor")
         to_bias = change.reshape(shards, -1, vocab).sum(1)
@@ -85,10 +193,7 @@ def _nll_backward(mask_id: int, residuals: Any, slope: Float[Array, "B L"]) -> t
         (to_kernel, to_bias), parts = jax.lax.scan(
             add, none, _split(chunks(hidden, vocab), hidden, targets, total, slope))
         to_hidden = _join(parts)
-    return to_kernel.sum(0).astype(kernel.dtype), to_bias.sum(0).astype(bias.dtype), to_hidden, None
-
-
-_nll.defvjp(_nll_forward, _nll_backward)
+    return to_kernel.sum(0).astype(kernel.dtype), to_bias.sum(0).astype(bias.dtype), to_hidden
 
 
 def likeliest(weights: Weights, hidden: Float[Array, "B L D"], mask_id: int) -> Int[Array, "B L"]:
