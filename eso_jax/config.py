@@ -210,11 +210,12 @@ class TrainConfig:
     batch_size: int = 512  # global, over all devices
     accumulate: int = 1  # micro-batches per step
     learning_rate: float = 3e-4
-    warmup: int = 2500  # steps of linear warm-up; constant after
+    warmup: int = 2500  # steps of linear warm-up
+    schedule: str = "constant"  # of the rate after it: "constant", or "cosine" or "linear" to 0 at `steps`
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of all but norms and biases
     clip_norm: float = 1.0
     ema: float = 0.9999  # decay of the averaged weights that evaluation uses, ramped as (1 + n) / (10 + n)
     compute_dtype: str = "bfloat16"  # of activations; parameters, optimizer and loss are float32
@@ -250,10 +251,13 @@ class TrainConfig:
                 f"must divide train.batch_size = {self.batch_size}")
         require(self.keep_every is None or self.keep_every % self.save_every == 0, "train.keep_every", self.keep_every,
                 f"must be a multiple of train.save_every = {self.save_every}")
-        for name, choices in (("compute_dtype", ("float32", "bfloat16")), ("attention", ATTENTION),
-                              ("remat", ("none", "dots", "full")), ("non_finite", ("stop", "skip"))):
+        for name, choices in (("schedule", ("constant", "cosine", "linear")), ("attention", ATTENTION),
+                              ("compute_dtype", ("float32", "bfloat16")), ("remat", ("none", "dots", "full")),
+                              ("non_finite", ("stop", "skip"))):
             value = getattr(self, name)
             require(value in choices, f"train.{name}", value, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
+        require(self.schedule == "constant" or self.warmup < self.steps, "train.warmup", self.warmup,
+                f"must be less than train.steps = {self.steps}, for train.schedule = {self.schedule!r}")
 
 
 @dataclass(frozen=True)

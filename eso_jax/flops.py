@@ -6,7 +6,7 @@ paper's sizes, do not. Attention counts every pair of a query and a key it score
 
 *Model FLOPs* are the forward pass and a backward pass of twice its cost; MFU divides them by the chip's peak. What
 `train.remat` computes again is counted apart, by `recomputed`. XLA's own count agrees where the layers are unrolled
-(tests/test_flops.py); of a scan over layers it counts one.
+(tests/test_flops.py); of a scan over layers it counts one. What of them the loss depends on is `needed`.
 
 Axes: B batch, L length, S slots of a pass, D width, N layers, V vocabulary, C conditioning.
 """
@@ -43,6 +43,32 @@ def forward(config: Config) -> Parts:
 def training_step(config: Config) -> Parts:
     """Model FLOPs of one training step by part, forward and backward, nothing computed twice."""
     return {name: 3 * count for name, count in forward(config).items()}
+
+
+def needed(config: Config) -> Parts:
+    """The part of one training step's model FLOPs that its loss depends on, expected over the draws: of attention, the
+    pairs of a query and a key that it sees; of the head, the tokens that have a loss; of an Eso-LM's two streams, no
+    z_0 copy of a clean token, which nobody sees."""
+    model, length, alpha_0 = config.model, config.model.length, families.alpha_0_of(config, None)
+    low, high = getattr(config.family, "t_range", (0.0, 1.0))
+    total = dict.fromkeys(forward(config), 0)
+    for each in families.get(config).passes(config):
+        rows, pattern = int(config.train.batch_size * each.share), each.pattern
+        two = isinstance(pattern, TwoStreams)
+        # The clean tokens' share, and its mean square: alpha_0 in a sequential pass, else alpha_0 (1 - t), t uniform.
+        clean, square = alpha_0 * (1 - (low + high) / 2), alpha_0**2 / 3
+        sequential = two and alpha_0 < 1
+        if sequential:
+            clean, square = alpha_0, alpha_0**2
+        block, prefix = pattern.block or 2 * length, getattr(pattern, "prefix", False)
+        pairs = length * min(length, (length + block) / 2) + prefix * square * length**2 / 2
+        if two:  # the noisy stream; where it is sorted, its masked tokens are the last
+            pairs += length * (length + block) / 2 - sequential * square * length**2 / 2
+        slots = length * (1 + two - sequential * clean)
+        parts = layers(model, round(rows * slots)) | {"attention": attention(model, 1, round(rows * pairs)),
+                                                      "head": head(model, round(rows * length * (1 - clean)))}
+        total |= {name: total[name] + count for name, count in parts.items()}
+    return {name: 3 * count for name, count in (total | {"adaln": config.train.accumulate * fold(model)}).items()}
 
 
 def recomputed(config: Config, remat: str) -> Parts:

@@ -113,6 +113,8 @@ ERRORS = {  # assignments -> what the message must hold: the field and its value
     ("train.accumulate=3",): ("train.accumulate = 3", "divide train.batch_size = 512"),
     ("train.learning_rate=0.0",): ("train.learning_rate = 0.0", "positive"),
     ("train.ema=1.0",): ("train.ema = 1.0", "[0, 1)"),
+    ("train.schedule=step",): ("train.schedule = 'step'", "constant, cosine or linear"),
+    ("train.schedule=cosine", "train.steps=2500"): ("train.warmup = 2500", "less than train.steps = 2500"),
     ("train.compute_dtype=float16",): ("train.compute_dtype = 'float16'", "float32 or bfloat16"),
     ("train.steps=1.5",): ("train.steps = '1.5'", "type int"),
     ("train.steps=many",): ("train.steps = 'many'", "type int"),

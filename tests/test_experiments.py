@@ -274,7 +274,8 @@ echo "$JAX_PLATFORMS python $*" >>"$CALLS"
 
 
 def test_the_first_run_on_an_accelerator(tmp_path: Path) -> None:
-    """Every step runs, also behind one that fails; on the accelerator, where tests are for CPUs otherwise."""
+    """Every step runs, also behind one that fails, or those named; on the accelerator, where tests are for CPUs
+    otherwise."""
     script, python = ROOT / "experiments" / "accelerator.sh", tmp_path / "python"
     python.write_text(STAND_IN)
     python.chmod(0o755)
@@ -283,12 +284,18 @@ def test_the_first_run_on_an_accelerator(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "accelerator.sh: cuda A card" in done.stdout
     assert re.findall(r"^(\S+): (\S+)", done.stdout, re.M)[1:] == [
-        ("goldens", "done"), ("quickstart", "done"), ("check-cache-float32", "FAILED"),
-        ("check-cache-bfloat16", "FAILED"), ("bench", "done")]
+        ("goldens", "done"), ("attention", "done"), ("training", "done"), ("sampling", "done"), ("quickstart", "done"),
+        ("check-cache-float32", "FAILED"), ("check-cache-bfloat16", "FAILED")]
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == "cuda python -m pytest -n 0 tests/test_goldens.py"
-    assert calls[1].endswith(f"quickstart.py --workdir {tmp_path}/out/quickstart model.width=32 model.length=32 "
+    assert calls[1].startswith("cuda python -m pytest -n 0 tests/test_attention")
+    assert calls[2].endswith(f"--families ar,mdlm,esolm --alpha-0 1 0.5 --out {tmp_path}/out/training.json")
+    assert calls[3].endswith(f"--lengths 64 --batches 2 --preset table11 --repeats 1 --out "
+                             f"{tmp_path}/out/sampling.json")
+    assert calls[4].endswith(f"quickstart.py --workdir {tmp_path}/out/quickstart model.width=32 model.length=32 "
                              "train.steps=20 train.eval_windows=64")
-    assert calls[-1].endswith(f"--lengths 64 --batches 2 --preset table11 --repeats 1 --out {tmp_path}/out/bench.json")
-    for arguments, code in (([], 2), (["--help"], 0)):
+    done = subprocess.run([*command, "sampling", "training"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0
+    assert re.findall(r"^(\S+): done", done.stdout, re.M) == ["training", "sampling"]
+    for arguments, code in (([], 2), (["--help"], 0), ([tmp_path / "out", "--small", "gold"], 2)):
         assert subprocess.run(["bash", script, *arguments], capture_output=True).returncode == code

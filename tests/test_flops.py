@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from eso_jax import families, flops
@@ -17,6 +18,7 @@ from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import left_to_right
 from eso_jax.families.esolm import EsoLM
 from eso_jax.model import vocabulary
+from eso_jax.model.masks import TwoStreams
 from eso_jax.model.params import fold, init_params, unstack
 from eso_jax.run.train import init_state, train_step
 
@@ -78,6 +80,35 @@ def test_parts() -> None:
     assert two["attention"] == base["attention"] * (2 * 128 + 16) // 128
     mixed = flops.training_step(wide(name="esolm", alpha_0=0.5, kappa=0.75))
     assert mixed["mlp_in"] == base["mlp_in"] * (3 * 128 + 1 * (128 + 112)) // (4 * 128)  # half of 128, six deviations
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=ident)
+def test_what_the_loss_needs(family: dict[str, Any]) -> None:
+    """Pairs, slots and tokens with a loss, counted one by one in the masks of many drawn rows."""
+    config, rows, length = wide(**family), 512, 128
+    settings, t = config.family, np.linspace(1 / 1024, 1 - 1 / 1024, rows)[:, None]
+    uniform = np.random.default_rng(0).random((rows, length))
+    share = np.arange(length) // getattr(settings, "block_size", length) * 0.37  # a time for each block
+    query, key = np.arange(length)[:, None], np.arange(length)[None]
+    pairs = slots = losses = 0.0
+    for each in families.get(config).passes(config):
+        two, alpha_0 = isinstance(each.pattern, TwoStreams), families.alpha_0_of(config, None)
+        sequential = two and settings.name.startswith("esolm")
+        masked = uniform >= (alpha_0 if sequential else alpha_0 * (1 - (t + share) % 1))
+        stream = each.pattern.clean if two else each.pattern
+        for row in masked:  # an Eso-LM's are sorted: masked ones last
+            clean = length - int(row.sum())
+            seen = stream(query, key, clean).sum()
+            noisy = np.arange(length) >= clean if sequential else np.ones(length, bool)
+            if two:
+                own = query // each.pattern.block == key // each.pattern.block
+                seen += ((each.pattern.noisy(query, key) | own) & noisy[:, None]).sum()
+            weight = float(each.share) / rows * config.train.batch_size
+            pairs, losses = pairs + weight * seen, losses + weight * row.sum()
+            slots += weight * (length + two * noisy.sum())
+    expected = {**flops.layers(config.model, round(slots)), "attention": flops.attention(config.model, 1, round(pairs)),
+                "head": flops.head(config.model, round(losses)), "adaln": flops.fold(config.model)}
+    assert flops.needed(config) == pytest.approx({name: 3 * count for name, count in expected.items()}, rel=0.02)
 
 
 def test_six_per_parameter_and_token() -> None:

@@ -96,6 +96,44 @@ def test_a_program_is_counted_as_it_runs() -> None:
     assert found.bytes == 12 * turn + (half + half // 8) + half // 8
 
 
+KERNELS = """HloModule jit_step
+
+%small (x: bf16[8,64]) -> bf16[8,32] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %w = bf16[64,32]{1,0} constant({...})
+  %product = (bf16[8,32]{1,0}, s8[4096]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %out = bf16[8,32]{1,0} get-tuple-element(%product), index=0
+}
+
+%large (x: bf16[8,64]) -> bf16[8,32] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %w = bf16[64,32]{1,0} constant({...})
+  %once = bf16[8,32]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %twice = bf16[8,32]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (q: bf16[2,128,3,64], x: bf16[8,64], over: pred[]) -> bf16[2,128,3,64] {
+  %q = bf16[2,128,3,64]{3,2,1,0} parameter(0)
+  %x = bf16[8,64]{1,0} parameter(1)
+  %over = pred[] parameter(2)
+  %one = bf16[8,32]{1,0} conditional(%over, %x, %x), true_computation=%large, false_computation=%small
+  %forward = (bf16[2,3,128,64]{3,1,2,0}, f32[2,3,128]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config="{\\"cudnn_fmha_backend_config\\": {\\"intermediate_tensor_shape\\": {\\"dimensions\\": [\\"2\\", \\"3\\", \\"128\\", \\"128\\"]}, \\"mask_type\\": \\"CAUSAL\\"}}"
+  %stats = f32[2,3,128]{2,1,0} get-tuple-element(%forward), index=1
+  %back = (bf16[2,3,128,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q, %stats), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"dimensions":["2","3","128","128"]},"mask_type":"NO_MASK"}}
+  ROOT %out = bf16[2,3,128,64]{3,1,2,0} get-tuple-element(%back), index=0
+}
+"""  # noqa: E501
+
+
+def test_kernels_of_libraries_count_by_formula() -> None:
+    """A product of cuBLAS, for which there is another way if a size overflows; attention forward, causal, and back."""
+    pairs = 2 * 3 * 128 * 129 // 2, 2 * 3 * 128 * 128
+    by_number = KERNELS.replace("true_computation=%large, false_computation=%small",
+                                "branch_computations={%large, %small}")
+    for text in (KERNELS, by_number):
+        assert hlo.cost(text).flops == 2 * 8 * 64 * 32 + 4 * 64 * pairs[0] + 10 * 64 * pairs[1]
+
+
 def test_how_often_a_loop_runs() -> None:
     endless = PROGRAM.replace("constant(12)", "get-tuple-element(%carry), index=0")
     assert endless != PROGRAM and hlo.cost(endless).flops == hlo.turn(endless).flops == 2 * 64**3

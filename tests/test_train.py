@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from conftest import BASE, as_family, emulated, params_of, random_tokens, tiny_c
 from eso_jax import families, flops
 from eso_jax.config import Config
 from eso_jax.errors import EsoError
+from eso_jax.model.params import PARAMETERS
 from eso_jax.run import metrics, train as training
 from eso_jax.run.optim import optimizer, update_ema
 
@@ -239,16 +241,40 @@ def test_a_pod_passes_its_evaluation(family: str, windows: int, long: Config, tm
     assert line["step"] == 2 and line["validation_windows"] == windows and np.isfinite(line["validation_bits_per_byte"])
 
 
-def test_ema_ramp_and_warm_up() -> None:
+def test_ema_ramp() -> None:
     zeros, ones = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
     for updates, decay in ((1, 2 / 11), (90, 0.91), (10**7, 0.9999)):
         np.testing.assert_allclose(update_ema(zeros, ones, jnp.int32(updates), 0.9999)["w"], 1 - decay, rtol=1e-3)
-    tx = optimizer(BASE.override("train.warmup=4", "train.learning_rate=1").train)
+
+
+@pytest.mark.parametrize("schedule, warmup, expected", [
+    ("constant", 4, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]), ("linear", 4, [0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25]),
+    ("cosine", 4, [0, 0.25, 0.5, 0.75, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),
+    ("linear", 0, np.linspace(1, 0, 9)[:8]), ("constant", 0, np.ones(8))])
+def test_rates(schedule: str, warmup: int, expected: list[float]) -> None:
+    """Adam's step with a constant gradient is its rate, which is 0 from train.steps on."""
+    ones = {"w": jnp.ones(2)}
+    tx = optimizer(BASE.override(f"train.schedule={schedule}", f"train.warmup={warmup}", "train.learning_rate=1").train)
     state, rates = tx.init(ones), []
-    for _ in range(6):  # Adam's step with a constant gradient is its rate
+    for _ in range(9):
         updates, state = tx.update(ones, state, ones)
         rates.append(-float(updates["w"][0]))
-    np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.75, 1, 1], atol=1e-5)
+    np.testing.assert_allclose(rates, [*expected, schedule == "constant"], atol=1e-5)
+
+
+def test_weight_decay_is_not_of_norms_and_biases() -> None:
+    """And it is optax's; the state has its form with and without it, so that a checkpoint of before is read."""
+    config = BASE.override("train.weight_decay=0.1", "train.warmup=0", "train.learning_rate=1").train
+    params = {name: jnp.full(2, 0.5) for name in PARAMETERS}
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, state = optimizer(config).update(still, optimizer(config).init(params), params)
+    assert optimizer(dataclasses.replace(config, weight_decay=0.0)).update(still, state, params)[0]["qkv"].max() == 0
+    kept = {name for name, update in updates.items() if not update.any()}
+    assert kept == {name for name in params if not PARAMETERS[name].inputs} - {"embedding"}
+    for name in params.keys() - kept:
+        np.testing.assert_allclose(updates[name], -0.1 * params[name], rtol=1e-6)
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0, weight_decay=0.1))
+    assert jax.tree.structure(theirs.init(params)) == jax.tree.structure(state)
 
 
 def test_gradients_are_clipped_by_their_global_norm() -> None:

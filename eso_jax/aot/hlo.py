@@ -2,7 +2,8 @@
 
 XLA's own cost analysis counts the body of a loop once. Here an operation counts as often as it runs: a loop's trip
 count is what XLA says it knows, or the bound that the loop's condition compares with; a loop whose bound is data (the
-decoding loop's) counts once, and `turn` counts nothing but its body: a step.
+decoding loop's) counts once, and `turn` counts nothing but its body: a step. Of a conditional the branch of fewer
+operations counts: the other one is for what overflows a static size.
 
 All counts are of one device. FLOPs are those of products alone. Bytes are those that fused operations read and write
 in main memory: what TPUs keep in their vector memory (a layout in a memory space, "S(1)") costs nothing, of a slice
@@ -213,9 +214,9 @@ class _Counter:
         if one.opcode == "while":
             total.add(self.computation(_must(one, "body")), self.trips(one) or 1)
         elif one.opcode == "conditional":
-            for name in re.findall(r"%([\w.-]+)", " ".join(re.findall(r"computations?={?([^}]*?)[},]",
-                                                                     one.attributes))):
-                total.add(self.computation(name))
+            called = re.findall(r"branch_computations={[^}]*}|(?:true|false)_computation=%[\w.-]+", one.attributes)
+            branches = map(self.computation, re.findall(r"%([\w.-]+)", " ".join(called)))
+            total.add(min(branches, key=lambda branch: branch.flops))
         elif one.opcode in ("call", "async-start"):
             total.add(self.computation(one.called("to_apply") or _must(one, "calls")))
         else:
@@ -226,6 +227,8 @@ class _Counter:
                 total.flops = float(_product(here, one))
                 if any(shape.dtype == "f32" for source in here.operands(one) for shape in source.shapes):
                     total.wide_flops = total.flops
+            elif one.opcode == "custom-call":
+                total.flops = float(_kernel(here, one))
             kind = one.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 total.collectives[self.collective(here, one, kind)] += 1
@@ -408,6 +411,27 @@ def _product(here: Computation, one: Instruction) -> int:
         pairs *= int(((place % dilate == 0) & (place >= 0) & (place // dilate < size)).sum())
     batch, features = out[labels[3].index("b")], out[labels[3].index("f")]
     return 2 * batch * features * right[labels[2].index("i")] * pairs
+
+
+def _kernel(here: Computation, one: Instruction) -> int:
+    """Operations of a library's kernel for GPUs: of cuBLAS's products; of cuDNN's attention, by formula: 4 K for each
+    pair of a query and a key (half of them, where it is causal), backward 10 K, since it makes the scores again."""
+    text = one.attributes.replace("\\", "")
+    target = re.search(r'custom_call_target="([^"]*)"', text)
+    if target is None or not target[1].startswith(("__cublas$", "__cudnn$fmha")):
+        return 0
+    left = here.operands(one)[0].shapes[0].dims
+
+    def numbers(field: str) -> list[int]:
+        found = re.search(rf'"{field}":\s*\[([^\]]*)\]', text)
+        return [int(number) for number in re.findall(r"\d+", found[1])] if found else []
+
+    if target[1].startswith("__cublas$"):
+        contracted = math.prod(left[axis] for axis in numbers("lhs_contracting_dimensions"))
+        return 2 * math.prod(one.shapes[0].dims) * contracted
+    batch, heads, queries, keys = numbers("dimensions")
+    pairs = queries * (keys + 1) // 2 if re.search(r'"mask_type":\s*"\w*CAUSAL"', text) else queries * keys
+    return (10 if "Backward" in target[1] else 4) * batch * heads * pairs * left[-1]
 
 
 def groups(collectives: Counter[Collective]) -> Iterator[tuple[Collective, int]]:

@@ -46,6 +46,7 @@ from eso_jax.decoding.plan import Plan
 from eso_jax.engine.model import decode
 from eso_jax.engine.rows import Engine
 from eso_jax.errors import require
+from eso_jax.evaluation.table import Row, bars, markdown
 from eso_jax.model.params import Weights, fold, init_params, unstack, weight_shardings
 from eso_jax.run.timing import Stopwatch
 
@@ -351,7 +352,7 @@ def _relate(found: list[dict[str, Any]]) -> None:
         row["times_eso_lm"] = row["seconds"] / eso[0]["seconds"] if eso else None
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+COLUMNS: dict[str, Callable[[Row], str]] = {
     "sampler": lambda r: r["sampler"],
     "L": lambda r: str(r["length"]),
     "batch": lambda r: str(r["batch"]) + (f" on {r['devices']} devices" if r["devices"] > 1 else ""),
@@ -368,11 +369,10 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def table(header: dict[str, Any], found: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [f"{header['what']}; {header['machine']}; {header['dtype']}, "
-             f"{header['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s, {header['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s; "
-             f"{header['date']}; draws included, compilation not, median of {header['repeats']}", "",
-             "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join(lines + ["| " + " | ".join(show(row) for show in COLUMNS.values()) + " |" for row in found]) + "\n"
+    return (f"{header['what']}; {header['machine']}; {header['dtype']}, "
+            f"{header['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s, {header['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s; "
+            f"{header['date']}; draws included, compilation not, median of {header['repeats']}\n\n"
+            + markdown(COLUMNS, found))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -381,22 +381,9 @@ def _line(row: dict[str, Any]) -> str:
 
 def plot(header: dict[str, Any], found: list[dict[str, Any]], path: Path) -> None:
     """Seconds per batch on a logarithmic axis, a bar per row, its floor marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.32 * len(found)), layout="constrained")
-    rows = np.arange(len(found))[::-1]
-    colours = ["#2a9d8f" if row["sampler"].startswith("Eso-LM") else "#9fc5e8" for row in found]
-    axes.barh(rows, [row["seconds"] for row in found], color=colours, label="measured")
-    axes.plot([row["floor_seconds"] for row in found], rows, "k|", markersize=12, label="floor of this machine")
-    axes.set(xscale="log", xlabel="seconds per batch, draws included", title=f"{header['what']}\n{header['machine']}",
-             yticks=rows, yticklabels=[f"{row['sampler']}, L {row['length']}, batch {row['batch']}" for row in found])
-    axes.title.set_fontsize(9)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    bars(path, f"{header['what']}\n{header['machine']}", "seconds per batch, draws included",
+         {f"{row['sampler']}, L {row['length']}, batch {row['batch']}": (row["seconds"], row["floor_seconds"])
+          for row in found}, "measured", "floor of this machine", scale="log")
 
 
 def _say(message: str) -> None:
