@@ -67,7 +67,7 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
 
     def block(carry: tuple[Array, Any], scanned: tuple[Any, Block]) -> tuple[tuple[Array, Any], None]:
         (x, cache), (layer, w) = carry, scanned
-        qkv = linear(norm(x, w.norm1).astype(w.qkv.dtype), w.qkv)
+        qkv = linear(_layer_norm(x, w.norm1).astype(w.qkv.dtype), w.qkv)
         q, k, v = (qkv[:, :, i] for i in range(3))
         with jax.named_scope("attention"):
             q, k = rotate(q, rotary), rotate(k, rotary)
@@ -76,14 +76,11 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
             else:
                 out, cache = kv.attend(cache, layer, q, k, v, view, offset)
         x = x + drop(linear(out, w.out, axes=2), layer, 0)
-        hidden = gelu(linear(norm(x, w.norm2).astype(w.qkv.dtype), w.mlp_in.kernel), w.mlp_in.bias)
+        hidden = linear(_layer_norm(x, w.norm2).astype(w.qkv.dtype), w.mlp_in.kernel)
+        hidden = nn.gelu(hidden + over(w.mlp_in.bias, hidden).astype(hidden.dtype), approximate=True)
         x = x + drop(linear(hidden, w.mlp_out.kernel) + over(w.mlp_out.bias, x), layer, 1)
         return (sharding.constrain(x, sharding.BATCH), cache), None
 
-    norm, gelu = _layer_norm, _gelu
-    if training is not None and sharding.platform() != "cpu":
-        # On accelerators they cost what they read and write: their inputs alone are kept for the backward pass.
-        norm, gelu = jax.checkpoint(_layer_norm), jax.checkpoint(_gelu)
     block = jax.named_scope("block")(block)
     carry = (sharding.constrain(embedding_split(weights.embedding)[tokens], sharding.BATCH), cache)
     if isinstance(weights.blocks, tuple):
@@ -164,11 +161,6 @@ def _layer_norm(x: Float[Array, "B S D"], norm: Norm) -> Float[Array, "B S D"]:
     centred = wide - wide.mean(-1, keepdims=True)
     normal = centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
     return normal * over(norm.scale, x) + over(norm.bias, x)
-
-
-def _gelu(x: Float[Array, "B S _"], bias: Float[Array, " _"]) -> Float[Array, "B S _"]:
-    """GELU (its approximation by tanh) of x + bias."""
-    return nn.gelu(x + over(bias, x).astype(x.dtype), approximate=True)
 
 
 def over(w: Array, x: Array) -> Array:

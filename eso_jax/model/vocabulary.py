@@ -179,36 +179,42 @@ def _slope(logits: Array, total: Array, targets: Array, mask_id: int, dtype: Any
 
 def _backward(kernel: Array, bias: Array, hidden: Array, targets: Array, total: Array, slope: Array | None,
               factor: Array, mask_id: int) -> tuple[Array, Array, Array]:
-    """The gradients of kernel, bias and hidden states, of the sum of factor x -log p. All three are products of the
-    slope, of the compute type; the factor goes to the other side, which is smaller."""
-    vocab, shards = len(bias), sharding.batch_shards()
+    """The gradients of kernel, bias and hidden states, of the sum of factor x -log p.
 
-    def chunk(slope: Array, hidden: Array, factor: Array) -> tuple[Array, Array, Array]:
+    They are products of the slope, which is of the compute type; the factor goes to the other side, which is smaller.
+    To the bias it goes as two numbers of the compute type and six zeros, as if they were hidden states: a sum over the
+    rows took as long as the product with the hidden states on an H200.
+    """
+    shards = sharding.batch_shards()
+
+    def product(rows: Array, slope: Array) -> Array:
+        """By the device that holds the rows: what each has is added to the others' once, behind the last chunk."""
+        out = jnp.einsum("rnd,rnv->rdv", rows.astype(hidden.dtype).reshape(shards, -1, rows.shape[-1]),
+                         slope.reshape(shards, -1, len(bias)), precision="highest", preferred_element_type=jnp.float32)
+        return sharding.constrain(out, sharding.BATCH, None, "tensor")
+
+    def chunk(slope: Array, hidden: Array, factor: Array) -> tuple[Array, tuple[Array, Array]]:
         factor = factor[..., None]
-        # By the device that holds the rows: what each has is added to the others' once, behind the last chunk.
-        weighted = (hidden * factor).astype(hidden.dtype)
-        slope_rows = slope.reshape(shards, -1, vocab)
-        to_kernel = jnp.einsum("rnd,rnv->rdv", weighted.reshape(shards, -1, hidden.shape[-1]), slope_rows,
-                               precision="highest", preferred_element_type=jnp.float32)
-        to_bias = (slope_rows * factor.reshape(shards, -1, 1)).sum(1)
+        high = factor.astype(hidden.dtype)
+        parts = jnp.concatenate([high, factor - high, jnp.zeros((*high.shape[:2], 6))], -1)
         to_hidden = (linear(slope, kernel.T) * factor).astype(hidden.dtype)
-        return to_hidden, sharding.constrain(to_kernel, sharding.BATCH, None, "tensor"), to_bias
+        return to_hidden, (product(hidden * factor, slope), product(parts, slope))
 
     if slope is not None:
-        to_hidden, to_kernel, to_bias = chunk(slope, hidden, factor)
+        to_hidden, to_head = chunk(slope, hidden, factor)
     else:
-        def add(sums: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+        def add(so_far: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
             hidden, targets, total, factor = part
             slope = _slope(logits_of(kernel, bias, hidden, mask_id), total, targets, mask_id, hidden.dtype)
-            to_hidden, to_kernel, to_bias = chunk(slope, hidden, factor)
-            return (sums[0] + to_kernel, sums[1] + to_bias), to_hidden
+            to_hidden, to_head = chunk(slope, hidden, factor)
+            return (so_far[0] + to_head[0], so_far[1] + to_head[1]), to_hidden
 
-        none = (sharding.constrain(jnp.zeros((shards, *kernel.shape), jnp.float32), sharding.BATCH, None, "tensor"),
-                sharding.constrain(jnp.zeros((shards, vocab), jnp.float32), sharding.BATCH, "tensor"))
-        (to_kernel, to_bias), parts = jax.lax.scan(
-            add, none, _split(chunks(hidden, vocab), hidden, targets, total, factor))
+        kernel_none, bias_none = (sharding.constrain(jnp.zeros((shards, rows, len(bias)), jnp.float32), sharding.BATCH,
+                                                     None, "tensor") for rows in (len(kernel), 8))
+        to_head, parts = jax.lax.scan(add, (kernel_none, bias_none),
+                                      _split(chunks(hidden, len(bias)), hidden, targets, total, factor))
         to_hidden = _join(parts)
-    return to_kernel.sum(0).astype(kernel.dtype), to_bias.sum(0).astype(bias.dtype), to_hidden
+    return to_head[0].sum(0).astype(kernel.dtype), to_head[1].sum((0, 1)).astype(bias.dtype), to_hidden
 
 
 def likeliest(weights: Weights, hidden: Float[Array, "B L D"], mask_id: int) -> Int[Array, "B L"]:
