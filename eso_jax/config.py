@@ -33,6 +33,9 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+ATTENTION = ("auto", "cudnn", "splash", "plain")  # see eso_jax/model/attention.py
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The denoiser, a transformer shared by all families (a DiT whose modulation is constant)."""
@@ -216,6 +219,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema: float = 0.9999  # decay of the averaged weights that evaluation uses, ramped as (1 + n) / (10 + n)
     compute_dtype: str = "bfloat16"  # of activations; parameters, optimizer and loss are float32
+    attention: str = "auto"  # who computes it: "cudnn" (NVIDIA), "splash" (TPU), "plain", or whoever can
     remat: str = "none"  # what the backward pass computes again: "none", "dots" (all but products) or "full" (blocks)
     non_finite: str = "stop"  # at a loss or gradient that is not finite: "stop", or "skip" the step and count it
     seed: int = 1
@@ -247,7 +251,7 @@ class TrainConfig:
                 f"must divide train.batch_size = {self.batch_size}")
         require(self.keep_every is None or self.keep_every % self.save_every == 0, "train.keep_every", self.keep_every,
                 f"must be a multiple of train.save_every = {self.save_every}")
-        for name, choices in (("schedule", ("constant", "cosine", "linear")),
+        for name, choices in (("schedule", ("constant", "cosine", "linear")), ("attention", ATTENTION),
                               ("compute_dtype", ("float32", "bfloat16")), ("remat", ("none", "dots", "full")),
                               ("non_finite", ("stop", "skip"))):
             value = getattr(self, name)

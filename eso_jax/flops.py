@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from eso_jax import families
 from eso_jax.config import Config, ModelConfig
+from eso_jax.model import vocabulary
 from eso_jax.model.masks import TwoStreams
 from eso_jax.model.params import FREQUENCIES
 
@@ -27,11 +28,14 @@ def forward(config: Config) -> Parts:
     total = dict.fromkeys(("qkv", "attention", "out", "mlp_in", "mlp_out", "head"), 0)
     for each in families.get(config).passes(config):
         rows, pattern = int(config.train.batch_size * each.share), each.pattern
-        parts = layers(model, rows * length * (2 if isinstance(pattern, TwoStreams) else 1))
+        noisy = length - pattern.skip if isinstance(pattern, TwoStreams) else 0
+        parts = layers(model, rows * (length + noisy))
         # With two streams, a noisy and a clean slot each score the clean keys, and the noisy one those of its block.
-        keys = 2 * length + pattern.block if isinstance(pattern, TwoStreams) else length
-        parts["attention"] = attention(model, rows * length, keys)
-        parts["head"] = head(model, rows * length)
+        block = pattern.block if isinstance(pattern, TwoStreams) else 0
+        parts["attention"] = attention(model, rows * length, length) + attention(model, rows * noisy, length + block)
+        predicting = noisy or length
+        parts["head"] = head(model, config.train.accumulate * vocabulary.room(
+            rows // config.train.accumulate, predicting, each.masked * length / predicting))
         total = {name: total[name] + parts[name] for name in total}
     return {**total, "adaln": config.train.accumulate * fold(model)}
 

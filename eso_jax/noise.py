@@ -8,6 +8,8 @@ Axes: B batch, L length.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -24,8 +26,9 @@ class Draws:
       key: one key for the whole step, the same on every device and in every micro-batch.
       index: int [B], each row's index in the global batch.
       total: rows in the global batch (of an evaluation: draws in all).
-      rank: int [B], each row's place among the times, which are spread evenly; None: its index. An evaluation shuffles
-        them, so that a window's time does not follow from where it stands in the corpus.
+      rank: int [B], each row's place among the times, which are spread evenly; None: by its index, such that any few
+        rows that follow each other, which a device or a micro-batch holds, have times that are spread as well. An
+        evaluation shuffles them, so that a window's time does not follow from where it stands in the corpus.
     """
 
     key: Key[Array, ""]
@@ -52,10 +55,24 @@ def elbo_weight(t: Float[Array, "*s"], alpha_0: float) -> Float[Array, "*s"]:
     return alpha_0 * (1 - T_MIN) / (1 - alpha(t, alpha_0))
 
 
+def masked_share(alpha_0: float) -> float:
+    """The share of tokens that are masked, on average over t."""
+    return 1 - alpha_0 * (1 - (1 - T_MIN) * (1 + T_MIN) / 2)
+
+
 def draw_times(draws: Draws, low: float = T_MIN, high: float = 1.0) -> Float[Array, " B"]:
     """One time per row in [low, high], evenly spread over the global batch: ((u + i) / N) mod 1, scaled."""
     u = jax.random.uniform(jax.random.fold_in(draws.key, TIME))
-    return low + (high - low) * ((u + (draws.index if draws.rank is None else draws.rank)) / draws.total % 1)
+    rank = spread(draws.index, draws.total) if draws.rank is None else draws.rank
+    return low + (high - low) * ((u + rank) / draws.total % 1)
+
+
+def spread(index: Int[Array, " B"], total: Int[Array, ""] | int) -> Int[Array, " B"]:
+    """A permutation of 0, ..., total - 1 in which what follows each other is far apart: steps of the golden section."""
+    if not isinstance(total, int):
+        return index
+    step = next(n for n in range(round(total * 0.618034), total + 2) if math.gcd(n, total) == 1)
+    return (index.astype(jnp.uint32) * step % total).astype(jnp.int32)
 
 
 def draw_masked(keys: Key[Array, " B"], keep: Float[Array, "B #L"], length: int) -> Bool[Array, "B L"]:

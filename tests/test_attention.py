@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eso_jax.model import attention, masks
+from eso_jax.model import attention, masks, plain
+from eso_jax.model.backend import Backend, Task
+from eso_jax.model.splash import Splash
 
 
 @pytest.mark.parametrize("own", [False, True])  # one mask for all rows, or one for each
@@ -31,15 +35,15 @@ def test_tiles(tile: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
 
     whole = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(q, k, v)
-    monkeypatch.setitem(attention.TILE, "cpu", tile)
-    monkeypatch.setattr(attention, "FEW_QUERIES", 0)
+    monkeypatch.setitem(plain.TILE, "cpu", tile)
+    monkeypatch.setattr(plain, "FEW_QUERIES", 0)
     tiled = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(q, k, v)
     for ours, theirs in zip(jax.tree.leaves(tiled), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
     scores = np.einsum("bshk,blhk->bhsl", q, k) / np.sqrt(size)
     weights = np.exp(scores) * np.asarray(mask)[:, None]
-    plain = np.einsum("bhsl,blhk->bshk", weights / weights.sum(-1, keepdims=True), v)
-    np.testing.assert_allclose(tiled[0][1], plain, atol=1e-5)
+    expected = np.einsum("bhsl,blhk->bshk", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(tiled[0][1], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -55,9 +59,9 @@ def test_two_streams_in_tiles(block: int, own: bool, monkeypatch: pytest.MonkeyP
         return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
 
     whole = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(q, k, v)
-    monkeypatch.setattr(attention, "FEW_QUERIES", 0)
+    monkeypatch.setattr(plain, "FEW_QUERIES", 0)
     for tile in (1, heads * length * 4, heads * length * length * 2):  # a block, some, two rows
-        monkeypatch.setitem(attention.TILE, "cpu", tile)
+        monkeypatch.setitem(plain.TILE, "cpu", tile)
         tiled = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(q, k, v)
         for ours, theirs in zip(jax.tree.leaves(tiled), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -69,15 +73,15 @@ def test_two_streams_in_tiles(block: int, own: bool, monkeypatch: pytest.MonkeyP
     mask = np.concatenate([np.repeat(noisy, len(up_to), 0), np.concatenate([np.zeros_like(up_to), up_to], 2)], axis=1)
     scores = np.where(mask[:, None], np.einsum("bshk,blhk->bhsl", q, k) / np.sqrt(size), -np.inf)
     weights = np.exp(scores)
-    plain = np.einsum("bhsl,blhk->bshk", weights / weights.sum(-1, keepdims=True), v)
-    np.testing.assert_allclose(whole[0][1], plain, atol=1e-5)
+    expected = np.einsum("bhsl,blhk->bshk", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(whole[0][1], expected, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_shape_checks")
 def test_two_streams_need_little_more_memory_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer, forward and backward, with the tiles of an accelerator: the noisy half is tiled as well."""
-    monkeypatch.setattr(attention, "TILE", {})
+    monkeypatch.setattr(plain, "TILE", {})
 
     def temporaries(pattern: masks.Pattern | masks.TwoStreams, streams: int) -> int:
         x = jax.ShapeDtypeStruct((1, streams * 8192, 12, 64), jnp.bfloat16)
@@ -91,3 +95,28 @@ def test_two_streams_need_little_more_memory_than_one(monkeypatch: pytest.Monkey
     assert one < 3e9
     for block in (1, 16):
         assert temporaries(masks.TwoStreams(block), 2) <= 1.6 * one
+
+
+@pytest.mark.parametrize(("pattern", "rows"), [
+    (masks.CAUSAL, {}), (masks.EVERYONE, {"length": [200, 256]}), (masks.PREFIX, {"clean": [0, 130]}),
+    (masks.Pattern(4), {}), (masks.TwoStreams(), {}), (masks.TwoStreams(skip=128, prefix=True), {"clean": [3, 256]}),
+    (masks.TwoStreams(4), {"length": [101, 256]})], ids=str)
+def test_splash_is_plain_attention(pattern: masks.Pattern | masks.TwoStreams, rows: dict[str, list[int]]) -> None:
+    """Its kernel, interpreted, over several tiles: values and gradients."""
+    skip, streams = (pattern.skip, 2) if isinstance(pattern, masks.TwoStreams) else (0, 1)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, streams * 256 - skip, 2, 8))
+    view = masks.View(pattern, **{name: jnp.asarray(value) for name, value in rows.items()})
+
+    def run(backend: Backend) -> Any:
+        compute = backend.one_stream if streams == 1 else backend.two_streams
+        assert backend.refuse(Task(pattern, 256, 8, q.dtype)) is None
+
+        def total(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+            out = compute(q, k, v, view)
+            return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape))), out
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+
+    both = (jax.tree.leaves(run(backend)) for backend in (Splash(interpret=True), plain.Plain()))
+    for ours, theirs in zip(*both, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)

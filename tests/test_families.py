@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +15,16 @@ import pytest
 
 from conftest import engine, random_params, random_tokens, random_weights, tiny_config
 from eso_jax import families, likelihood, noise
-from eso_jax.config import SETTINGS, Config
+from eso_jax.config import SETTINGS, Config, TrainConfig
 from eso_jax.decoding.order import likelihood_orders
 from eso_jax.errors import EsoError
 from eso_jax.families import bd3lm, esolm, mdlm
-from eso_jax.model import vocabulary
+from eso_jax.model import attention, loss, vocabulary
+from eso_jax.model.backend import Backend
+from eso_jax.model.cudnn import CuDNN
 from eso_jax.model.params import Params, Weights, fold
 from eso_jax.noise import Draws
+from eso_jax.run.train import init_state, train_step
 
 
 def draws(batch: int, seed: int = 0) -> Draws:
@@ -298,3 +304,57 @@ def test_bfloat16_is_close_to_float32(family: str) -> None:
                                             draws(8)).values()) for dtype in (jnp.float32, jnp.bfloat16)]
     assert losses[0].dtype == losses[1].dtype == jnp.float32
     np.testing.assert_allclose(*losses, rtol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["esolm", "esolm_a"])
+def test_what_the_loss_leaves_out_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and gradients with the clean tokens of the noisy copy and without; and with where there is no room."""
+    config = config_of(family, alpha_0=0.75)
+    params, tokens = random_params(config.model), random_tokens(config, 4)
+    monkeypatch.setattr(loss, "slots_for", lambda share, length: 8)  # of 12
+
+    def gradient(one: families.Family, seed: int) -> Any:
+        def total(params: Params) -> jax.Array:
+            return jnp.stack(list(one.loss(fold(config.model, params), config, tokens, draws(4, seed)).values())).sum()
+
+        return jax.value_and_grad(total)(params)
+
+    slim = families.get(config)
+    whole = [slim.without_skips(config, draws(4, seed)) for seed in range(20)]
+    overflows = [bool(found[1]) for found in whole]
+    fitting = overflows.index(False)
+    chex.assert_trees_all_close(gradient(slim, fitting), gradient(whole[0][0], fitting), rtol=1e-5, atol=1e-6)
+    assert slim.skip(config) == 4 and whole[0][0].skip(config) == 0
+
+    # In a training step, rows that need more get it.
+    def gradient_norm(family: families.Family) -> float:
+        monkeypatch.setitem(families.BY_NAME, config.family.name, family)
+        run = dataclasses.replace(config, train=TrainConfig(batch_size=4, compute_dtype="float32", warmup=0))
+        _, metrics = jax.jit(functools.partial(train_step, run))(init_state(run, params), tokens)
+        return float(metrics["gradient_norm"])
+
+    monkeypatch.setattr(loss, "slots_for", lambda share, length: 1)
+    assert bool(slim.without_skips(config, draws(4, fitting))[1])
+    found = gradient_norm(slim)
+    np.testing.assert_allclose(found, gradient_norm(whole[0][0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [CuDNN("xla")])
+@pytest.mark.parametrize("family", list(families.BY_NAME))
+def test_losses_by_fused_kernels_are_those_of_plain_attention(family: str, backend: Backend,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """And their gradients. In float32, by the kernels' construction; what they refuse is plain."""
+    config = config_of(family)
+    params, tokens = random_params(config.model), random_tokens(config, 4)
+
+    def total(params: Params) -> jax.Array:
+        terms = families.get(config).loss(fold(config.model, params), config, tokens, draws(4))
+        return jnp.stack(list(terms.values())).sum()
+
+    plain = jax.value_and_grad(total)(params)
+    used: list[Any] = []
+    monkeypatch.setattr(attention, "BACKENDS", (backend, *attention.BACKENDS))
+    kernel = type(backend).kernel
+    monkeypatch.setattr(type(backend), "kernel", lambda *args: used.append(args) or kernel(*args))
+    chex.assert_trees_all_close(jax.value_and_grad(total)(params), plain, rtol=1e-4, atol=1e-5)
+    assert bool(used) == (family != "bd3lm")

@@ -16,6 +16,8 @@ from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import left_to_right
+from eso_jax.families.esolm import EsoLM
+from eso_jax.model import vocabulary
 from eso_jax.model.masks import TwoStreams
 from eso_jax.model.params import fold, init_params, unstack
 from eso_jax.run.train import init_state, train_step
@@ -46,6 +48,14 @@ def xla_count(config: Config) -> float:
     return float(found["flops"])
 
 
+@pytest.fixture
+def usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a condition, XLA counts the costlier branch: the one that draws hardly ever need. Here they never do."""
+    monkeypatch.setattr(vocabulary, "if_fits", lambda fits, some, every: some())
+    monkeypatch.setattr(EsoLM, "without_skips", lambda *_: None)
+
+
+@pytest.mark.usefixtures("usual")
 @pytest.mark.parametrize("family", FAMILIES, ids=ident)
 def test_a_training_step_is_what_xla_counts(family: dict[str, Any]) -> None:
     config = wide(**family)
@@ -58,17 +68,18 @@ def test_parts() -> None:
     """Each grows with what it should, and only it."""
     base = flops.training_step(wide(name="mdlm"))
     assert base["qkv"] == 3 * base["out"] and base["mlp_in"] == base["mlp_out"] == 4 * base["out"]
-    assert base["head"] == 6 * 8 * 128 * 512 * 2048
+    assert base["head"] == 6 * 768 * 512 * 2048  # of 8 x 128 tokens half are masked, and there is room for some more
     assert base["attention"] == 3 * 2 * 2 * (2 * 8 * 128 * 128 * 512)  # scores and values, two layers
     plain = flops.training_step(dataclasses.replace(wide(name="ar"), model=ModelConfig(
         length=128, vocab_size=2048, width=512, layers=2, heads=2, cond_dim=0)))
-    assert plain == {**base, "adaln": 0}
-    assert flops.training_step(wide(4, name="mdlm")) == {**base, "adaln": 4 * base["adaln"]}  # folded per micro-batch
+    assert plain == {**base, "adaln": 0, "head": base["head"] * 8 * 128 // 768}
+    # Folded in every micro-batch, whose few rows need room for all of their tokens.
+    assert flops.training_step(wide(4, name="mdlm")) == {**plain, "adaln": 4 * base["adaln"]}
     two = flops.training_step(wide(name="bd3lm", block_size=16))
     assert two["qkv"] == 2 * base["qkv"] and two["head"] == base["head"]
     assert two["attention"] == base["attention"] * (2 * 128 + 16) // 128
     mixed = flops.training_step(wide(name="esolm", alpha_0=0.5, kappa=0.75))
-    assert mixed["mlp_in"] == base["mlp_in"] * 5 // 4 and mixed["head"] == base["head"]
+    assert mixed["mlp_in"] == base["mlp_in"] * (3 * 128 + 1 * (128 + 112)) // (4 * 128)  # half of 128, six deviations
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=ident)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from eso_jax.config import ModelConfig
-from eso_jax.errors import EsoError
-from eso_jax.model import attention, cache, masks, transformer
+from eso_jax.model import attention, cache, masks, plain, transformer
+from eso_jax.model.backend import Task
+from eso_jax.model.cudnn import CuDNN
 from eso_jax.model.masks import View
 from eso_jax.model.params import Weights, fold, init_params, unstack
 
-PLAIN = attention.BACKENDS[-1]
+PLAIN = plain.Plain()
 TABLES: dict[str, list[dict[str, int]]] = {  # function -> the arguments of the tables in its docstring, left to right
     "everyone": [{}], "causal": [{}], "prefix": [{"clean": 2}], "blocks_up_to": [{"block": 2}],
     "blocks_before": [{"block": 2}, {"block": 1}], "own_block": [{"block": 2}, {"block": 1}],
@@ -89,6 +90,8 @@ VIEWS: dict[str, tuple[View, np.ndarray]] = {  # who sees whom, and the mask [B,
        for block in (1, 2, 4)},
     "two_streams-A": (View(masks.TwoStreams(prefix=True), jnp.asarray(CLEAN)),
                       np.stack([two_stream_mask(1, c) for c in CLEAN])),
+    **{f"two_streams-{block}-skip": (View(masks.TwoStreams(block, skip=4)),
+                                     per_row(two_stream_mask(block, None)[4:, 4:])) for block in (1, 2)},
     "two_streams-lengths": (View(masks.TwoStreams(2), length=jnp.asarray(LENGTHS)), np.stack(
         [two_stream_mask(2, None) & np.concatenate([np.ones(L, bool), np.arange(L) < n]) for n in LENGTHS])),
 }
@@ -106,9 +109,22 @@ def sensitivity(f: Callable[..., jax.Array], *xs: jax.Array) -> list[np.ndarray]
     return [np.abs(np.asarray(jacobian)[rows, :, rows]).sum((-2, -1)) for jacobian in jacobians]
 
 
-@pytest.mark.parametrize("name", VIEWS)
-def test_attention_depends_on_exactly_what_the_mask_shows(name: str) -> None:
+@pytest.fixture(params=["plain", "cudnn"])
+def view_and_mask(name: str, request: pytest.FixtureRequest,
+                  monkeypatch: pytest.MonkeyPatch) -> tuple[View, np.ndarray]:
+    """A view, with attention computed by a backend; by cuDNN's construction, but XLA's kernel."""
     view, mask = VIEWS[name]
+    if request.param == "cudnn":
+        monkeypatch.setattr(attention, "BACKENDS", (CuDNN("xla"), PLAIN))
+        backend, refusals = attention.choose(Task(view.pattern, L, 4, jnp.float32))
+        if backend is PLAIN:
+            pytest.skip(refusals["cudnn"])
+    return view, mask
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_attention_depends_on_exactly_what_the_mask_shows(view_and_mask: tuple[View, np.ndarray]) -> None:
+    view, mask = view_and_mask
     q, k, v = random_qkv(mask.shape[-1])
     by_key, by_value = sensitivity(lambda k, v: attention.attend(q, k, v, view), k, v)
     np.testing.assert_array_equal(by_value > 0, mask)
@@ -119,9 +135,9 @@ def test_attention_depends_on_exactly_what_the_mask_shows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_attention_equals_a_plain_softmax_under_the_mask(name: str) -> None:
+def test_attention_equals_a_plain_softmax_under_the_mask(view_and_mask: tuple[View, np.ndarray]) -> None:
     """In float64 numpy; large scores, so that a softmax taken over each part alone would show."""
-    view, mask = VIEWS[name]
+    view, mask = view_and_mask
     q, k, v = random_qkv(mask.shape[-1], seed=1) * 3
     scores = np.einsum("bshk,blhk->bhsl", *(np.asarray(x, np.float64) for x in (q, k))) / np.sqrt(q.shape[-1])
     weights = np.exp(scores - scores.max(-1, keepdims=True)) * mask[:, None]
@@ -131,8 +147,8 @@ def test_attention_equals_a_plain_softmax_under_the_mask(name: str) -> None:
 
 def kept_as(keys: jax.Array, values: jax.Array) -> cache.KVCache:
     """A cache of two layers, both with these keys and values [B, L, H, K]."""
-    return cache.KVCache((attention.arrange(keys, PLAIN.key_axes),) * 2,
-                         (attention.arrange(values, PLAIN.value_axes),) * 2, PLAIN)
+    return cache.KVCache((plain.arrange(keys, PLAIN.key_axes),) * 2,
+                         (plain.arrange(values, PLAIN.value_axes),) * 2, PLAIN)
 
 
 @pytest.mark.parametrize("offset, slots", [(0, 3), (4, 3), (2, 1)])
@@ -173,39 +189,28 @@ def test_a_grown_cache_holds_what_it_held() -> None:
 
 
 @pytest.mark.parametrize("name", ["causal", "blocks", "prefix"])
-def test_a_backend_chooses_its_layout_and_its_patterns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that keeps keys and values as they come, and takes one pattern alone: passes and the cache follow it."""
+def test_the_cache_has_the_layout_of_its_backend(name: str) -> None:
+    """One that keeps keys and values as they come: the cache follows it."""
     view, _ = VIEWS[name]
 
-    class Other(attention.Plain):
-        name = "other"
+    class Other(plain.Plain):
         key_axes = value_axes = "BLHK"
 
-        def refuse(self, pattern: masks.Pattern | masks.TwoStreams) -> str | None:
-            return None if pattern == view.pattern else "not mine"
-
-        def one_stream(self, q: jax.Array, k: jax.Array, v: jax.Array, view: View,
-                       offset: jax.Array | int) -> jax.Array:
+        def cached(self, q: jax.Array, k: jax.Array, v: jax.Array, view: View, offset: jax.Array | int) -> jax.Array:
             used.append(k.shape)
-            return super().one_stream(q, attention.arrange(k, "BHKL"), attention.arrange(v, "BHLK"), view, offset)
+            return super().cached(q, plain.arrange(k, "BHKL"), plain.arrange(v, "BHLK"), view, offset)
 
-    def run() -> tuple[jax.Array, jax.Array]:
+    def run(backend: plain.Plain) -> jax.Array:
         q, k, v = random_qkv(L)
         rows, _, heads, size = q.shape
         config = ModelConfig(length=L, vocab_size=2, width=heads * size, heads=heads, layers=1)
-        kept = cache.grown(cache.empty(config, rows, 2, attention.choose(view.pattern)), L)
+        kept = cache.grown(cache.empty(config, rows, 2, backend=backend), L)
         assert kept.slots == L
-        return attention.attend(q, k, v, view), cache.attend(kept, 0, q, k, v, view, 0)[0]
+        return cache.attend(kept, 0, q, k, v, view, 0)[0]
 
-    plain, used = run(), []
-    monkeypatch.setattr(attention, "BACKENDS", (Other(), *attention.BACKENDS))
-    for ours, theirs in zip(run(), plain, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert used == [(len(CLEAN), L, 2, 4)] * 2
-    assert attention.choose(masks.EVERYONE) is PLAIN
-    monkeypatch.setattr(attention, "BACKENDS", (Other(),))
-    with pytest.raises(EsoError, match="no backend computes it .other: not mine"):
-        attention.choose(masks.EVERYONE)
+    used: list[tuple[int, ...]] = []
+    np.testing.assert_array_equal(run(Other()), run(PLAIN))
+    assert used == [(len(CLEAN), L, 2, 4)]
 
 
 MODEL = ModelConfig(length=L, vocab_size=2 * L, width=16, layers=2, heads=2, cond_dim=8)
@@ -257,5 +262,5 @@ def test_trunk_of_eso_lm_a_reveals_nothing_later_to_tokens_after_the_prefix() ->
 
 
 def test_trunk_through_the_cache_is_causal() -> None:
-    found = trunk_sensitivity(lambda _: View(masks.CAUSAL), L, cache=cache.empty(MODEL, 1, L, PLAIN))
+    found = trunk_sensitivity(lambda _: View(masks.CAUSAL), L, cache=cache.empty(MODEL, 1, L))
     np.testing.assert_array_equal(found[0] > 0, np.tri(L, dtype=bool))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,3 +62,25 @@ def test_gradients_in_chunks(chunks: int, monkeypatch: pytest.MonkeyPatch) -> No
     for dtype, limit in ((jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)):
         for ours, right in zip(gradients(dtype), plain(), strict=True):
             assert np.linalg.norm(ours - right) <= limit * np.linalg.norm(right), dtype
+
+
+@pytest.mark.parametrize("masked", [0.3, 0.8])  # there is room for 0.66 of the tokens
+@pytest.mark.parametrize("chunks", [1, 8])
+def test_masked_tokens_alone(chunks: int, masked: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are those of logits of all tokens, whether there is room for the masked ones or not."""
+    kernel, hidden, bias, targets, slopes = problem(jnp.float32)
+    chosen = jax.random.bernoulli(jax.random.key(1), masked, targets.shape)
+    assert vocabulary.room(BATCH, LENGTH, 0.5) == 2816
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 2816 * VOCAB // chunks)
+
+    def loss(function: Callable[[Weights, jax.Array], jax.Array]) -> Any:
+        def total(kernel: jax.Array, bias: jax.Array, hidden: jax.Array) -> Any:
+            values = function(head_alone(kernel, bias), hidden)
+            return (slopes * values).sum(), values
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(kernel, bias, hidden)
+
+    ours = loss(lambda weights, hidden: vocabulary.masked_nll(weights, hidden, targets, MASK, chosen, 0.5))
+    theirs = loss(lambda weights, hidden: jnp.where(chosen, vocabulary.nll(weights, hidden, targets, MASK), 0))
+    for mine, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-5)

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     require(rows >= 2, "--batch-size", rows, "must be at least 2, to compare batch sizes")
 
     def model_in(dtype: str) -> Model:
-        return load(arguments.workdir, not arguments.raw, dtype, arguments.tensor, rows)
+        return load(arguments.workdir, not arguments.raw, dtype, arguments.tensor, rows, arguments.attention)
 
     model = model_in(arguments.dtype)
     exact = model_in("float32") if arguments.dtype != "float32" else model

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from eso_jax.config import ATTENTION
+
 
 def of_model(parser: argparse.ArgumentParser) -> None:
     """Which model, and at which alpha_0."""
@@ -24,6 +26,8 @@ def of_devices(parser: argparse.ArgumentParser, default: int | None = 64, *alias
 def of_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of weights, products and cache (%(default)s)")
+    parser.add_argument("--attention", choices=ATTENTION, default="auto",
+                        help="what computes it in passes without a cache (%(default)s); fused kernels take bfloat16")
 
 
 def seed(text: str) -> int:

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_out(arguments.out)
     model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor,
-                 batch_size=arguments.batch_size)
+                 batch_size=arguments.batch_size, attention=arguments.attention)
     plan = arguments.plan
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:

@@ -44,7 +44,7 @@ from eso_jax.decoding import categorical
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import sort, unsort
 from eso_jax.decoding.plan import Plan
-from eso_jax.model import attention, cache as kv, transformer, vocabulary
+from eso_jax.model import cache as kv, transformer, vocabulary
 from eso_jax.model.masks import Pattern, View
 from eso_jax.model.params import Weights
 
@@ -175,7 +175,7 @@ def start(weights: Weights, config: ModelConfig, sampler: Sampler, order: Int[Ar
         tokens = jnp.concatenate([jnp.full((batch, 1), sampler.start_id, jnp.int32), tokens], axis=1)
     cache = None
     if sampler.cached:
-        cache = kv.empty(config, batch, 0, attention.choose(sampler.pattern), weights.head.kernel.dtype)
+        cache = kv.empty(config, batch, 0, weights.head.kernel.dtype)
     tokens, positions = (sharding.constrain(x, sharding.BATCH) for x in (tokens, jnp.array(order, jnp.int32)))
     return State(tokens, positions, None, cache)
 

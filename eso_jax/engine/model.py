@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from eso_jax import families, likelihood, sharding
+from eso_jax.config import ATTENTION
 from eso_jax.data.tokenizers import Tokenizer
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan
@@ -148,7 +149,7 @@ def decode(engine: Engine, plan: Plan, key: Key[Array, ""], rule: Rule, rows: In
 
 
 def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor: int = 1,
-         batch_size: int = BATCH_SIZE) -> Model:
+         batch_size: int = BATCH_SIZE, attention: str = "auto") -> Model:
     """The model of a work directory, at its newest checkpoint, on all devices.
 
     Parameters are read, and weights made of them, where they are used: no device ever holds more than its share, which
@@ -160,6 +161,7 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
         bfloat16` says what it costs in accuracy on this model). Softmax, norms and logits are float32 in either.
       tensor: devices that share one copy of the model; the others hold further copies.
       batch_size: rows that pass together, over all devices, unless a method is told otherwise.
+      attention: what computes it where no cache is: one of eso_jax.config.ATTENTION.
 
     Raises:
       EsoError: the directory is not a run's, holds no whole checkpoint, or an argument is out of range; or the model
@@ -167,11 +169,12 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
     """
     require(dtype in ("float32", "bfloat16"), "dtype", dtype, "choose float32 or bfloat16")
     require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
+    require(attention in ATTENTION, "attention", attention, f"choose one of {', '.join(ATTENTION)}")
     config = workdir.read_config(directory)
     mesh = sharding.inference_mesh(config.model, tensor)
     with catch_out_of_memory(f"--tensor = {tensor}", "give a larger one, which splits each copy of the model over more "
                              "devices; sample and check-cache also take --dtype bfloat16"):
         config, step, params = workdir.read(directory, ema, mesh)
-        weights = jax.block_until_ready(for_inference(config.model, params, jnp.dtype(dtype), mesh))
+        weights = jax.block_until_ready(for_inference(config.model, params, jnp.dtype(dtype), mesh, attention))
     tokenizer = workdir.kept_tokenizer(Path(directory), config)
     return Model(config, weights, mesh, batch_size, step=step, tokenizer=tokenizer)

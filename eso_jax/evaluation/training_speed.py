@@ -25,7 +25,6 @@ from eso_jax.engine.rows import catch_out_of_memory
 from eso_jax.errors import require
 from eso_jax.evaluation.table import Row, bars, markdown
 from eso_jax.evaluation.throughput import describe_machine
-from eso_jax.model import attention
 from eso_jax.run import metrics, train
 
 WARM_UP = 3  # steps that are not timed
@@ -97,7 +96,7 @@ def measure(config: Config, mesh: Mesh, steps: int) -> Row:
         step = train.lower_step(config, mesh).compile()
         compile_seconds = time.perf_counter() - begun
         seconds = _step_seconds(config, mesh, step, steps) if steps else None
-        names = {attention.choose(each.pattern).name: None for each in family.passes(config)}
+        attention = train.attention_of(config)
     memory, text = step.memory_analysis(), step.as_text()
     assert memory is not None and text is not None  # JAX's own types allow it
     model_flops = sum(flops.training_step(config).values())
@@ -109,7 +108,7 @@ def measure(config: Config, mesh: Mesh, steps: int) -> Row:
         "executed_flops": hlo.cost(text).flops * mesh.size, "mfu": None,
         "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes
         + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
-        "attention": " + ".join(names)}
+        "attention": attention}
     if seconds is not None:
         low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
         speed = metrics.speed(settings.batch_size * config.model.length / median, model_flops / median)

@@ -62,7 +62,7 @@ class AR(Family):
         return {"sequential": next_token_nll(weights, config, shift(config, tokens), tokens).sum(1)}
 
     def passes(self, config: Config) -> list[Pass]:
-        return [Pass(Fraction(1), self.pattern(config))]
+        return [Pass(Fraction(1), self.pattern(config), 1.0)]
 
     def predictors(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
                    order: Int[Array, "B L"]) -> Float[Array, "B L D"]:

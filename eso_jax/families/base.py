@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding.loop import Sampler
@@ -33,11 +33,13 @@ class Pass(NamedTuple):
 
     Attributes:
       share: of the batch's rows.
-      pattern: who sees whom. Of two streams, only one has logits.
+      pattern: who sees whom.
+      masked: the share of the tokens that have a loss, on average.
     """
 
     share: Fraction
     pattern: Pattern | TwoStreams
+    masked: float
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class Family(ABC):
     def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
              draws: Draws) -> dict[str, Float[Array, ""]]:
         """The training loss in nats per token, by term; their sum is minimized."""
+
+    def without_skips(self, config: Config, draws: Draws) -> tuple[Family, Bool[Array, ""]] | None:
+        """The family whose `loss` is exact for every draw, where that of this one leaves out slots that these draws
+        hardly ever need; and whether they need them. None: it leaves out none."""
+        return None
 
     @abstractmethod
     def nelbo(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,

@@ -66,7 +66,7 @@ class BD3LM(Family):
         return {"diffusion": _weighted_nll(weights, config, tokens, draws, noise.T_MIN, 1.0, train=False).sum(1)}
 
     def passes(self, config: Config) -> list[Pass]:
-        return [Pass(Fraction(1), self.two_streams(config))]
+        return [Pass(Fraction(1), self.two_streams(config), sum(config.family.t_range) / 2)]
 
     def block(self, config: Config) -> int | None:
         return config.family.block_size
@@ -110,7 +110,7 @@ def _weighted_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], d
                    config.family.block_size, axis=1)
     masked = noise.draw_masked(draws.per_example(noise.MASK), 1 - t, tokens.shape[1])
     training = transformer.training_of(config, draws, train)
-    return masked_nll(weights, config, tokens, masked, training) / t
+    return masked_nll(weights, config, tokens, masked, (low + high) / 2, training) / t
 
 
 def block_times(draws: Draws, blocks: int, low: float, high: float) -> Float[Array, "B J"]:
@@ -120,10 +120,11 @@ def block_times(draws: Draws, blocks: int, low: float, high: float) -> Float[Arr
 
 
 def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-               training: transformer.Training | None = None) -> Float[Array, "B L"]:
-    """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens."""
+               share: float = 1.0, training: transformer.Training | None = None) -> Float[Array, "B L"]:
+    """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens. For `share` see
+    eso_jax/model/loss.py."""
     return loss.masked_nll(weights, config.model.mask, tokens, masked, transformer.natural_positions(tokens),
-                           TwoStreams(config.family.block_size), training)
+                           TwoStreams(config.family.block_size), share, training)
 
 
 @functools.cache

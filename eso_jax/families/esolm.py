@@ -74,11 +74,13 @@ class EsoLM(Family):
 
     Attributes:
       prefix: clean tokens all see each other (A), not only those before them in the order (B).
+      skips: the loss leaves out most clean tokens of the noisy copy, which have no loss and nobody sees.
     """
 
     name: str = "esolm"
     label: str = "Eso-LM (B)"
     prefix: bool = False
+    skips: bool = True
     settings = EsoLMConfig
     one_pass = True
 
@@ -101,6 +103,18 @@ class EsoLM(Family):
             terms["sequential"] = jnp.mean(self._sequential(weights, config, rows, row_draws, alpha_0, True))
         return terms
 
+    def without_skips(self, config: Config, draws: Draws) -> tuple[Family, Bool[Array, ""]] | None:
+        kappa, length, skip = config.family.split, config.model.length, self.skip(config)
+        if kappa == 1 or skip == 0:
+            return None
+        masked = _masked_at_0(_share_draws(draws, kappa, 1), config.family.alpha_0, length)
+        return dataclasses.replace(self, skips=False), masked.sum(1).max() > length - skip
+
+    def skip(self, config: Config) -> int:
+        """Clean tokens of the noisy copy that the sequential loss leaves out."""
+        length = config.model.length
+        return length - loss.slots_for(1 - config.family.alpha_0, length) if self.skips else 0
+
     def nelbo(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
               alpha_0: float) -> dict[str, Float[Array, " B"]]:
         """Both terms of eq. 7 for every row, at any alpha_0."""
@@ -117,40 +131,45 @@ class EsoLM(Family):
                    t: Float[Array, " B"], alpha_0: float, train: bool) -> Float[Array, "B L"]:
         masked = noise.draw_masked(draws.per_example(noise.MASK), noise.alpha(t, alpha_0)[:, None], tokens.shape[1])
         order = clean_first(draws.per_example(noise.ORDER), masked, shuffle_clean=True, shuffle_masked=True)
-        return self.diffusion_nll(weights, config, tokens, masked, order,
+        return self.diffusion_nll(weights, config, tokens, masked, order, noise.masked_share(alpha_0),
                                   transformer.training_of(config, draws, train))
 
     def _sequential(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, alpha_0: float,
                     train: bool) -> Float[Array, "B L"]:
-        keep = jnp.full((tokens.shape[0], 1), alpha_0)
-        masked = noise.draw_masked(draws.per_example(noise.MASK_0), keep, tokens.shape[1])
+        masked = _masked_at_0(draws, alpha_0, tokens.shape[1])
         order = clean_first(draws.per_example(noise.ORDER_0), masked, shuffle_clean=not self.prefix,
                             shuffle_masked=False)
-        return self.sequential_nll(weights, config, tokens, masked, order,
-                                   transformer.training_of(config, draws, train))
+        return self.sequential_nll(weights, config, tokens, masked, order, 1 - alpha_0,
+                                   self.skip(config) if train else 0, transformer.training_of(config, draws, train))
 
     def diffusion_nll(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-                      order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L"]:
+                      order: Int[Array, "B L"], share: float = 1.0,
+                      training: transformer.Training | None = None) -> Float[Array, "B L"]:
         """-log p of the masked tokens in one diffusion pass, unweighted and along the order; 0 on clean tokens.
 
-        A masked token sees the clean ones, the masked ones before it in the order, and itself.
+        A masked token sees the clean ones, the masked ones before it in the order, and itself. For `share` see
+        eso_jax/model/loss.py.
         """
         return loss.masked_nll(weights, config.model.mask, sort(tokens, order), sort(masked, order), order,
-                               self.pattern(config), training)
+                               self.pattern(config), share, training)
 
     def sequential_nll(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-                       order: Int[Array, "B L"], training: transformer.Training | None = None) -> Float[Array, "B L"]:
+                       order: Int[Array, "B L"], share: float = 1.0, skip: int = 0,
+                       training: transformer.Training | None = None) -> Float[Array, "B L"]:
         """-log p of each masked token given the tokens before it in the order, along the order; 0 on clean tokens.
 
-        Two streams, z_0 and x: the z_0 copy of a token sees itself and the x copies before it. No shift by one.
+        Two streams, z_0 and x: the z_0 copy of a token sees itself and the x copies before it. No shift by one. The
+        first `skip` of the order, all of which must be clean, have no z_0 copy. For `share` see eso_jax/model/loss.py.
         """
         return loss.masked_nll(weights, config.model.mask, sort(tokens, order), sort(masked, order), order,
-                               self.two_streams(config), training)
+                               self.two_streams(config, skip), share, training)
 
     def passes(self, config: Config) -> list[Pass]:
         """The share kappa in one stream (diffusion), the rest in two."""
         kappa = config.family.split
-        both = Pass(kappa, self.pattern(config)), Pass(1 - kappa, self.two_streams(config))
+        alpha_0 = config.family.alpha_0
+        both = (Pass(kappa, self.pattern(config), noise.masked_share(alpha_0)),
+                Pass(1 - kappa, self.two_streams(config, self.skip(config)), 1 - alpha_0))
         return [each for each in both if each.share]
 
     def predictors(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
@@ -184,14 +203,20 @@ class EsoLM(Family):
     def pattern(self, config: Config) -> Pattern:
         return masks.PREFIX if self.prefix else masks.CAUSAL
 
-    def two_streams(self, config: Config) -> TwoStreams:
-        return TwoStreams(prefix=self.prefix)
+    def two_streams(self, config: Config, skip: int = 0) -> TwoStreams:
+        return TwoStreams(prefix=self.prefix, skip=skip)
 
     def short_label(self, settings: FamilyConfig) -> str:
         return self.label if self.prefix else "Eso-LM"
 
     def describe(self, settings: FamilyConfig) -> str:
         return f"alpha_0 = {settings.alpha_0:g}"
+
+
+def _masked_at_0(draws: Draws, alpha_0: float, length: int) -> Bool[Array, "B L"]:
+    """The tokens that diffusion leaves to the sequential phase: each is one of them by its own draw."""
+    keep = jnp.full((draws.index.shape[0], 1), alpha_0)
+    return noise.draw_masked(draws.per_example(noise.MASK_0), keep, length)
 
 
 def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:

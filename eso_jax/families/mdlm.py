@@ -55,7 +55,7 @@ class MDLM(Family):
         return {"diffusion": _weighted_nll(weights, config, tokens, draws, low_var=False, train=False).sum(1)}
 
     def passes(self, config: Config) -> list[Pass]:
-        return [Pass(Fraction(1), self.pattern(config))]
+        return [Pass(Fraction(1), self.pattern(config), noise.masked_share(1.0))]
 
     def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
              policy: str = "binomial") -> Plan:
@@ -79,15 +79,16 @@ def _weighted_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], d
     t = noise.draw_times(draws)
     masked = noise.draw_masked(draws.per_example(noise.MASK), noise.alpha(t, 1.0)[:, None], tokens.shape[1])
     weight = jnp.ones_like(t) if low_var else noise.elbo_weight(t, 1.0)
-    return weight[:, None] * masked_nll(weights, config, tokens, masked,
+    return weight[:, None] * masked_nll(weights, config, tokens, masked, noise.masked_share(1.0),
                                         transformer.training_of(config, draws, train))
 
 
 def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
-               training: transformer.Training | None = None) -> Float[Array, "B L"]:
-    """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens."""
+               share: float = 1.0, training: transformer.Training | None = None) -> Float[Array, "B L"]:
+    """-log p of the masked tokens, unweighted, in natural order; 0 on clean tokens. For `share` see
+    eso_jax/model/loss.py."""
     return loss.masked_nll(weights, config.model.mask, tokens, masked, transformer.natural_positions(tokens),
-                           masks.EVERYONE, training)
+                           masks.EVERYONE, share, training)
 
 
 def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from eso_jax import sharding
 from eso_jax.config import ModelConfig
-from eso_jax.model.attention import Backend, arrange
+from eso_jax.model.plain import Plain, arrange
 from eso_jax.model.masks import View
 
 
@@ -41,7 +41,7 @@ class KVCache:
 
     keys: tuple[Float[Array, "_ _ _ _"], ...]
     values: tuple[Float[Array, "_ _ _ _"], ...]
-    backend: Backend = struct.field(pytree_node=False)
+    backend: Plain = struct.field(pytree_node=False)
 
     @property
     def slots(self) -> int:
@@ -54,7 +54,7 @@ class KVCache:
                        tuple(function(v, self.backend.value_axes) for v in self.values), self.backend)
 
 
-def empty(config: ModelConfig, batch: int, slots: int, backend: Backend, dtype: Any = jnp.float32) -> KVCache:
+def empty(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32, backend: Plain = Plain()) -> KVCache:
     """A cache of zeros with room for `slots`."""
     sizes = {"B": batch, "L": slots, "H": config.heads, "K": config.head_size}
 
@@ -91,6 +91,6 @@ def attend(cache: KVCache, layer: int, q: Float[Array, "B S H K"], k: Float[Arra
     backend = cache.backend
     keys = write(cache.keys[layer], k, backend.key_axes)
     values = write(cache.values[layer], v, backend.value_axes)
-    out = backend.one_stream(q, keys.astype(q.dtype), values.astype(q.dtype), view, offset)
+    out = backend.cached(q, keys.astype(q.dtype), values.astype(q.dtype), view, offset)
     return out, dataclasses.replace(cache, keys=cache.keys[:layer] + (keys,) + cache.keys[layer + 1:],
                                     values=cache.values[:layer] + (values,) + cache.values[layer + 1:])

@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,21 @@ class TwoStreams:
     Attributes:
       block: slots in a block.
       prefix: the first clean slots of a row, `clean` many, are seen by all clean ones.
+      skip: the first noisy slots, so many, are left out of the pass; a multiple of `block`.
     """
 
     block: int = 1
     prefix: bool = False
+    skip: int = 0
+
+    def length(self, slots: int) -> int:
+        """L, of a pass of so many slots in all."""
+        return (slots + self.skip) // 2
+
+    def split(self, x: Shaped[Array, "B S *s"]) -> tuple[Shaped[Array, "B _ *s"], Shaped[Array, "B _ *s"]]:
+        """What belongs to the noisy copy, and to the clean one."""
+        noisy = x.shape[1] - self.length(x.shape[1])
+        return x[:, :noisy], x[:, noisy:]
 
     @property
     def clean(self) -> Pattern:

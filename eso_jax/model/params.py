@@ -14,6 +14,7 @@ Axes: see eso_jax/model/transformer.py.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
@@ -233,6 +234,7 @@ class Weights:
       blocks: of all layers in one `Block` (training, which scans over them), or a tuple of N blocks (inference, which
         unrolls them, as the cached pass wants it).
       head: behind the last block.
+      attention: the backend that is wanted for it, of eso_jax/model/attention.py. Static.
 
     Or a description of each of these (its shape, its sharding).
     """
@@ -240,6 +242,7 @@ class Weights:
     embedding: Float32[Array, "V D"]
     blocks: Block | tuple[Block, ...]
     head: Head
+    attention: str = struct.field(pytree_node=False, default="auto")
 
     @property
     def head_size(self) -> int:
@@ -248,7 +251,7 @@ class Weights:
         return block.qkv.shape[-1]
 
 
-def fold(config: ModelConfig, params: Params, dtype: Any = jnp.float32) -> Weights:
+def fold(config: ModelConfig, params: Params, dtype: Any = jnp.float32, attention: str = "auto") -> Weights:
     """The weights of `params`, stacked. Matrices take the compute type; all else, and so the residual stream, stays
     float32."""
     p: Any = Parameters(config).apply({"params": params})
@@ -266,7 +269,7 @@ def fold(config: ModelConfig, params: Params, dtype: Any = jnp.float32) -> Weigh
         out, mlp_out = p["out"], Linear(p["mlp_out_kernel"], p["mlp_out_bias"])
     mlp_in = Linear(p["mlp_in_kernel"], p["mlp_in_bias"])
     weights = Weights(p["embedding"], Block(norm1, norm2, p["qkv"], out, mlp_in, mlp_out),
-                      Head(head_norm, p["head_kernel"], p["head_bias"]))
+                      Head(head_norm, p["head_kernel"], p["head_bias"]), attention)
     cast: Weights = jax.tree_util.tree_map_with_path(
         lambda path, w: w.astype(dtype) if _origin(path).inputs else w, weights)
     return cast
@@ -295,10 +298,10 @@ def unstack(weights: Weights) -> Weights:
     blocks = weights.blocks
     assert isinstance(blocks, Block)
     layers = tuple(jax.tree.map(lambda w: w[i], blocks) for i in range(blocks.qkv.shape[0]))
-    return Weights(weights.embedding, layers, weights.head)
+    return dataclasses.replace(weights, blocks=layers)
 
 
-def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh) -> Weights:
+def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh, attention: str = "auto") -> Weights:
     """Weights for sampling and scoring, from float32 parameters that are laid out on the mesh by the rules of
     eso_jax/sharding.py: folded, unstacked, and born where they are used.
 
@@ -309,7 +312,7 @@ def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh) -
     blocks, norm, bias = jax.block_until_ready(fold_blocks(params))
     embedding, kernel = params["embedding"], params["head_kernel"]
     params.clear()
-    return Weights(embedding, blocks, Head(norm, fold_kernel(kernel), bias))
+    return Weights(embedding, blocks, Head(norm, fold_kernel(kernel), bias), attention)
 
 
 @functools.lru_cache(maxsize=8)  # so that models of one kind are compiled once
@@ -336,7 +339,7 @@ def abstract_weights(config: ModelConfig, dtype: Any, mesh: Mesh) -> Weights:
     def folded() -> Weights:
         weights = unstack(fold(config, init_params(config, jax.random.key(0)), dtype))
         head = Head(weights.head.norm, _padded(weights.head.kernel, mesh), weights.head.bias)
-        return Weights(weights.embedding, weights.blocks, head)
+        return dataclasses.replace(weights, head=head)
 
     shapes = jax.eval_shape(folded)
     where: Weights = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes,

@@ -38,6 +38,8 @@ from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
 from eso_jax.engine import perplexity
 from eso_jax.engine.rows import Engine, catch_out_of_memory
 from eso_jax.errors import EsoError, RunAgain, require
+from eso_jax.families import Family
+from eso_jax.model import attention
 from eso_jax.model.params import Params, Weights, constrain_params, fold, placed, weight_shardings
 from eso_jax.noise import Draws
 from eso_jax.run import checkpoint, finetune, metrics, multihost, workdir
@@ -95,13 +97,22 @@ def jit_step(config: Config, mesh: Mesh) -> Any:
                    out_shardings=(shardings(config, mesh), NamedSharding(mesh, P())))
 
 
+def compute_weights(config: Config, params: Params) -> Weights:
+    """What a training pass computes with."""
+    return fold(config.model, params, jnp.dtype(config.train.compute_dtype), config.train.attention)
+
+
 def jit_fold(config: Config, mesh: Mesh) -> Any:
     """The compiled function from parameters on a mesh to weights there, for validation."""
-    def weights_of(params: Params) -> Weights:
-        return fold(config.model, params, jnp.dtype(config.train.compute_dtype))
-
+    weights_of = functools.partial(compute_weights, config)
     weights = jax.eval_shape(weights_of, abstract_state(config, mesh).params)
     return jax.jit(weights_of, out_shardings=weight_shardings(weights, mesh))
+
+
+def attention_of(config: Config) -> str:
+    """Who computes attention in the training step, on the mesh in force."""
+    return attention.describe((each.pattern for each in families.get(config).passes(config)), config.model,
+                              config.train.compute_dtype, config.train.attention)
 
 
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
@@ -120,21 +131,29 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     """
     draws_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), 1), state.step)
 
-    def loss(params: Params, rows: tuple[Array, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
-        weights = fold(config.model, params, jnp.dtype(config.train.compute_dtype))
-        tokens, index = rows
+    def loss(params: Params, family: Family, tokens: Array, draws: Draws) -> tuple[Float[Array, ""], dict[str, Array]]:
         tokens = sharding.constrain(tokens, sharding.BATCH)
-        terms = families.get(config).loss(weights, config, tokens, Draws(draws_key, index, config.train.batch_size))
+        terms = family.loss(compute_weights(config, params), config, tokens, draws)
         return jnp.sum(jnp.stack(list(terms.values()))), terms
 
+    def gradient(params: Params, rows: tuple[Array, Array]) -> Any:
+        """Losses and gradients. The loss may leave out what is hardly ever needed: a draw that needs it has another."""
+        family, (tokens, index) = families.get(config), rows
+        draws = Draws(draws_key, index, config.train.batch_size)
+        of = functools.partial(jax.value_and_grad(loss, has_aux=True), params)
+        whole = family.without_skips(config, draws)
+        if whole is None:
+            return of(family, tokens, draws)
+        return jax.lax.cond(whole[1], lambda: of(whole[0], tokens, draws), lambda: of(family, tokens, draws))
+
     def add_micro_batch(total: Any, rows: tuple[Array, Array]) -> tuple[Any, None]:
-        values, gradients = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
+        values, gradients = gradient(state.params, rows)
         # Each device needs the gradients of the parameters that it holds, and no others.
         return jax.tree.map(jnp.add, total, (values, constrain_params(gradients))), None
 
     micro_batches = jax.tree.map(functools.partial(_split, config), (tokens, jnp.arange(tokens.shape[0])))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
-        jax.value_and_grad(loss, has_aux=True), state.params, jax.tree.map(lambda x: x[0], micro_batches)))
+        gradient, state.params, jax.tree.map(lambda x: x[0], micro_batches)))
     total, _ = jax.lax.scan(add_micro_batch, (zero[0], constrain_params(zero[1])), micro_batches)
     (mean_loss, terms), gradients = jax.tree.map(lambda x: x / config.train.accumulate, total)
 
@@ -208,7 +227,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
             workdir.save_config(directory, config)
         count = sum(x.size for x in jax.tree.leaves(state.params))
         metrics.say(f"{config.family.name}: {count:,} parameters on {sharding.described(mesh)}, step {first} of "
-                    f"{settings.steps}, in {directory}")
+                    f"{settings.steps}, in {directory}; attention: {attention_of(config)}")
         if not resumes and (lines := metrics.read(directory)):
             metrics.say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step "
                         "0 again")
