@@ -13,7 +13,7 @@
 # A step that fails does not keep the others from running. --small tries the same steps at sizes for any machine.
 # PYTHON=COMMAND is the interpreter (.venv/bin/python).
 set -uo pipefail
-out=${1:-} overrides=() sizes=(--lengths 8192 --batches 1 16) train=(--length 1024 --batch 64)
+out=${1:-} overrides=() sizes=(--lengths 8192 --batches 1 16) train=(--length 1024 --batch 32)
 shift
 if [ "${1:-}" = --small ]; then
   shift

@@ -67,10 +67,10 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
 
     def block(carry: tuple[Array, Any], scanned: tuple[Any, Block]) -> tuple[tuple[Array, Any], None]:
         (x, cache), (layer, w) = carry, scanned
-        qkv = linear(_layer_norm(x, w.norm1).astype(w.qkv.dtype), w.qkv)
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        # Split, not indexed: the gradient is then one array put together, not three padded and added.
+        qk, v = jnp.split(linear(_layer_norm(x, w.norm1).astype(w.qkv.dtype), w.qkv), [2], axis=2)
         with jax.named_scope("attention"):
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q, k, v = (part[:, :, 0] for part in (*jnp.split(rotate(qk, rotary), 2, axis=2), v))
             if cache is None:
                 out = attention.attend(q, k, v, view, weights.attention)
             else:
@@ -141,15 +141,15 @@ def natural_positions(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 def rotary_table(positions: Int[Array, "B S"],
-                 head_size: int) -> tuple[Float[Array, "B S 1 J"], Float[Array, "B S 1 J"]]:
+                 head_size: int) -> tuple[Float[Array, "B S 1 1 J"], Float[Array, "B S 1 1 J"]]:
     """Cosines and sines of position x frequency, base 10^4, float32; J = K / 2."""
     frequencies = 1e4 ** -(np.arange(0, head_size, 2, dtype=np.float32) / head_size)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
+    angles = positions[..., None, None, None].astype(jnp.float32) * frequencies[None, None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B S H K"], rotary: tuple[Array, Array]) -> Float[Array, "B S H K"]:
-    """Rotates the pairs (x_j, x_{j + K/2}) by their angles, in float32."""
+def rotate(x: Float[Array, "B S 2 H K"], rotary: tuple[Array, Array]) -> Float[Array, "B S 2 H K"]:
+    """Of queries and keys, rotates the pairs (x_j, x_{j + K/2}) by their angles, in float32."""
     cos, sin = rotary
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
