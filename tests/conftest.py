@@ -58,20 +58,23 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quick_programs() -> Iterator[None]:
-    """Compiles in half the time, to slower programs: for files that ask what a command does with a model."""
+    """Compiles in half the time, to slower programs, here and in child processes: for files that ask what a command
+    does with a model, not how fast, and compare numbers with each other alone."""
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """BASE on a small corpus."""
+    """BASE with one layer, on a small corpus: what a run does with its state, its data and its files."""
     path = tmp_path_factory.mktemp("corpus") / "text.py"
     path.write_text("for i in range(10):\n    print(i)\n" * 200)
-    return BASE.override(f"data.source={path}")
+    return BASE.override(f"data.source={path}", "model.layers=1")
 
 
 @pytest.fixture

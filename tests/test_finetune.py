@@ -23,14 +23,14 @@ from eso_jax.model.params import Params, fold
 from eso_jax.run import finetune, train as training, workdir
 from vocabularies import gpt2_like
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
 
 MESH = sharding.mesh(MeshConfig())
 
 
 @pytest.fixture(scope="module")
 def base(base: Config) -> Config:
-    return base.override("family.alpha_0=0.25")
+    return base.override("family.alpha_0=0.25", "model.layers=2")
 
 
 def made(directory: Path, base: Config, *overrides: str) -> Path:

@@ -19,7 +19,7 @@ from eso_jax.evaluation.texts import of_tokens
 from eso_jax.families.bd3lm import BD3LM
 from eso_jax.run.workdir import read_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def test_a_family_is_one_file(base: Config, tmp_path: Path, run: Run) -> None:
 @pytest.mark.parametrize("family", list(families.BY_NAME))
 def test_names_mean_nothing(family: str, base: Config, tmp_path: Path, run: Run) -> None:
     """All families under other names: the same answers to the bit."""
-    small = base.override(*as_family(family), "train.save_every=4")
+    small = base.override(*as_family(family), "train.save_every=4", "model.layers=1", "model.length=8")
     theirs = answers(small, run, tmp_path / "own")
     with renamed("x_"):
         ours = answers(dataclasses.replace(small, family=FamilyConfig(
