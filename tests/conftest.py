@@ -77,12 +77,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return BASE.override(f"data.source={path}", "model.layers=1")
 
 
-@pytest.fixture
-def no_shape_checks() -> Iterator[None]:
+@contextlib.contextmanager
+def without_shape_checks() -> Iterator[None]:
     """For lowering, which puts descriptions where arrays belong."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def no_shape_checks() -> Iterator[None]:
+    with without_shape_checks():
+        yield
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import eso_jax
-from conftest import BASE, GOLDENS, Run, emulated, random_params, tiny_config
+from conftest import BASE, GOLDENS, Run, emulated, random_params, renamed, tiny_config
 from eso_jax import families
 from eso_jax.cli import COMMANDS, main
 from eso_jax.decoding import check
@@ -171,8 +171,9 @@ def test_bench_at_a_reduced_size(tmp_path: Path, run: Run, monkeypatch: pytest.M
     small = ["model.width=8", "model.heads=2", "model.layers=1", "model.vocab_size=20"]
     for preset in ("cpu", "table11", "table13"):
         out = tmp_path / f"{preset}.json"
-        text = run("bench", "sampling", "--preset", preset, "--lengths", 32, "--batches", 2, "--repeats", 1,
-                   "--out", out, *small)
+        with renamed("x_" if preset == "table11" else ""):  # the names of families are nobody's business
+            text = run("bench", "sampling", "--preset", preset, "--lengths", 32, "--batches", 2, "--repeats", 1,
+                       "--out", out, *small)
         found = json.loads(out.read_text())
         assert len(found["results"]) == len(throughput.PRESETS[preset].cases)
         for row in found["results"]:
