@@ -35,6 +35,10 @@ from eso_jax.run import workdir  # noqa: E402
 
 GOLDENS = Path(__file__).parent / "goldens"
 
+# The files that take longest begin first: no process is left alone with one of them at the end.
+LONGEST = ("test_faults.py", "test_mesh.py", "test_train.py", "test_cli.py", "test_experiments.py",
+           "test_own_family.py")
+
 Run = Callable[..., str]
 
 # A run of a few seconds, but for its data.
@@ -122,6 +126,10 @@ def together(commands: list[list[str]], devices: int, limit: int = 300) -> list[
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="how often tests/test_faults.py kills a run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture

@@ -183,7 +183,8 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """BASE on a corpus of 300 validation windows and more, in steps for many devices."""
     path = tmp_path_factory.mktemp("long") / "text.py"
     path.write_text("".join(f"print({n} ** 2)\n" for n in range(8000)))
-    return BASE.override(f"data.source={path}", "train.steps=4", "train.batch_size=16", "train.eval_windows=300")
+    return BASE.override(f"data.source={path}", "model.layers=1", "train.steps=4", "train.batch_size=16",
+                         "train.eval_windows=300")
 
 
 @pytest.mark.slow
@@ -214,8 +215,7 @@ def validation_lines(workdir: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("family, windows", list(zip(families.BY_NAME, itertools.cycle((100, 300)))))
 def test_a_pod_passes_its_evaluation(family: str, windows: int, long: Config, tmp_path: Path) -> None:
     """128 devices, which do not divide the windows."""
-    run = long.override(*as_family(family), "train.steps=2", "train.batch_size=256", f"train.eval_windows={windows}",
-                        "model.layers=1")
+    run = long.override(*as_family(family), "train.steps=2", "train.batch_size=256", f"train.eval_windows={windows}")
     (tmp_path / "run.json").write_text(run.to_json())
     done = subprocess.run([sys.executable, "-m", "eso_jax", "train", str(tmp_path / "run.json"), "--workdir",
                            str(tmp_path / "w"), "mesh.fsdp=4"], capture_output=True, text=True, env=emulated(128))
