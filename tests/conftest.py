@@ -108,17 +108,20 @@ def emulated(devices: int) -> dict[str, str]:
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-def launch(commands: list[list[str]], devices: int = 1) -> list[subprocess.Popen]:
+def launch(commands: list[list[str]], devices: int = 1, **environment: str) -> list[subprocess.Popen]:
     """Starts commands as the processes of one run, with so many devices each; their stderr is kept."""
     env = emulated(devices) | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-                               "JAX_NUM_PROCESSES": str(len(commands))}
+                               "JAX_NUM_PROCESSES": str(len(commands)), **environment}
     return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env | {"JAX_PROCESS_ID": str(index)})
             for index, command in enumerate(commands)]
 
 
 def together(commands: list[list[str]], devices: int, limit: int = 300) -> list[str]:
-    """Runs commands as the processes of one run; what they said on stderr, once all have ended well."""
-    processes = launch(commands, devices)
+    """Runs commands as the processes of one run; what they said on stderr, once all have ended well.
+
+    They compile side by side: only the first one could read the cache (the programs of the others are under keys of
+    their own, and never written), and Gloo gives up where one is 30 s before another at their first collective."""
+    processes = launch(commands, devices, JAX_ENABLE_COMPILATION_CACHE="0")
     outputs = [process.communicate(timeout=limit)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(commands), "\n".join(outputs)
     return outputs

@@ -23,7 +23,7 @@ from eso_jax.model.params import Params, fold
 from eso_jax.run import finetune, train as training, workdir
 from vocabularies import gpt2_like
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
+pytestmark = pytest.mark.slow
 
 MESH = sharding.mesh(MeshConfig())
 

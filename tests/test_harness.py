@@ -16,7 +16,7 @@ from eso_jax.data import ByteTokenizer
 from eso_jax.errors import EsoError
 from test_quality import made, subwords
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 

@@ -26,7 +26,7 @@ from eso_jax.evaluation.texts import Texts, is_workdir, of_tokens, read
 from eso_jax.run import workdir
 from vocabularies import gpt2_like
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
+pytestmark = pytest.mark.slow
 
 TEXTS = ["a cat sat on the mat", "the dog", "", "a", "the dog sat on the dog sat on the dog sat on the dog"]
 
