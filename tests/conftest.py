@@ -35,6 +35,10 @@ from eso_jax.run import workdir  # noqa: E402
 
 GOLDENS = Path(__file__).parent / "goldens"
 
+# The files that take longest begin first: no process is left alone with one of them at the end.
+LONGEST = ("test_faults.py", "test_mesh.py", "test_train.py", "test_cli.py", "test_experiments.py",
+           "test_own_family.py")
+
 Run = Callable[..., str]
 
 # A run of a few seconds, but for its data.
@@ -58,28 +62,37 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quick_programs() -> Iterator[None]:
-    """Compiles in half the time, to slower programs: for files that ask what a command does with a model."""
+    """Compiles in half the time, to slower programs, here and in child processes: for files that ask what a command
+    does with a model, not how fast, and compare numbers with each other alone."""
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """BASE on a small corpus."""
+    """BASE with one layer, on a small corpus: what a run does with its state, its data and its files."""
     path = tmp_path_factory.mktemp("corpus") / "text.py"
     path.write_text("for i in range(10):\n    print(i)\n" * 200)
-    return BASE.override(f"data.source={path}")
+    return BASE.override(f"data.source={path}", "model.layers=1")
 
 
-@pytest.fixture
-def no_shape_checks() -> Iterator[None]:
+@contextlib.contextmanager
+def without_shape_checks() -> Iterator[None]:
     """For lowering, which puts descriptions where arrays belong."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def no_shape_checks() -> Iterator[None]:
+    with without_shape_checks():
+        yield
 
 
 def free_port() -> int:
@@ -95,17 +108,20 @@ def emulated(devices: int) -> dict[str, str]:
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-def launch(commands: list[list[str]], devices: int = 1) -> list[subprocess.Popen]:
+def launch(commands: list[list[str]], devices: int = 1, **environment: str) -> list[subprocess.Popen]:
     """Starts commands as the processes of one run, with so many devices each; their stderr is kept."""
     env = emulated(devices) | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-                               "JAX_NUM_PROCESSES": str(len(commands))}
+                               "JAX_NUM_PROCESSES": str(len(commands)), **environment}
     return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env | {"JAX_PROCESS_ID": str(index)})
             for index, command in enumerate(commands)]
 
 
 def together(commands: list[list[str]], devices: int, limit: int = 300) -> list[str]:
-    """Runs commands as the processes of one run; what they said on stderr, once all have ended well."""
-    processes = launch(commands, devices)
+    """Runs commands as the processes of one run; what they said on stderr, once all have ended well.
+
+    They compile side by side: only the first one could read the cache (the programs of the others are under keys of
+    their own, and never written), and Gloo gives up where one is 30 s before another at their first collective."""
+    processes = launch(commands, devices, JAX_ENABLE_COMPILATION_CACHE="0")
     outputs = [process.communicate(timeout=limit)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(commands), "\n".join(outputs)
     return outputs
@@ -113,6 +129,10 @@ def together(commands: list[list[str]], devices: int, limit: int = 300) -> list[
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="how often tests/test_faults.py kills a run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""What the compiled sampler does with memory: the cache is updated in place, never copied."""
+"""What compiled programs do: the sampler updates its cache in place and never copies it; a training step has the
+recorded numbers."""
 
 from __future__ import annotations
 
@@ -6,13 +7,16 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from conftest import random_weights, tiny_config
+from conftest import random_tokens, random_weights, tiny_config
 from eso_jax import families
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan, left_to_right
+from eso_jax.run import train as training
 
 BATCH, LENGTH = 3, 40
 
@@ -37,3 +41,20 @@ def test_no_copy_the_size_of_the_cache(name: str) -> None:
         assert not re.findall(rf"= {re.escape(cache)}\S* (copy|copy-start)\(", text)
     aliased = compiled.memory_analysis().alias_size_in_bytes
     assert aliased >= sum(x.nbytes for x in jax.tree.leaves(state.cache)), "the state is not donated"
+
+
+def test_first_step_matches_recorded_numbers() -> None:
+    """A golden single step. If you changed the model, the noise or the optimizer on purpose, record the new numbers;
+    if you did not, you have just learned something."""
+    run = tiny_config("esolm", alpha_0=0.5)
+    state = training.init_state(run)
+    _, values = jax.jit(training.train_step, static_argnums=0)(
+        run.override("train.batch_size=8", "train.compute_dtype=float32"), state, random_tokens(run, 8))
+    recorded = {"diffusion": 1.172320, "gradient_norm": 0.3964224, "loss": 2.255363, "sequential": 1.083042}
+    assert values.pop("finite")
+    assert values.pop("update_norm") == 0  # the rate begins at 0
+    assert values.pop("parameter_norm") == pytest.approx(optax.tree.norm(state.params))
+    assert {name: float(value) for name, value in values.items()} == pytest.approx(recorded, rel=1e-5)
+    # The head begins at zero, so a masked token costs log 8 exactly: the sequential share of masks is a whole number.
+    masks = recorded["sequential"] / np.log(8) * 4 * run.model.length
+    assert masks == pytest.approx(round(masks), abs=1e-3)

@@ -34,7 +34,7 @@ from eso_jax.errors import EsoError, RunAgain
 from eso_jax.run import checkpoint, metrics, multihost, train as training
 from test_train import step_lines
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
 
 TRAIN = [sys.executable, "-m", "eso_jax", "train"]
 

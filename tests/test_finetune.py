@@ -30,7 +30,7 @@ MESH = sharding.mesh(MeshConfig())
 
 @pytest.fixture(scope="module")
 def base(base: Config) -> Config:
-    return base.override("family.alpha_0=0.25")
+    return base.override("family.alpha_0=0.25", "model.layers=2")
 
 
 def made(directory: Path, base: Config, *overrides: str) -> Path:

@@ -25,6 +25,8 @@ from eso_jax.model import masks, transformer
 from eso_jax.model.params import PARAMETERS, fold, init_params, param_shardings, param_spec
 from eso_jax.run import train
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 SCRIPT = Path(mesh_losses.__file__)
 
 

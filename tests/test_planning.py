@@ -23,7 +23,7 @@ from eso_jax.model.params import init_params
 from eso_jax.run import train
 from test_flops import FAMILIES, ident, wide
 
-pytestmark = pytest.mark.usefixtures("no_shape_checks")
+pytestmark = pytest.mark.usefixtures("no_shape_checks", "quick_programs")
 
 ROOT = Path(__file__).parents[1]
 

@@ -47,6 +47,11 @@ from eso_jax.engine.model import decode
 from eso_jax.engine.rows import Engine
 from eso_jax.errors import require
 from eso_jax.evaluation.table import Row, bars, markdown
+from eso_jax.families.ar import AR
+from eso_jax.families.base import Family
+from eso_jax.families.bd3lm import BD3LM
+from eso_jax.families.esolm import EsoLM
+from eso_jax.families.mdlm import MDLM
 from eso_jax.model.params import Weights, fold, init_params, unstack, weight_shardings
 from eso_jax.run.timing import Stopwatch
 
@@ -59,10 +64,17 @@ SECTIONS, SECTIONS_ELSEWHERE, SECTION_STEPS = 8, 1, 8
 class Case(NamedTuple):
     """A sampler and its plan."""
 
-    family: FamilyConfig
+    kind: type[Family]
     policy: str
     steps: int = 1  # T
     alpha_0: float = 1.0
+    block_size: int | None = None  # of BD3-LM
+
+    @property
+    def family(self) -> FamilyConfig:
+        """The settings of the first family of the kind, by whatever name it is registered."""
+        name = next(name for name, family in families.BY_NAME.items() if type(family) is self.kind)
+        return FamilyConfig(name=name, **({"block_size": self.block_size} if self.block_size else {}))
 
     @property
     def label(self) -> str:
@@ -82,17 +94,12 @@ class Preset(NamedTuple):
     cases: Sequence[Case]
 
 
-def _bd3lm(block: int) -> FamilyConfig:
-    return FamilyConfig(name="bd3lm", block_size=block)
-
-
-ESO, AR, MDLM = (FamilyConfig(name=name) for name in ("esolm", "ar", "mdlm"))
-ONE_BY_ONE = [Case(AR, "left-to-right"), Case(ESO, "one-by-one"), Case(_bd3lm(16), "one-by-one"),
-              Case(_bd3lm(4), "one-by-one"), Case(MDLM, "one-by-one")]
-TABLE_13 = ([Case(ESO, "binomial", steps, alpha_0) for alpha_0, all_steps in
+ONE_BY_ONE = [Case(AR, "left-to-right"), Case(EsoLM, "one-by-one"), Case(BD3LM, "one-by-one", block_size=16),
+              Case(BD3LM, "one-by-one", block_size=4), Case(MDLM, "one-by-one")]
+TABLE_13 = ([Case(EsoLM, "binomial", steps, alpha_0) for alpha_0, all_steps in
              ((1.0, (16, 32, 64, 128, 256, 1024, 4096)), (0.5, (16, 128, 1024)), (0.25, (16, 128, 1024)),
               (0.0625, (16, 128, 1024))) for steps in all_steps]
-            + [Case(_bd3lm(16), "binomial", steps) for steps in (256, 1024, 4096)]
+            + [Case(BD3LM, "binomial", steps, block_size=16) for steps in (256, 1024, 4096)]
             + [Case(MDLM, "binomial", steps) for steps in (16, 64, 256, 1024, 4096)] + [Case(AR, "left-to-right")])
 
 PRESETS = {
