@@ -14,11 +14,12 @@ import jax
 import pytest
 
 from conftest import Run
-from eso_jax import config as configs, flops, sharding
+from eso_jax import chips, config as configs, flops, sharding
 from eso_jax.aot import hlo, report, target
 from eso_jax.aot.programs import _refused
 from eso_jax.cli import main
 from eso_jax.config import MeshConfig
+from eso_jax.errors import EsoError
 from eso_jax.model.params import init_params
 from eso_jax.run import train
 from test_flops import FAMILIES, ident, wide
@@ -89,6 +90,7 @@ def test_a_program_is_counted_as_it_runs() -> None:
         hlo.Collective("all-reduce", 4 * 64 * 64, 2, "f32"): 12,
         hlo.Collective("reduce-scatter", 2 * 64 * 64, 8, "bf16"): 1,
         hlo.Collective("all-gather", 2 * 64 * 64, 8, "bf16"): 1}
+    assert found.launches == 12 * 4 + 2
     assert found.sent == 12 * 4 * 64 * 64 + 2 * (2 * 64 * 64 * 7 / 8)
     tile, half = 4 * 64 * 64, 2 * 64 * 64
     turn = 8 + 4 + 4  # the count: two numbers read and one written; and the fusion reads it
@@ -137,6 +139,7 @@ def test_kernels_of_libraries_count_by_formula() -> None:
 def test_how_often_a_loop_runs() -> None:
     endless = PROGRAM.replace("constant(12)", "get-tuple-element(%carry), index=0")
     assert endless != PROGRAM and hlo.cost(endless).flops == hlo.turn(endless).flops == 2 * 64**3
+    assert hlo.unbounded(endless) == ["while"] and not hlo.unbounded(PROGRAM) and hlo.turn(endless).launches == 4
     assert {one.kind for one in hlo.turn(endless).collectives} == {"all-reduce"}  # what is around it is not a turn's
     by_two = PROGRAM.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")  # XLA unrolls its own loops
     assert hlo.cost(by_two).flops == 6 * 2 * 64**3
@@ -286,12 +289,33 @@ def test_a_plan_for_a_tpu(tmp_path: Path) -> None:
     assert found["sampling"]["fits"] and found["sampling"]["flops"]["compiled"] > 0
 
 
+def test_gpus_are_described_here_or_by_a_file(tmp_path: Path) -> None:
+    h200 = target._description(chips.topology("h200:1"), None)
+    assert 'name: "NVIDIA H200"' in h200 and "device_memory_size: 141000000000" in h200 and "$" not in h200
+    (tmp_path / "mine.txtpb").write_text("mine")
+    assert target._description(chips.topology("a100:1"), str(tmp_path / "mine.txtpb")) == "mine"
+    with pytest.raises(EsoError, match="--target-config = None: give XLA's description"):
+        target._description(chips.topology("a100:1"), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the extra cuda is not installed")
+def test_a_plan_for_a_gpu(tmp_path: Path) -> None:
+    """By the command, without one."""
+    command = [sys.executable, "-m", "eso_jax", "plan", str(ROOT / "experiments/quickstart.py"), "--topology", "h100:1",
+               "--top-p", "0.9", "--out", str(tmp_path / "plan.json"), "model.layers=1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    sampling = json.loads((tmp_path / "plan.json").read_text())["sampling"]
+    assert sampling["fits"] and 40 < sampling["launches"] < 70  # a nucleus by halves would be 150 of them
+
+
 @pytest.mark.parametrize(("name", "billions"), [("1b", 1.04), ("8b", 7.78)])
 def test_the_runs_at_scale(name: str, billions: float) -> None:
     """They are as large as they say, and their batch divides over both slices that they are for."""
     config = configs.from_file(ROOT / "experiments/scale" / f"esolm_{name}.py")
     params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     assert sum(x.size for x in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, abs=0.005)
-    for chips_ in (256, 512):
-        assert chips_ % config.mesh.fsdp == 0 and config.model.width % config.mesh.fsdp == 0
-        assert config.train.batch_size % (chips_ * config.family.group_size) == 0
+    for devices in (256, 512):
+        assert devices % config.mesh.fsdp == 0 and config.model.width % config.mesh.fsdp == 0
+        assert config.train.batch_size % (devices * config.family.group_size) == 0

@@ -23,10 +23,11 @@ from eso_jax import sharding
 from eso_jax.aot import fit, programs, report, target
 from eso_jax.chips import Topology
 from eso_jax.config import Config
+from eso_jax.decoding.categorical import Rule
 
 
 def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor: int = 1, batch_per_copy: int = 16,
-         target_config: str | None = None) -> dict[str, Any]:
+         rule: Rule = Rule(), target_config: str | None = None) -> dict[str, Any]:
     """The plan of a run on a slice; if its training does not fit, also of the first change to it that does.
 
     Args:
@@ -34,6 +35,7 @@ def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor:
       say: told what is found, line by line.
       tensor: devices to a copy of the model, when sampling; doubled until that fits.
       batch_per_copy: sequences that each copy decodes together.
+      rule: by which it draws tokens.
       target_config: see target.devices.
 
     Raises:
@@ -65,7 +67,7 @@ def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor:
             say("nothing that was tried fits; use larger chips, or more of mesh.tensor")
 
     while True:
-        step, program = programs.sampling(config, topology, devices, batch_per_copy, tensor)
+        step, program = programs.sampling(config, topology, devices, batch_per_copy, tensor, rule)
         found["sampling"] = report.sampling(program, step, topology)
         name = f"Sampling, {step.batch} sequences, a copy of the model to {tensor} device{'s' * (tensor > 1)}, a pass"
         _say_all(say, report.lines(name, found["sampling"]))

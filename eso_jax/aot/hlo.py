@@ -1,9 +1,9 @@
 """What a compiled program does, read from its text: products, memory traffic and communication.
 
 XLA's own cost analysis counts the body of a loop once. Here an operation counts as often as it runs: a loop's trip
-count is what XLA says it knows, or the bound that the loop's condition compares with; a loop whose bound is data (the
-decoding loop's) counts once, and `turn` counts nothing but its body: a step. Of a conditional the branch of fewer
-operations counts: the other one is for what overflows a static size.
+count is what XLA says it knows, or the bound that the loop's condition compares with; a loop whose bound is data counts
+once. Of the decoding loop `turn` counts nothing but the body: a step. Of a conditional the branch of fewer operations
+counts: the other one is for what overflows a static size.
 
 All counts are of one device. FLOPs are those of products alone. Bytes are those that fused operations read and write
 in main memory: what TPUs keep in their vector memory (a layout in a memory space, "S(1)") costs nothing, of a slice
@@ -113,18 +113,21 @@ class Cost:
       flops: of products.
       wide_flops: the part of them that has a float32 operand, for which a matrix unit takes several passes.
       bytes: read and written in main memory.
+      launches: of kernels, on a GPU that does not collect them in command buffers.
       collectives: how often each runs.
     """
 
     flops: float = 0.0
     wide_flops: float = 0.0
     bytes: float = 0.0
+    launches: int = 0
     collectives: Counter[Collective] = field(default_factory=Counter)
 
     def add(self, other: Cost, times: int = 1) -> None:
         self.flops += times * other.flops
         self.wide_flops += times * other.wide_flops
         self.bytes += times * other.bytes
+        self.launches += times * other.launches
         for collective, count in other.collectives.items():
             self.collectives[collective] += times * count
 
@@ -141,11 +144,17 @@ def cost(text: str) -> Cost:
 
 
 def turn(text: str) -> Cost:
-    """The cost of one turn of a program's loop, the one whose bound is data."""
+    """The cost of one turn of a program's loop: of its longest, if it has several."""
     counter, entry = _counter(text)
-    loops = [one for one in counter.computations[entry].instructions.values()
-             if one.opcode == "while" and counter.trips(one) is None]
-    return counter.computation(_must(loops[0], "body"))
+    bodies = [_must(one, "body") for one in counter.computations[entry].instructions.values() if one.opcode == "while"]
+    return counter.computation(max(bodies, key=lambda body: len(counter.computations[body].instructions)))
+
+
+def unbounded(text: str) -> list[str]:
+    """The loops of a program without a known trip count. On a GPU the host waits for each of their turns."""
+    counter, _ = _counter(text)
+    return [one.name for here in counter.computations.values() for one in here.instructions.values()
+            if one.opcode == "while" and counter.trips(one) is None]
 
 
 def _counter(text: str) -> tuple[_Counter, str]:
@@ -222,7 +231,7 @@ class _Counter:
         else:
             if one.opcode == "fusion":
                 inside = self.computation(_must(one, "calls"))
-                total.add(dataclasses.replace(inside, bytes=0.0))
+                total.add(dataclasses.replace(inside, bytes=0.0, launches=0))
             elif one.opcode in ("dot", "convolution"):
                 total.flops = float(_product(here, one))
                 if any(shape.dtype == "f32" for source in here.operands(one) for shape in source.shapes):
@@ -233,6 +242,7 @@ class _Counter:
             if kind in COLLECTIVES:
                 total.collectives[self.collective(here, one, kind)] += 1
             total.bytes = float(self.traffic(here, one))
+            total.launches = int(one.opcode not in _FREE and not one.opcode.endswith("-done"))
         return total
 
     def trips(self, loop: Instruction) -> int | None:

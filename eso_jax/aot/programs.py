@@ -46,6 +46,7 @@ class Program:
       asked, available: bytes that it wanted and had, where it refused.
       model_flops: our own count, without what is computed twice, all devices together.
       cost: what the compiled program does; None where there is none.
+      unbounded: its loops without a known trip count.
       compile_seconds: on this machine.
     """
 
@@ -55,6 +56,7 @@ class Program:
     available: int | None
     model_flops: float
     cost: hlo.Cost | None
+    unbounded: list[str]
     compile_seconds: float
 
     @property
@@ -104,16 +106,16 @@ class Sampling:
 
 
 def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], batch_per_copy: int,
-             tensor: int) -> tuple[Sampling, Program]:
+             tensor: int, rule: Rule = Rule()) -> tuple[Sampling, Program]:
     """The last step of decoding one token per pass, where the cache is full, in the training's compute type."""
     model, dtype = config.model, jnp.dtype(config.train.compute_dtype)
     mesh = sharding.inference_mesh(model, tensor, devices)
     batch, family = batch_per_copy * (len(devices) // tensor), families.get(config)
     plan = family.plan(jax.random.key(0), config, 1, model.length, families.alpha_0_of(config, None),
                        family.policies[-1])
-    sampler = family.sampler(config)
-    with jax.set_mesh(mesh):  # shapes depend on the platform and on the batch
-        steps, runs = loop.schedule(plan.rows(np.zeros(batch, int)), sampler)
+    plan, sampler = plan.rows(np.zeros(batch, int)), family.sampler(config)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # shapes depend on the platform and on the batch
+        steps, runs = loop.schedule(plan, sampler)
     shape = runs[-1].shape
 
     def everywhere(x: Any) -> jax.ShapeDtypeStruct:
@@ -136,7 +138,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, steps), scalar, scalar, uniforms,
-                                        model, sampler, Rule(), shape)
+                                        model, sampler, rule, shape)
     memory = {"weights": _held((weights.blocks, weights.head)), "embedding": _held(weights.embedding),
               "cache": _held(state.cache),
               "tokens": _held((state.tokens, state.positions, uniforms))}
@@ -154,7 +156,7 @@ def _compiled(lowered: jax.stages.Lowered, memory: dict[str, int], topology: Top
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         asked, available = _refused(str(error))
-        return Program(memory, False, asked, available, model_flops, None, time.perf_counter() - begun)
+        return Program(memory, False, asked, available, model_flops, None, [], time.perf_counter() - begun)
     seconds = time.perf_counter() - begun
     found, text = compiled.memory_analysis(), compiled.as_text()
     assert found is not None and text is not None  # JAX's own types allow it
@@ -164,7 +166,7 @@ def _compiled(lowered: jax.stages.Lowered, memory: dict[str, int], topology: Top
               "program": found.generated_code_size_in_bytes}
     room = topology.chip.memory / topology.chip.devices
     fits = topology.chip.platform == "tpu" or sum(memory.values()) <= room
-    return Program(memory, fits, None, None, model_flops, cost(text), seconds)
+    return Program(memory, fits, None, None, model_flops, cost(text), hlo.unbounded(text), seconds)
 
 
 def _refused(message: str) -> tuple[int | None, int | None]:

@@ -36,6 +36,8 @@ def sampling(program: Program, step: Sampling, topology: Topology) -> dict[str, 
     if program.cost is not None:
         found["seconds"]["weights_and_cache_once"] = least
         found["tokens_per_second"] = step.batch / found["seconds"]["bound"]  # one token of each sequence
+        if topology.chip.platform == "cuda":
+            found |= {"launches": program.cost.launches, "loops_without_trip_count": program.unbounded}
     return found
 
 
@@ -70,6 +72,10 @@ def lines(name: str, found: dict[str, Any]) -> list[str]:
     out += [f"  FLOPs      {work['model'] / 1e12:,.4g} T of the model, {work['compiled'] / 1e12:,.4g} T as compiled"
             + (f", {100 * wide:.0f}% with a float32 operand (several passes of a matrix unit)" if wide else ""),
             f"  bytes      {size(found['bytes'])} read and written, {size(found['bytes_sent'])} sent"]
+    if "launches" in found:
+        loops = ", ".join(found["loops_without_trip_count"]) or "none"
+        out.append(f"  launches   {found['launches']:,} kernels, command buffers off; the host waits at every turn of "
+                   f"loops without a known trip count: {loops}")
     totals: dict[str, list[float]] = {}
     for one in found["collectives"]:
         count = totals.setdefault(one["kind"], [0, 0, 0])

@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def devices(topology: Topology, target_config: str | None = None) -> Sequence[ja
     """The devices of a slice, to make a mesh of; after `prepare`.
 
     Args:
-      target_config: of GPUs, a file with XLA's description of one.
+      target_config: of GPUs, a file with XLA's description of one; None: ours, of those of the Hopper generation.
 
     Raises:
       EsoError: what describes the devices is missing, or knows no such slice.
@@ -61,14 +62,22 @@ def devices(topology: Topology, target_config: str | None = None) -> Sequence[ja
         plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
         require(any(importlib.util.find_spec(plugin) for plugin in plugins), "--topology", topology.name,
                 "JAX's plugin for CUDA, which compiles for GPUs, is not installed: pip install -e '.[cuda]'")
-        require(target_config is not None and Path(target_config).is_file(), "--target-config", target_config,
-                "give XLA's description of the GPU, a .txtpb of xla/backends/gpu/target_config/specs in openxla/xla")
-        assert target_config is not None
         hosts, gpus = topology.shape if len(topology.shape) == 2 else (1, topology.shape[0])
         name, options = topology.kind, {"topology": f"1x{hosts}x{gpus}",
-                                        "target_config": Path(target_config).read_text()}
+                                        "target_config": _description(topology, target_config)}
     try:
         return topologies.get_topology_desc(platform=topology.chip.platform, topology_name=name, **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         raise EsoError(f"--topology = {topology.name!r}: no such slice ({' '.join(str(error).split())[:200]})"
                        ) from error
+
+
+def _description(topology: Topology, target_config: str | None) -> str:
+    """XLA's description of a GPU."""
+    if target_config is None and topology.kind in ("h100", "h200"):  # one processor, with other memory
+        chip, text = topology.chip, (Path(__file__).parent / "hopper.txtpb").read_text()
+        return Template(text).substitute(name=chip.kinds[0], memory=int(chip.memory), bandwidth=int(chip.bandwidth))
+    require(target_config is not None and Path(target_config).is_file(), "--target-config", target_config,
+            "give XLA's description of the GPU, a .txtpb of xla/backends/gpu/target_config/specs in openxla/xla")
+    assert target_config is not None
+    return Path(target_config).read_text()

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "until it fits (%(default)s)")
     parser.add_argument("--sample-batch", type=int, default=16, help="sequences that each copy decodes together "
                         "(%(default)s)")
-    parser.add_argument("--target-config", help="GPUs only: XLA's description of one, a .txtpb")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampler (%(default)s: off)")
+    parser.add_argument("--target-config", help="GPUs other than H100 and H200: XLA's description of one, a .txtpb")
     parser.add_argument("--out", help="the plan as JSON")
 
 
@@ -26,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax import chips
     from eso_jax import config as configs
     from eso_jax.aot import plan, target
+    from eso_jax.decoding.categorical import Rule
     from eso_jax.errors import require
 
     if arguments.out:
@@ -34,5 +36,6 @@ def run(arguments: argparse.Namespace) -> None:
     topology = chips.topology(arguments.topology)
     target.prepare(topology)  # an experiment may use JAX as it is read
     config = configs.from_file(arguments.experiment).override(*arguments.overrides)
-    found = plan(config, topology, say, arguments.tensor, arguments.sample_batch, arguments.target_config)
+    found = plan(config, topology, say, arguments.tensor, arguments.sample_batch, Rule(top_p=arguments.top_p),
+                 arguments.target_config)
     write_json(arguments.out, {"experiment": arguments.experiment, "overrides": arguments.overrides, **found})

@@ -81,6 +81,7 @@ def nucleus(mass: Float[Array, "*s V"], top_p: float) -> Bool[Array, "*s V"]:
     the masses exceed that, is found digit by digit in the bit patterns of non-negative floats, which are ordered as
     integers: exact, and no sort of V entries.
     """
+    mass = jax.lax.optimization_barrier(mass)  # or XLA for GPUs makes small ones again for each threshold
     digit, budget = DIGIT.get(sharding.platform(), DIGIT_ELSEWHERE), top_p * mass.sum(-1)
 
     def from_on(bits: Int[Array, "*s"]) -> Bool[Array, "*s V"]:
