@@ -55,6 +55,12 @@ def test_mask_is_the_table_in_its_docstring(name: str) -> None:
         np.testing.assert_array_equal(pattern(name, 4, **arguments), np.array(table, bool))
 
 
+def test_own_steps_are_the_table_in_their_docstring() -> None:
+    view = View(masks.OwnSteps(length=3), jnp.array([[0, 1, 1, 0, 1, 1]]))
+    [table] = view.table(view.pattern, jnp.arange(6), jnp.arange(6))
+    np.testing.assert_array_equal(table, np.array(docstring_tables(masks.OwnSteps)[0], bool))
+
+
 def test_relations_between_masks() -> None:
     """At 12 slots, where a table of four is blind: blocks of 3, and the equalities that the docstrings claim."""
     for block in (1, 3, 4, 12):

@@ -21,6 +21,8 @@ from eso_jax.decoding.order import random_then_ascending, sort, unsort
 from eso_jax.decoding.plan import Plan, binomial, left_to_right, within_blocks
 from eso_jax.errors import EsoError
 from eso_jax.families import ar, bd3lm, mdlm
+from eso_jax.model import plain
+from eso_jax.model.params import Weights
 
 LENGTH, BLOCK = 12, 4
 NAMES = ["esolm", "esolm_a", "ar", "mdlm", "bd3lm"]
@@ -135,6 +137,37 @@ def test_one_token_per_step_chains_into_the_exact_likelihood() -> None:
     stepwise = families.plan_log_prob(WEIGHTS, CONFIG, plan, tokens)
     exact = families.get(CONFIG).log_likelihood(WEIGHTS, CONFIG, tokens, plan.order)
     np.testing.assert_allclose(stepwise, exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "tiled"), [("esolm", False), ("esolm", True), ("ar", False)])
+def test_a_plan_is_scored_in_one_pass(name: str, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its steps score it, tokens and gradients; also where attention is tiled."""
+    if tiled:
+        monkeypatch.setattr(plain, "FEW_QUERIES", 1)
+        monkeypatch.setattr(plain, "TILE", {"cpu": 2 * 2 * LENGTH * 3})  # 3 queries
+    plan, tokens = plan_of(name, 3, 2, CUTS, 0.5), random_tokens(CONFIG, 2)
+    config = CONFIGS[name].override(f"model.dropout={0.01 * tiled}")  # whose programs are its own
+    stepwise = families.plan_log_prob(WEIGHTS, CONFIGS[name], plan, tokens)
+    np.testing.assert_allclose(families.plan_log_likelihood(WEIGHTS, config, plan, tokens), stepwise, atol=1e-5)
+
+    def reward(weights: Weights) -> jax.Array:
+        return (families.plan_log_likelihood(weights, config, plan, tokens) * jnp.arange(LENGTH)[None]).mean()
+
+    def reward_by_steps(weights: Weights) -> float:
+        logp = families.plan_log_prob(weights, CONFIGS[name], plan, tokens)
+        return float((np.asarray(logp, np.float64) * np.arange(LENGTH)).mean())
+
+    gradient = jax.grad(reward)(WEIGHTS)
+    norm = float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))))
+    step = 1e-2 / norm
+    ahead, behind = (jax.tree.map(lambda w, g, by=by: w + by / norm * g, WEIGHTS, gradient) for by in (step, -step))
+    assert (reward_by_steps(ahead) - reward_by_steps(behind)) / (2 * step) == pytest.approx(norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["esolm_a", "mdlm", "bd3lm"])
+def test_a_plan_whose_steps_change_earlier_tokens_takes_a_pass_each(name: str) -> None:
+    with pytest.raises(EsoError, match=f"family.name = '{name}': the likelihood of a plan takes a pass per step"):
+        families.plan_log_likelihood(WEIGHTS, CONFIGS[name], plan_of(name, 3, 2, CUTS), random_tokens(CONFIG, 2))
 
 
 def python_loop(name: str, plan: Plan, key: jax.Array, rule: Rule) -> np.ndarray:

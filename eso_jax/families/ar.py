@@ -69,6 +69,12 @@ class AR(Family):
         """Of the shifted input; the order must be the natural one (see check_orders)."""
         return _trunk(weights, shift(config, tokens))
 
+    def plan_log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], order: Int[Array, "B L"],
+                            first: Int[Array, "#B L"],
+                            training: transformer.Training | None = None) -> Float[Array, "B L"]:
+        """There is but one plan."""
+        return -next_token_nll(weights, config, shift(config, tokens), tokens, training)
+
     def check_orders(self, config: Config, orders: Int[np.ndarray, "O B L"]) -> None:
         only_natural(self.name, orders)
 

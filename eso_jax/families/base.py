@@ -22,7 +22,7 @@ from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.order import sort
 from eso_jax.decoding.plan import Plan
 from eso_jax.errors import EsoError, require
-from eso_jax.model import vocabulary
+from eso_jax.model import transformer, vocabulary
 from eso_jax.model.masks import Pattern, TwoStreams
 from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
@@ -121,6 +121,20 @@ class Family(ABC):
         that decodes one token at a time (paper, eq. 9). Only for orders that `check_orders` accepts."""
         hidden = self.predictors(weights, config, tokens, order)
         return -vocabulary.nll(weights, hidden, sort(tokens, order), config.model.mask)
+
+    def plan_log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], order: Int[Array, "B L"],
+                            first: Int[Array, "#B L"],
+                            training: transformer.Training | None = None) -> Float[Array, "B L"]:
+        """log p of each token, along the order, when the tokens are decoded along a plan; in one pass.
+
+        Args:
+          first: by slot, the first slot of its step.
+
+        Raises:
+          EsoError: tokens see later ones, so that each step takes a pass of its own.
+        """
+        raise EsoError(f"family.name = {self.name!r}: the likelihood of a plan takes a pass per step; use "
+                       "eso_jax.likelihood.plan_log_prob")
 
     def check_orders(self, config: Config, orders: Int[np.ndarray, "O B L"]) -> None:
         """Raises an EsoError for orders that the family cannot score in one pass. (Without `one_pass`, `check_plan`

@@ -25,8 +25,8 @@ from eso_jax.decoding.order import clean_first, sort
 from eso_jax.decoding.plan import Plan
 from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass, check_loss_weight, only_natural
-from eso_jax.model import loss, masks, transformer
-from eso_jax.model.masks import Pattern, TwoStreams
+from eso_jax.model import loss, masks, transformer, vocabulary
+from eso_jax.model.masks import OwnSteps, Pattern, TwoStreams, View
 from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
 
@@ -182,6 +182,18 @@ class EsoLM(Family):
         all_masked = jnp.ones_like(tokens, bool)
         return loss.masked_hidden(weights, config.model.mask, sort(tokens, order), all_masked, order,
                                   self.two_streams(config))
+
+    def plan_log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], order: Int[Array, "B L"],
+                            first: Int[Array, "#B L"],
+                            training: transformer.Training | None = None) -> Float[Array, "B L"]:
+        """By all steps' masks beside all tokens: with an exact cache, (B)'s sampler sees no more."""
+        if self.prefix:
+            return super().plan_log_likelihood(weights, config, tokens, order, first, training)
+        mask, x, length = config.model.mask, sort(tokens, order), tokens.shape[1]
+        view = View(OwnSteps(length=length), jnp.concatenate([first, first], 1))
+        hidden, _ = transformer.trunk(weights, jnp.concatenate([jnp.full_like(x, mask), x], 1),
+                                      jnp.concatenate([order, order], 1), view, training=training)
+        return -vocabulary.nll(weights, hidden[:, :length], x, mask)
 
     def check_orders(self, config: Config, orders: Int[np.ndarray, "O B L"]) -> None:
         if self.prefix:

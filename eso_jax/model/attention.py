@@ -22,7 +22,7 @@ from eso_jax import sharding
 from eso_jax.config import ModelConfig
 from eso_jax.model.backend import Backend, Task
 from eso_jax.model.cudnn import CuDNN
-from eso_jax.model.masks import Pattern, TwoStreams, View
+from eso_jax.model.masks import OwnSteps, Pattern, TwoStreams, View
 from eso_jax.model.plain import Plain
 from eso_jax.model.splash import Splash
 
@@ -35,6 +35,8 @@ def attend(q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Arra
     """Attention within one pass, by the backend of a name, or by the first that can."""
     pattern, slots = view.pattern, q.shape[1]
     length = pattern.length(slots) if isinstance(pattern, TwoStreams) else slots
+    if isinstance(pattern, OwnSteps):  # no kernel has it
+        wanted = Plain.name
     backend, _ = choose(Task(pattern, length, q.shape[3], q.dtype), wanted)
     compute = backend.two_streams if isinstance(pattern, TwoStreams) else backend.one_stream
     return sharding.locally(compute, (q, k, v), view)

@@ -16,6 +16,7 @@ Families:
   two streams            a clean row sees clean keys by `blocks_up_to` (Eso-LM (A): `prefix`);
                          a noisy row sees clean keys by `blocks_before`, and noisy keys by `own_block`;
                          clean rows never see noisy keys. Eso-LM has blocks of one token, BD3-LM of L'.
+  all steps of a plan    `OwnSteps`, for Eso-LM (B): the same with blocks as large as the plan's steps, causal within
 
 Axes: B batch, S query slots, L key slots.
 """
@@ -95,7 +96,8 @@ class View:
 
     Attributes:
       pattern: static.
-      clean: int [B] or [1], the slots of a pattern's prefix; None where the pattern has none.
+      clean: int [B] or [1], the slots of a pattern's prefix; None where the pattern has none. Of `OwnSteps`, by query:
+        int [B or 1, S].
       length: int [B] or [1], at least 1: nobody sees slots from here on. None: all slots count.
     """
 
@@ -105,8 +107,10 @@ class View:
 
     def table(self, pattern: Pattern, queries: Int[Array, " S"], keys: Int[Array, " L"]) -> Bool[Array, "_ S L"]:
         """The truth table of a pattern of this view, for every row, or one for all of them."""
-        query, key = queries[None, :, None], keys[None, None]
-        seen = pattern(query, key, 0 if self.clean is None else self.clean[:, None, None])
+        query, key, clean = queries[None, :, None], keys[None, None], self.clean
+        if clean is not None:
+            clean = clean[:, None, None] if clean.ndim == 1 else clean[:, queries, None]
+        seen = pattern(query, key, 0 if clean is None else clean)
         return seen if self.length is None else seen & (key < self.length[:, None, None])
 
 
@@ -175,3 +179,26 @@ def own_block(query: Int[Array, "*#s"], key: Int[Array, "*#s"], block: int) -> B
         0 0 1 1     0 0 0 1
     """
     return key // block == query // block
+
+
+@dataclass(frozen=True)
+class OwnSteps(Pattern):
+    """Who sees whom in one pass over [noisy copy, clean copy], `length` slots each, that gives what a sampler with an
+    exact cache sees in all steps of a plan: a clean row sees clean keys up to itself; a noisy row sees the clean keys
+    before its step, of which there are `clean`, and the noisy keys of its step up to itself. Of steps of 1 and 2 slots:
+
+        1 0 0   0 0 0
+        0 1 0   1 0 0
+        0 1 1   1 0 0
+
+        0 0 0   1 0 0
+        0 0 0   1 1 0
+        0 0 0   1 1 1
+    """
+
+    length: int = 0
+
+    def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
+                 clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
+        slot, noisy = key % self.length, key < self.length
+        return causal(query % self.length, slot) & (noisy == ((query < self.length) & (slot >= clean)))

@@ -100,7 +100,7 @@ def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array
         out = jax.lax.map(jax.checkpoint(tile), (tiles, jnp.arange(0, slots, s)))
         return jnp.moveaxis(out, 0, 1).reshape(b, slots, heads, size)
 
-    view = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch,)), view)
+    view = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), view)
     xs = jax.tree.map(lambda x: x.reshape(-1, b, *x.shape[1:]), (mine, k, v, view))
     return jax.lax.map(rows, xs).reshape(q.shape)
 
