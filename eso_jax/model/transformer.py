@@ -68,7 +68,10 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
     def block(carry: tuple[Array, Any], scanned: tuple[Any, Block]) -> tuple[tuple[Array, Any], None]:
         (x, cache), (layer, w) = carry, scanned
         # Split, not indexed: the gradient is then one array put together, not three padded and added.
-        qk, v = jnp.split(linear(_layer_norm(x, w.norm1).astype(w.qkv.dtype), w.qkv), [2], axis=2)
+        qkv = linear(_layer_norm(x, w.norm1).astype(w.qkv.dtype), w.qkv)
+        if cache is not None:  # or a GPU ends the product, if it is made in parts, once for each
+            qkv = jax.lax.optimization_barrier(qkv)
+        qk, v = jnp.split(qkv, [2], axis=2)
         with jax.named_scope("attention"):
             q, k, v = (part[:, :, 0] for part in (*jnp.split(rotate(qk, rotary), 2, axis=2), v))
             if cache is None:
