@@ -140,11 +140,11 @@ def cost(text: str) -> Cost:
 
 
 def turn(text: str) -> Cost:
-    """The cost of one turn of a program's loop, the one whose bound is data."""
+    """The cost of one turn of a program's loop, the largest if there are several."""
     counter, entry = _counter(text)
-    loops = [one for one in counter.computations[entry].instructions.values()
-             if one.opcode == "while" and counter.trips(one) is None]
-    return counter.computation(_must(loops[0], "body"))
+    turns = [counter.computation(_must(one, "body")) for one in counter.computations[entry].instructions.values()
+             if one.opcode == "while"]
+    return max(turns, key=lambda turn: turn.flops)
 
 
 def _counter(text: str) -> tuple[_Counter, str]:

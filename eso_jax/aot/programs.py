@@ -113,8 +113,8 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
                        family.policies[-1])
     sampler = family.sampler(config)
     with jax.set_mesh(mesh):  # shapes depend on the platform and on the batch
-        steps, runs = loop.schedule(plan.rows(np.zeros(batch, int)), sampler)
-    shape = runs[-1].shape
+        run = loop.schedule(plan.rows(np.zeros(batch, int)), sampler)[-1]
+    shape = run.shape
 
     def everywhere(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
@@ -132,11 +132,10 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     state = dataclasses.replace(state, tokens=rows(state.tokens), positions=rows(state.positions),
                                 cache=state.cache and state.cache.map(split))
     uniforms = rows(jax.ShapeDtypeStruct((batch, model.length, 2), jnp.float32))
-    scalar = everywhere(jax.ShapeDtypeStruct((), jnp.int32))
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, steps), scalar, scalar, uniforms,
-                                        model, sampler, Rule(), shape)
+        lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, run.steps), uniforms, model, sampler,
+                                        Rule(), shape)
     memory = {"weights": _held((weights.blocks, weights.head)), "embedding": _held(weights.embedding),
               "cache": _held(state.cache),
               "tokens": _held((state.tokens, state.positions, uniforms))}
