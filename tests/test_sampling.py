@@ -264,6 +264,12 @@ def test_plans_share_their_programs() -> None:
     assert loop.decode_run._cache_size() - before == len(programs) <= 13
 
 
+def test_progress_is_reported_token_by_token() -> None:
+    plan, counts = binomial(jax.random.key(0), 3, LENGTH, 4, 0.5), list[int]()
+    families.sample(WEIGHTS, CONFIG, plan, jax.random.key(0), Rule(temperature=0.9), report=counts.append)
+    assert sum(counts) == LENGTH
+
+
 def test_positions_matter_not_slots() -> None:
     """The same tokens in the same order at other positions give other logits: rotary angles follow the order."""
     x = random_tokens(CONFIG, 1)

@@ -136,8 +136,12 @@ class Run(NamedTuple):
     shape: Shape
 
 
+Report = Callable[[int], None]
+
+
 def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, key: Key[Array, ""],
-           rule: Rule = Rule(), rows: Int[Array, " B"] | None = None) -> Int[Array, "B L"]:
+           rule: Rule = Rule(), rows: Int[Array, " B"] | None = None,
+           report: Report | None = None) -> Int[Array, "B L"]:
     """Decodes a batch along the plan; returns tokens in natural order.
 
     The draws of row b are keyed by (key, rows[b], slot) and do not depend on the other rows.
@@ -145,10 +149,11 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     Args:
       weights: of params.fold, unstacked.
       rows: numbers of the rows, 0 to B - 1 by default.
+      report: is told after each run how many tokens a row has got in it.
     """
     state = start(weights, config, sampler, plan.order)
     uniforms = draw_uniforms(key, jnp.arange(len(plan.order)) if rows is None else rows, plan.length)
-    tokens = _decode(weights, config, sampler, plan, state, uniforms, rule).tokens
+    tokens = _decode(weights, config, sampler, plan, state, uniforms, rule, report).tokens
     return unsort(tokens[:, sampler.shift:], plan.order)
 
 
@@ -163,9 +168,12 @@ def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan
 
 
 def _decode(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, state: State,
-            source: Float[Array, "B L 2"] | Int[Array, "B L"], rule: Rule) -> State:
+            source: Float[Array, "B L 2"] | Int[Array, "B L"], rule: Rule, report: Report | None = None) -> State:
     for run in schedule(plan, sampler):
         state = decode_run(weights, grow(state, run.shape), run.steps, source, config, sampler, rule, run.shape)
+        if report is not None:
+            jax.block_until_ready(state.tokens)
+            report(int(run.steps.count.sum()))
     return state
 
 
