@@ -29,8 +29,8 @@ def test_no_copy_the_size_of_the_cache(name: str) -> None:
     uniforms = loop.draw_uniforms(jax.random.key(0), jnp.arange(BATCH), LENGTH)
     run = max(loop.schedule(plan, sampler), key=lambda run: len(run.steps.first))
     state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan.order), run.shape)
-    lowered = loop.decode_run.lower(random_weights(config.model), state, run.steps, uniforms, config.model,
-                                    sampler, Rule(), run.shape)
+    lowered = loop.decode_run.lower(random_weights(config.model), state, run.steps, loop.Draw(uniforms),
+                                    config.model, sampler, run.shape)
     compiled = lowered.compile()
     text = compiled.as_text()
     heads, size = config.model.heads, config.model.head_size
@@ -58,8 +58,8 @@ def test_no_loop_whose_turns_are_data(name: str, monkeypatch: pytest.MonkeyPatch
     programs += [jax.jit(function).lower(plan.order, plan.order) for function in (sort, unsort)]
     run = max(loop.schedule(plan, sampler), key=lambda run: (len(run.steps.first), run.shape))
     state = loop.grow(state, run.shape)
-    for given, source in ((state, uniforms), (dataclasses.replace(state, logp=uniforms[..., 0]), plan.order)):
-        programs.append(loop.decode_run.lower(weights, given, run.steps, source, config.model, sampler,
-                                              Rule(top_p=0.9, min_p=0.01), run.shape))
+    scored = dataclasses.replace(state, logp=uniforms[..., 0])
+    for begin, source in ((state, loop.Draw(uniforms, Rule(top_p=0.9, min_p=0.01))), (scored, loop.Score(plan.order))):
+        programs.append(loop.decode_run.lower(weights, begin, run.steps, source, config.model, sampler, run.shape))
     whiles = [line for program in programs for line in program.compile().as_text().splitlines() if " while(" in line]
     assert len(whiles) >= 3 and all("known_trip_count" in line for line in whiles)

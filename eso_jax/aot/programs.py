@@ -27,7 +27,6 @@ from eso_jax.aot import hlo
 from eso_jax.chips import Topology
 from eso_jax.config import Config
 from eso_jax.decoding import loop
-from eso_jax.decoding.categorical import Rule
 from eso_jax.model import cache as kv
 from eso_jax.model.params import abstract_weights
 from eso_jax.run import train
@@ -131,11 +130,11 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
                            weights, order)
     state = dataclasses.replace(state, tokens=rows(state.tokens), positions=rows(state.positions),
                                 cache=state.cache and state.cache.map(split))
-    uniforms = rows(jax.ShapeDtypeStruct((batch, model.length, 2), jnp.float32))
+    uniforms: Any = rows(jax.ShapeDtypeStruct((batch, model.length, 2), jnp.float32))
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, run.steps), uniforms, model, sampler,
-                                        Rule(), shape)
+        lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, run.steps), loop.Draw(uniforms), model,
+                                        sampler, shape)
     memory = {"weights": _held((weights.blocks, weights.head)), "embedding": _held(weights.embedding),
               "cache": _held(state.cache),
               "tokens": _held((state.tokens, state.positions, uniforms))}

@@ -105,7 +105,7 @@ class State:
     Attributes:
       tokens: int [B, L], the input tokens by slot: masks until decoded. AR: [B, L + 1], the start token first.
       positions: int [B, L], the natural position of each slot (the order).
-      logp: float32 [B, L], log p of the decoded tokens by slot where they are given (`log_prob`), else None.
+      logp: float32 [B, L], log p of the decoded tokens by slot where they are scored, else None.
       cache: the key-value cache, or None.
     """
 
@@ -113,6 +113,21 @@ class State:
     positions: Int[Array, "B L"]
     logp: Float[Array, "B L"] | None
     cache: kv.KVCache | None
+
+
+@struct.dataclass
+class Draw:
+    """Tokens are drawn by a rule, from two uniforms a slot."""
+
+    uniforms: Float[Array, "B L 2"]
+    rule: Rule = Rule()
+
+
+@struct.dataclass
+class Score:
+    """The tokens are given, by slot; their log p is wanted, at temperature 1 and from the whole distribution."""
+
+    tokens: Int[Array, "B L"]
 
 
 class Shape(NamedTuple):
@@ -153,7 +168,7 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     """
     state = start(weights, config, sampler, plan.order)
     uniforms = draw_uniforms(key, jnp.arange(len(plan.order)) if rows is None else rows, plan.length)
-    tokens = _decode(weights, config, sampler, plan, state, uniforms, rule, report).tokens
+    tokens = _decode(weights, config, sampler, plan, state, Draw(uniforms, rule), report).tokens
     return unsort(tokens[:, sampler.shift:], plan.order)
 
 
@@ -162,15 +177,15 @@ def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan
     """log p of each token, in the order, if `tokens` [B, L] were decoded along the plan; by the sampler's own steps."""
     state = start(weights, config, sampler, plan.order)
     state = dataclasses.replace(state, logp=jnp.zeros(tokens.shape, jnp.float32))
-    logp = _decode(weights, config, sampler, plan, state, sort(tokens, plan.order), Rule()).logp
+    logp = _decode(weights, config, sampler, plan, state, Score(sort(tokens, plan.order))).logp
     assert logp is not None
     return logp
 
 
 def _decode(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, state: State,
-            source: Float[Array, "B L 2"] | Int[Array, "B L"], rule: Rule, report: Report | None = None) -> State:
+            source: Draw | Score, report: Report | None = None) -> State:
     for run in schedule(plan, sampler):
-        state = decode_run(weights, grow(state, run.shape), run.steps, source, config, sampler, rule, run.shape)
+        state = decode_run(weights, grow(state, run.shape), run.steps, source, config, sampler, run.shape)
         if report is not None:
             jax.block_until_ready(state.tokens)
             report(int(run.steps.count.sum()))
@@ -329,18 +344,15 @@ def _rounded(n: Int[np.ndarray, " S"], length: int) -> Int[np.ndarray, " S"]:
     return np.minimum(np.where(power <= part, power, -(-n // part) * part), length)
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames=("config", "sampler", "rule", "shape"))
-def decode_run(weights: Weights, state: State, steps: Step, source: Float[Array, "B L 2"] | Int[Array, "B L"],
-               config: ModelConfig, sampler: Sampler, rule: Rule, shape: Shape) -> State:
-    """The passes `steps` [P] in one compiled loop; the state is donated and updated in place.
-
-    `source` says where tokens come from, by slot: uniforms to draw them by, or the tokens themselves, to score them.
-    """
+@functools.partial(jax.jit, donate_argnames="state", static_argnames=("config", "sampler", "shape"))
+def decode_run(weights: Weights, state: State, steps: Step, source: Draw | Score, config: ModelConfig,
+               sampler: Sampler, shape: Shape) -> State:
+    """The passes `steps` [P] in one compiled loop; the state is donated and updated in place."""
 
     def body(state: State, step: Step) -> tuple[State, None]:
         hidden, cache = hidden_of(weights, state, step, sampler, shape)
         state = dataclasses.replace(state, cache=cache)
-        return write(weights, state, step, hidden, source, config, sampler, rule, shape), None
+        return write(weights, state, step, hidden, source, config, sampler, shape), None
 
     return jax.lax.scan(body, state, steps)[0]
 
@@ -355,8 +367,7 @@ def hidden_of(weights: Weights, state: State, step: Step, sampler: Sampler,
 
 
 def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W D"],
-          source: Float[Array, "B L 2"] | Int[Array, "B L"], config: ModelConfig, sampler: Sampler, rule: Rule,
-          shape: Shape) -> State:
+          source: Draw | Score, config: ModelConfig, sampler: Sampler, shape: Shape) -> State:
     """Draws this step's tokens from their logits, or scores the given ones, and writes them into the state."""
     begin = taken_from(step, shape)
     slots = begin + jnp.arange(shape.width)
@@ -365,19 +376,24 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
     def logits_of(hidden: Array) -> Array:
         return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
 
-    def drawn(hidden: Array, uniforms: Array) -> Array:
+    def draw(hidden: Array, uniforms: Array) -> Array:
+        assert isinstance(source, Draw)
         with jax.named_scope("draw"):
-            return categorical.draw(logits_of(hidden), uniforms, rule).astype(state.tokens.dtype)
+            return categorical.draw(logits_of(hidden), uniforms, source.rule).astype(state.tokens.dtype)
 
-    def scored(hidden: Array, tokens: Array) -> Array:
+    def score(hidden: Array, tokens: Array) -> Array:
         return jnp.take_along_axis(jax.nn.log_softmax(logits_of(hidden)), tokens[..., None], axis=-1)[..., 0]
 
-    given, logp = jax.lax.dynamic_slice_in_dim(source, begin, shape.width, axis=1), state.logp
-    if logp is None:
-        chosen = vocabulary.in_chunks(drawn, config.vocab_size, hidden, given)
+    def own(x: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, begin, shape.width, axis=1)
+
+    logp = state.logp
+    if isinstance(source, Draw):
+        chosen = vocabulary.in_chunks(draw, config.vocab_size, hidden, own(source.uniforms))
     else:
-        chosen = given
-        logp = _replace(logp, begin, mine, vocabulary.in_chunks(scored, config.vocab_size, hidden, chosen))
+        assert logp is not None
+        chosen = own(source.tokens)
+        logp = _replace(logp, begin, mine, vocabulary.in_chunks(score, config.vocab_size, hidden, chosen))
     return dataclasses.replace(state, tokens=_replace(state.tokens, begin + sampler.shift, mine, chosen), logp=logp)
 
 

@@ -236,13 +236,12 @@ def _fastest(candidates: list[Timed]) -> Timed:
 def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
     """Decodes along the plan once, so that all its programs are there."""
     model, sampler = config.model, families.get(config).sampler(config)
-    uniforms = loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length)
+    source = loop.Draw(loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length), rule)
     state, lowered = loop.start(weights, model, sampler, plan.order), {}
     for run in loop.schedule(plan, sampler):
         state, program = loop.grow(state, run.shape), (run.shape, len(run.steps.first))
         if program not in lowered:
-            lowered[program] = loop.decode_run.lower(weights, state, run.steps, uniforms, model, sampler, rule,
-                                                     run.shape)
+            lowered[program] = loop.decode_run.lower(weights, state, run.steps, source, model, sampler, run.shape)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles side by side what Python can only trace in turn
         list(pool.map(lambda program: program.compile(), lowered.values()))
     families.sample(weights, config, plan, jax.random.key(1), rule).block_until_ready()
@@ -272,7 +271,7 @@ def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule,
             steps: int) -> Callable[[], None]:
     """Does the step `index` so many times whenever it is called, in the variant's shape; compiled already."""
     model, sampler = config.model, families.get(config).sampler(config)
-    uniforms = loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length)
+    source = loop.Draw(loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length), rule)
     slot = plan.first[index]
     run, of = next((run, of) for run in loop.schedule(plan, sampler, exact=name == "exact") for of in
                    np.flatnonzero((run.steps.first <= slot) & (slot < run.steps.first + run.steps.count)))
@@ -281,7 +280,7 @@ def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule,
 
     def go() -> None:
         nonlocal state
-        state = loop.decode_run(weights, state, table, uniforms, model, sampler, rule, run.shape)
+        state = loop.decode_run(weights, state, table, source, model, sampler, run.shape)
         jax.block_until_ready(state)
 
     go()
