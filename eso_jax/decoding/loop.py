@@ -226,14 +226,14 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> list[Run]:
     batch, cpu = plan.order.shape[0], sharding.platform() == "cpu"
     # On CPU a product with a single row takes half as long again as with two.
     least = min(length, 2 if batch == 1 and cpu else 1)
-    needed, width = np.maximum(stop - begin, least), np.maximum(counts, least)
-    window, steps = needed, Step(np.minimum(begin, length - needed), first, counts, np.minimum(first, plan.diffused))
+    window = needed = np.maximum(stop - begin, least)
+    width, steps = counts, Step(np.minimum(begin, length - needed), first, counts, np.minimum(first, plan.diffused))
     if not exact and sampler.cached and sampler.pattern == masks.CAUSAL:
         free = FREE if cpu else max(FREE, FREE_ELSEWHERE // batch)
         window = np.minimum(_few(needed, free, 4, WORTH), length)
         steps, window = _cut_windows(steps, begin, stop, window)
         inner = np.where(np.isin(steps.first + steps.count, stop), 0, steps.count)  # is not cut
-        counts = np.maximum(steps.count, least)
+        counts = np.maximum(steps.count, 1)
         width = _same(window, lambda of: np.clip(_few(counts[of], 2 * (free + int(window[of][0]))), inner[of].max(),
                                                  window[of]))
         steps, window, width = _cut_counts(steps, window, width)

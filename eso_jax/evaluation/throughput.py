@@ -6,8 +6,8 @@ scaled to its NFE. The samplers take turns, repeat by repeat.
 
 The floor of a plan is the least time that any program could take for its steps. In each, every weight is read once and
 so is the live cache, at the memory bandwidth; the products take their operations, at the matrix peak; the longer of the
-two counts. Bandwidth and peak are measured in the same run. NFE counts every pass; none is spent on writing the cache
-alone.
+two counts. Bandwidth and peak are measured in the same run. NFE counts the steps of the plan. A step that is
+wider than the window of its run takes several passes, which all cost time; none is spent on writing the cache alone.
 
 Each sampler runs on one device or with the batch split over all of them, whichever is faster in a generation tried
 before. (XLA does not split every product over the cores of a CPU, so that XLA_FLAGS=
