@@ -75,6 +75,20 @@ def test_cached_logits_equal_uncached(name: str, cuts: list[bool], batch: int, a
         np.testing.assert_allclose(cached, uncached, atol=1e-5 * largest, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_step_of_several_passes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are those of one pass without a cache, and given tokens get the same log p."""
+    plan = Plan(plan_of("esolm", 0, 2, CUTS).order, np.array([1, 6, 1, 4]))
+    x = sort(random_tokens(CONFIG, 2), plan.order)
+    before = families.plan_log_prob(WEIGHTS, CONFIG, plan, unsort(x, plan.order))
+    monkeypatch.setattr(loop, "_few", lambda needed, _, *window: np.full(len(needed), size if window else 2))
+    assert sum(len(run.steps.first) for run in loop.schedule(plan, families.get(CONFIG).sampler(CONFIG))) > 6
+    for cached, uncached in logits_pair("esolm", plan, x):
+        np.testing.assert_allclose(cached, uncached, atol=5e-5, rtol=1e-5)
+    after = families.plan_log_prob(WEIGHTS, CONFIG, plan, unsort(x, plan.order))
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
 def test_differences_between_logits() -> None:
     """Without the mask's; and not a number is not small."""
     ours, theirs = np.zeros((2, 1, 3)), np.array([[[1.0, -4, 9e9]], [[2, 2, 0]]])
@@ -176,8 +190,8 @@ def test_rows_do_not_know_their_batch(name: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(NAMES), cuts=any_cuts(), alpha_0=st.sampled_from([0.0, 0.5, 1.0]), batch=st.integers(1, 2),
-       free=st.sampled_from([0, 8, 256]))
-def test_schedule_covers_every_step(name: str, cuts: list[bool], alpha_0: float, batch: int, free: int) -> None:
+       size=st.sampled_from([None, 1, 2, 3, 5]))
+def test_schedule_covers_every_step(name: str, cuts: list[bool], alpha_0: float, batch: int, size: int | None) -> None:
     """Each slot is decoded once. Then the last pass over every slot before its step came after that was decoded, and
     over its step's own slots before any of them was; whatever windows are rounded to, cut into and filled up with."""
     plan = plan_of(name, 0, batch, cuts, alpha_0)
@@ -186,7 +200,8 @@ def test_schedule_covers_every_step(name: str, cuts: list[bool], alpha_0: float,
     known = np.arange(LENGTH + shift) < shift  # tokens of the input
     passed = np.full(LENGTH, -1)  # which slots have passed: 0 as masks, 1 as tokens
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "FREE", free)
+        if size is not None:  # windows of any size, and single rows of logits
+            patch.setattr(loop, "_few", lambda needed, _, *window: np.full(len(needed), size if window else 1))
         runs = loop.schedule(plan, sampler)
     for run in runs:
         assert live <= run.shape.live <= LENGTH
