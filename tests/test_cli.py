@@ -94,6 +94,10 @@ def test_sample_writes_the_contract(tmp_path: Path, run: Run, trained: Path) -> 
     run("sample", "--workdir", trained, "--num-samples", 5, "--steps", 4, "--alpha-0", 0.5, "--top-p", 0.9,
         "--seed", 3, "--out", tmp_path / "again.npz")
     np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "again.npz")["tokens"])
+    run("sample", "--workdir", trained, "--num-samples", 5, "--steps", 4, "--alpha-0", 0.5, "--top-p", 0.9,
+        "--seed", 3, "--out", tmp_path / "text.jsonl")
+    lines = (tmp_path / "text.jsonl").read_text("utf-8").split("\n")[:-1]
+    assert [json.loads(line)["text"] for line in lines] == found["text"].tolist()
 
 
 @pytest.mark.slow
@@ -245,6 +249,7 @@ def test_import_then_score_gives_the_golden_bound(tmp_path: Path, run: Run, impo
 def test_an_imported_model_samples_without_a_tokenizer(tmp_path: Path, run: Run, imported: Path) -> None:
     run("sample", "--workdir", imported, "--num-samples", 2, "--steps", 4, "--out", tmp_path / "s.npz")
     assert "text" not in np.load(tmp_path / "s.npz")
+    assert "no tokenizer" in run("sample", "--workdir", imported, "--out", tmp_path / "s.jsonl", code=2)
     assert "fits no tokenizer" in run("eval", "--workdir", imported, "--out", tmp_path / "e.json", code=2)
 
 

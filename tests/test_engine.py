@@ -106,6 +106,26 @@ def test_rows_come_back_in_order_without_the_padding() -> None:
         engine(config, model.weights, 0)
 
 
+@pytest.mark.parametrize(("stop", "keep", "kept"), [(3, True, 4), (3, False, None), (1, True, None)])
+def test_an_interrupt_keeps_the_batches_that_are_done(stop: int, keep: bool, kept: int | None) -> None:
+    """Only if that is asked for, and if there are any."""
+    config, batches = tiny_config(), iter(range(1, 5))
+    model = engine(config, random_weights(config.model), 2)
+
+    def function(_: Any, rows: jax.Array) -> jax.Array:
+        if next(batches) == stop:
+            raise KeyboardInterrupt
+        return rows
+
+    def rows() -> Any:
+        return model.rows(function, 7, lambda rows: [rows.astype(np.int32)], keep=keep)
+
+    if kept is None:
+        pytest.raises(KeyboardInterrupt, rows)
+    else:
+        assert rows().tolist() == list(range(kept))
+
+
 def test_out_of_memory_is_one_line_with_the_remedy() -> None:
     config = tiny_config()
     model = engine(config, random_weights(config.model))

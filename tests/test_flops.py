@@ -125,13 +125,12 @@ def test_a_sampling_step_is_what_xla_counts(name: str) -> None:
     config, batch = wide(name=name), 8
     plan = left_to_right(batch, config.model.length)
     sampler = families.get(config).sampler(config)
-    steps, runs = loop.schedule(plan, sampler)
-    run = runs[-1]
+    run = loop.schedule(plan, sampler)[-1]
     weights = jax.eval_shape(lambda: unstack(fold(config.model, init_params(
         config.model, jax.random.key(0)))))
     state = jax.eval_shape(lambda: loop.grow(loop.start(weights, config.model, sampler, plan.order), run.shape))
     uniforms = jax.ShapeDtypeStruct((batch, config.model.length, 2), jnp.float32)
-    lowered = loop.decode_run.lower(weights, state, steps, run.low, run.high, uniforms, config.model, sampler,
-                                    Rule(temperature=0.0), run.shape)
+    lowered = loop.decode_run.lower(weights, state, run.steps, loop.Draw(uniforms, Rule(temperature=0.0)),
+                                    config.model, sampler, run.shape)
     ours = sum(flops.sampling_step(config.model, batch, *run.shape).values())
     assert 0.9 < ours / float(lowered.cost_analysis()["flops"]) < 1  # drawing is a larger part

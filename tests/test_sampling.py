@@ -77,6 +77,20 @@ def test_cached_logits_equal_uncached(name: str, cuts: list[bool], batch: int, a
         np.testing.assert_allclose(cached, uncached, atol=1e-5 * largest, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_step_of_several_passes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are those of one pass without a cache, and given tokens get the same log p."""
+    plan = Plan(plan_of("esolm", 0, 2, CUTS).order, np.array([1, 6, 1, 4]))
+    x = sort(random_tokens(CONFIG, 2), plan.order)
+    before = families.plan_log_prob(WEIGHTS, CONFIG, plan, unsort(x, plan.order))
+    monkeypatch.setattr(loop, "_few", lambda needed, _, *window: np.full(len(needed), size if window else 2))
+    assert sum(len(run.steps.first) for run in loop.schedule(plan, families.get(CONFIG).sampler(CONFIG))) > 6
+    for cached, uncached in logits_pair("esolm", plan, x):
+        np.testing.assert_allclose(cached, uncached, atol=5e-5, rtol=1e-5)
+    after = families.plan_log_prob(WEIGHTS, CONFIG, plan, unsort(x, plan.order))
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
 def test_differences_between_logits() -> None:
     """Without the mask's; and not a number is not small."""
     ours, theirs = np.zeros((2, 1, 3)), np.array([[[1.0, -4, 9e9]], [[2, 2, 0]]])
@@ -208,25 +222,35 @@ def test_rows_do_not_know_their_batch(name: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(name=st.sampled_from(NAMES), cuts=any_cuts(), alpha_0=st.sampled_from([0.0, 0.5, 1.0]), batch=st.integers(1, 2))
-def test_schedule_covers_every_step(name: str, cuts: list[bool], alpha_0: float, batch: int) -> None:
-    """Each window holds what its step needs and fits into the cache, whatever it is rounded to."""
+@given(name=st.sampled_from(NAMES), cuts=any_cuts(), alpha_0=st.sampled_from([0.0, 0.5, 1.0]), batch=st.integers(1, 2),
+       size=st.sampled_from([None, 1, 2, 3, 5]))
+def test_schedule_covers_every_step(name: str, cuts: list[bool], alpha_0: float, batch: int, size: int | None) -> None:
+    """Each slot is decoded once. Then the last pass over every slot before its step came after that was decoded, and
+    over its step's own slots before any of them was; whatever windows are rounded to, cut into and filled up with."""
     plan = plan_of(name, 0, batch, cuts, alpha_0)
     sampler = families.get(CONFIGS[name]).sampler(CONFIGS[name])
-    needed = sampler.window(plan)
-    steps, runs = loop.schedule(plan, sampler)
-    assert [step for run in runs for step in range(run.low, run.high)] == list(range(plan.nfe))
-    live = 0
+    shift, live = sampler.shift, 0
+    known = np.arange(LENGTH + shift) < shift  # tokens of the input
+    passed = np.full(LENGTH, -1)  # which slots have passed: 0 as masks, 1 as tokens
+    with pytest.MonkeyPatch.context() as patch:
+        if size is not None:  # windows of any size, and single rows of logits
+            patch.setattr(loop, "_few", lambda needed, _, *window: np.full(len(needed), size if window else 1))
+        runs = loop.schedule(plan, sampler)
     for run in runs:
         assert live <= run.shape.live <= LENGTH
         live = run.shape.live
-        for index in range(run.low, run.high):
-            step = jax.tree.map(lambda x, i=index: x[i], steps)
-            start, end = int(step.start), int(step.start) + run.shape.window
-            taken, stop = int(loop.taken_from(step, run.shape)), int(step.first + step.count)
-            assert (int(step.first), int(step.count)) == (plan.first[index], plan.tokens_per_step[index])
-            assert 0 <= start <= needed[0][index] and needed[1][index] <= end <= live
-            assert start <= taken <= step.first and stop <= taken + run.shape.width <= end
+        for index in range(len(run.steps.first)):
+            step = jax.tree.map(lambda x, i=index: np.asarray(x[i]), run.steps)
+            taken, end = int(loop.taken_from(step, run.shape)), step.start + run.shape.window
+            assert 0 <= step.start <= taken <= step.first and end <= live
+            passed[step.start:end] = known[step.start:end]
+            if step.count:
+                stop, begin = step.first + step.count, plan.first[plan.first <= step.first].max()
+                assert stop <= taken + run.shape.width <= end
+                assert (passed[:begin + shift] == 1).all() and (passed[begin + shift:stop] == 0).all()
+                assert not known[step.first + shift:stop + shift].any()
+                known[step.first + shift:stop + shift] = True
+    assert known.all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -243,26 +267,55 @@ def test_nothing_is_left_uncached(name: str) -> None:
         written = max(written, min(plan.first[index], stop[index]))
 
 
-def test_windows_of_a_long_plan_are_rounded_and_the_cache_grows() -> None:
-    plan = binomial(jax.random.key(0), 1, 2048, 64, 0.5)
-    _, runs = loop.schedule(plan, families.get(CONFIG).sampler(CONFIG))
-    assert {run.shape.live for run in runs} <= set(range(256, 2049, 256)) and runs[-1].shape.live == 2048
-    assert len({run.shape.live for run in runs}) > 4
-    assert all(run.shape.window & (run.shape.window - 1) == 0 for run in runs)
-    assert len({run.shape for run in runs}) < 25
+@pytest.mark.parametrize(("steps", "most", "more"), [(128, 8, 0.61), (1024, 8, 0.75)])
+def test_binomial_plans_need_few_programs(steps: int, most: int, more: float) -> None:
+    """At L = 1024 and alpha_0 = 1, over 20 seeds: loops of a plan, slots more than needed, and programs of all."""
+    sampler, programs = families.get(CONFIG).sampler(CONFIG), set()
+    for seed in range(20):
+        plan = binomial(jax.random.key(seed), 1, 1024, steps, 1.0)
+        runs, (begin, stop) = loop.schedule(plan, sampler), sampler.window(plan)
+        slots = sum(len(run.steps.start) * run.shape.window for run in runs)
+        assert len(runs) <= most and slots <= (1 + more) * (stop - begin).sum()
+        assert {run.shape.live for run in runs} == {256, 512, 768, 1024}
+        programs |= {(run.shape, len(run.steps.start)) for run in runs}
+    assert len(programs) <= 12
+
+
+@pytest.mark.parametrize("name", ["esolm", "ar", "bd3lm", "mdlm"])
+def test_one_token_per_pass_takes_no_more_passes(name: str) -> None:
+    config = tiny_config(name, 512, **({"block_size": BLOCK} if name == "bd3lm" else {}))
+    policy = "left-to-right" if name == "ar" else "one-by-one"
+    plan = families.get(config).plan(jax.random.key(0), config, 1, 512, 0.0 if name == "ar" else 1.0, policy)
+    runs = loop.schedule(plan, families.get(config).sampler(config))
+    assert 512 <= sum(len(run.steps.start) for run in runs) <= 512 + 2 * (name == "bd3lm")
+    assert len({(run.shape, len(run.steps.start)) for run in runs}) <= (4 if name == "bd3lm" else 2)
+
+
+def test_a_step_unlike_the_others_has_a_window_of_its_own() -> None:
+    counts = np.array([1] * 200 + [512] + [1] * 312)
+    runs = loop.schedule(Plan(left_to_right(1, 1024).order, counts), families.get(CONFIG).sampler(CONFIG))
+    passes = sum(len(run.steps.start) for run in runs)
+    slots = sum(len(run.steps.start) * run.shape.window for run in runs)
+    assert passes <= 1.1 * len(counts) and slots <= 1.3 * 2 * 1024
 
 
 @pytest.mark.slow
 def test_plans_share_their_programs() -> None:
-    """Compilation is per shape: many plans, of other numbers of steps, need few programs between them."""
+    """Compilation is per shape and length: plans of other numbers of steps need few programs between them."""
     key, before = jax.random.key(0), loop.decode_run._cache_size()
     plans = [binomial(jax.random.key(seed), 3, LENGTH, 4, 0.5) for seed in range(12)]
     assert len({plan.nfe for plan in plans}) > 3
     for plan in plans:
         families.sample(WEIGHTS, CONFIG, plan, key, Rule(temperature=0.9))
     sampler = families.get(CONFIG).sampler(CONFIG)
-    shapes = {run.shape for plan in plans for run in loop.schedule(plan, sampler)[1]}
-    assert loop.decode_run._cache_size() - before == len(shapes) <= 12
+    programs = {(run.shape, len(run.steps.first)) for plan in plans for run in loop.schedule(plan, sampler)}
+    assert loop.decode_run._cache_size() - before == len(programs) <= 13
+
+
+def test_progress_is_reported_token_by_token() -> None:
+    plan, counts = binomial(jax.random.key(0), 3, LENGTH, 4, 0.5), list[int]()
+    families.sample(WEIGHTS, CONFIG, plan, jax.random.key(0), Rule(temperature=0.9), report=counts.append)
+    assert sum(counts) == LENGTH
 
 
 def test_positions_matter_not_slots() -> None:

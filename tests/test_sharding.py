@@ -37,7 +37,7 @@ for tensor in (1, 4):
     with jax.set_mesh(model.mesh):
         eight = samples.plan.rows(np.arange(8) % 6)
         state = loop.start(model.weights, model.config.model, sampler, eight.order)
-        state = loop.grow(state, loop.schedule(eight, sampler)[1][0].shape)
+        state = loop.grow(state, loop.schedule(eight, sampler)[0].shape)
         if jax.device_count() > 1:
             shares = {(model.mesh.shape["data"], model.mesh.shape["tensor"])}
             assert shares == {(x.shape[0] // x.sharding.shard_shape(x.shape)[0],

@@ -144,10 +144,11 @@ def cost(text: str) -> Cost:
 
 
 def turn(text: str) -> Cost:
-    """The cost of one turn of a program's loop: of its longest, if it has several."""
+    """The cost of one turn of a program's loop, the largest if there are several."""
     counter, entry = _counter(text)
-    bodies = [_must(one, "body") for one in counter.computations[entry].instructions.values() if one.opcode == "while"]
-    return counter.computation(max(bodies, key=lambda body: len(counter.computations[body].instructions)))
+    turns = [counter.computation(_must(one, "body")) for one in counter.computations[entry].instructions.values()
+             if one.opcode == "while"]
+    return max(turns, key=lambda turn: turn.flops)
 
 
 def unbounded(text: str) -> list[str]:

@@ -27,7 +27,6 @@ from eso_jax.aot import hlo
 from eso_jax.chips import Topology
 from eso_jax.config import Config
 from eso_jax.decoding import loop
-from eso_jax.decoding.categorical import Rule
 from eso_jax.model import cache as kv
 from eso_jax.model.params import abstract_weights
 from eso_jax.run import train
@@ -113,10 +112,10 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     batch, family = batch_per_copy * (len(devices) // tensor), families.get(config)
     plan = family.plan(jax.random.key(0), config, 1, model.length, families.alpha_0_of(config, None),
                        family.policies[-1])
-    plan, sampler = plan.rows(np.zeros(batch, int)), family.sampler(config)
+    sampler = family.sampler(config)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # shapes depend on the platform and on the batch
-        steps, runs = loop.schedule(plan, sampler)
-    shape = runs[-1].shape
+        run = loop.schedule(plan.rows(np.zeros(batch, int)), sampler)[-1]
+    shape = run.shape
 
     def everywhere(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
@@ -133,12 +132,11 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
                            weights, order)
     state = dataclasses.replace(state, tokens=rows(state.tokens), positions=rows(state.positions),
                                 cache=state.cache and state.cache.map(split))
-    uniforms = rows(jax.ShapeDtypeStruct((batch, model.length, 2), jnp.float32))
-    scalar = everywhere(jax.ShapeDtypeStruct((), jnp.int32))
+    uniforms: Any = rows(jax.ShapeDtypeStruct((batch, model.length, 2), jnp.float32))
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, steps), scalar, scalar, uniforms,
-                                        model, sampler, rule, shape)
+        lowered = loop.decode_run.lower(weights, state, jax.tree.map(everywhere, run.steps), loop.Draw(uniforms, rule),
+                                        model, sampler, shape)
     memory = {"weights": _held((weights.blocks, weights.head)), "embedding": _held(weights.embedding),
               "cache": _held(state.cache),
               "tokens": _held((state.tokens, state.positions, uniforms))}

@@ -30,6 +30,12 @@ def write_npz(path: str, **arrays: Any) -> None:
     say(f"wrote {path}")
 
 
+def write_lines(path: str, text: list[str]) -> None:
+    """JSON lines of {"text": ...}, as `eso-jax quality` and others read them."""
+    Path(path).write_text("".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in text), "utf-8")
+    say(f"wrote {path}")
+
+
 def read_array(path: str, flag: str, key: str) -> Any:
     """The array of a .npy file, or the one called `key` of a .npz file."""
     import zipfile

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from eso_jax.cli import options
-from eso_jax.cli.files import check_out, read_plan, say, write_npz
+from eso_jax.cli.files import check_out, read_plan, say, write_lines, write_npz
 from eso_jax.decoding.plan import POLICIES
 from eso_jax.errors import EsoError
 
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_precision(parser)
     options.of_devices(parser)
     parser.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
-    parser.add_argument("--out", required=True, help=".npz with tokens [N, L], order [N, L], tokens_per_step, text")
+    parser.add_argument("--out", required=True, help=".npz with tokens [N, L], order [N, L], tokens_per_step, text; or "
+                                                     ".jsonl of the text alone")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,6 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_out(arguments.out)
     model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor,
                  batch_size=arguments.batch_size, attention=arguments.attention)
+    lines = arguments.out.endswith(".jsonl")
+    if lines and model.tokenizer is None:
+        raise EsoError(f"--out = {arguments.out!r}: the model has no tokenizer, so there is no text; give a .npz")
     plan = arguments.plan
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:
@@ -49,11 +53,16 @@ def run(arguments: argparse.Namespace) -> None:
     steps = 128 if arguments.steps is None else arguments.steps
     found = model.sample(arguments.num_samples, steps, arguments.alpha_0, arguments.top_p,
                          arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
-                         num_tries=arguments.num_tries, min_entropy=arguments.min_entropy)
+                         num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True)
     text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
-    extra: dict[str, Any] = {"text": np.array(text)} if text else {}
-    write_npz(arguments.out, tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
-              diffusion=found.diffusion, tries=found.tries, **extra)
+    if len(found.tokens) < arguments.num_samples:
+        say(f"interrupted: the first {len(found.tokens)} of {arguments.num_samples} samples are kept")
+    if lines:
+        write_lines(arguments.out, text)
+    else:
+        extra: dict[str, Any] = {"text": np.array(text)} if text else {}
+        write_npz(arguments.out, tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
+                  diffusion=found.diffusion, tries=found.tries, **extra)
     for index, sequence in enumerate(text[:arguments.show]):
         say(f"--- sample {index}\n{sequence}")
     if arguments.num_tries > 1:

@@ -32,19 +32,23 @@ def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan:
 
     Runs the sampler's own steps, one by one, to compare them with `uncached_logits`.
     """
-    steps, runs = loop.schedule(plan, sampler)
-    state = loop.start(weights, config, sampler, plan.order)
-    for run in runs:
+    state, counts = loop.start(weights, config, sampler, plan.order), iter(plan.tokens_per_step.tolist())
+    left, parts = next(counts), {}  # a step may take several passes, not always in the order of its slots
+    for run in loop.schedule(plan, sampler):
         state = loop.grow(state, run.shape)
-        for index in range(run.low, run.high):
-            step = _at(steps, index)
+        for index in range(len(run.steps.first)):
+            step = _at(run.steps, index)
             hidden, cache = _hidden_of(weights, state, step, sampler, run.shape)
-            logits = _head(weights, hidden, config.mask)
             first, count, skip = int(step.first), int(step.count), int(step.first - loop.taken_from(step, run.shape))
-            yield logits[:, skip:skip + count]
             target = slice(first + sampler.shift, first + count + sampler.shift)
             tokens = state.tokens.at[:, target].set(x[:, first:first + count])
             state = dataclasses.replace(state, tokens=tokens, cache=cache)
+            if count:
+                parts[first] = _head(weights, hidden, config.mask)[:, skip:skip + count]
+                left -= count
+                if left == 0:
+                    yield jnp.concatenate([parts[first] for first in sorted(parts)], axis=1)
+                    left, parts = next(counts, 0), {}
 
 
 def uncached_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, x: Int[Array, "B L"],
@@ -53,7 +57,7 @@ def uncached_logits(weights: Weights, config: ModelConfig, sampler: Sampler, pla
     cache."""
     begin = loop.start(weights, config, sampler, plan.order)
     inputs = jnp.concatenate([begin.tokens[:, :sampler.shift], x], axis=1)[:, :x.shape[1]]
-    steps, _ = loop.schedule(plan, sampler)
+    steps = Step(np.zeros_like(plan.first), plan.first, plan.tokens_per_step, np.minimum(plan.first, plan.diffused))
     for index in range(plan.nfe) if indices is None else indices:
         step = _at(steps, index)
         known = (jnp.arange(x.shape[1]) < step.first + sampler.shift)[None]
@@ -123,7 +127,7 @@ def _filled(engine: Engine, sampler: Sampler, plan: Plan,
 
 
 def _at(steps: Step, index: int) -> Step:
-    return jax.tree.map(lambda field: field[index], steps)
+    return jax.tree.map(lambda field: jnp.asarray(field[index]), steps)
 
 
 @functools.partial(jax.jit, static_argnames="mask_id")

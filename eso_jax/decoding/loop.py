@@ -14,14 +14,16 @@ A family says in a `Sampler` what the window of a step is and who sees whom:
   MDLM         all                                           everyone, no cache         its own mask
 
 Windows have as many widths as the plan has step sizes, but a compiled loop has one. `schedule` therefore cuts the plan
-into runs of consecutive steps whose windows, rounded up, are of one shape. A run is one compiled loop over its steps,
-compiled once per shape and reused by later runs and plans (it is a `fori_loop`, whose bounds are data where a
-`lax.scan`'s length is shape). A window that is too wide begins earlier or ends later than needed: earlier slots are
-recomputed to the same values, later ones cannot be seen and are overwritten, so rounding up costs time and changes
-nothing. (Instead, one loop could hold a `lax.switch` over the shapes. On 2 CPU cores, L = 256, T = 256, batch 4, it ran
-7% slower; and the cache could not grow with the plan.)
+into runs of passes whose windows are of one shape. A run is one dispatch of one compiled loop: a `scan` over a fixed
+number of passes, whose numbers are data. (Were the bounds of the loop data, a GPU would ask the host after each pass.)
+Programs are compiled once per shape and length and used by later runs and plans, so there should be few. A window
+that is too wide begins earlier or ends later than needed: earlier slots are recomputed to the same values, later ones
+cannot be seen and are overwritten. A window that is too narrow for a step takes several passes. A run that is too long
+repeats its last pass and decodes nothing. All three cost time and change nothing. (Instead, one loop could hold a
+`lax.switch` over the shapes. On 2 CPU cores, L = 256, T = 256, batch 4, it ran 7% slower; and the cache could not grow
+with the plan.)
 
-Axes: B batch, L length, S steps, W slots of a window, V vocabulary.
+Axes: B batch, L length, S steps of a plan, P passes, W slots of a window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,26 +46,29 @@ from eso_jax.decoding import categorical
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import sort, unsort
 from eso_jax.decoding.plan import Plan
-from eso_jax.model import cache as kv, transformer, vocabulary
+from eso_jax.model import cache as kv, masks, transformer, vocabulary
 from eso_jax.model.masks import Pattern, View
 from eso_jax.model.params import Weights
 
+# A pass costs as much as its slots and so many more: it reads the weights, elsewhere for all rows of a batch at once.
+FREE, FREE_ELSEWHERE = 8, 256
+WORTH = 1 / 16  # of a plan's cost: what a window of another width must save
 PARTS, PART = 8, 256  # wide windows, and the cache, grow by an eighth of the length; the cache at least by 256 slots
 
 
 @struct.dataclass
 class Step:
-    """One step in numbers (or several, as arrays): it decodes `count` slots from `first`, by a window from `start`.
+    """One pass in numbers (or several, as arrays): it decodes `count` slots from `first`, by a window from `start`.
 
     Attributes:
       start, first, count: as above; the slots' logits are the window's rows from `first - start`.
       diffused: slots before `first` that were decoded by diffusion, not sequentially.
     """
 
-    start: Int[Array, "*S"]
-    first: Int[Array, "*S"]
-    count: Int[Array, "*S"]
-    diffused: Int[Array, "*S"]
+    start: Int[Any, "*P"]
+    first: Int[Any, "*P"]
+    count: Int[Any, "*P"]
+    diffused: Int[Any, "*P"]
 
 
 class Sampler(NamedTuple):
@@ -100,7 +105,7 @@ class State:
     Attributes:
       tokens: int [B, L], the input tokens by slot: masks until decoded. AR: [B, L + 1], the start token first.
       positions: int [B, L], the natural position of each slot (the order).
-      logp: float32 [B, L], log p of the decoded tokens by slot where they are given (`log_prob`), else None.
+      logp: float32 [B, L], log p of the decoded tokens by slot where they are scored, else None.
       cache: the key-value cache, or None.
     """
 
@@ -108,6 +113,21 @@ class State:
     positions: Int[Array, "B L"]
     logp: Float[Array, "B L"] | None
     cache: kv.KVCache | None
+
+
+@struct.dataclass
+class Draw:
+    """Tokens are drawn by a rule, from two uniforms a slot."""
+
+    uniforms: Float[Array, "B L 2"]
+    rule: Rule = Rule()
+
+
+@struct.dataclass
+class Score:
+    """The tokens are given, by slot; their log p is wanted, at temperature 1 and from the whole distribution."""
+
+    tokens: Int[Array, "B L"]
 
 
 class Shape(NamedTuple):
@@ -125,15 +145,18 @@ class Shape(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Consecutive steps low..high - 1 of one shape."""
+    """Consecutive passes of one shape, one dispatch of a compiled loop."""
 
-    low: int
-    high: int
+    steps: Step
     shape: Shape
 
 
+Report = Callable[[int], None]
+
+
 def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, key: Key[Array, ""],
-           rule: Rule = Rule(), rows: Int[Array, " B"] | None = None) -> Int[Array, "B L"]:
+           rule: Rule = Rule(), rows: Int[Array, " B"] | None = None,
+           report: Report | None = None) -> Int[Array, "B L"]:
     """Decodes a batch along the plan; returns tokens in natural order.
 
     The draws of row b are keyed by (key, rows[b], slot) and do not depend on the other rows.
@@ -141,10 +164,11 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     Args:
       weights: of params.fold, unstacked.
       rows: numbers of the rows, 0 to B - 1 by default.
+      report: is told after each run how many tokens a row has got in it.
     """
     state = start(weights, config, sampler, plan.order)
     uniforms = draw_uniforms(key, jnp.arange(len(plan.order)) if rows is None else rows, plan.length)
-    tokens = _decode(weights, config, sampler, plan, state, uniforms, rule).tokens
+    tokens = _decode(weights, config, sampler, plan, state, Draw(uniforms, rule), report).tokens
     return unsort(tokens[:, sampler.shift:], plan.order)
 
 
@@ -153,17 +177,18 @@ def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan
     """log p of each token, in the order, if `tokens` [B, L] were decoded along the plan; by the sampler's own steps."""
     state = start(weights, config, sampler, plan.order)
     state = dataclasses.replace(state, logp=jnp.zeros(tokens.shape, jnp.float32))
-    logp = _decode(weights, config, sampler, plan, state, sort(tokens, plan.order), Rule()).logp
+    logp = _decode(weights, config, sampler, plan, state, Score(sort(tokens, plan.order))).logp
     assert logp is not None
     return logp
 
 
 def _decode(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, state: State,
-            source: Float[Array, "B L 2"] | Int[Array, "B L"], rule: Rule) -> State:
-    steps, runs = schedule(plan, sampler)
-    for run in runs:
-        state = grow(state, run.shape)
-        state = decode_run(weights, state, steps, run.low, run.high, source, config, sampler, rule, run.shape)
+            source: Draw | Score, report: Report | None = None) -> State:
+    for run in schedule(plan, sampler):
+        state = decode_run(weights, grow(state, run.shape), run.steps, source, config, sampler, run.shape)
+        if report is not None:
+            jax.block_until_ready(state.tokens)
+            report(int(run.steps.count.sum()))
     return state
 
 
@@ -190,26 +215,127 @@ def grow(state: State, shape: Shape) -> State:
 _grown = jax.jit(kv.grown, static_argnames="slots")
 
 
-def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> tuple[Step, list[Run]]:
-    """The steps of a plan as numbers, and their runs; `exact` shapes are not rounded (to measure what rounding costs).
+def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> list[Run]:
+    """The runs of a plan; `exact` shapes fit every step (to measure what sharing them costs).
+
+    A causal window can be cut: its later slots may pass after the earlier ones. So a step that is wider than the window
+    of its run takes several passes, and the run needs no shape of its own for it.
     """
     length, counts, first = plan.length, plan.tokens_per_step, plan.first
     begin, stop = sampler.window(plan)
+    batch, cpu = plan.order.shape[0], sharding.platform() == "cpu"
     # On CPU a product with a single row takes half as long again as with two.
-    least = min(length, 2 if plan.order.shape[0] == 1 and sharding.platform() == "cpu" else 1)
-    window, width, part = np.maximum(stop - begin, least), counts, 1
-    if not exact:
-        window, width, part = _rounded(window, length), _rounded(width, length), max(PART, -(-length // PARTS))
+    least = min(length, 2 if batch == 1 and cpu else 1)
+    window = needed = np.maximum(stop - begin, least)
+    width, steps = counts, Step(np.minimum(begin, length - needed), first, counts, np.minimum(first, plan.diffused))
+    if not exact and sampler.cached and sampler.pattern == masks.CAUSAL:
+        free = FREE if cpu else max(FREE, FREE_ELSEWHERE // batch)
+        window = np.minimum(_few(needed, free, 4, WORTH), length)
+        steps, window = _cut_windows(steps, begin, stop, window)
+        inner = np.where(np.isin(steps.first + steps.count, stop), 0, steps.count)  # is not cut
+        counts = np.maximum(steps.count, 1)
+        width = _same(window, lambda of: np.clip(_few(counts[of], 2 * (free + int(window[of][0]))), inner[of].max(),
+                                                 window[of]))
+        steps, window, width = _cut_counts(steps, window, width)
+    elif not exact:
+        window = _rounded(needed, length)
         window[:1] = window[:2].max()  # a first step of its own shape would cost a compilation
-    begin = np.minimum(begin, length - window)  # a window that is too wide may not run over the end
-    live = np.maximum.accumulate(np.minimum(length, -(-(begin + window) // part) * part))
-    shapes = np.stack([window, width, live], axis=1)
-    changes = np.flatnonzero((shapes[1:] != shapes[:-1]).any(axis=1)) + 1
-    runs = [Run(low, high, Shape(*shapes[low].tolist()))
-            for low, high in itertools.pairwise([0, *changes.tolist(), len(counts)])]
-    # Padded to one size, so that plans of other numbers of steps run the same programs.
-    fields = (begin, first, counts, np.minimum(first, plan.diffused))
-    return Step(*(jnp.asarray(np.pad(x, (0, length - len(x))), jnp.int32) for x in fields)), runs
+        steps = dataclasses.replace(steps, start=np.minimum(begin, length - window))
+        width = _same(window, lambda of: _sizes(int(width[of].max()))[-1:].clip(max=window[of][0]))
+    return _runs(steps, window, width, length, 1 if exact else max(PART, -(-length // PARTS)))
+
+
+def _same(window: Int[np.ndarray, " S"], value: Callable[[Any], Int[np.ndarray, " _"]]) -> Int[np.ndarray, " S"]:
+    """One value(its passes) for all passes of a window."""
+    found = np.empty_like(window)
+    for size in np.unique(window):
+        found[window == size] = value(window == size)
+    return found
+
+
+def _few(needed: Int[np.ndarray, " S"], free: int, parts: int = 1, worth: float = 1) -> Int[np.ndarray, " S"]:
+    """For each step the size of its passes, the same over long stretches: the one that costs least, where steps that
+    need more take several passes. A pass costs its size and `free` more. A stretch of its own must save the share
+    `worth` of the whole cost."""
+    sizes = _sizes(int(needed.max()), parts)
+    until = np.pad(np.cumsum(-(-needed // sizes[:, None]), axis=1), [(0, 0), (1, 0)]) * (sizes + free)[:, None]
+    found, enough = np.zeros(len(needed), np.int64), worth * until[:, -1].min()
+
+    def fill(low: int, high: int) -> None:
+        before = until[:, low:high + 1] - until[:, low:low + 1]
+        after = before[:, -1:] - before
+        cost = before.min(0) + after.min(0)  # cut there
+        cut = int(cost.argmin())
+        if cost[0] - cost[cut] > enough:
+            fill(low, low + cut)
+            fill(low + cut, high)
+        else:
+            found[low:high] = sizes[len(sizes) - 1 - after[::-1, 0].argmin()]
+
+    fill(0, len(needed))
+    return found
+
+
+def _cut_windows(steps: Step, begin: Int[np.ndarray, " S"], stop: Int[np.ndarray, " S"],
+                 window: Int[np.ndarray, " S"]) -> tuple[Step, Int[np.ndarray, " _"]]:
+    """Passes of at most `window` slots. The last one of a step ends where the step does, and none begins before a slot
+    that an earlier one has decoded, which would no longer be a mask."""
+    passes, length = -(-(stop - begin) // window), stop[-1]
+    number, (begin, stop, window, several, steps) = _repeat((begin, stop, window, passes > 1, steps), passes)
+    start = np.where(several, np.minimum(begin + window * number, stop - window), np.minimum(begin, length - window))
+    first = np.maximum(steps.first, np.where(number, start, 0))
+    end = np.where(np.append(number[1:], 0), np.maximum(steps.first, np.append(start[1:], 0)), stop)
+    return dataclasses.replace(steps, start=start, first=first, count=end - first), window
+
+
+def _cut_counts(steps: Step, window: Int[np.ndarray, " S"],
+                width: Int[np.ndarray, " S"]) -> tuple[Step, Int[np.ndarray, " _"], Int[np.ndarray, " _"]]:
+    """Passes that decode at most `width` slots: over the same window again, whose last slots come first, since the
+    earlier ones do not see them."""
+    number, (steps, window, width) = _repeat((steps, window, width), np.maximum(1, -(-steps.count // width)))
+    end = steps.first + steps.count - width * number
+    first = np.maximum(steps.first, end - width)
+    return dataclasses.replace(steps, first=first, count=end - first), window, width
+
+
+def _repeat(tree: Any, times: Int[np.ndarray, " S"]) -> tuple[Int[np.ndarray, " _"], Any]:
+    """Each entry of the arrays so many times, and the numbers 0, 1, ... of its copies."""
+    number = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+    return number, jax.tree.map(lambda x: np.repeat(x, times), tree)
+
+
+def _runs(steps: Step, window: Int[np.ndarray, " S"], width: Int[np.ndarray, " S"], length: int,
+          part: int) -> list[Run]:
+    """Cut where the shape changes, and in between so often that the cache can grow with the plan. Runs of a window and
+    a width have the same number of passes, filled up by the last one again, which then decodes nothing."""
+    stop, shapes = steps.start + window, list(zip(window.tolist(), width.tolist(), strict=True))
+    edges = [0, *(at for at in range(1, len(shapes)) if shapes[at] != shapes[at - 1]), len(shapes)]
+    stretches = list(itertools.pairwise(edges))
+    passes = {}
+    for shape in set(shapes):
+        low, high = np.array([stretch for stretch in stretches if shapes[stretch[0]] == shape]).T
+        dispatches = max(1, round(2 * (stop[high - 1] - stop[low]).sum() / part))
+        options = _sizes(int(min((high - low).max(), -(-(high - low).sum() // dispatches))), 12)
+        costs = ((options + 1) * -(-(high - low)[:, None] // options)).sum(0)  # that of a dispatch: a pass at most
+        passes[shape] = int(options[costs.argmin() if len(low) > 1 else -1])
+    runs, live = [], 0
+    for low, high in stretches:
+        for at in range(low, high, passes[shapes[low]]):
+            index = np.arange(at, at + passes[shapes[low]])
+            own = jax.tree.map(lambda x, i=np.minimum(index, high - 1): x[i].astype(np.int32), steps)
+            own = dataclasses.replace(own, count=np.where(index < high, own.count, 0))
+            live = max(live, min(length, -(-int(own.start.max() + window[low]) // part) * part))
+            runs.append(Run(own, Shape(*shapes[low], live)))
+    return runs
+
+
+def _sizes(most: int, parts: int = 1) -> Int[np.ndarray, " _"]:
+    """1, 2, ..., all powers of two and between them steps of a `parts`-th, up to the first that is at least `most`."""
+    found = [1]
+    while found[-1] < most:
+        power = 2 ** (found[-1].bit_length() - 1)
+        found.append(min(2 * power, found[-1] + max(1, power // parts)))
+    return np.array(found)
 
 
 def _rounded(n: Int[np.ndarray, " S"], length: int) -> Int[np.ndarray, " S"]:
@@ -218,22 +344,17 @@ def _rounded(n: Int[np.ndarray, " S"], length: int) -> Int[np.ndarray, " S"]:
     return np.minimum(np.where(power <= part, power, -(-n // part) * part), length)
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames=("config", "sampler", "rule", "shape"))
-def decode_run(weights: Weights, state: State, steps: Step, low: Int[Array, ""] | int, high: Int[Array, ""] | int,
-               source: Float[Array, "B L 2"] | Int[Array, "B L"], config: ModelConfig, sampler: Sampler, rule: Rule,
-               shape: Shape) -> State:
-    """Steps low..high - 1 in one compiled loop; the state is donated and updated in place.
+@functools.partial(jax.jit, donate_argnames="state", static_argnames=("config", "sampler", "shape"))
+def decode_run(weights: Weights, state: State, steps: Step, source: Draw | Score, config: ModelConfig,
+               sampler: Sampler, shape: Shape) -> State:
+    """The passes `steps` [P] in one compiled loop; the state is donated and updated in place."""
 
-    `source` says where tokens come from, by slot: uniforms to draw them by, or the tokens themselves, to score them.
-    """
-
-    def body(index: Int[Array, ""], state: State) -> State:
-        step = jax.tree.map(lambda field: field[index], steps)
+    def body(state: State, step: Step) -> tuple[State, None]:
         hidden, cache = hidden_of(weights, state, step, sampler, shape)
         state = dataclasses.replace(state, cache=cache)
-        return write(weights, state, step, hidden, source, config, sampler, rule, shape)
+        return write(weights, state, step, hidden, source, config, sampler, shape), None
 
-    return jax.lax.fori_loop(low, high, body, state)
+    return jax.lax.scan(body, state, steps)[0]
 
 
 def hidden_of(weights: Weights, state: State, step: Step, sampler: Sampler,
@@ -246,8 +367,7 @@ def hidden_of(weights: Weights, state: State, step: Step, sampler: Sampler,
 
 
 def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W D"],
-          source: Float[Array, "B L 2"] | Int[Array, "B L"], config: ModelConfig, sampler: Sampler, rule: Rule,
-          shape: Shape) -> State:
+          source: Draw | Score, config: ModelConfig, sampler: Sampler, shape: Shape) -> State:
     """Draws this step's tokens from their logits, or scores the given ones, and writes them into the state."""
     begin = taken_from(step, shape)
     slots = begin + jnp.arange(shape.width)
@@ -256,19 +376,24 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
     def logits_of(hidden: Array) -> Array:
         return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
 
-    def drawn(hidden: Array, uniforms: Array) -> Array:
+    def draw(hidden: Array, uniforms: Array) -> Array:
+        assert isinstance(source, Draw)
         with jax.named_scope("draw"):
-            return categorical.draw(logits_of(hidden), uniforms, rule).astype(state.tokens.dtype)
+            return categorical.draw(logits_of(hidden), uniforms, source.rule).astype(state.tokens.dtype)
 
-    def scored(hidden: Array, tokens: Array) -> Array:
+    def score(hidden: Array, tokens: Array) -> Array:
         return jnp.take_along_axis(jax.nn.log_softmax(logits_of(hidden)), tokens[..., None], axis=-1)[..., 0]
 
-    given, logp = jax.lax.dynamic_slice_in_dim(source, begin, shape.width, axis=1), state.logp
-    if logp is None:
-        chosen = vocabulary.in_chunks(drawn, config.vocab_size, hidden, given)
+    def own(x: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, begin, shape.width, axis=1)
+
+    logp = state.logp
+    if isinstance(source, Draw):
+        chosen = vocabulary.in_chunks(draw, config.vocab_size, hidden, own(source.uniforms))
     else:
-        chosen = given
-        logp = _replace(logp, begin, mine, vocabulary.in_chunks(scored, config.vocab_size, hidden, chosen))
+        assert logp is not None
+        chosen = own(source.tokens)
+        logp = _replace(logp, begin, mine, vocabulary.in_chunks(score, config.vocab_size, hidden, chosen))
     return dataclasses.replace(state, tokens=_replace(state.tokens, begin + sampler.shift, mine, chosen), logp=logp)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ class Model(Engine):
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, num_tries: int = 1,
-               min_entropy: float | None = None) -> Samples:
+               min_entropy: float | None = None, keep: bool = False) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
         Args:
@@ -89,6 +90,7 @@ class Model(Engine):
           plan: a policy of eso_jax/decoding/plan.py (None: the family's own), or a plan with an order per sample.
           num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
             along the same plan, until they have been drawn this often. 1: none is.
+          keep: an interrupt (Ctrl-C) ends the work and leaves the samples whose batches are done, if there are any.
 
         Raises:
           EsoError: an argument is out of range, the family cannot follow the plan, or the devices ran out of memory.
@@ -120,10 +122,15 @@ class Model(Engine):
                     again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
                 if len(again):
                     key = jax.random.fold_in(draw_key, attempt)
-                    tokens[again] = decode(self, plan, key, rule, again, size)
-                    tries[again] += 1
-        return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, plan.diffused, tries, watch.seconds,
-                       watch.compile_seconds)
+                    found = decode(self, plan, key, rule, again, size, keep)
+                    done = again[:len(found)]
+                    tokens[done] = found
+                    tries[done] += 1
+                    if len(done) < len(again):
+                        break
+        done = np.flatnonzero(tries)
+        return Samples(tokens[done], np.asarray(plan.order)[done], plan.tokens_per_step, plan.diffused, tries[done],
+                       watch.seconds, watch.compile_seconds)
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
@@ -136,15 +143,24 @@ class Model(Engine):
 
 
 def decode(engine: Engine, plan: Plan, key: Key[Array, ""], rule: Rule, rows: Int[np.ndarray, " R"],
-           size: int) -> Int[np.ndarray, "R L"]:
-    """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own number."""
-    order = np.asarray(plan.order)
+           size: int, keep: bool = False) -> Int[np.ndarray, "R L"]:
+    """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own number. A
+    terminal sees how far it is. `keep`: see Engine.rows."""
+    from tqdm import tqdm
+
+    order, terminal = np.asarray(plan.order), sys.stderr.isatty()
+
+    def report(count: int) -> None:
+        bar.update(count * size)
 
     def draw(weights: Weights, order: Array, rows: Array) -> Array:
-        return families.sample(weights, engine.config, dataclasses.replace(plan, order=order), key, rule, rows)
+        return families.sample(weights, engine.config, dataclasses.replace(plan, order=order), key, rule, rows,
+                               report if terminal else None)
 
-    found: np.ndarray = engine.rows(draw, len(rows), lambda i: (order[rows[i]], rows[i].astype(np.int32)), "sampling",
-                                    size)
+    with tqdm(total=-(-len(rows) // size) * size * plan.length, desc="sampling", unit="token", leave=False,
+              disable=not terminal) as bar:
+        found: np.ndarray = engine.rows(draw, len(rows), lambda i: (order[rows[i]], rows[i].astype(np.int32)),
+                                        size=size, keep=keep)
     return found
 
 

@@ -56,7 +56,7 @@ class Engine:
         return _up(-(-rows // -(-rows // most)), shards)
 
     def rows(self, function: Callable[..., Any], count: int, read: Callable[[np.ndarray], Sequence[np.ndarray]],
-             label: str | None = None, size: int | None = None) -> Any:
+             label: str | None = None, size: int | None = None, keep: bool = False) -> Any:
         """function(weights, *arrays) of all rows, batch by batch.
 
         Args:
@@ -66,6 +66,8 @@ class Engine:
           read: gives the arrays [n, ...] of n rows by their numbers, int [n]; of several processes, each reads its own.
           label: of the progress bar that a terminal shows of several batches; None: there is none.
           size: B, if not that of `self.size(count)`.
+          keep: an interrupt (Ctrl-C) ends the work, and the first rows, whose batches are done, are returned. An
+            interrupt before there is any is raised.
 
         Returns:
           The tree, of numpy arrays [R, ...]; on all processes.
@@ -77,13 +79,18 @@ class Engine:
 
         require(count >= 1, "rows", count, "there must be at least one")
         size = self.size(count) if size is None else size
-        own, results = sharding.rows_of_process(self.mesh, size), []
+        own, results = sharding.rows_of_process(self.mesh, size), list[Any]()
         with jax.set_mesh(self.mesh), catch_out_of_memory(f"batch_size = {size}", REMEDY):
             for low in tqdm(range(0, count, size), desc=label, unit="batch", file=sys.stderr, leave=False,
                             disable=label is None or count <= size or not sys.stderr.isatty()):
                 numbers = np.resize(np.arange(low, min(low + size, count)), size)  # padded by rows of the same batch
                 arrays = [sharding.put_rows(array, self.mesh, size) for array in read(numbers[own])]
-                found = sharding.fetch(function(self.weights, *arrays))
+                try:
+                    found = sharding.fetch(function(self.weights, *arrays))
+                except KeyboardInterrupt:
+                    if keep and results:
+                        break
+                    raise
                 results.append(jax.tree.map(lambda x: x[:count - low], found))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 

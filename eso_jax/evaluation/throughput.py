@@ -6,8 +6,8 @@ scaled to its NFE. The samplers take turns, repeat by repeat.
 
 The floor of a plan is the least time that any program could take for its steps. In each, every weight is read once and
 so is the live cache, at the memory bandwidth; the products take their operations, at the matrix peak; the longer of the
-two counts. Bandwidth and peak are measured in the same run. NFE counts every pass; none is spent on writing the cache
-alone.
+two counts. Bandwidth and peak are measured in the same run. NFE counts the steps of the plan. A step that is
+wider than the window of its run takes several passes, which all cost time; none is spent on writing the cache alone.
 
 Each sampler runs on one device or with the batch split over all of them, whichever is faster in a generation tried
 before. (XLA does not split every product over the cores of a CPU, so that XLA_FLAGS=
@@ -41,7 +41,6 @@ from eso_jax import families, sharding
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
-from eso_jax.decoding.order import unsort
 from eso_jax.decoding.plan import Plan
 from eso_jax.engine.model import decode
 from eso_jax.engine.rows import Engine
@@ -243,23 +242,17 @@ def _fastest(candidates: list[Timed]) -> Timed:
 
 
 def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
-    """Runs one step of every run of the plan, so that all its programs are there."""
+    """Decodes along the plan once, so that all its programs are there."""
     model, sampler = config.model, families.get(config).sampler(config)
-    uniforms = loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length)
-    steps, runs = loop.schedule(plan, sampler)
+    source = loop.Draw(loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length), rule)
     state, lowered = loop.start(weights, model, sampler, plan.order), {}
-    for run in runs:
-        state = loop.grow(state, run.shape)
-        if run.shape not in lowered:
-            lowered[run.shape] = loop.decode_run.lower(weights, state, steps, run.low, run.low + 1, uniforms, model,
-                                                       sampler, rule, run.shape)
+    for run in loop.schedule(plan, sampler):
+        state, program = loop.grow(state, run.shape), (run.shape, len(run.steps.first))
+        if program not in lowered:
+            lowered[program] = loop.decode_run.lower(weights, state, run.steps, source, model, sampler, run.shape)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles side by side what Python can only trace in turn
         list(pool.map(lambda program: program.compile(), lowered.values()))
-    state = loop.start(weights, model, sampler, plan.order)
-    for run in runs:
-        state = loop.grow(state, run.shape)
-        state = loop.decode_run(weights, state, steps, run.low, run.low + 1, uniforms, model, sampler, rule, run.shape)
-    unsort(state.tokens[:, sampler.shift:], plan.order).block_until_ready()
+    families.sample(weights, config, plan, jax.random.key(1), rule).block_until_ready()
 
 
 def _from_sections(weights: Weights, config: Config, plan: Plan, floors: Float[np.ndarray, " S"],
@@ -286,16 +279,16 @@ def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule,
             steps: int) -> Callable[[], None]:
     """Does the step `index` so many times whenever it is called, in the variant's shape; compiled already."""
     model, sampler = config.model, families.get(config).sampler(config)
-    uniforms = loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length)
-    table, runs = loop.schedule(plan, sampler, exact=name == "exact")
-    shape = next(run.shape for run in runs if run.low <= index < run.high)
-    state = loop.grow(loop.start(weights, model, sampler, plan.order), shape)
-    table = jax.tree.map(lambda field: jnp.full_like(field, field[index]), table)  # again and again
-    steps = min(steps, plan.length)
+    source = loop.Draw(loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length), rule)
+    slot = plan.first[index]
+    run, of = next((run, of) for run in loop.schedule(plan, sampler, exact=name == "exact") for of in
+                   np.flatnonzero((run.steps.first <= slot) & (slot < run.steps.first + run.steps.count)))
+    state = loop.grow(loop.start(weights, model, sampler, plan.order), run.shape)
+    table = jax.tree.map(lambda field: np.full(steps, field[of]), run.steps)  # again and again
 
     def go() -> None:
         nonlocal state
-        state = loop.decode_run(weights, state, table, 0, steps, uniforms, model, sampler, rule, shape)
+        state = loop.decode_run(weights, state, table, source, model, sampler, run.shape)
         jax.block_until_ready(state)
 
     go()
