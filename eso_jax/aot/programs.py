@@ -27,6 +27,7 @@ from eso_jax.aot import hlo
 from eso_jax.chips import Topology
 from eso_jax.config import Config
 from eso_jax.decoding import loop
+from eso_jax.decoding.categorical import Rule
 from eso_jax.model import cache as kv
 from eso_jax.model.params import abstract_weights
 from eso_jax.run import train
