@@ -115,7 +115,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
                        family.policies[-1])
     sampler = family.sampler(config)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # shapes depend on the platform and on the batch
-        run = loop.schedule(plan.rows(np.zeros(batch, int)), sampler)[-1]
+        run = loop.schedule(plan.rows(np.zeros(batch, int)), sampler, row=loop.row_cost(model))[-1]
     shape = run.shape
 
     def everywhere(x: Any) -> jax.ShapeDtypeStruct:

@@ -184,7 +184,7 @@ def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan
 
 def _decode(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, state: State,
             source: Draw | Score, report: Report | None = None) -> State:
-    for run in schedule(plan, sampler):
+    for run in schedule(plan, sampler, row=row_cost(config)):
         state = decode_run(weights, grow(state, run.shape), run.steps, source, config, sampler, run.shape)
         if report is not None:
             jax.block_until_ready(state.tokens)
@@ -215,11 +215,20 @@ def grow(state: State, shape: Shape) -> State:
 _grown = jax.jit(kv.grown, static_argnames="slots")
 
 
-def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> list[Run]:
-    """The runs of a plan; `exact` shapes fit every step (to measure what sharing them costs).
+def row_cost(config: ModelConfig) -> float:
+    """What a row of logits costs, in slots of a pass: the products with the head over those with the layers."""
+    return config.vocab_size / (12 * config.layers * config.width)
+
+
+def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5) -> list[Run]:
+    """The runs of a plan.
 
     A causal window can be cut: its later slots may pass after the earlier ones. So a step that is wider than the window
     of its run takes several passes, and the run needs no shape of its own for it.
+
+    Args:
+      exact: shapes fit every step (to measure what sharing them costs).
+      row: the cost of a row of logits, `row_cost`; that of the paper's model is about the default.
     """
     length, counts, first = plan.length, plan.tokens_per_step, plan.first
     begin, stop = sampler.window(plan)
@@ -234,7 +243,7 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False) -> list[Run]:
         steps, window = _cut_windows(steps, begin, stop, window)
         inner = np.where(np.isin(steps.first + steps.count, stop), 0, steps.count)  # is not cut
         counts = np.maximum(steps.count, 1)
-        width = _same(window, lambda of: np.clip(_few(counts[of], 2 * (free + int(window[of][0]))), inner[of].max(),
+        width = _same(window, lambda of: np.clip(_few(counts[of], round((free + int(window[of][0])) / row)), inner[of].max(),
                                                  window[of]))
         steps, window, width = _cut_counts(steps, window, width)
     elif not exact:

@@ -246,7 +246,7 @@ def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
     model, sampler = config.model, families.get(config).sampler(config)
     source = loop.Draw(loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length), rule)
     state, lowered = loop.start(weights, model, sampler, plan.order), {}
-    for run in loop.schedule(plan, sampler):
+    for run in loop.schedule(plan, sampler, row=loop.row_cost(model)):
         state, program = loop.grow(state, run.shape), (run.shape, len(run.steps.first))
         if program not in lowered:
             lowered[program] = loop.decode_run.lower(weights, state, run.steps, source, model, sampler, run.shape)
@@ -281,7 +281,8 @@ def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule,
     model, sampler = config.model, families.get(config).sampler(config)
     source = loop.Draw(loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length), rule)
     slot = plan.first[index]
-    run, of = next((run, of) for run in loop.schedule(plan, sampler, exact=name == "exact") for of in
+    run, of = next((run, of) for run in loop.schedule(
+        plan, sampler, name == "exact", loop.row_cost(model)) for of in
                    np.flatnonzero((run.steps.first <= slot) & (slot < run.steps.first + run.steps.count)))
     state = loop.grow(loop.start(weights, model, sampler, plan.order), run.shape)
     table = jax.tree.map(lambda field: np.full(steps, field[of]), run.steps)  # again and again
