@@ -9,6 +9,8 @@ Underneath are pure functions of weights; start with eso_jax/model/params.py and
 guide to the code.
 """
 
+__version__ = "0.1.0"
+
 from eso_jax.config import Config, DataConfig, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.engine.model import Model, Samples, load
 from eso_jax.errors import EsoError

@@ -16,9 +16,11 @@ The recipes are those of the paper's appendix C.3 and of the authors' configs.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from eso_jax.cli import guarded
 from eso_jax.config import Config, DataConfig, FamilyConfig, ModelConfig, TrainConfig
 
 # Clipped ranges of t for BD3-LM by block size. Its authors' code searches for them while training, which this project
@@ -329,4 +331,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -25,13 +24,14 @@ import numpy as np
 
 from eso_jax import Config, FamilyConfig, families, likelihood, load
 from eso_jax.cli import guarded
+from eso_jax.console import say
 from eso_jax.data import Bigram, get_tokenizer, windows_of
 from eso_jax.decoding import order
 from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
 from eso_jax.errors import require
+from eso_jax.files import as_json, write_whole
 from eso_jax.quickstart import config
-from eso_jax.run.metrics import say
 from eso_jax.run.train import train
 
 ORDERS = 16  # of the importance-weighted bound
@@ -58,7 +58,7 @@ def main() -> None:
     results = {"bigram_bits_per_byte": bigram, **bounds(model, validation)}
     show_samples(model, arguments.workdir)
     results |= race(model)
-    (arguments.workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(arguments.workdir / "results.json", as_json(results), "--workdir")
     say(f"\nIn {arguments.workdir}: loss.png, metrics.jsonl, samples.txt, results.json, and the model. Next, try\n"
         f"  eso-jax sample --workdir {arguments.workdir} --num-samples 2 --steps 64 --alpha-0 0.25 --out samples.npz")
 
@@ -99,7 +99,7 @@ def show_samples(model: Model, workdir: Path) -> None:
     assert tokenizer is not None
     samples = model.sample(4, steps=STEPS, top_p=0.9, seed=0)
     text = "\n".join(f"--- sample {i}\n{tokenizer.decode(row)}" for i, row in enumerate(samples.tokens))
-    (workdir / "samples.txt").write_text(text + "\n")
+    write_whole(workdir / "samples.txt", text + "\n", "--workdir")
     passes = len(samples.tokens_per_step)
     say(f"\n3. Generated, {passes} passes for {model.config.model.length} tokens, top-p 0.9\n{text}")
 

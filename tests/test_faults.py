@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 import eso_jax
 from conftest import BASE, emulated, free_port, launch, params_of, together
+from eso_jax import files
 from eso_jax.config import Config
 from eso_jax.data import windows_of
 from eso_jax.data.pipeline import batches
@@ -182,7 +183,7 @@ def test_storage_that_does_not_answer_is_asked_again_and_breaks_nothing(
         error: Exception, nine_steps: Path, base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     """A read that fails once or twice is of no consequence; one that always fails ends the run, and renames nothing."""
-    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
+    monkeypatch.setattr(files, "PAUSE", 0.0)
     shutil.copytree(nine_steps, tmp_path / "w")
     real, failures = ocp.training.Checkpointer.load_checkpointables, [2]
 

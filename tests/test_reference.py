@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,9 +230,9 @@ def test_export_mistakes(tmp_path: Path, run: Run, trained: Path, monkeypatch: p
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    rename = Path.rename
+    replace = os.replace
     with monkeypatch.context() as patch:  # the weights, the last of three, after the others are in place
-        patch.setattr(Path, "rename", lambda path, to: full() if to.suffix == ".safetensors" else rename(path, to))
+        patch.setattr(os, "replace", lambda path, to: full() if to.suffix == ".safetensors" else replace(path, to))
         assert "No space left" in run(*export, tmp_path / "m.safetensors", code=2)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("safetensors.numpy.save_file", full)

@@ -66,7 +66,7 @@ def devices(topology: Topology, target_config: str | None = None) -> Sequence[ja
         assert target_config is not None
         hosts, gpus = topology.shape if len(topology.shape) == 2 else (1, topology.shape[0])
         name, options = topology.kind, {"topology": f"1x{hosts}x{gpus}",
-                                        "target_config": Path(target_config).read_text()}
+                                        "target_config": Path(target_config).read_text("utf-8")}
     try:
         return topologies.get_topology_desc(platform=topology.chip.platform, topology_name=name, **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:

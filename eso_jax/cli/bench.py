@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eso_jax.cli.files import check_out
+from eso_jax.files import check_out
 
 EXAMPLE = "eso-jax bench sampling --preset cpu --out bench.json"
 USAGE = "%(prog)s [-h] sampling [model.field=value ...] --preset PRESET --out OUT [options]"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eso_jax.cli.files import check_out, say
+from eso_jax.console import say
 from eso_jax.errors import require
+from eso_jax.files import check_out, write_whole
 
 EXAMPLE = "eso-jax data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128"
 
@@ -95,7 +96,5 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
         tokenizer = train_tokenizer(readers.documents(CORPORA["text"], "train", files), arguments.vocab_size,
                                     arguments.kind)
     assert tokenizer.json is not None
-    partial = Path(arguments.out + ".partial")
-    partial.write_text(tokenizer.json)
-    partial.replace(arguments.out)
+    write_whole(arguments.out, tokenizer.json)
     say(f"wrote {arguments.out}: {tokenizer.vocab_size} ids, the mask {tokenizer.mask_id} included")

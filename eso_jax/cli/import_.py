@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from eso_jax import families
-from eso_jax.cli.files import say
+from eso_jax.console import say
 from eso_jax.errors import require
 
 EXAMPLE = "eso-jax import eso.ckpt --ema --out /tmp/w"

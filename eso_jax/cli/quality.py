@@ -6,8 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 from eso_jax.cli import options
-from eso_jax.cli.files import check_out, say, write_json
+from eso_jax.console import say
 from eso_jax.errors import require
+from eso_jax.files import as_json, check_out, write_whole
 
 if TYPE_CHECKING:
     from eso_jax.evaluation.quality import Quality
@@ -44,10 +45,11 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.judge, arguments.batch_size, arguments.tensor)
     found = quality.measure(samples, judge, reference, features)
     beside = None if reference is None else quality.measure(reference, judge)
+    write_whole(arguments.out, as_json({"source": arguments.samples, **found.to_json(),
+                                        "reference": None if beside is None else beside.to_json()}))
     say(f"{arguments.samples}, counted in {found.unit}")
     _show(found, beside)
-    write_json(arguments.out, {"source": arguments.samples, **found.to_json(),
-                               "reference": None if beside is None else beside.to_json()})
+    say(f"wrote {arguments.out}")
 
 
 def _show(found: Quality, beside: Quality | None) -> None:

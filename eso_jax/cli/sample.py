@@ -6,9 +6,11 @@ import argparse
 from typing import Any
 
 from eso_jax.cli import options
-from eso_jax.cli.files import check_out, read_plan, say, write_npz
+from eso_jax.cli.files import read_plan
+from eso_jax.console import say
 from eso_jax.decoding.plan import POLICIES
 from eso_jax.errors import EsoError
+from eso_jax.files import check_out, npz, write_whole
 
 EXAMPLE = "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz"
 
@@ -52,8 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
                          num_tries=arguments.num_tries, min_entropy=arguments.min_entropy)
     text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
     extra: dict[str, Any] = {"text": np.array(text)} if text else {}
-    write_npz(arguments.out, tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
-              diffusion=found.diffusion, tries=found.tries, **extra)
+    write_whole(arguments.out, npz(tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
+                                   diffusion=found.diffusion, tries=found.tries, **extra))
+    say(f"wrote {arguments.out}")
     for index, sequence in enumerate(text[:arguments.show]):
         say(f"--- sample {index}\n{sequence}")
     if arguments.num_tries > 1:

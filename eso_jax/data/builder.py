@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
+from eso_jax import console
 from eso_jax.data import readers
 from eso_jax.data.catalog import CORPORA
 from eso_jax.errors import EsoError, require
+from eso_jax.files import writing
 
 
 class Corpora(tfds.core.GeneratorBasedBuilder):
@@ -102,7 +103,7 @@ def documents(name: str, folder: Path, files: Sequence[str]) -> Corpora:
         require(wanted["state"] in ("", there["state"]), "--from", wanted["source"], f"has changed since "
                 f"{builder.data_dir} was made from it; remove the folder, to read it again, or give another --data-dir")
         return builder
-    with _quiet():
+    with writing("--data-dir", folder), _quiet():
         builder.download_and_prepare()
     return builder
 
@@ -110,9 +111,9 @@ def documents(name: str, folder: Path, files: Sequence[str]) -> Corpora:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """TFDS logs and prints a line per step; its progress bars stay, on a terminal."""
-    if not sys.stderr.isatty():
+    if not console.is_terminal():
         tfds.disable_progress_bar()
-    level, out = logging.getLogger("absl").level, open(os.devnull, "w")
+    level, out = logging.getLogger("absl").level, open(os.devnull, "w", encoding="utf-8")
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         with out, contextlib.redirect_stdout(out):

@@ -119,7 +119,7 @@ def is_prepared(source: str, config: Config | None = None) -> bool:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
         manifest["splits"], manifest["length"], manifest["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EsoError(f"data.source = {str(folder)!r}: {MANIFEST} is not one of eso-jax data prepare "
@@ -131,7 +131,7 @@ def prepared_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that a folder was prepared with."""
     manifest = read_manifest(folder)
     path, name = Path(folder) / tokenizers.FILE, manifest["tokenizer"]["name"]
-    found = LibraryTokenizer(name, path.read_text()) if path.is_file() else get_tokenizer(name)
+    found = LibraryTokenizer(name, path.read_text("utf-8")) if path.is_file() else get_tokenizer(name)
     require(tokenizers.sha256(found) == manifest["tokenizer"]["sha256"], "data.source", str(folder),
             f"its {tokenizers.FILE} is not the one it was prepared with")
     return found

@@ -221,12 +221,12 @@ def get_tokenizer(name: str) -> Tokenizer:
     if name in CODE:
         return CODE[name]()
     if name in HUB:
-        return LibraryTokenizer(name, _from_hub(name).read_text())
+        return LibraryTokenizer(name, _from_hub(name).read_text("utf-8"))
     called, _, path = name.partition("=") if not Path(name).is_file() else (name, "", name)
     require(Path(path).is_file(), "data.tokenizer", name,
             f"choose bytes, characters, {', '.join(HUB)}, or the path of a tokenizer.json")
     try:
-        return LibraryTokenizer(called, Path(path).read_text())
+        return LibraryTokenizer(called, Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise EsoError(f"data.tokenizer = {name!r}: cannot be read ({error})") from error
 

@@ -90,7 +90,7 @@ def is_workdir(name: str) -> bool:
     """Whether `name` is a work directory of ours. (A folder of the transformers library has a config.json as well.)"""
     path = Path(name) / "config.json"
     try:
-        return path.is_file() and "family" in json.loads(path.read_text())
+        return path.is_file() and "family" in json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return False
 
@@ -111,7 +111,8 @@ def read(name: str, flag: str, limit: int | None = None) -> Texts:
         if suffix == ".npy":
             return Texts(np.load(name))
         if suffix == ".jsonl":
-            return Texts(None, [json.loads(line)["text"] for line in Path(name).read_text().splitlines() if line])
+            lines = Path(name).read_text("utf-8").split("\n")
+            return Texts(None, [json.loads(line)["text"] for line in lines if line.strip()])
         with np.load(name) as arrays:
             text: Any = arrays["text"].tolist() if "text" in arrays else None
             return Texts(arrays["tokens"] if "tokens" in arrays else None, text)

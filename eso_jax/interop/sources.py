@@ -112,7 +112,7 @@ def read_sizes(path: Path) -> dict[str, Any]:
     """What a JSON of sizes says, by our names."""
     require(path.is_file(), "--config", str(path), "no such file; give a JSON of the sizes")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text("utf-8"))
         require(isinstance(values, dict), "--config", str(path), "must be a JSON object")
     except EsoError:
         raise

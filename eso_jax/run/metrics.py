@@ -1,17 +1,15 @@
-"""What a run reports: JSON lines in `W/metrics.jsonl`, a progress bar or plain lines, and a picture of the loss."""
+"""What a run reports: JSON lines in `W/metrics.jsonl`, a trace, and a picture of the loss."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from eso_jax.run.multihost import is_writer
+from eso_jax import files
+from eso_jax.console import is_writer, say
 
 FILE = "metrics.jsonl"
 
@@ -25,22 +23,18 @@ class MetricsLog:
         if not is_writer():
             return
         kept = [line for line in read(workdir) if line["step"] <= resume_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.path)
+        files.write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept), "--workdir")
 
     def write(self, step: int, **values: Any) -> None:
-        if not is_writer():
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        if is_writer():
+            files.append(self.path, json.dumps({"step": step, **values}) + "\n", "--workdir")
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
     """The lines of a work directory's metrics; one cut short by a kill is left out."""
     path = workdir / FILE
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else []:
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
@@ -63,19 +57,6 @@ def speed(tokens_per_second: float, flops_per_second: float) -> dict[str, float]
     if chip is not None:
         found["mfu"] = flops_per_second / (chip.flops / chip.devices * jax.device_count())
     return found
-
-
-def say(message: str) -> None:
-    """A line for people, on stderr, above any progress bar; from the writer alone."""
-    if is_writer():
-        tqdm.write(message, file=sys.stderr)
-
-
-def progress(steps: Iterable[int], total: int, initial: int, label: str) -> tqdm:
-    """A progress bar on the writer's terminal, silent elsewhere."""
-    return tqdm(steps, total=total, initial=initial, desc=label, unit="step", file=sys.stderr,
-                disable=None if is_writer() else True,
-                dynamic_ncols=True)
 
 
 @contextmanager
@@ -118,6 +99,6 @@ def plot_loss(workdir: Path, baselines: dict[str, float] | None = None) -> Path:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     path = workdir / "loss.png"
-    figure.savefig(path, dpi=120)
+    files.write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png"), "--workdir")
     plt.close(figure)
     return path

@@ -17,7 +17,6 @@ Axes: B global batch, A micro-batches, L length.
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +31,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from eso_jax import families, flops, sharding
+from eso_jax import families, files, flops, sharding
 from eso_jax.config import Config
+from eso_jax.console import bar, is_terminal, is_writer, say
 from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
 from eso_jax.engine import perplexity
 from eso_jax.engine.rows import Engine, catch_out_of_memory
@@ -173,6 +173,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     from eso_jax.data.pipeline import batches
 
     settings = config.train
+    files.local(str(directory), "--workdir")
     multihost.check_alone()
     mesh = sharding.mesh(config.mesh)
     sharding.check(config, mesh)
@@ -204,21 +205,20 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         first = int(state.step)
         require(first <= settings.steps, "train.steps", settings.steps, f"{directory} is at step {first} already")
         iterator.set_state({"next_index": first})  # every step draws a batch
-        if multihost.is_writer():
+        if is_writer():
             workdir.save_config(directory, config)
         count = sum(x.size for x in jax.tree.leaves(state.params))
-        metrics.say(f"{config.family.name}: {count:,} parameters on {sharding.described(mesh)}, step {first} of "
-                    f"{settings.steps}, in {directory}")
+        say(f"{config.family.name}: {count:,} parameters on {sharding.described(mesh)}, step {first} of "
+            f"{settings.steps}, in {directory}")
         if not resumes and (lines := metrics.read(directory)):
-            metrics.say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step "
-                        "0 again")
+            say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step 0 again")
         log = metrics.MetricsLog(directory, first)
         meter = _Meter(config, log, saver.last)
         step_fn = jit_step(config, mesh)
         fold = jit_fold(config, mesh)
         traced = max(0, min(settings.profile_steps, settings.steps - first - 3))
-        bar = metrics.progress(range(first + 1, settings.steps + 1), settings.steps, first, "train")
-        for step in bar:
+        for step in bar(range(first + 1, settings.steps + 1), total=settings.steps, initial=first, desc="train",
+                        unit="step"):
             if step > first + 1:  # the first compiles
                 watchdog.begin()
             # Nothing goes between host and devices in a step but what is sent and asked for here.
@@ -231,8 +231,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
             ends, stops = step == settings.steps, preemption.asked(step)
             if stops and not ends:  # before all else: there may be seconds left
                 meter.flush()
-                saver.save(step, _parts(state))
-                saver.wait()
+                saver.finish(step, _parts(state))
                 raise RunAgain(f"asked to stop (SIGTERM), saved step {step} of {settings.steps}; the same command goes "
                                "on from there")
             if step % settings.eval_every == 0 or ends:
@@ -241,13 +240,13 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 found = perplexity.nelbo(engine, validation, tokenizer, families.alpha_0_of(config, None),
                                          jax.random.key(0))
                 log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
-                metrics.say(f"step {step}: validation {found.bits_per_byte:.3f} bits per byte")
+                say(f"step {step}: validation {found.bits_per_byte:.3f} bits per byte")
                 meter.restart_clock()
-            if step % settings.save_every == 0 or ends:
+            if step % settings.save_every == 0 or ends or saver.owes:
                 meter.flush()  # a state is saved only once it is known to be finite
-                saver.save(step, _parts(state))
+                (saver.finish if ends else saver.save)(step, _parts(state))
                 meter.restart_clock()
-        if multihost.is_writer():
+        if is_writer():
             metrics.plot_loss(directory, baselines)
     multihost.barrier("end")
     return state
@@ -308,12 +307,12 @@ class _Meter:
             speed = metrics.speed(rate * tokens, rate * self.flops) if rate else {}
             skipped = {"skipped": self.skipped} if self.skipped else {}
             self.log.write(step, **means, **speed, **skipped)
-            if not sys.stderr.isatty():  # a terminal has the progress bar
+            if not is_terminal():  # a terminal has the progress bar
                 parts = [f"loss {means['loss']:.3f}"] if means else []
                 parts += [f"{speed['tokens_per_second']:,.0f} tokens/s"] if speed else []
                 parts += [f"MFU {speed['mfu']:.1%}"] if "mfu" in speed else []
                 parts += [f"{self.skipped} steps skipped"] if self.skipped else []
-                metrics.say(f"step {step} of {self.config.train.steps}: {', '.join(parts)}")
+                say(f"step {step} of {self.config.train.steps}: {', '.join(parts)}")
             self.seen, self.skipped = [], 0
             self.restart_clock()
 
