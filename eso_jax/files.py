@@ -110,8 +110,8 @@ def local(text: str, name: str) -> str:
     found = SCHEME.match(path)
     if found and not os.path.exists(text):
         mount = {"gs": " (gcsfuse)", "s3": " (mount-s3)"}.get(found[1].lower(), "")
-        raise EsoError(f"{name} = {text!r}: no folder; mount the bucket{mount} and give the folder, or give a copy on "
-                       "this machine")
+        raise EsoError(f"{name} = {text!r}: no folder; mount the bucket{mount} and give the folder, or a copy on this "
+                       "machine")
     try:
         utf8 = os.fsencode(text) == text.encode()  # as TensorStore and ArrayRecord would open it
     except UnicodeEncodeError:
@@ -128,7 +128,7 @@ def errno_of(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        if not isinstance(error, OSError) and (found := re.search(r"\[OS error (\d+)", str(error))):
+        if not isinstance(error, OSError) and (found := re.search(r"\[(?:OS error |os_error_code=')(\d+)", str(error))):
             return int(found[1])
         if isinstance(error, RuntimeError) or type(error).__module__.startswith("safetensors"):
             for number in (*FULL, *PASSING, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):

@@ -327,7 +327,7 @@ def test_interrupted_it_goes_on(tmp_path: Path, many: Path, monkeypatch: pytest.
 
     def stop(path: Path, windows: np.ndarray) -> dict[str, Any]:
         if len(written) == shard:
-            path.with_name(path.name + ".partial").write_bytes(b"half")
+            path.with_name(f".{path.name}.partial").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path.name)
         return write(path, windows)

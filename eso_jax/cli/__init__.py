@@ -78,8 +78,9 @@ class _Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         kind = options.get("type", str)
+        name = names[-1] if names[-1].startswith("-") else options.get("metavar", names[-1])
         if kind in (str, Path) and not {"action", "choices"} & options.keys():
-            options["type"] = lambda text: kind(self._local(text, names[-1]))
+            options["type"] = lambda text: kind(self._local(text, name))
         return super().add_argument(*names, **options)
 
     def _local(self, text: str, name: str) -> str:

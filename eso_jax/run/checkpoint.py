@@ -14,6 +14,8 @@ import contextlib
 import errno
 import functools
 import gc
+import logging
+import os
 import shutil
 import sys
 import threading
@@ -55,6 +57,7 @@ def open_checkpoints(workdir: Path, keep: int | None = None, keep_every: int | N
     checkpoints = ocp.training.Checkpointer(
         (workdir / "checkpoints").absolute(), cleanup_tmp_directories=keep is not None, preservation_policy=kept,
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
+    logging.getLogger("absl").addFilter(_is_ours)
     try:
         yield checkpoints
     except BaseException:
@@ -62,6 +65,11 @@ def open_checkpoints(workdir: Path, keep: int | None = None, keep_every: int | N
             checkpoints.close()
         raise
     checkpoints.close()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a line of a log is not Orbax's: what fails there is raised, and said in a line, not in a thousand."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def steps(workdir: Path) -> list[int]:
@@ -249,9 +257,15 @@ class Saver:
         self.wait()
         about = {"step": np.array(step, np.int32), "length": np.array(self._config.length, np.int32)}
         about |= {name: np.asarray(fingerprint(parts[name]) if name in parts else 0, np.uint32) for name in PARTS}
-        self._step, self.owes = step, False
+        begin = functools.partial(self._checkpoints.save_checkpointables_async, step, {**parts, "step": about})
+        self._step, again, self.owes = step, self.owes, False
         try:
-            response = self._checkpoints.save_checkpointables_async(step, {**parts, "step": about})
+            try:
+                response = begin()
+            except Exception:
+                if not again:
+                    raise
+                response = begin()  # Orbax told of the one that failed once more, in place of this one
         except Exception as error:  # what its storage layers raise, again
             self._error = error
         else:
@@ -281,8 +295,8 @@ class Saver:
         if is_writer():
             for path in (self._workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
-        reason = f"{type(self._error).__name__}: {self._error}".splitlines()[0][:200]
         number = files.errno_of(self._error)
+        reason = os.strerror(number) if number else f"{type(self._error).__name__}: {self._error}".splitlines()[0][:200]
         if multihost.is_loss(self._error) and number is None:
             raise RunAgain(f"lost another process of the run while saving step {self._step} ({reason}); "
                            f"{last(self._workdir)}")
