@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -75,11 +76,13 @@ def writing(name: str, path: Any) -> Iterator[None]:
         raise told from error
 
 
-def npz(**arrays: Any) -> Callable[[BinaryIO], None]:
-    """Arrays as the content of a .npz."""
+def npz(**arrays: Any) -> bytes:
+    """Arrays as a .npz."""
     import numpy as np
 
-    return lambda file: np.savez(file, **arrays)
+    made = io.BytesIO()  # a .npz goes back and forth, as a pipe cannot
+    np.savez(made, **arrays)
+    return made.getvalue()
 
 
 def as_json(values: Any) -> str:

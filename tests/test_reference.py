@@ -255,13 +255,13 @@ def test_to_and_from_the_hub(tmp_path: Path, run: Run, monkeypatch: pytest.Monke
                 shutil.copy(operation.path_or_fileobj, hub / name / operation.path_in_repo)
             return SimpleNamespace(commit_url=f"https://hub/{name}/1")
 
-    def download(name: str, file: str) -> str:
-        if not (hub / name / file).exists():
+    def download(name: str, allow_patterns: list[str]) -> str:
+        if not (hub / name).exists():
             raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand not in the cache")
-        return str(hub / name / file)
+        return str(hub / name)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     first = imported(tmp_path / "w", run, "bd3lm")
     out = tmp_path / "m.safetensors"
     text = run("export", "--workdir", first, "--out", out, "--push", "me/mine")

@@ -13,8 +13,8 @@ EXAMPLE = "eso-jax import eso.ckpt --ema --out /tmp/w"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="a .safetensors file, a Lightning .ckpt, or a hub repository "
-                                                  "owner/name")
+    parser.add_argument("src", metavar="SRC", help="a .safetensors file, or the .safetensors.index.json of shards; a "
+                        "Lightning .ckpt; a hub repository owner/name, or the folder of a snapshot of one")
     parser.add_argument("--out", required=True, help="the new work directory; an existing one is refused")
     parser.add_argument("--family", choices=tuple(families.BY_NAME),
                         help="what it was trained as (what SRC says, or esolm)")

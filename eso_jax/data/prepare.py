@@ -90,6 +90,7 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
         def save() -> None:
             write_whole(folder / prepared.UNFINISHED, as_json({**manifest, "splits": splits}))
 
+        save()  # from now on the folder is known as ours
         for split, (published, chosen) in _parts(corpus.info.splits, held_out).items():
             job = Job(str(corpus.data_dir), published, (tokenizer.name, tokenizer.json), CORPORA[name].detokenizer,
                       WRAPPINGS[wrapping], length)

@@ -251,7 +251,7 @@ def provenance() -> dict[str, str]:
     """Where and when something is measured, and on which commit of this checkout, with a + where files differ from it
     (other than reports)."""
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=EXPERIMENTS, text=True, capture_output=True,
+        return subprocess.run(["git", *arguments], cwd=EXPERIMENTS, encoding="utf-8", capture_output=True,
                               check=True).stdout.strip()
 
     try:
