@@ -47,7 +47,20 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         arguments.overrides = rest
         keep_compilations()
-        return guarded(lambda: arguments.command.run(arguments))
+        return guarded(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Runs the command. An error about a field whose value an option gave names the option."""
+    try:
+        arguments.command.run(arguments)
+    except EsoError as error:
+        field, _, rest = str(error).partition(" = ")
+        name = field.removeprefix("data.").removeprefix("model.")
+        given = getattr(arguments, name, None)
+        if given is None or not rest.startswith(f"{given!r}:"):
+            raise
+        raise EsoError(f"--{name.replace('_', '-')} = {rest}") from error
 
 
 def guarded(action: Callable[[], None]) -> int:

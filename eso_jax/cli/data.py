@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 from eso_jax.console import say
@@ -93,8 +94,10 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
     check_out(arguments.out)
     with tempfile.TemporaryDirectory() as unpacked:
         files = readers.find_files(arguments.files, Path(unpacked))
-        tokenizer = train_tokenizer(readers.documents(CORPORA["text"], "train", files), arguments.vocab_size,
-                                    arguments.kind)
+        documents = readers.documents(CORPORA["text"], "train", files)
+        first = next(documents, None)
+        require(first is not None, "--from", arguments.files, "holds no text to learn from")
+        tokenizer = train_tokenizer(itertools.chain([str(first)], documents), arguments.vocab_size, arguments.kind)
     assert tokenizer.json is not None
     write_whole(arguments.out, tokenizer.json)
     say(f"wrote {arguments.out}: {tokenizer.vocab_size} ids, the mask {tokenizer.mask_id} included")
