@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="local files, folders or archives: text, JSON lines, Parquet (a download)")
     prepare.add_argument("--tokenizer", required=True,
                          help="bytes, characters, gpt2, bert-base-uncased, a tokenizer.json, or NAME=a tokenizer.json")
+    prepare.add_argument("--separator", metavar="TOKEN",
+                         help="the tokenizer.json's token between documents (<|endoftext|>, [CLS] or </s>)")
     prepare.add_argument("--length", type=int, required=True, help="tokens in a window: model.length")
     prepare.add_argument("--wrapping", choices=WRAPPINGS, help="how documents become windows (the paper's)")
     prepare.add_argument("--held-out", type=int, metavar="N",
@@ -63,7 +65,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for name in ("length", "held_out", "processes"):
         value = getattr(arguments, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
-    folder = prepare(arguments.name, arguments.data_dir, get_tokenizer(arguments.tokenizer), arguments.length,
+    tokenizer = get_tokenizer(arguments.tokenizer, arguments.separator)
+    folder = prepare(arguments.name, arguments.data_dir, tokenizer, arguments.length,
                      arguments.files, arguments.wrapping, arguments.held_out, arguments.out, arguments.processes)
     _describe(folder, prepared.read_manifest(folder))
 

@@ -153,7 +153,8 @@ class LibraryTokenizer:
         size = max(vocabulary.values()) + 1
         masks = [vocabulary[token] for token in _MASKS if token in vocabulary]
         separators = [vocabulary[token] for token in _SEPARATORS if token in vocabulary]
-        require(bool(separators), "data.tokenizer", name, f"has none of {', '.join(_SEPARATORS)} to separate documents")
+        require(bool(separators), "data.tokenizer", name, f"has none of {', '.join(_SEPARATORS)} to "
+                "separate documents; say which token does by --separator, of eso-jax data prepare and eso-jax import")
         self.mask_id = masks[0] if masks else size
         self.vocab_size = max(size, self.mask_id + 1)
         self.separator_id = separators[0]
@@ -211,14 +212,19 @@ def _checked(ids: np.ndarray | Sequence[int], tokenizer: Tokenizer) -> list[int]
     return ids.astype(int).tolist()
 
 
-def get_tokenizer(name: str) -> Tokenizer:
+def get_tokenizer(name: str, separator: str | None = None) -> Tokenizer:
     """The tokenizer called `name`: "bytes", "characters", "gpt2" or "bert-base-uncased" from the Hugging Face hub, the
     path of a tokenizer.json, or NAME=PATH, a file that goes by a name (gpt2=my/tokenizer.json, without a network).
+
+    Args:
+      separator: the token of a tokenizer.json that stands between documents, if none has a name known for it; it has
+        such a name from then on.
 
     Raises:
       EsoError: there is none, or the hub cannot be reached.
     """
     if name in CODE:
+        require(separator is None, "--separator", separator, f"{name} has one of its own; leave it out")
         return CODE[name]()
     if name in HUB:
         return LibraryTokenizer(name, _from_hub(name).read_text("utf-8"))
@@ -226,9 +232,46 @@ def get_tokenizer(name: str) -> Tokenizer:
     require(Path(path).is_file(), "data.tokenizer", name,
             f"choose bytes, characters, {', '.join(HUB)}, or the path of a tokenizer.json")
     try:
-        return LibraryTokenizer(called, Path(path).read_text("utf-8"))
+        contents = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EsoError(f"data.tokenizer = {name!r}: cannot be read ({error})") from error
+        remedy = "" if isinstance(error, OSError) else (
+            "; of a SentencePiece tokenizer.model the extra eval makes a tokenizer.json: transformers.AutoTokenizer"
+            ".from_pretrained(FOLDER).backend_tokenizer.save('tokenizer.json')")
+        raise EsoError(f"data.tokenizer = {name!r}: cannot be read ({error}){remedy}") from error
+    return LibraryTokenizer(called, contents if separator is None else _with_separator(contents, separator))
+
+
+def _with_separator(contents: str, token: str) -> str:
+    """A tokenizer.json whose `token` is called as a separator is, so that every reader of it finds the same one.
+
+    Raises:
+      EsoError: it has no such token, or the token is made by merges, so that text may become it.
+    """
+    try:
+        settings = json.loads(contents)
+        added, model = settings["added_tokens"], settings["model"]
+        entries = model["vocab"]  # {token: id}, or of Unigram [[token, score], ...]
+        known = {one["content"] for one in added} | {one if isinstance(one, str) else one[0] for one in entries}
+    except (ValueError, TypeError, KeyError, IndexError):  # the library says what is wrong
+        return contents
+    close = [one for one in sorted(known) if one[:1] in "<[" and one[-1:] in ">]"][:8]
+    require(token in known, "--separator", token,
+            f"the tokenizer has no such token; it has {', '.join(close) or 'none of the kind'}")
+    merges = (pair if isinstance(pair, list) else pair.split(" ") for pair in model.get("merges", ()))
+    require(all("".join(pair) != token for pair in merges), "--separator", token,
+            "text may become this token; choose one that stands for no text")
+    name = _SEPARATORS[0]
+    for one in added:
+        one["content"] = name if one["content"] == token else one["content"]
+    model["vocab"] = ({name if one == token else one: i for one, i in entries.items()} if isinstance(entries, dict)
+                      else [[name if one == token else one, score] for one, score in entries])
+    if not any(one["content"] == name for one in added):
+        number = model["vocab"][name] if isinstance(entries, dict) else [one for one, _ in model["vocab"]].index(name)
+        added.append({"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                      "normalized": False, "special": True})
+        added.sort(key=lambda one: one["id"])
+    settings["post_processor"] = None  # it may name the token, and nothing here asks for it
+    return json.dumps(settings, ensure_ascii=False)
 
 
 def _from_hub(name: str) -> Path:
