@@ -241,7 +241,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 found = perplexity.nelbo(engine, validation, tokenizer, families.alpha_0_of(config, None),
                                          jax.random.key(0))
                 log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
-                metrics.say(f"step {step}: validation {found.bits_per_byte:.3f} bits per byte")
+                metrics.say(f"step {step}: validation {found.nats_per_token:.4f} nats per token, {found.bits}")
                 meter.restart_clock()
             if step % settings.save_every == 0 or ends:
                 meter.flush()  # a state is saved only once it is known to be finite
