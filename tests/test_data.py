@@ -56,13 +56,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root, empty=b"", _dot_hidden=b"x", _dot_git__config=b"x", sub___dot_hidden=b"x")
     write(root.parent, elsewhere__a=b"behind a link")
     (root / "linked").symlink_to(root.parent / "elsewhere")
+    (root / "linked" / "again").symlink_to(root / "linked")
     (root / "loop").symlink_to(root)
+    (root / "zero").symlink_to(root / "sub")  # a folder that is read already
     os.mkfifo(root / "pipe")
     return root
 
 
 EXPECTED = {f"{i:03d}": b"document %d\0\xff" % i for i in range(80)}
-EXPECTED |= {f"sub/{i:03d}": b"below %d" % i for i in range(40)}
+EXPECTED |= {f"sub/{i:03d}": b"below %d" % i for i in range(40)} | {"linked/a": b"behind a link"}
 
 
 # Corpora
@@ -132,7 +134,7 @@ def test_corpus_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert message("stdlib", "valid") == "split = 'valid': choose one of train, validation, test or all"
     gone = str(tmp_path / "gone")
     assert message(gone) == (f"data.source = {gone!r}: no such file or folder; "
-                             "give 'stdlib', a folder, a file or a glob")
+                             "give 'stdlib', a folder, a file, a glob, or what eso-jax data prepare has made")
     empty = write(tmp_path / "empty", a=b"", _dot_hidden=b"text")
     for source in (empty, f"{empty}/*", f"{empty}/a", f"{gone}/*.txt"):
         assert message(source) == (f"data.source = {source!r}: holds no text (no files, or only empty or hidden ones); "

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eso_jax.cli.files import check_out, say
 from eso_jax.errors import require
 
+if TYPE_CHECKING:
+    from eso_jax.data.rows import Wish
+
+FILES = "files, folders, globs or archives of text, JSON lines or arrays, Parquet, Arrow, .npz (docs/data.md)"
 EXAMPLE = "eso-jax data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128"
 
 
@@ -24,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--data-dir", type=Path, default=Path("data"),
                          help="for documents, downloads and the result (%(default)s)")
     prepare.add_argument("--from", dest="files", nargs="+", default=[], metavar="FILE",
-                         help="local files, folders or archives: text, JSON lines, Parquet (a download)")
+                         help=f"local {FILES} (a download)")
+    _of_reading(prepare)
     prepare.add_argument("--tokenizer", required=True,
                          help="bytes, characters, gpt2, bert-base-uncased, a tokenizer.json, or NAME=a tokenizer.json")
     prepare.add_argument("--length", type=int, required=True, help="tokens in a window: model.length")
@@ -41,12 +47,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = actions.add_parser("train-tokenizer", help="learn a vocabulary from text",
                                epilog="example: eso-jax data train-tokenizer --from texts/ --vocab-size 32000 "
                                "--kind bpe --out tokenizer.json")
-    train.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE",
-                       help="files, folders or archives: text, JSON lines, Parquet")
+    train.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE", help=FILES)
+    _of_reading(train)
     train.add_argument("--vocab-size", type=int, required=True, help="ids at most, the mask included")
     train.add_argument("--kind", choices=["bpe", "wordpiece"], default="bpe",
                        help="bpe: over bytes, as GPT-2; wordpiece: lower case, as BERT (%(default)s)")
     train.add_argument("--out", required=True, help="tokenizer.json")
+
+
+def _of_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN",
+                        help="of folders, globs and archives only files that match, such as '*.py' (all)")
+    parser.add_argument("--field", help="of rows, or a.b for b in a (the first of text, sentence, article, content)")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and count rows without a text")
+    parser.add_argument("--skip-bad-files", action="store_true", help="leave out and count files that are no text, or "
+                        "damaged")
+
+
+def _wish(arguments: argparse.Namespace) -> Wish:
+    from eso_jax.data.rows import Wish
+
+    return Wish(arguments.field, arguments.include, arguments.skip_bad_rows, arguments.skip_bad_files)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,8 +83,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
     folder = prepare(arguments.name, arguments.data_dir, get_tokenizer(arguments.tokenizer), arguments.length,
-                     arguments.files, arguments.wrapping, arguments.held_out, arguments.out, arguments.processes)
+                     arguments.files, arguments.wrapping, arguments.held_out, arguments.out, arguments.processes,
+                     _wish(arguments))
     _describe(folder, prepared.read_manifest(folder))
+    say(f"train on it: eso-jax train quickstart --workdir W data.source={folder}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -90,10 +113,12 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
     from eso_jax.data.tokenizers import train_tokenizer
 
     check_out(arguments.out)
+    wish = _wish(arguments)
     with tempfile.TemporaryDirectory() as unpacked:
-        files = readers.find_files(arguments.files, Path(unpacked))
-        tokenizer = train_tokenizer(readers.documents(CORPORA["text"], "train", files), arguments.vocab_size,
+        files = readers.find_files(arguments.files, Path(unpacked), wish)
+        tokenizer = train_tokenizer(readers.documents(CORPORA["text"], "train", files, wish), arguments.vocab_size,
                                     arguments.kind)
+    wish.report()
     assert tokenizer.json is not None
     partial = Path(arguments.out + ".partial")
     partial.write_text(tokenizer.json)
