@@ -25,7 +25,7 @@ import numpy as np
 
 from eso_jax import Config, FamilyConfig, families, likelihood, load
 from eso_jax.cli import guarded
-from eso_jax.data import Bigram, tokenizer_of, windows_of
+from eso_jax.data import Bigram, override, tokenizer_of, windows_of
 from eso_jax.decoding import order
 from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_intermixed_args()
-    run = config.override(*arguments.overrides)
+    run = override(config, *arguments.overrides)
     require(run.family.name == "esolm", "family.name", run.family.name,
             "the quickstart shows an esolm; for others use eso-jax train")
 

@@ -87,7 +87,7 @@ class Corpora(tfds.core.GeneratorBasedBuilder):
 def _below(files: Sequence[str]) -> list[Path]:
     """The files in those given; none where they are gone."""
     try:
-        return sorted(path for given in files for path in folders.find(Path(given), "--from")[1])
+        return sorted(path for given in files for path in folders.find(Path(given), "--from", below=True)[1])
     except EsoError:
         return []
 

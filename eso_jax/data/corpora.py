@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import sysconfig
@@ -53,6 +54,13 @@ def _documents(source: str, split: str) -> list[tuple[str, bytes]]:
     except OSError as error:
         raise EsoError(f"data.source = {source!r}: cannot read {str(error.filename or source)!r} ({error.strerror}); "
                        "make it readable or remove it") from error
+
+
+def require_source(source: str) -> None:
+    """Raises an EsoError where there is no such file or folder."""
+    given = os.path.expanduser(source)
+    require(source == "stdlib" or glob.has_magic(given) or os.path.exists(given), "data.source", source,
+            f"no such file or folder{MISSING}")
 
 
 def split_of(name: str) -> str:

@@ -12,9 +12,12 @@ from pathlib import Path
 from eso_jax.errors import require
 
 
-def find(given: Path, flag: str, remedy: str = "") -> tuple[Path, list[Path]]:
+def find(given: Path, flag: str, remedy: str = "", below: bool = False) -> tuple[Path, list[Path]]:
     """The files that a folder, a file or a glob stands for, and the folder that their names are relative to: of a glob
     the last before its first wildcard.
+
+    Args:
+      below: a folder that a glob matches stands for the files below it.
 
     Raises:
       EsoError: there is none, or it is neither.
@@ -29,8 +32,13 @@ def find(given: Path, flag: str, remedy: str = "") -> tuple[Path, list[Path]]:
         require(glob.has_magic(str(given)), flag, str(given), f"no such file or folder{remedy}")
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
         wanted = given.parts[len(root.parts):]
-        found = [path for path in walk(root, lambda folder: _begins(folder.relative_to(root).parts, wanted))
-                 if _matches(path.relative_to(root).parts, wanted)] if root.is_dir() else []
+
+        def matches(path: Path) -> bool:
+            parts = path.relative_to(root).parts
+            return any(_matches(parts[:end], wanted) for end in range(1 if below else len(parts), len(parts) + 1))
+
+        found = [path for path in walk(root, lambda folder: _begins(folder.relative_to(root).parts, wanted)
+                                       or below and matches(folder)) if matches(path)] if root.is_dir() else []
     return root, [path for path in found if path.is_file() or not path.exists()]  # reading names a broken link
 
 

@@ -65,12 +65,13 @@ class PreparedWindows:
     Attributes:
       shape: (windows, length).
       dtype: uint16 or uint32.
+      checksums: SHA-256 of each shard.
     """
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], length: int, dtype: str):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        self._folder = folder
+        self._folder, self.checksums = folder, [shard["sha256"] for shard in shards]
         self.shape, self.dtype = (sum(shard["windows"] for shard in shards), length), np.dtype(dtype).newbyteorder("<")
         for shard in shards:
             path = folder / shard["file"]

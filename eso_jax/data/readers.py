@@ -33,7 +33,7 @@ def find_files(paths: Iterable[str | Path], unpacked: Path, wish: Wish | None = 
         is_archive = given.is_file() and _is_archive(given, wish)
         given, asked = (_unpack(given, unpacked, wish) if is_archive else given), given
         try:
-            root, files = folders.find(given, wish.flag)
+            root, files = folders.find(given, wish.flag, below=True)
         except OSError as error:
             raise _unreadable(error, asked, wish) from error
         base = root if given.is_file() else root.parent

@@ -106,7 +106,7 @@ def as_text(content: bytes) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise NotText("is UTF-16; save it as UTF-8")
     if b"\0" in content:
-        raise NotText("is no text: it holds NUL bytes")
+        raise NotText("holds NUL bytes, which text does not")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -244,9 +245,12 @@ def get_tokenizer(name: str) -> Tokenizer:
         return CODE[name]()
     if name in HUB:
         return LibraryTokenizer(name, _from_hub(name).read_text())
-    called, _, path = name.partition("=") if not Path(name).is_file() else (name, "", name)
-    require(Path(path).is_file(), "data.tokenizer", name,
-            f"choose bytes, characters, {', '.join(HUB)}, or the path of a tokenizer.json")
+    called, equals, path = name.partition("=") if not Path(name).is_file() else (name, "", name)
+    path = path if equals else name
+    is_path = bool(equals) or path.endswith(".json") or os.sep in path
+    missing = "is a folder; give the tokenizer.json in it" if Path(path).is_dir() else "no such file"
+    require(Path(path).is_file(), "data.tokenizer", name, (f"{missing}; " if is_path or Path(path).is_dir() else "")
+            + f"choose bytes, characters, {', '.join(HUB)}, or the path of a tokenizer.json")
     try:
         return LibraryTokenizer(called, Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:

@@ -1,0 +1,49 @@
+"""Is the data of a run what the run began with? Kept in the work directory, W/data.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eso_jax.data.prepared import PreparedWindows, Windows
+from eso_jax.errors import EsoError
+
+FILE = "data.json"
+
+
+def identity(windows: Windows) -> dict[str, Any]:
+    """The number of windows and a hash of what was packed: of prepared ones, of their shards' checksums."""
+    if isinstance(windows, PreparedWindows):
+        content = json.dumps(windows.checksums).encode()
+    else:
+        content = np.ascontiguousarray(windows[:], "<u4").tobytes()
+    return {"windows": len(windows), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def claim(directory: Path, source: str, found: dict[str, dict[str, Any]]) -> None:
+    """Compares the identities of a run's splits with those that it began with, or keeps them if it has none: a new run,
+    or one of an earlier version.
+
+    Raises:
+      EsoError: they differ.
+    """
+    path = directory / FILE
+    try:
+        there = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        partial.replace(path)
+        return
+    except ValueError as error:
+        raise EsoError(f"--workdir = {str(directory)!r}: {FILE} is no JSON ({error}); remove it if data.source is what "
+                       "the run began with") from error
+    if there != found:
+        counts = [" and ".join(f"{part['windows']:,}" for part in parts.values()) for parts in (there, found)]
+        raise EsoError(f"data.source = {source!r}: is not what this run began with ({counts[0]} windows to train and "
+                       f"to validate on then, {counts[1]} now); restore it, or give another --workdir (to go on with "
+                       f"other data, remove {path})")
