@@ -118,7 +118,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "truth": ({"text": True}, "has a field 'text' that is true or false, not text"),
     "list": ({"text": ["a", "b"]}, "has a field 'text' that is a list, not text"),
     "nested": ({"text": {"en": "a"}}, "has a field 'text' that is an object, not text"),
-    "chat": ({"text": [{"role": "user", "content": "a"}]}, "that is a list, not text (turns of a chat?"),
+    "chat": ({"text": [{"role": "user", "content": "a"}]}, "has a field 'text' that is a list, not text (turns of"),
 }
 ONLY_JSON: dict[str, tuple[Any, str]] = {
     "absent": ({"messages": [], "id": 1}, "has no field text (its fields: 'messages', 'id')"),
@@ -185,9 +185,9 @@ def test_rows_that_are_text_themselves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"text": "a"}\n{"text": "b', "line 2 is no JSON (Unterminated string starting at at column 10; the file may be cut"),
+    ('{"text": "a"}\n{"text": "b', "line 2 is no JSON (Unterminated string starting at at column 10; the file may be"),
     ('{"text": "a"}\n\n{"text": 1e}\n', "line 3 is no JSON"),
-    ('{"text": "a"}\n{"text": "b", "m": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 2 is no JSON (nested too deep)"),
+    ('{"text": "a"}\n{"text": "b", "m": ' + "[" * 10**5 + "]" * 10**5 + "}\n", "line 2 is no JSON (nested too deep)"),
     ("[" * 100_000 + "]" * 100_000, "line 1 is no JSON (nested too deep"),
     ('{"text": "a"}\n{"text": "b", "n": ' + "1" * 5000 + "}", "line 2 is no JSON (Exceeds the limit"),
     ('[\n{"text": "a"},\n{"text": "b"', "is no JSON ("), ('{"text": "\ud800"}', "line 1 is not UTF-8"),
@@ -210,7 +210,7 @@ def test_a_bom_is_no_text(tmp_path: Path) -> None:
 # Compression and archives
 
 LINES = b"".join(json.dumps({"text": f"document {i} " * 20}).encode() + b"\n" for i in range(200))
-DOCUMENTS = [(f"document {i} " * 20) for i in range(200)]
+DOCUMENTS = [(f"document {i} " * 20).strip() for i in range(200)]
 
 
 def zstd(content: bytes) -> bytes:
@@ -244,7 +244,8 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
         assert wish.files or wish.rows
 
 
-TREE = {"t/a.txt": b"one", "t/b.jsonl": b'{"text": "two"}\n{"text": "three"}\n', "t/.hidden": b"x", "__MACOSX/._a": b"\0"}
+TREE = {"t/a.txt": b"one", "t/b.jsonl": b'{"text": "two"}\n{"text": "three"}\n', "t/.hidden": b"x",
+        "__MACOSX/._a": b"\0"}
 
 
 def as_zip(path: Path, tree: dict[str, bytes] = TREE, kind: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -266,8 +267,8 @@ def as_tar(path: Path, tree: dict[str, bytes] = TREE) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.zip", "bzip2.zip", "lzma.zip", "a.tar", "a.tgz", "a.tar.gz", "a.tar.bz2", "a.tar.xz",
-                                  "a.tar.zst", "a.bin"])
+@pytest.mark.parametrize("name", ["a.zip", "bzip2.zip", "lzma.zip", "a.tar", "a.tgz", "a.tar.gz", "a.tar.bz2",
+                                  "a.tar.xz", "a.tar.zst", "a.bin"])
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a folder"])
 def test_archives(tmp_path: Path, name: str, inside: bool) -> None:
     """Rows in them are rows, whether they are named or found."""
@@ -404,8 +405,7 @@ def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
     root = linked(tmp_path)
     assert sorted(readers.find_files([root], tmp_path / "unpacked")) == [
         "in/a.txt", "in/behind/deep/c.txt", "in/sub/b.txt"]
-    assert sorted(name for name, _ in raw_documents(str(root), "all")) == sorted(
-        ["a.txt", "behind/deep/c.txt", "sub/b.txt"] * 3)  # few, so that each is cut in three
+    assert {name for name, _ in raw_documents(str(root), "all")} == {"a.txt", "behind/deep/c.txt", "sub/b.txt"}
     assert sorted(read(tmp_path, root / "*" / "*.txt")) == ["in/sub/b.txt"]
     assert sorted(read(tmp_path, root / "**" / "*.txt")) == ["elsewhere/deep/c.txt", "in/a.txt", "in/sub/b.txt"]
     assert sorted(read(tmp_path, root / "be*")) == ["elsewhere/deep/c.txt"]
@@ -429,7 +429,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, which: str, monkeypatch: 
     else:
         monkeypatch.setattr("builtins.open", lambda *a, **more: refuse(opened, "a.txt", *a, **more))
     for source in (root, root / "**" / "*.txt"):
-        said = refused(tmp_path, source) if source == root else str(pytest.raises(EsoError, read, tmp_path, source).value)
+        said = str(pytest.raises(EsoError, read, tmp_path, source).value)
         assert f"cannot read '{root}/{'sub' if which == 'folder' else 'a.txt'}' (Permission denied)" in said
     if which == "file":
         wish = Wish(skip_files=True)
