@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 import subprocess
@@ -304,3 +305,14 @@ def test_bigram_of_all_bytes_does_not_overflow() -> None:
 def test_package_needs_no_grain() -> None:
     subprocess.run([sys.executable, "-c", "import sys, eso_jax.data; assert 'grain' not in sys.modules"], check=True,
                    cwd=Path(__file__).parents[1])
+
+
+def test_files_that_are_no_text_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are read all the same, byte by byte: a model of bytes may want them."""
+    source = write(tmp_path, a_dot_txt=b"caf\xc3\xa9", b_dot_gz=gzip.compress(b"text"), c_dot_pyc=b"a\0b")
+    for _ in range(2):
+        documents(source, "train")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"data.source = {source!r}: 2 of 3 files are no text (b.gz, c.pyc) and are" in said
+    documents(write(tmp_path / "good", a_dot_txt=b"caf\xc3\xa9"), "train")
+    assert not capsys.readouterr().err

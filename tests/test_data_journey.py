@@ -187,7 +187,7 @@ def test_a_corpus_that_changed_is_refused(tmp_path: Path) -> None:
     kept = (tmp_path / "data.json").read_bytes()
     assert first["train"]["windows"] == 1800 // 16
     stat = text.stat()
-    for content in ("the quick brown fax " * 100, "the quick brown fox " * 99 + "the quick brown fax ",
+    for content in ("the quick brown fax " * 100, "the quick brown fox " * 92 + "the quick brown fax " * 8,
                     "the quick brown fox " * 120):
         text.write_text(content, "utf-8")
         os.utime(text, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # no time stamp tells

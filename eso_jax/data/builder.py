@@ -88,14 +88,14 @@ def _below(files: Sequence[str]) -> list[Path]:
     """The files in those given; none where they are gone."""
     try:
         return sorted(path for given in files for path in folders.find(Path(given), "--from", below=True)[1])
-    except EsoError:
+    except (EsoError, OSError):  # reading them says why
         return []
 
 
 def _stats(files: Sequence[str]) -> str:
     """A hash that changes with every change of a file, and sometimes without one."""
     stats = [(str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
-             for path in _below(files) for state in [path.stat()]]
+             for path in _below(files) if path.exists() for state in [path.stat()]]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
@@ -103,8 +103,11 @@ def _content(files: Sequence[str]) -> str:
     """A hash of the names and the contents of all files."""
     found = hashlib.sha256()
     for path in _below(files):
-        with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError:  # reading it says why, or leaves it out
+            found.update(b"unreadable")
         found.update(os.fsencode(path.name) + b"\0")
     return found.hexdigest()
 

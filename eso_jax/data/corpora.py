@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import os
 import sysconfig
 from pathlib import Path
 
-from eso_jax.data import folders
+from eso_jax.data import folders, streams
 from eso_jax.errors import EsoError, require
 
 SPLITS = ("train", "validation", "test")
@@ -47,13 +48,32 @@ def _documents(source: str, split: str) -> list[tuple[str, bytes]]:
         files = {name: path for name, path in sorted(_files(source).items()) if path.stat().st_size}
         require(bool(files), "data.source", source, "holds no text (no files, or only empty or hidden ones); "
                 "give 'stdlib', a folder, a file or a glob")
-        if {split_of(name) for name in files} != set(SPLITS):
-            parts = [(name, _cut(path.read_bytes(), split)) for name, path in files.items()]
-            return [(name, part) for name, part in parts if part]
-        return [(name, path.read_bytes()) for name, path in files.items() if split_of(name) == split]
+        few = {split_of(name) for name in files} != set(SPLITS)
+        found = [(name, path.read_bytes()) for name, path in files.items() if few or split_of(name) == split]
     except OSError as error:
         raise EsoError(f"data.source = {source!r}: cannot read {str(error.filename or source)!r} ({error.strerror}); "
                        "make it readable or remove it") from error
+    if source != "stdlib":
+        _say_odd(source, tuple(name for name, content in found if not _is_text(content)), len(found))
+    parts = [(name, _cut(content, split) if few else content) for name, content in found]
+    return [(name, part) for name, part in parts if part]
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        return bool(streams.as_text(content)) and not streams.is_compressed(content)
+    except streams.NotText:
+        return False
+
+
+@functools.cache  # once for each split
+def _say_odd(source: str, names: tuple[str, ...], count: int) -> None:
+    from eso_jax.run.metrics import say
+
+    if names:
+        say(f"data.source = {source!r}: {len(names):,} of {count:,} files are no text ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}) and are read as the bytes they are; eso-jax data prepare text reads "
+            "archives, rows and compressed files, and leaves others out")
 
 
 def require_source(source: str) -> None:

@@ -39,8 +39,13 @@ def of_bytes(content: bytes) -> Opener:
 
 def inside(opener: Opener) -> Opener:
     """The same, decompressed as often as it is compressed."""
-    found = next((kind for kind, magic in _KINDS.items() if re.match(magic, head(opener))), None)
+    found = is_compressed(head(opener))
     return opener if found is None else inside(functools.partial(_decompress, opener, found))
+
+
+def is_compressed(start: bytes) -> str | None:
+    """By what, from the first bytes."""
+    return next((kind for kind, magic in _KINDS.items() if re.match(magic, start)), None)
 
 
 def inner_name(name: str) -> str:
