@@ -46,5 +46,6 @@ def without_absent_tpu() -> None:
     """Has JAX not start libtpu (the extra `tpu`) on a machine without a TPU, where it fills stderr. On one with a TPU,
     JAX has named its platforms itself when it was imported."""
     gpus = any(importlib.util.find_spec(plugin) for plugin in ("jax_cuda12_plugin", "jax_cuda13_plugin"))
-    if jax.config.jax_platforms is None and importlib.util.find_spec("libtpu") and not gpus:
+    unsaid = jax.config.jax_platforms is None  # type: ignore[attr-defined]
+    if unsaid and importlib.util.find_spec("libtpu") and not gpus:
         jax.config.update("jax_platforms", "cpu")
