@@ -162,6 +162,8 @@ def test_what_is_said_otherwise_is_checked(tmp_path: Path, run: Run) -> None:
     run("data", "prepare", "text", "--from", tmp_path / "a.txt", tmp_path / "b.txt", "--data-dir", tmp_path,
         "--tokenizer", "bytes", "--length", 8, "--held-out", 1)
     source = f"data.source={tmp_path / 'text'}"
+    with pytest.raises(EsoError, match=f"data.source = '{tmp_path}': holds prepared folders; give one: "):
+        windows_of(BASE.override(f"data.source={tmp_path}"), "train")
     config = override(BASE, source)
     assert tokenizer_of(config).name == "bytes" and windows_of(config, "train")[:].shape[1] == 8
     for said, message in (("model.length=16", "model.length = 16: .* was prepared with windows of 8 tokens"),

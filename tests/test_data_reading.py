@@ -327,11 +327,27 @@ def with_one_name_twice(path: Path) -> Path:
     return path
 
 
+def with_a_link(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        link = zipfile.ZipInfo("b.txt")
+        link.external_attr = 0o120777 << 16
+        file.writestr(link, "/etc/passwd")
+    return path
+
+
+def with_a_link_outside(path: Path) -> Path:
+    with tarfile.open(path, "w") as tar:
+        link = tarfile.TarInfo("b.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "../../outside"
+        tar.addfile(link)
+    return path
+
+
 @pytest.mark.parametrize("make, name, reason", [
     (encrypted, "a.zip", "encrypted"), (of_method_9, "a.zip", "compression"), (damaged, "a.zip", "t/a.txt"),
     (cut, "a.zip", "zip"), (cut, "a.tar.gz", "EOFError"), (cut, "a.tar.xz", "EOFError"), (cut, "a.tar.bz2", "EOFError"),
     (cut, "a.tar.zst", "Truncated"), (of_damaged_header, "a.tar", "bad checksum"),
-    (with_one_name_twice, "a.zip", "two members called 'a.txt'")])
+    (with_one_name_twice, "a.zip", "two members called 'a.txt'"), (with_a_link, "a.zip", "'b.txt' in it is a link")])
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a folder"])
 def test_archives_that_cannot_be_read(tmp_path: Path, make: Callable[[Path], Path], name: str, reason: str,
                                       inside: bool) -> None:
@@ -345,6 +361,10 @@ def test_archives_that_cannot_be_read(tmp_path: Path, make: Callable[[Path], Pat
         wish = Wish(skip_files=True)
         list(readers.documents(CORPORA["text"], "train", {"a": path}, wish))
         assert len(wish.files) == 1 and str(path) in wish.files[0]
+
+
+def test_a_tar_cannot_reach_outside(tmp_path: Path) -> None:
+    assert "outside the destination" in refused(tmp_path, with_a_link_outside(tmp_path / "a.tar"))
 
 
 @pytest.mark.parametrize("name, content, reason", [

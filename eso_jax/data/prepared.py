@@ -114,6 +114,9 @@ def is_prepared(source: str, config: Config | None = None) -> bool:
     require(folder.exists() or not published, "data.source", source,
             f"does not exist; eso-jax data prepare {folder.name} --data-dir {folder.parent} --tokenizer "
             f"{wanted[0]} --length {wanted[1]} makes it")
+    within = [path.parent for path in sorted(folder.glob(f"*/{MANIFEST}")) if any(path.parent.glob("*.array_record"))]
+    require(not within or (folder / MANIFEST).is_file(), "data.source", source,
+            f"holds prepared folders; give one: {', '.join(map(str, within))}")
     return (folder / MANIFEST).is_file()
 
 

@@ -10,6 +10,7 @@ import gzip
 import io
 import lzma
 import re
+import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -148,14 +149,13 @@ def members(opener: Opener) -> Iterator[tuple[str, Opener]]:
     with seekable(opener) as file:
         if is_zip(head(opener)):
             with zipfile.ZipFile(file) as archive:
-                names = [info.filename for info in archive.infolist() if not info.is_dir()]
-                once(names)
-                for name in sorted(filter(_shown, names)):
-                    yield name, of_bytes(archive.read(name))
+                for info in sorted(_infos(archive), key=lambda info: info.filename):
+                    if _shown(info.filename):
+                        yield info.filename, of_bytes(archive.read(info))
         else:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
                 found = [member for member in tar if member.isfile()]
-                once([member.name for member in found])
+                _once([member.name for member in found])
                 for member in sorted(found, key=lambda member: member.name):
                     content: Any = tar.extractfile(member)
                     if _shown(member.name):
@@ -166,8 +166,7 @@ def unpack(opener: Opener, folder: Path) -> None:
     """Extracts an archive to a folder."""
     if is_zip(head(opener)):
         with seekable(opener) as file, zipfile.ZipFile(file) as archive:
-            once([info.filename for info in archive.infolist()])
-            for info in archive.infolist():
+            for info in _infos(archive):
                 try:
                     archive.extract(info, folder)
                 except OSError:
@@ -179,7 +178,17 @@ def unpack(opener: Opener, folder: Path) -> None:
             tar.extractall(folder, filter="data")
 
 
-def once(names: list[str]) -> None:
+def _infos(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in a zip, none of which hides another or is a link (which zipfile would take for a text)."""
+    found = [info for info in archive.infolist() if not info.is_dir()]
+    _once([info.filename for info in found])
+    link = next((info.filename for info in found if stat.S_ISLNK(info.external_attr >> 16)), None)
+    if link is not None:
+        raise ValueError(f"{link!r} in it is a link")
+    return found
+
+
+def _once(names: list[str]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice is not None:
         raise ValueError(f"it holds two members called {twice!r}")

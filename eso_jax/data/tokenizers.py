@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -170,16 +169,17 @@ class LibraryTokenizer:
     def join(self, texts: Sequence[bytes | str], separate: bool) -> np.ndarray:
         strings = [text if isinstance(text, str) else text.decode("utf-8", errors="replace") for text in texts]
         found = self._reader.encode_batch_fast(strings, add_special_tokens=False)
-        kept = {self.separator_id, self.mask_id}
+        end = np.array([self.separator_id] * separate, dtype_of(self))
+        parts: list[np.ndarray] = [np.empty(0, dtype_of(self))]
         for text, encoding in zip(strings, found, strict=True):
-            taken = kept.intersection(encoding.ids)
-            if taken:
-                token = self._library.id_to_token(taken.pop())
-                raise EsoError(f"data.tokenizer = {self.name!r}: reads a part of the text {text[:40]!r} as {token!r}, "
-                               "which is kept for the separator or the mask; choose another tokenizer")
-        end = [self.separator_id] * separate
-        return np.fromiter(chain.from_iterable(part for encoding in found for part in (encoding.ids, end)),
-                           dtype_of(self))
+            ids = np.array(encoding.ids, dtype_of(self))
+            taken = ids[(ids == self.separator_id) | (ids == self.mask_id)]
+            if taken.size:
+                raise EsoError(f"data.tokenizer = {self.name!r}: reads a part of the text {text[:40]!r} as "
+                               f"{self._library.id_to_token(int(taken[0]))!r}, which is kept for the separator or the "
+                               "mask; choose another tokenizer")
+            parts += [ids, end]
+        return np.concatenate(parts)
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         shown = {self.separator_id: SHOWN_SEPARATOR, self.mask_id: _SHOWN_MASK}
