@@ -116,6 +116,10 @@ def test_what_is_not_there_is_said_as_missing(tmp_path: Path, run: Run, code: Pa
             ([f"data.source={tmp_path}/no/*.txt"], "holds no text")):
         said = run("train", tmp_path / "e.json", "--workdir", tmp_path / "w", *arguments, code=2)
         assert message in said, said
+    (tmp_path / "blank.txt").write_text(" \n", "utf-8")
+    said = run("data", "prepare", "text", "--tokenizer", "bytes", "--length", 8, "--data-dir", tmp_path / "data",
+               "--from", tmp_path / "blank.txt", code=2)
+    assert "holds no text: what was found is empty or blank" in said
     for files, message in ((["gone"], "--from = 'gone': no such file or folder"),
                            ([f"{code}/**/*.rs"], "holds no files"), ([code, "--include", "*.rs"], "--include *.rs m")):
         said = run("data", "train-tokenizer", "--vocab-size", 300, "--out", tmp_path / "t", "--from", *files, code=2)
@@ -154,6 +158,11 @@ def test_a_prepared_folder_brings_its_fields(tmp_path: Path) -> None:
     assert four(override(there, "data.source=elsewhere")) == four(there)
     with pytest.raises(EsoError, match="^model.length = 'many': must be of type int"):
         override(Config(), f"data.source={letters}", "model.length=many")
+
+
+def test_what_is_no_prepared_folder_is_not_checked(tmp_path: Path, run: Run) -> None:
+    for folder in (tmp_path, tmp_path / "gone"):
+        assert f"'{folder}': is no prepared folder: it has no manifest.json" in run("data", "check", folder, code=2)
 
 
 def test_what_is_said_otherwise_is_checked(tmp_path: Path, run: Run) -> None:

@@ -163,7 +163,7 @@ def test_one_null_among_many_in_every_command(tmp_path: Path, run: Run) -> None:
                     ["quality", "--samples", path, "--judge", "none", "--out", tmp_path / "q.json"]):
         assert "line 13 has a field 'text' that is null, not text" in run(*command, code=2)
         said = run(*command, "--skip-bad-rows")
-        assert "left out 1 rows: " in said and f"{path.name}, line 13 has a field 'text' that is null" in said
+        assert "left out 1 row: " in said and f"{path.name}, line 13 has a field 'text' that is null" in said
     assert json.loads((tmp_path / "q.json").read_text("utf-8"))["samples"] == 12
 
 

@@ -35,7 +35,7 @@ class Corpora(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in CORPORA]
 
     def __init__(self, *, files: Sequence[str] = (), wish: Wish | None = None, **kwargs: Any):
-        self._files = [str(Path(file).absolute()) for file in files]
+        self._files = [str(Path(file).expanduser().absolute()) for file in files]
         self._wish = wish or Wish()
         super().__init__(file_format="array_record", **kwargs)
 
@@ -55,8 +55,9 @@ class Corpora(tfds.core.GeneratorBasedBuilder):
         started = {split: next(iterator, None) for split, iterator in documents.items()}
         parts = {split: self._generate_examples(started[split], documents[split])
                  for split in documents if started[split] is not None}
-        require(bool(parts), "--from", self._files, f"holds no documents of {name}; its files are called "
-                f"{', '.join(pattern for patterns in corpus.splits.values() for pattern in patterns)}")
+        patterns = [pattern for patterns in corpus.splits.values() for pattern in patterns]
+        require(bool(parts), "--from", self._files, "holds no text: what was found is empty or blank" if name == "text"
+                else f"holds no documents of {name}; its files are called {', '.join(patterns)}")
         return parts
 
     def _generate_examples(self, first: str | None, rest: Iterator[str]) -> Iterator[tuple[int, dict[str, str]]]:

@@ -122,6 +122,7 @@ def is_prepared(source: str, config: Config | None = None) -> bool:
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
+    require(path.is_file(), "data.source", str(folder), f"is no prepared folder: it has no {MANIFEST}")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
         manifest["splits"], manifest["length"], manifest["tokenizer"]

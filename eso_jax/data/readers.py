@@ -29,7 +29,7 @@ def find_files(paths: Iterable[str | Path], unpacked: Path, wish: Wish | None = 
     """
     wish = wish or Wish()
     found: dict[str, Path] = {}
-    for given in map(Path, paths):
+    for given in (Path(path).expanduser() for path in paths):
         is_archive = given.is_file() and _is_archive(given, wish)
         given, asked = (_unpack(given, unpacked, wish) if is_archive else given), given
         try:

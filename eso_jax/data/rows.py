@@ -60,7 +60,8 @@ class Wish:
         for what, found in (("rows", self.rows), ("files", self.files)):
             if found:
                 more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
-                say(f"left out {len(found):,} {what}: {'; '.join(found[:SHOWN])}{more}")
+                unit = what if len(found) > 1 else what[:-1]
+                say(f"left out {len(found):,} {unit}: {'; '.join(found[:SHOWN])}{more}")
 
 
 class BadRow(ValueError):

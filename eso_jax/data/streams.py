@@ -151,15 +151,18 @@ def members(opener: Opener) -> Iterator[tuple[str, Opener]]:
             with zipfile.ZipFile(file) as archive:
                 for info in sorted(_infos(archive), key=lambda info: info.filename):
                     if _shown(info.filename):
-                        yield info.filename, of_bytes(archive.read(info))
+                        with _named(info.filename):
+                            content = archive.read(info)
+                        yield info.filename, of_bytes(content)
         else:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
                 found = [member for member in tar if member.isfile()]
                 _once([member.name for member in found])
                 for member in sorted(found, key=lambda member: member.name):
-                    content: Any = tar.extractfile(member)
                     if _shown(member.name):
-                        yield member.name, of_bytes(content.read())
+                        with _named(member.name):
+                            content = tar.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
+                        yield member.name, of_bytes(content)
 
 
 def unpack(opener: Opener, folder: Path) -> None:
@@ -167,15 +170,22 @@ def unpack(opener: Opener, folder: Path) -> None:
     if is_zip(head(opener)):
         with seekable(opener) as file, zipfile.ZipFile(file) as archive:
             for info in _infos(archive):
-                try:
+                with _named(info.filename):
                     archive.extract(info, folder)
-                except OSError:
-                    raise
-                except Exception as error:  # of each kind of compression its own
-                    raise zipfile.BadZipFile(f"{info.filename}: {type(error).__name__}: {error}") from error
     else:
         with opener() as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
             tar.extractall(folder, filter="data")
+
+
+@contextlib.contextmanager
+def _named(member: str) -> Iterator[None]:
+    """Names the member in the errors of its block, but for those of the file system."""
+    try:
+        yield
+    except Exception as error:  # of each kind of compression its own
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{member}: {type(error).__name__}: {error}") from error
 
 
 def _infos(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
