@@ -86,8 +86,9 @@ def test_bert_has_its_own_mask_and_separates_by_cls() -> None:
     assert BERT.encode("The CAFÉ cats, sitting. the dog").tolist() == [5, 13, 14, 6, 8, 11, 1, 10, 5, 1]
     assert BERT.join(["the cat", "sat."], separate=True).tolist() == [5, 6, 2, 7, 10, 2]
     assert BERT.decode([2, 5, 6, 8, 4, 10]) == "\n\f\nthe cats▒."
-    # " the" " caf" "e" " cat" "s" " ," " " for the unknown word; nothing for the last two.
-    assert BERT.num_bytes(np.array([5, 13, 14, 6, 8, 11, 1, 2, 4])) == 4 + 4 + 1 + 4 + 1 + 2 + 1
+    # " the" " caf" "e" " cat" "s" " ,"; nothing for the last two. Of an unknown word nothing is known.
+    assert BERT.num_bytes(np.array([5, 13, 14, 6, 8, 11, 2, 4])) == 4 + 4 + 1 + 4 + 1 + 2
+    assert BERT.num_bytes(np.array([5, 1])) is None
 
 
 @pytest.mark.parametrize("tokenizer, text", [(GPT2, "the<|endoftext|>cat"), (BERT, "the [MASK] [CLS] cat")])

@@ -52,5 +52,5 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"  {term:<12} {nats:.4f} nats per token")
     kind = "NLL  " if families.get(model.config).exact_bound else "NELBO"
     say(f"  {kind}        {found.nats_per_token:.4f} +- {found.standard_error:.4f} nats per token"
-        f" = {found.bits_per_byte:.4f} bits per byte = PPL {found.perplexity:.3f}")
+        f" = {found.bits} = PPL {found.perplexity:.3f}")
     say(f"wrote {arguments.out}")

@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax import chips
     from eso_jax import config as configs
     from eso_jax.aot import plan, target
+    from eso_jax.data import override
     from eso_jax.errors import require
 
     if arguments.out:
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     require(arguments.sample_batch >= 1, "--sample-batch", arguments.sample_batch, "must be at least 1")
     topology = chips.topology(arguments.topology)
     target.prepare(topology)  # an experiment may use JAX as it is read
-    config = configs.from_file(arguments.experiment).override(*arguments.overrides)
+    config = override(configs.from_file(arguments.experiment), *arguments.overrides)
     found = plan(config, topology, say, arguments.tensor, arguments.sample_batch, arguments.target_config)
     if arguments.out:
         written = {"experiment": arguments.experiment, "overrides": arguments.overrides, **found}

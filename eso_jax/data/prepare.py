@@ -19,6 +19,7 @@ from eso_jax.data import prepared, tokenizers
 from eso_jax.data.catalog import CORPORA
 from eso_jax.data.detokenizers import DETOKENIZERS
 from eso_jax.data.packing import WRAPPINGS, Wrapping, cut, require_window
+from eso_jax.data.rows import Wish
 from eso_jax.data.tokenizers import LibraryTokenizer, Tokenizer, get_tokenizer
 from eso_jax.errors import EsoError, require
 from eso_jax.files import as_json, write_whole, writing
@@ -48,7 +49,7 @@ class Job(NamedTuple):
 
 def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files: Iterable[str] = (),
             wrapping: str | None = None, held_out: int | None = None, out: Path | None = None,
-            processes: int | None = None) -> Path:
+            processes: int | None = None, wish: Wish | None = None) -> Path:
     """Makes a prepared folder of a corpus, or goes on making it; returns it.
 
     The documents are kept in data_dir/documents, as published: another tokenizer or length does not read the source
@@ -61,6 +62,7 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
       held_out: documents at the end that are the validation split, for corpora without one; None: the corpus's own.
       out: the folder; None: data_dir/name.
       processes: that tokenize; None: one per core.
+      wish: how the files are read.
 
     Raises:
       EsoError: the source cannot be had or read, a split is shorter than a window, `out` holds other data, or a shard
@@ -74,9 +76,11 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
     from eso_jax.data import builder
 
     folder = data_dir / name if out is None else out
-    corpus = builder.documents(name, data_dir / "documents", list(files))
+    corpus = builder.documents(name, data_dir / "documents", list(files), wish)
+    state = corpus.info.metadata.get("state")
     manifest: dict[str, Any] = {
         "corpus": name, "source": corpus.info.metadata["source"],
+        "content": state["content"] if isinstance(state, dict) else None,
         "split_rule": f"the last {held_out} documents are for validation" if held_out else "as published",
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizers.sha256(tokenizer),
                       "vocab_size": tokenizer.vocab_size, "mask_id": tokenizer.mask_id},
@@ -126,7 +130,7 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         return {}
     there = json.loads(found.read_text("utf-8"))
     for field, value in manifest.items():
-        require(there.get(field) == value, f"{found} {field}", there.get(field),
+        require(there.get(field, value) == value, f"{found} {field}", there.get(field),
                 f"this command would make {value!r}; give another --out, or delete the folder")
     if found.name == prepared.MANIFEST:
         found.rename(folder / prepared.UNFINISHED)

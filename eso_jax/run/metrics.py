@@ -75,7 +75,8 @@ def profiled(workdir: Path, nth: int, count: int) -> Iterator[None]:
 
 
 def plot_loss(workdir: Path, baselines: dict[str, float] | None = None) -> Path:
-    """Draws `W/loss.png`: training terms, and validation bits per byte beside named baselines."""
+    """Draws `W/loss.png`: training terms, and validation bits per byte (nats per token where bytes are not
+    known) beside named baselines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -88,12 +89,14 @@ def plot_loss(workdir: Path, baselines: dict[str, float] | None = None) -> Path:
         if points:
             left.plot(*zip(*points, strict=True), label=name, linewidth=1)
     left.set(xlabel="step", ylabel="nats per token", title="training loss and its terms")
-    points = [(line["step"], line["validation_bits_per_byte"]) for line in lines if "validation_bits_per_byte" in line]
+    unknown = any(line.get("validation_bits_per_byte", 0) is None for line in lines)
+    unit = "nats_per_token" if unknown else "bits_per_byte"
+    points = [(line["step"], value) for line in lines if (value := line.get(f"validation_{unit}")) is not None]
     if points:
         right.plot(*zip(*points, strict=True), "o-", label="model (NELBO)")
     for name, value in (baselines or {}).items():
         right.axhline(value, linestyle="--", color="grey", label=name)
-    right.set(xlabel="step", ylabel="bits per byte", title="validation")
+    right.set(xlabel="step", ylabel=unit.replace("_", " "), title="validation")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

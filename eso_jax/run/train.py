@@ -2,6 +2,7 @@
 
   W/config.json     the run's config
   W/tokenizer.json  its tokenizer, unless that is code alone (bytes)
+  W/data.json       what its data was when it began
   W/checkpoints/    parameters, averages, optimizer and step, together
   W/metrics.jsonl   a line per `train.log_every` steps and per evaluation
   W/loss.png        drawn at the end
@@ -34,7 +35,7 @@ from jaxtyping import Array, Float, Int
 from eso_jax import families, files, flops, sharding
 from eso_jax.config import Config
 from eso_jax.console import bar, is_terminal, is_writer, say
-from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
+from eso_jax.data import evenly_spaced, identity, tokenizer_of, windows_of
 from eso_jax.engine import perplexity
 from eso_jax.engine.rows import Engine, catch_out_of_memory
 from eso_jax.errors import EsoError, RunAgain, require
@@ -180,9 +181,10 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
     windows = windows_of(config, "train", tokenizer=tokenizer)
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
-    counts = multihost.gathered("data", f"{len(windows)} and {len(held_out)}")
-    require(len(set(counts)) == 1, "data.source", config.data.source,
-            f"the processes see different data: {', '.join(counts)} windows to train on and to validate with")
+    data = {"train": identity.identity(windows), "validation": identity.identity(held_out)}
+    seen = multihost.gathered("data", f"{len(windows)} and {len(held_out)} windows, {data['train']['sha256'][:8]}")
+    require(len(set(seen)) == 1, "data.source", config.data.source,
+            f"the processes see different data to train on and to validate with: {'; '.join(seen)}")
     iterator = batches(windows, settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
     validation = evenly_spaced(held_out, settings.eval_windows)
@@ -190,6 +192,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     start = None if resumes else finetune.starting_params(config, mesh, tokenizer)
     # Once the data and the start are known to be there.
     multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))
+    multihost.by_writer("kept data", lambda: identity.claim(directory, config.data.source, data))
     workdir.check_shared(directory)
 
     preemption = multihost.Preemption()
@@ -240,7 +243,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 found = perplexity.nelbo(engine, validation, tokenizer, families.alpha_0_of(config, None),
                                          jax.random.key(0))
                 log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
-                say(f"step {step}: validation {found.bits_per_byte:.3f} bits per byte")
+                say(f"step {step}: validation {found.nats_per_token:.4f} nats per token, {found.bits}")
                 meter.restart_clock()
             if step % settings.save_every == 0 or ends or saver.owes:
                 meter.flush()  # a state is saved only once it is known to be finite
