@@ -559,7 +559,7 @@ def test_help(action: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("options, message", [
     (["--length", "0"], "--length = 0: must be at least 1"),
     (["--length", "8", "--processes", "0"], "--processes = 0: must be at least 1"),
-    (["--length", "8", "--tokenizer", "nothing"], "data.tokenizer = 'nothing': choose bytes, characters"),
+    (["--length", "8", "--tokenizer", "nothing"], "--tokenizer = 'nothing': choose bytes, characters"),
 ])
 def test_options_are_checked(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "prepare", "ptb", "--tokenizer", "bytes", *options]) == 2

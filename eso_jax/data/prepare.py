@@ -86,6 +86,7 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
                       "vocab_size": tokenizer.vocab_size, "mask_id": tokenizer.mask_id},
         "detokenizer": CORPORA[name].detokenizer, "length": length, "wrapping": wrapping,
         "dtype": np.dtype(tokenizers.dtype_of(tokenizer)).name}
+    parts = _parts(corpus.info.splits, held_out)
     with writing("--out", folder):
         splits = _claim(folder, manifest)
         if tokenizer.json is not None:
@@ -95,7 +96,7 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
             write_whole(folder / prepared.UNFINISHED, as_json({**manifest, "splits": splits}))
 
         save()  # from now on the folder is known as ours
-        for split, (published, chosen) in _parts(corpus.info.splits, held_out).items():
+        for split, (published, chosen) in parts.items():
             job = Job(str(corpus.data_dir), published, (tokenizer.name, tokenizer.json), CORPORA[name].detokenizer,
                       WRAPPINGS[wrapping], length)
             mean = corpus.info.splits[published].num_bytes // corpus.info.splits[published].num_examples
