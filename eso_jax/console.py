@@ -73,7 +73,7 @@ def streams() -> Iterator[None]:
         yield
     finally:
         lost = [_flush(sys.stdout), _flush(sys.stderr)][0]
-        if lost not in (None, errno.EPIPE):
+        if lost not in (None, errno.EPIPE) and not isinstance(sys.exc_info()[1], Exception):  # a crash stays one
             tell(f"eso-jax: error: stdout: cannot be written ({os.strerror(lost)})")
             raise SystemExit(2)
 

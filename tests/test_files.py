@@ -457,6 +457,28 @@ def test_speaking_never_fails(stream: Any, monkeypatch: pytest.MonkeyPatch) -> N
         sys.stderr.close()
 
 
+def test_a_crash_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where stdout is lost, which by itself is exit code 2, and nothing if a reader had enough."""
+    class Full(io.StringIO):
+        number = errno.ENOSPC
+
+        def flush(self) -> None:
+            raise OSError(self.number, "lost")
+
+        def fileno(self) -> int:
+            return sink.fileno()
+
+    with open(os.devnull, "w", encoding="utf-8") as sink:
+        monkeypatch.setattr(sys, "stdout", Full())
+        with pytest.raises(SystemExit, match="2"), console.streams():
+            pass
+        with pytest.raises(ZeroDivisionError), console.streams():
+            1 / 0
+        monkeypatch.setattr(Full, "number", errno.EPIPE)
+        with console.streams():
+            pass
+
+
 def test_an_error_of_the_file_system_is_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Wherever it comes from; one that says nothing of a file is a mistake of ours, and is shown whole."""
     def fail(number: int) -> Callable[[], None]:
