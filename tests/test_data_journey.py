@@ -253,3 +253,19 @@ def test_the_documents_of_another_reading_are_not_taken(tmp_path: Path) -> None:
     for wish in ({"field": "body"}, {"include": ["*.jsonl"]}, {"skip_rows": True}):
         with pytest.raises(EsoError, match="was read with .* and this command says"):
             make(**wish)
+
+
+def test_documents_and_folders_of_an_earlier_version_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "the fox"}\n' * 20, "utf-8")
+    make = functools.partial(prepare.prepare, "text", tmp_path / "data", ByteTokenizer(), 8,
+                             [str(tmp_path / "a.jsonl")], held_out=1, processes=1)
+    folder = make()
+    metadata = next((tmp_path / "data" / "documents").rglob("metadata.json"))
+    before = json.loads(metadata.read_text("utf-8"))
+    assert before.pop("asked") and before["state"]["content"]
+    metadata.write_text(json.dumps(before | {"state": "1 files, 400 bytes, changed 1"}), "utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    del manifest["content"]
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    make()
+    make(out=tmp_path / "other")
