@@ -9,11 +9,14 @@ Underneath are pure functions of weights; start with eso_jax/model/params.py and
 guide to the code.
 """
 
+__version__ = "0.1.0"
+
 from eso_jax.config import Config, DataConfig, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.engine.model import Model, Samples, load
 from eso_jax.errors import EsoError
-from eso_jax.xla import without_ynn_fusions
+from eso_jax.xla import without_absent_tpu, without_ynn_fusions
 
 without_ynn_fusions()
+without_absent_tpu()
 
 __all__ = ["Config", "DataConfig", "EsoError", "FamilyConfig", "Model", "ModelConfig", "Samples", "TrainConfig", "load"]

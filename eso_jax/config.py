@@ -16,6 +16,7 @@ import functools
 import importlib
 import json
 import math
+import sys
 import textwrap
 import types
 import typing
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from eso_jax.errors import EsoError, require
+from eso_jax.files import local
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": dict(width=256, layers=8, heads=8),
@@ -180,6 +182,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_types("data", self)
+        for name in ("source", "tokenizer"):
+            object.__setattr__(self, name, local(getattr(self, name), f"data.{name}"))
         require(0 <= self.seed < 2**32, "data.seed", self.seed, "must be in [0, 2**32)")
         require(bool(self.source), "data.source", self.source, "give 'stdlib', a folder, a file or a glob")
         require(bool(self.tokenizer), "data.tokenizer", self.tokenizer,
@@ -235,6 +239,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_types("train", self)
         require(self.start_from != "", "train.start_from", self.start_from, "give a work directory, or None")
+        object.__setattr__(self, "start_from", self.start_from and local(self.start_from, "train.start_from"))
         require(0 <= self.seed < 2**32, "train.seed", self.seed, "must be in [0, 2**32)")
         for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_windows", "save_every",
                      "keep", "keep_every"):
@@ -425,7 +430,7 @@ def _remedy(path: Path) -> str:
 
 def _from_json(path: Path) -> Config:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text("utf-8"))
     except ValueError as error:  # not JSON, or not text
         raise EsoError(f"config = {str(path)!r}: not a config in JSON ({error})") from error
     sections = isinstance(values, dict) and all(isinstance(fields, dict) for fields in values.values())
@@ -437,6 +442,8 @@ def _variables(path: Path) -> dict[str, Any]:
     """What a Python file defines."""
     import runpy
 
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # as Python has it for a script, which may import its neighbours
     try:
         return runpy.run_path(str(path))
     except EsoError:
@@ -444,6 +451,8 @@ def _variables(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever the user's Python raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise EsoError(f"config = {str(path)!r}: running it failed ({reason})") from error
+    finally:
+        sys.path.remove(folder)
 
 
 def _check_types(section: str, config: Any) -> None:

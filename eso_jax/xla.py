@@ -7,9 +7,11 @@ issues 39103, 39257 and 40412; here, one compilation in about a hundred of a sam
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 
+import jax
 from jaxlib import version
 
 try:  # JAX has no public name for it
@@ -38,3 +40,12 @@ def without_ynn_fusions() -> None:
                       RuntimeWarning, stacklevel=3)
         return
     os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=".strip()
+
+
+def without_absent_tpu() -> None:
+    """Has JAX not start libtpu (the extra `tpu`) on a machine without a TPU, where it fills stderr. On one with a TPU,
+    JAX has named its platforms itself when it was imported."""
+    gpus = any(importlib.util.find_spec(plugin) for plugin in ("jax_cuda12_plugin", "jax_cuda13_plugin"))
+    unsaid = jax.config.jax_platforms is None  # type: ignore[attr-defined]
+    if unsaid and importlib.util.find_spec("libtpu") and not gpus:
+        jax.config.update("jax_platforms", "cpu")

@@ -30,11 +30,12 @@ from typing import TypeVar
 
 from eso_jax import Config, DataConfig, ModelConfig
 from eso_jax.cli import guarded
-from eso_jax.cli.files import check_out, say, write_json
+from eso_jax.console import say
 from eso_jax.data import windows_of
 from eso_jax.data.pipeline import batches
 from eso_jax.data.prepare import prepare
 from eso_jax.data.tokenizers import train_tokenizer
+from eso_jax.files import as_json, check_out, write_whole
 
 Result = TypeVar("Result")
 LENGTH, BATCH, BATCHES = 1024, 512, 200
@@ -48,13 +49,13 @@ def main() -> None:
     arguments = parser.parse_args()
     check_out(arguments.out)
     with tempfile.TemporaryDirectory() as folder:
-        write_json(arguments.out, measure(Path(folder), arguments.megabytes, arguments.rounds))
+        write_whole(arguments.out, as_json(measure(Path(folder), arguments.megabytes, arguments.rounds)))
 
 
 def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, object]:
     texts = make_texts(megabytes * 10**6)
     size = sum(len(text.encode()) for text in texts) / 1e6
-    with (folder / "texts.jsonl").open("w") as file:
+    with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     tokenizer, seconds, _ = timed(lambda: train_tokenizer(texts[:len(texts) // 4], 50258, "bpe"))
     say(f"{len(texts):,} documents, {size:.0f} MB; a vocabulary of {tokenizer.vocab_size:,} learned in {seconds:.0f} s")
@@ -108,7 +109,7 @@ def make_texts(size: int) -> list[str]:
     """Python files of this environment, repeated until they are `size` characters."""
     root = Path(sysconfig.get_path("stdlib"))
     found = [text for folder in (root, Path(sysconfig.get_path("purelib"))) for path in sorted(folder.rglob("*.py"))
-             if (text := path.read_text(errors="ignore").strip())]
+             if (text := path.read_text("utf-8", "ignore").strip())]
     totals = itertools.accumulate(map(len, itertools.cycle(found)))
     return [text for text, _ in zip(itertools.cycle(found), itertools.takewhile(lambda total: total < size, totals))]
 

@@ -15,11 +15,13 @@ The recipes are those of the paper's appendix C.3 and of the authors' configs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from eso_jax.config import Config, DataConfig, FamilyConfig, ModelConfig, TrainConfig
+from eso_jax.console import streams
 
 # Clipped ranges of t for BD3-LM by block size. Its authors' code searches for them while training, which this project
 # does not, and what the Eso-LM paper's runs ended up with is not published.
@@ -329,4 +331,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with streams(), contextlib.suppress(BrokenPipeError):
+        main()

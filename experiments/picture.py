@@ -16,14 +16,17 @@ import matplotlib
 import numpy as np
 
 from eso_jax.cli import guarded, read_plan
+from eso_jax.console import say
 from eso_jax.decoding.order import random_then_ascending
 from eso_jax.decoding.plan import Plan
+from eso_jax.files import write_whole
 from eso_jax.model import masks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.colors import ListedColormap  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 LENGTH, PARALLEL_STEPS = 16, [2, 1, 3, 2]  # then one token per step
 COLOURS = ListedColormap(["#e8e8e8", "#f4a261", "#2a9d8f", "#9fc5e8"])
@@ -56,8 +59,7 @@ def draw_plan(path: Path) -> None:
     plan = read_plan(str(path))
     figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
     decoding(axes, plan)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    print(f"wrote {path.with_suffix('.png')}")
+    _write(figure, path.with_suffix(".png"))
 
 
 def draw_how_it_works() -> None:
@@ -77,8 +79,12 @@ def draw_how_it_works() -> None:
     pattern(grid[1, 0], "Eso-LM (A), diffusion:\nclean prefix sees itself", np.asarray(masks.prefix(query, key, 4)))
     pattern(grid[1, 1], "Eso-LM, sequential:\nmasked copy, then clean copy", both)
     OUT.parent.mkdir(exist_ok=True)
-    figure.savefig(OUT, dpi=110)
-    print(f"wrote {OUT}")
+    _write(figure, OUT)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"), "picture")
+    say(f"wrote {path}")
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -25,13 +24,14 @@ import numpy as np
 
 from eso_jax import Config, FamilyConfig, families, likelihood, load
 from eso_jax.cli import guarded
-from eso_jax.data import Bigram, get_tokenizer, windows_of
+from eso_jax.console import say
+from eso_jax.data import Bigram, override, tokenizer_of, windows_of
 from eso_jax.decoding import order
 from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
-from eso_jax.errors import require
+from eso_jax.errors import EsoError, require
+from eso_jax.files import as_json, write_whole
 from eso_jax.quickstart import config
-from eso_jax.run.metrics import say
 from eso_jax.run.train import train
 
 ORDERS = 16  # of the importance-weighted bound
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_intermixed_args()
-    run = config.override(*arguments.overrides)
+    run = override(config, *arguments.overrides)
     require(run.family.name == "esolm", "family.name", run.family.name,
             "the quickstart shows an esolm; for others use eso-jax train")
 
@@ -58,17 +58,20 @@ def main() -> None:
     results = {"bigram_bits_per_byte": bigram, **bounds(model, validation)}
     show_samples(model, arguments.workdir)
     results |= race(model)
-    (arguments.workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(arguments.workdir / "results.json", as_json(results), "--workdir")
     say(f"\nIn {arguments.workdir}: loss.png, metrics.jsonl, samples.txt, results.json, and the model. Next, try\n"
         f"  eso-jax sample --workdir {arguments.workdir} --num-samples 2 --steps 64 --alpha-0 0.25 --out samples.npz")
 
 
 def bigram_bits_per_byte(run: Config, validation: np.ndarray) -> float:
-    nats = Bigram(windows_of(run, "train")[:], run.model.vocab_size).nats(validation)
-    return nats / math.log(2) / get_tokenizer(run.data.tokenizer).num_bytes(validation)
+    size = tokenizer_of(run).num_bytes(validation)
+    if size is None:
+        raise EsoError(f"data.tokenizer = {run.data.tokenizer!r}: of some tokens it is not known how many bytes they "
+                       "stand for, and the quickstart shows bits per byte; use eso-jax train")
+    return Bigram(windows_of(run, "train")[:], run.model.vocab_size).nats(validation) / math.log(2) / size
 
 
-def bounds(model: Model, validation: np.ndarray) -> dict[str, float]:
+def bounds(model: Model, validation: np.ndarray) -> dict[str, float | None]:
     """The NELBO on all validation windows, and on the same few windows both bounds."""
     run, tokenizer, key = model.config, model.tokenizer, jax.random.key(0)
     assert tokenizer is not None
@@ -78,7 +81,7 @@ def bounds(model: Model, validation: np.ndarray) -> dict[str, float]:
     few = perplexity.nelbo(model, some, tokenizer, alpha_0, key, samples=ORDERS)
     orders = np.asarray(order.likelihood_orders(key, ORDERS, len(some), run.model.length, alpha_0))
     logp = model.log_likelihood(some, orders)
-    to_bits = some.size / math.log(2) / tokenizer.num_bytes(some) / run.model.length
+    to_bits = some.size / math.log(2) / (tokenizer.num_bytes(some) or math.nan) / run.model.length
     iw = {count: -float(likelihood.iw_bound(logp[:count])[0].mean()) * to_bits for count in (1, ORDERS)}
     say(f"\n2. Bounds on -log p, bits per byte (alpha_0 = {alpha_0})\n"
         f"   validation, {whole.windows} windows: NELBO {whole.bits_per_byte:.3f} "
@@ -99,7 +102,7 @@ def show_samples(model: Model, workdir: Path) -> None:
     assert tokenizer is not None
     samples = model.sample(4, steps=STEPS, top_p=0.9, seed=0)
     text = "\n".join(f"--- sample {i}\n{tokenizer.decode(row)}" for i, row in enumerate(samples.tokens))
-    (workdir / "samples.txt").write_text(text + "\n")
+    write_whole(workdir / "samples.txt", text + "\n", "--workdir")
     passes = len(samples.tokens_per_step)
     say(f"\n3. Generated, {passes} passes for {model.config.model.length} tokens, top-p 0.9\n{text}")
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes or reuses a virtual environment and installs the project in it, editable. Used by the other scripts.
 #   bash launch/install.sh [EXTRAS]     EXTRAS: cpu (default), cuda, tpu, test, ...; commas between several
-# VENV=DIR is the environment (.venv), PYTHON=COMMAND the interpreter it is made with (the newest of 3.11 and above).
+# VENV=DIR is the environment (.venv), PYTHON=COMMAND the interpreter it is made with: the newest of those that are tested
+# (3.13, 3.12, 3.11), else python3 if that is 3.11 or above.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -12,7 +13,7 @@ case $extras in
 esac
 
 if [ ! -x "$venv/bin/python" ]; then
-  for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 none}; do
+  for python in ${PYTHON:-python3.13 python3.12 python3.11 python3 none}; do
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
   done
   if [ "$python" = none ]; then

@@ -3,7 +3,7 @@
 # the script's arguments, and has what these scripts share. $script is the script's name in launch/; `option OPTION`, where
 # it is defined, takes an option of the script's own or returns 1.
 script=${script:?} dry_run=
-say() { echo "$script: $*" >&2; }
+say() { echo "$script: $*" >&2 || true; }
 fail() { say "error: $*"; exit 2; }
 run() { if [ -z "$dry_run" ]; then "$@"; else printf '%q' "$1"; printf ' %q' "${@:2}"; echo; fi; }
 

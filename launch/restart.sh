@@ -7,6 +7,7 @@
 # SIGTERM and Ctrl-C go on to the command; it ends as it likes, and its exit code is the script's.
 set -euo pipefail
 signals=0 child='' pending=''
+trap '' PIPE  # the log may be lost (its pipe, its disk); the run goes on
 
 await() {  # PID; its exit code is then in $code, however many signals came in between
   local before
@@ -45,11 +46,11 @@ restart() {
       if [ $((SECONDS - started)) -ge 3600 ]; then crashes=0; fi
       crashes=$((crashes + 1))
       if [ "$crashes" -gt "${CRASHES:-5}" ]; then
-        echo "restart.sh: error: exit code $ended, crash $crashes of at most ${CRASHES:-5}; giving up" >&2
+        echo "restart.sh: error: exit code $ended, crash $crashes of at most ${CRASHES:-5}; giving up" >&2 || true
         break
       fi
     fi
-    echo "restart.sh: exit code $ended; starting again in ${PAUSE:-30} s" >&2
+    echo "restart.sh: exit code $ended; starting again in ${PAUSE:-30} s" >&2 || true
     finish sleep "${PAUSE:-30}"
     [ "$signals" = 0 ] || break
   done

@@ -16,6 +16,7 @@ import pytest
 
 import eso_jax
 from conftest import BASE, GOLDENS, Run, emulated, random_params, renamed, tiny_config
+from eso_jax import config as configs
 from eso_jax import families
 from eso_jax.cli import COMMANDS, main
 from eso_jax.decoding import check
@@ -451,3 +452,36 @@ def test_import_is_light() -> None:
             "'safetensors', 'tqdm'} & set(sys.modules); assert not bad, bad")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").startswith(f"eso-jax {eso_jax.__version__} (jax ")
+
+
+def test_an_experiment_may_import_its_neighbours(tmp_path: Path) -> None:
+    """As a script may; the folder is not left on the path."""
+    (tmp_path / "sizes_beside.py").write_text("LENGTH = 48\n")
+    (tmp_path / "e.py").write_text("from sizes_beside import LENGTH\nfrom eso_jax import Config\n"
+                                   "config = Config().override(f'model.length={LENGTH}')\n")
+    before = list(sys.path)
+    assert configs.from_file(tmp_path / "e.py").model.length == 48 and sys.path == before
+    (tmp_path / "bad.py").write_text("import sizes_that_are_not_there\n")
+    with pytest.raises(eso_jax.EsoError, match="running it failed .ModuleNotFoundError"):
+        configs.from_file(tmp_path / "bad.py")
+    assert sys.path == before
+
+
+def test_an_error_names_the_option_that_gave_the_value(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text("\n\n")
+    for arguments, message in (
+            ("data prepare text --length 8 --from {t}/a.txt --tokenizer {t}/no.json", "--tokenizer = '{t}/no.json': "),
+            ("data train-tokenizer --vocab-size 300 --out {t}/t --from {t}/empty", "--from = ['{t}/empty']: holds no "),
+            ("data train-tokenizer --vocab-size 300 --from {t}/blank.txt --out {t}/t", "holds no text to learn from"),
+            ("import {g}/eso_tiny.safetensors --config {g}/config.json --heads 7 --out {t}/w", "--heads = 7: must "),
+            ("import {g}/eso_tiny.safetensors --config {g}/config.json --tokenizer {t}/no --out {t}/w",
+             "--tokenizer = '{t}/no': ")):
+        said = run(*arguments.format(t=tmp_path, g=GOLDENS).split(), code=2)
+        assert f"error: {message.format(t=tmp_path)}" in said or "learn from" in message and message in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "blank.txt", "empty"]

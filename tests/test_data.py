@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 import subprocess
@@ -56,13 +57,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root, empty=b"", _dot_hidden=b"x", _dot_git__config=b"x", sub___dot_hidden=b"x")
     write(root.parent, elsewhere__a=b"behind a link")
     (root / "linked").symlink_to(root.parent / "elsewhere")
+    (root / "linked" / "again").symlink_to(root / "linked")
     (root / "loop").symlink_to(root)
+    (root / "zero").symlink_to(root / "sub")  # a folder that is read already
     os.mkfifo(root / "pipe")
     return root
 
 
 EXPECTED = {f"{i:03d}": b"document %d\0\xff" % i for i in range(80)}
-EXPECTED |= {f"sub/{i:03d}": b"below %d" % i for i in range(40)}
+EXPECTED |= {f"sub/{i:03d}": b"below %d" % i for i in range(40)} | {"linked/a": b"behind a link"}
 
 
 # Corpora
@@ -132,7 +135,7 @@ def test_corpus_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert message("stdlib", "valid") == "split = 'valid': choose one of train, validation, test or all"
     gone = str(tmp_path / "gone")
     assert message(gone) == (f"data.source = {gone!r}: no such file or folder; "
-                             "give 'stdlib', a folder, a file or a glob")
+                             "give 'stdlib', a folder, a file, a glob, or what eso-jax data prepare has made")
     empty = write(tmp_path / "empty", a=b"", _dot_hidden=b"text")
     for source in (empty, f"{empty}/*", f"{empty}/a", f"{gone}/*.txt"):
         assert message(source) == (f"data.source = {source!r}: holds no text (no files, or only empty or hidden ones); "
@@ -302,3 +305,14 @@ def test_bigram_of_all_bytes_does_not_overflow() -> None:
 def test_package_needs_no_grain() -> None:
     subprocess.run([sys.executable, "-c", "import sys, eso_jax.data; assert 'grain' not in sys.modules"], check=True,
                    cwd=Path(__file__).parents[1])
+
+
+def test_files_that_are_no_text_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are read all the same, byte by byte: a model of bytes may want them."""
+    source = write(tmp_path, a_dot_txt=b"caf\xc3\xa9", b_dot_gz=gzip.compress(b"text"), c_dot_pyc=b"a\0b")
+    for _ in range(2):
+        documents(source, "train")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"data.source = {source!r}: 2 of 3 files are no text (b.gz, c.pyc) and are" in said
+    documents(write(tmp_path / "good", a_dot_txt=b"caf\xc3\xa9"), "train")
+    assert not capsys.readouterr().err

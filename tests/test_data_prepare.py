@@ -327,7 +327,7 @@ def test_interrupted_it_goes_on(tmp_path: Path, many: Path, monkeypatch: pytest.
 
     def stop(path: Path, windows: np.ndarray) -> dict[str, Any]:
         if len(written) == shard:
-            path.with_name(path.name + ".partial").write_bytes(b"half")
+            path.with_name(f".{path.name}.partial").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path.name)
         return write(path, windows)
@@ -531,9 +531,9 @@ def test_prepare_errors(tmp_path: Path, many: Path) -> None:
 
 
 @pytest.mark.parametrize("name, content, reason", [
-    ("x.tar.gz", b"\x1f\x8bnot a tar", "cannot read"), ("x.jsonl", b'{"text": \n', "JSONDecodeError"),
-    ("y.jsonl", b'{"id": 1}\n', "no text in a field"), ("x.parquet", b"PAR1", "cannot read"),
-    ("x.txt", b"\xff\xfe\xff", "UnicodeDecodeError")])
+    ("x.tar.gz", b"\x1f\x8bnot a tar", "cannot be read"), ("x.jsonl", b'{"text": \n', "line 1 is no JSON"),
+    ("y.jsonl", b'{"id": 1}\n', "line 1 has no field text, sentence,"), ("x.parquet", b"PAR1", "cannot be read"),
+    ("x.txt", b"\xff\xfe\xff", "is UTF-16"), ("y.txt", b"abc\xff", "is not UTF-8 at byte 3")])
 def test_files_that_are_not_what_they_seem(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EsoError) as error:
@@ -544,7 +544,7 @@ def test_files_that_are_not_what_they_seem(tmp_path: Path, name: str, content: b
 def test_an_archive_cut_short_is_named(tmp_path: Path) -> None:
     path = lm1b_archive(tmp_path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(EsoError, match=rf"{LM1B}.tar.gz': cannot be unpacked \(.*\); it may be cut short"):
+    with pytest.raises(EsoError, match=rf"{LM1B}.tar.gz': cannot be unpacked \(.*\); it may be damaged, cut"):
         prepare.prepare("lm1b", tmp_path / "data", BYTES, 8, [str(path)])
     assert not list((tmp_path / "data" / "documents").rglob("*.partial"))
 
@@ -559,7 +559,7 @@ def test_help(action: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("options, message", [
     (["--length", "0"], "--length = 0: must be at least 1"),
     (["--length", "8", "--processes", "0"], "--processes = 0: must be at least 1"),
-    (["--length", "8", "--tokenizer", "nothing"], "data.tokenizer = 'nothing': choose bytes, characters"),
+    (["--length", "8", "--tokenizer", "nothing"], "--tokenizer = 'nothing': choose bytes, characters"),
 ])
 def test_options_are_checked(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "prepare", "ptb", "--tokenizer", "bytes", *options]) == 2

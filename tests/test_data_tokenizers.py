@@ -86,8 +86,9 @@ def test_bert_has_its_own_mask_and_separates_by_cls() -> None:
     assert BERT.encode("The CAFÉ cats, sitting. the dog").tolist() == [5, 13, 14, 6, 8, 11, 1, 10, 5, 1]
     assert BERT.join(["the cat", "sat."], separate=True).tolist() == [5, 6, 2, 7, 10, 2]
     assert BERT.decode([2, 5, 6, 8, 4, 10]) == "\n\f\nthe cats▒."
-    # " the" " caf" "e" " cat" "s" " ," " " for the unknown word; nothing for the last two.
-    assert BERT.num_bytes(np.array([5, 13, 14, 6, 8, 11, 1, 2, 4])) == 4 + 4 + 1 + 4 + 1 + 2 + 1
+    # " the" " caf" "e" " cat" "s" " ,"; nothing for the last two. Of an unknown word nothing is known.
+    assert BERT.num_bytes(np.array([5, 13, 14, 6, 8, 11, 2, 4])) == 4 + 4 + 1 + 4 + 1 + 2
+    assert BERT.num_bytes(np.array([5, 1])) is None
 
 
 @pytest.mark.parametrize("tokenizer, text", [(GPT2, "the<|endoftext|>cat"), (BERT, "the [MASK] [CLS] cat")])
@@ -183,7 +184,8 @@ def test_unusable_ones(tmp_path: Path) -> None:
     assert message(f"gpt2={path}").startswith(f"data.tokenizer = 'gpt2={path}': cannot be read (")
     path.write_text(str(GPT2.json).replace("<|endoftext|>", "<none>"))
     assert message(str(path)) == (f"data.tokenizer = '{path}': has none of <|endoftext|>, [CLS], </s> to separate "
-                                  "documents")
+                                  "documents; say which token does by --separator, of eso-jax data prepare and "
+                                  "eso-jax import")
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
@@ -244,3 +246,54 @@ def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
 def test_the_package_needs_no_library() -> None:
     code = "import sys, eso_jax, eso_jax.data; assert not {'tokenizers', 'huggingface_hub'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def without_known_separator(kind: str) -> str:
+    """A tokenizer.json whose end of text is <eos>, special or (Unigram) an entry alone."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if kind == "unigram":
+        library = Library(models.Unigram([("<unk>", 0.0), ("<eos>", 0.0), *((c, -2.0) for c in "ab c")], 0, False))
+        return library.to_str()
+    library = Library(models.BPE() if kind == "bpe" else models.WordLevel(unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel() if kind == "bpe" else pre_tokenizers.Whitespace()
+    library.decoder = decoders.ByteLevel() if kind == "bpe" else None
+    trainer = trainers.BpeTrainer if kind == "bpe" else trainers.WordLevelTrainer
+    library.train_from_iterator(["ab ab abc"] * 9, trainer(special_tokens=["<unk>", "<eos>"], show_progress=False))
+    return library.to_str()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "words", "unigram"])
+def test_a_separator_of_another_name(kind: str, tmp_path: Path) -> None:
+    """Named once, it is kept in the contents; ids are as before."""
+    path = tmp_path / "t.json"
+    path.write_text(without_known_separator(kind))
+    with pytest.raises(EsoError, match="none of .* to separate documents; say which token does by --separator"):
+        get_tokenizer(str(path))
+    found = get_tokenizer(str(path), "<eos>")
+    assert found.json is not None and found.separator_id == 1
+    again = LibraryTokenizer("t", found.json)
+    assert (again.separator_id, again.mask_id, again.vocab_size) == (1, found.mask_id, found.vocab_size)
+    from tokenizers import Tokenizer as Library
+
+    text = "ab abc"
+    assert found.encode(text).tolist() == Library.from_str(path.read_text()).encode(text).ids
+    assert found.join([text, text], separate=True).tolist().count(1) == 2
+    assert kind == "unigram" or 1 not in found.encode("<eos> <|endoftext|>").tolist()
+    with pytest.raises(EsoError, match="^--separator = '<end>': the tokenizer has no such token; it has <eos>, <unk>"):
+        get_tokenizer(str(path), "<end>")
+    if kind == "bpe":
+        with pytest.raises(EsoError, match="^--separator = 'ab': text may become this token"):
+            get_tokenizer(str(path), "ab")
+    with pytest.raises(EsoError, match="bytes has one of its own"):
+        get_tokenizer("bytes", "<eos>")
+
+
+def test_a_sentencepiece_model_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03\xe2\x96\x81\x15\x00\xc0\xc0")
+    with pytest.raises(EsoError, match="of a SentencePiece tokenizer.model the extra eval makes a tokenizer.json: .*"):
+        get_tokenizer(str(path))
+    with pytest.raises(EsoError, match="SentencePiece"):
+        get_tokenizer(f"llama={path}")

@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 import eso_jax
 from conftest import BASE, emulated, free_port, launch, params_of, together
+from eso_jax import files
 from eso_jax.config import Config
 from eso_jax.data import windows_of
 from eso_jax.data.pipeline import batches
@@ -182,7 +183,7 @@ def test_storage_that_does_not_answer_is_asked_again_and_breaks_nothing(
         error: Exception, nine_steps: Path, base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     """A read that fails once or twice is of no consequence; one that always fails ends the run, and renames nothing."""
-    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
+    monkeypatch.setattr(files, "PAUSE", 0.0)
     shutil.copytree(nine_steps, tmp_path / "w")
     real, failures = ocp.training.Checkpointer.load_checkpointables, [2]
 
@@ -548,6 +549,55 @@ def test_a_full_disk_beside_the_checkpoints(base: Config, tmp_path: Path, monkey
     monkeypatch.setattr(metrics, "plot_loss", full)
     with pytest.raises(EsoError, match="the disk is full; the last good checkpoint is step 3; make room and repeat"):
         training.train(base.override("train.steps=3"), tmp_path / "w")
+
+
+class Refusing:
+    """A save that storage does not answer, as it ends."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def result(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_save_that_storage_does_not_answer_is_made_again(
+        at_once: bool, base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the step that is then at hand; after three in a row the run ends, to be run again. So it does for metrics."""
+    monkeypatch.setattr(files, "PAUSE", 0.0)
+    real, failures = ocp.training.Checkpointer.save_checkpointables_async, [1]
+    error = OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def failing(*arguments: object, **options: object) -> object:
+        failures[0] -= 1
+        if failures[0] < 0:
+            return real(*arguments, **options)
+        if at_once:
+            raise error
+        return Refusing(error)
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", failing)
+    training.train(base, tmp_path / "w")
+    assert capsys.readouterr().err.count("could not be written (Input/output error); trying again") == 1
+    assert checkpoint.steps(tmp_path / "w") == [4, 6, 8] or checkpoint.steps(tmp_path / "w") == [5, 6, 8]
+    failures[0] = 10**6
+    with pytest.raises(RunAgain, match=r"could not be written \(Input/output error\); there is no checkpoint yet"):
+        training.train(base, tmp_path / "v")
+    failures[0] = 0
+    add, lines = files.append, [2]
+
+    def silent(path: Path, *arguments: str) -> None:
+        lines[0] -= 1
+        if lines[0] < 0:
+            raise RunAgain("storage")
+        add(path, *arguments)
+
+    monkeypatch.setattr(files, "append", silent)
+    with pytest.raises(RunAgain, match="storage"):
+        training.train(base, tmp_path / "u")
+    assert len(metrics.read(tmp_path / "u")) == 2
 
 
 def test_milestones_are_kept(base: Config, tmp_path: Path) -> None:

@@ -289,6 +289,31 @@ def test_restart_by_exit_code(codes: str, code: int, runs: int, project: Project
     assert ("giving up" in text) == (code == 139)
 
 
+def test_restart_survives_the_loss_of_its_log(project: Project) -> None:
+    """A pipe whose reader is gone, and a full disk."""
+    trainer = str(project.stand_ins / "venv/bin/eso-jax")
+    (project.root / "lost.sh").write_text('bash launch/restart.sh "$@" 2>&1 | true; exit "${PIPESTATUS[0]}"\n')
+    (project.root / "full.sh").write_text('exec bash launch/restart.sh "$@" >/dev/full 2>&1\n')
+    for number, script in enumerate(("lost.sh", "full.sh"), 1):
+        project.run(f"../{script}", trainer, "train", codes=" ".join(["75 134 0"] * number))
+        assert len(project.calls()) == 3 * number
+
+
+def test_install_takes_the_newest_python_that_is_tested(project: Project) -> None:
+    make = NOTE + '[ "$1" = -c ] || { mkdir -p "$3/bin"; cp "$STAND_INS/venv/bin/python" "$3/bin"; }\n'
+    for name in ("python3.14", "python3.13", "python3.12", "python3"):
+        path = project.stand_ins / "bin" / name
+        path.write_text(make)
+        path.chmod(0o755)
+    for number, chosen in enumerate(("python3.13", "python3.12")):
+        venv = str(project.root / f"venv{number}")
+        project.run("install.sh", VENV=venv)
+        assert f"{chosen} -m venv {venv}" in project.calls()
+        (project.stand_ins / "bin" / chosen).write_text("exit 1\n")  # as pyenv has one that is not installed
+    project.run("install.sh", VENV=str(project.root / "mine"), PYTHON="python3.14")
+    assert any(call.startswith("python3.14 -m venv") for call in project.calls())
+
+
 def test_gpu(project: Project) -> None:
     project.run("gpu.sh", "experiments/toy.py", "runs/toy", *OVERRIDES, codes="75 1 0")
     trained = f"eso-jax train experiments/toy.py --workdir runs/toy {QUOTED}"

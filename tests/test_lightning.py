@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import checkpoints
 import eso_jax
@@ -23,7 +26,7 @@ from checkpoints import call, listed, literal, many, mapping, named, node, tenso
 from conftest import GOLDENS, Run, params_of
 from eso_jax import families
 from eso_jax.errors import EsoError
-from eso_jax.interop import lightning, names, pickles
+from eso_jax.interop import import_checkpoint, lightning, names, pickles
 
 CKPT, SAFE = GOLDENS / "eso_tiny.ckpt", GOLDENS / "eso_tiny.safetensors"
 
@@ -341,3 +344,93 @@ def test_a_long_family_is_cut(tmp_path: Path, run: Run) -> None:
         "hyper_parameters": mapping({"config": config})})
     text = run("import", path, "--length", 16, "--out", tmp_path / "w", code=2)
     assert f"family.name = '{'x' * 200}': choose one of" in text
+
+
+def as_people_have_them() -> dict[str, dict[str, str]]:
+    """The golden tensors' names, by what was done to the model before it was saved."""
+    plain = {name: name for name in golden_tensors()}
+
+    def renamed(function: Callable[[str], str]) -> dict[str, str]:
+        return {function(name): name for name in plain}
+
+    return {"as they are": plain, "compiled": renamed("_orig_mod.{}".format), "parallel": renamed("module.{}".format),
+            "both": renamed("module._orig_mod.{}".format),
+            "alone": renamed(lambda name: name.removeprefix("backbone.")),
+            "compiled within": renamed(lambda name: name.replace("backbone.", "backbone._orig_mod.")),
+            "compiled alone": renamed(lambda name: name.replace("backbone.", "_orig_mod."))}
+
+
+@pytest.mark.parametrize("how", as_people_have_them())
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "averaged"])
+def test_names_that_wrappers_have_changed(how: str, kind: str, tmp_path: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {name: golden_tensors()[theirs] for name, theirs in as_people_have_them()[how].items()}
+    if kind == "safetensors":
+        path = tmp_path / "m.safetensors"
+        save_file(tensors, path)
+    else:
+        shadow = [array for name, array in tensors.items() if "inv_freq" not in name]
+        path = checkpoints.write(tmp_path / "m.ckpt", tensors, shadow if kind == "averaged" else None)
+    config, params = import_checkpoint(path, length=16, ema=kind == "averaged")
+    found = names.to_tensors(params, config.model)
+    for name, array in golden_tensors().items():
+        np.testing.assert_array_equal(found[name], array)
+    said = capsys.readouterr().err
+    assert bool(said) == (how != "as they are") and said.count("\n") <= 1
+    for word, hows in (("_orig_mod.", ("compiled", "both")), ("module.", ("parallel", "both")),
+                       ("no backbone.", ("alone",))):
+        assert word in said or how not in hows
+
+
+def test_names_that_become_one_are_refused(tmp_path: Path) -> None:
+    tensors = golden_tensors()
+    save_file(tensors | {"module.backbone.vocab_embed.embedding": tensors["backbone.vocab_embed.embedding"]},
+              tmp_path / "m.safetensors")
+    with pytest.raises(EsoError, match="two tensors backbone.vocab_embed.embedding, but for the names of wrappers"):
+        import_checkpoint(tmp_path / "m.safetensors", length=16)
+
+
+def test_shards_and_snapshots(tmp_path: Path) -> None:
+    """Weights in several files behind an index; a folder of the hub's cache, of either kind."""
+    tensors, folder = golden_tensors(), tmp_path / "snapshot"
+    folder.mkdir()
+    parts = [dict(list(tensors.items())[start::3]) for start in range(3)]
+    shards = {name: f"model-{number:05d}-of-00003.safetensors" for number, part in enumerate(parts, 1) for name in part}
+    for number, part in enumerate(parts, 1):
+        save_file(part, folder / f"model-{number:05d}-of-00003.safetensors")
+    index = folder / "model.safetensors.index.json"
+
+    def write_index(values: object) -> None:
+        index.write_text(json.dumps(values))
+
+    write_index({"metadata": {"total_size": 1}, "weight_map": shards})
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    save_file(tensors, whole / "any.safetensors")
+    for source in (index, folder, whole):
+        config, params = import_checkpoint(source, length=16)
+        found = names.to_tensors(params, config.model)
+        assert all((found[name] == array).all() for name, array in tensors.items())
+    shutil.copy(GOLDENS / "config.json", whole)
+    config, _ = import_checkpoint(whole)
+    assert config.model.length == 16
+    (whole / "config.json").write_text("[]")
+    with pytest.raises(EsoError, match="^SRC = .*config.json.*: must be a JSON object"):
+        import_checkpoint(whole)
+    first = next(iter(shards))
+    for values, message in (
+            ({"weight_map": shards | {"more": shards[first]}}, "lacks more .1 are missing"),
+            ({"weight_map": shards | {first: "gone.safetensors"}}, "gone.safetensors': no such file"),
+            ({"weight_map": shards | {first: "../whole/any.safetensors"}}, "not an index of shards"),
+            ({"weight_map": {}}, "not an index"), ({}, "not an index"), ([], "not an index"), ("x", "not an index")):
+        write_index(values)
+        with pytest.raises(EsoError, match=message):
+            import_checkpoint(folder, length=16)
+    index.unlink()
+    with pytest.raises(EsoError, match="must hold one .safetensors"):
+        import_checkpoint(folder, length=16)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(EsoError, match="holds none; give the file .what it holds: pytorch_model.bin"):
+        import_checkpoint(old, length=16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,9 +230,9 @@ def test_export_mistakes(tmp_path: Path, run: Run, trained: Path, monkeypatch: p
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    rename = Path.rename
+    replace = os.replace
     with monkeypatch.context() as patch:  # the weights, the last of three, after the others are in place
-        patch.setattr(Path, "rename", lambda path, to: full() if to.suffix == ".safetensors" else rename(path, to))
+        patch.setattr(os, "replace", lambda path, to: full() if to.suffix == ".safetensors" else replace(path, to))
         assert "No space left" in run(*export, tmp_path / "m.safetensors", code=2)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("safetensors.numpy.save_file", full)
@@ -254,13 +255,13 @@ def test_to_and_from_the_hub(tmp_path: Path, run: Run, monkeypatch: pytest.Monke
                 shutil.copy(operation.path_or_fileobj, hub / name / operation.path_in_repo)
             return SimpleNamespace(commit_url=f"https://hub/{name}/1")
 
-    def download(name: str, file: str) -> str:
-        if not (hub / name / file).exists():
+    def download(name: str, allow_patterns: list[str]) -> str:
+        if not (hub / name).exists():
             raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand not in the cache")
-        return str(hub / name / file)
+        return str(hub / name)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     first = imported(tmp_path / "w", run, "bd3lm")
     out = tmp_path / "m.safetensors"
     text = run("export", "--workdir", first, "--out", out, "--push", "me/mine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +75,13 @@ def test_a_file_of_flags_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(RuntimeWarning, match="XLA_FLAGS names a file, /etc/xla.flags: .* Add there --xla_cpu"):
         xla.without_ynn_fusions()
     assert os.environ["XLA_FLAGS"] == "/etc/xla.flags"
+
+
+def test_an_absent_tpu_is_not_looked_for(tmp_path: Path) -> None:
+    """The extra tpu brings libtpu, which may be there to plan for a slice."""
+    (tmp_path / "libtpu.py").write_text("def get_library_path():\n    return '/nowhere/libtpu.so'\n", "utf-8")
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    code = "import eso_jax, jax; print(jax.config.jax_platforms, len(jax.devices()))"
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "cpu 1\n", "")

@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import jax
+
+from eso_jax import __version__
 from eso_jax.cli import bench, check_cache, data, evaluate, export, import_, plan, quality, sample, score, train
 from eso_jax.cli.files import read_plan
 from eso_jax.config import fields
+from eso_jax.console import ending, streams, tell
 from eso_jax.errors import EsoError, RunAgain
+from eso_jax.files import local
 
 __all__ = ["guarded", "keep_compilations", "main", "read_plan"]
 
+GOES_ON = ("interrupted; by the same command, training goes on from its last checkpoint, scoring from its last orders "
+           "and preparing from its last shard")
 COMMANDS: dict[str, ModuleType] = {
     "train": train, "eval": evaluate, "score": score, "sample": sample, "quality": quality,
     "check-cache": check_cache, "bench": bench, "plan": plan, "data": data, "import": import_, "export": export}
@@ -29,40 +37,49 @@ COMMANDS: dict[str, ModuleType] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    # argparse cannot mix options with an open list of arguments, so overrides are what is left over.
-    takes_overrides = hasattr(arguments.command, "USAGE")
-    if rest and (not takes_overrides or any(argument.startswith("-") for argument in rest)):
-        hint = "; write overrides as section.field=value, without --" if takes_overrides else ""
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-    arguments.overrides = rest
-    keep_compilations()
-    return guarded(lambda: arguments.command.run(arguments))
+    with streams():
+        parser = _parser()
+        arguments, rest = parser.parse_known_args(argv)
+        # argparse cannot mix options with an open list of arguments, so overrides are what is left over.
+        takes_overrides = hasattr(arguments.command, "USAGE")
+        if rest and (not takes_overrides or any(argument.startswith("-") for argument in rest)):
+            hint = "; write overrides as section.field=value, without --" if takes_overrides else ""
+            parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        arguments.overrides = rest
+        keep_compilations()
+        return guarded(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Runs the command. An error about a field whose value an option gave names the option."""
+    try:
+        arguments.command.run(arguments)
+    except EsoError as error:
+        field, _, rest = str(error).partition(" = ")
+        name = field.removeprefix("data.").removeprefix("model.")
+        given = getattr(arguments, name, None)
+        if given is None or not rest.startswith(f"{given!r}:"):
+            raise
+        raise EsoError(f"--{name.replace('_', '-')} = {rest}") from error
 
 
 def guarded(action: Callable[[], None]) -> int:
-    """Runs an action; the exit code, with the user's mistakes and interruptions said in a line."""
-    try:
-        action()
-    except EsoError as error:
-        print(f"eso-jax: error: {error}", file=sys.stderr)
-        return 2
-    except RunAgain as error:
-        print(f"eso-jax: {error}", file=sys.stderr)
-        return RunAgain.EXIT
-    except KeyboardInterrupt:
-        print("eso-jax: interrupted; by the same command, training goes on from its last checkpoint, scoring from its "
-              "last orders and preparing from its last shard", file=sys.stderr)
-        return 130
-    return 0
+    """Runs an action; the exit code, with the user's mistakes, interruptions and storage that failed said in a line."""
+    with streams():
+        try:
+            action()
+        except (EsoError, RunAgain, OSError, KeyboardInterrupt) as error:
+            code, said = ending(error)
+            if code == 1:
+                raise
+            tell(f"eso-jax: {'error: ' if code == 2 else ''}{GOES_ON if code == 130 else said}")
+            return code
+        return 0
 
 
 def keep_compilations() -> None:
     """Compiled programs are kept on disk for the next run, unless the user has said where or whether (JAX's own
     JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE)."""
-    import jax
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "eso-jax"))
@@ -70,7 +87,20 @@ def keep_compilations() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """argparse, with errors of one line, and with free text read as paths are: ~ is a folder, an address none."""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        kind = options.get("type", str)
+        name = names[-1] if names[-1].startswith("-") else options.get("metavar", names[-1])
+        if kind in (str, Path) and not {"action", "choices"} & options.keys():
+            options["type"] = lambda text: kind(self._local(text, name))
+        return super().add_argument(*names, **options)
+
+    def _local(self, text: str, name: str) -> str:
+        try:
+            return local(text, name)
+        except EsoError as error:  # argparse would tell of it in words of its own
+            self.exit(2, f"eso-jax: error: {error}\n")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -78,6 +108,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="eso-jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version",
+                        version=f"eso-jax {__version__} (jax {jax.__version__}, Python {platform.python_version()})")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         usage, epilog = getattr(module, "USAGE", None), f"example: {module.EXAMPLE}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eso_jax.cli.files import check_out
 from eso_jax.config import SIZES
+from eso_jax.files import check_out
 
 EXAMPLE = "eso-jax bench sampling --preset cpu --out bench.json"
 TRAINING = "eso-jax bench training --families esolm,mdlm --alpha-0 0.5 --length 1024 --out training.json"

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from eso_jax.cli import options
-from eso_jax.cli.files import say
+from eso_jax.console import say
 from eso_jax.errors import EsoError, require
 
 if TYPE_CHECKING:

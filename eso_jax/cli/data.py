@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eso_jax.cli.files import check_out, say
+from eso_jax.console import say
 from eso_jax.errors import require
+from eso_jax.files import check_out, write_whole
 
+if TYPE_CHECKING:
+    from eso_jax.data.rows import Wish
+
+FILES = "files, folders, globs or archives of text, JSON lines or arrays, Parquet, Arrow, .npz (docs/data.md)"
 EXAMPLE = "eso-jax data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128"
 
 
@@ -24,9 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--data-dir", type=Path, default=Path("data"),
                          help="for documents, downloads and the result (%(default)s)")
     prepare.add_argument("--from", dest="files", nargs="+", default=[], metavar="FILE",
-                         help="local files, folders or archives: text, JSON lines, Parquet (a download)")
+                         help=f"local {FILES} (a download)")
+    _of_reading(prepare)
     prepare.add_argument("--tokenizer", required=True,
                          help="bytes, characters, gpt2, bert-base-uncased, a tokenizer.json, or NAME=a tokenizer.json")
+    prepare.add_argument("--separator", metavar="TOKEN",
+                         help="the tokenizer.json's token between documents (<|endoftext|>, [CLS] or </s>)")
     prepare.add_argument("--length", type=int, required=True, help="tokens in a window: model.length")
     prepare.add_argument("--wrapping", choices=WRAPPINGS, help="how documents become windows (the paper's)")
     prepare.add_argument("--held-out", type=int, metavar="N",
@@ -41,12 +51,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = actions.add_parser("train-tokenizer", help="learn a vocabulary from text",
                                epilog="example: eso-jax data train-tokenizer --from texts/ --vocab-size 32000 "
                                "--kind bpe --out tokenizer.json")
-    train.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE",
-                       help="files, folders or archives: text, JSON lines, Parquet")
+    train.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE", help=FILES)
+    _of_reading(train)
     train.add_argument("--vocab-size", type=int, required=True, help="ids at most, the mask included")
     train.add_argument("--kind", choices=["bpe", "wordpiece"], default="bpe",
                        help="bpe: over bytes, as GPT-2; wordpiece: lower case, as BERT (%(default)s)")
     train.add_argument("--out", required=True, help="tokenizer.json")
+
+
+def _of_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN",
+                        help="of folders, globs and archives only files that match, such as '*.py' (all)")
+    parser.add_argument("--field", help="of rows, or a.b for b in a (the first of text, sentence, article, content)")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and count rows without a text")
+    parser.add_argument("--skip-bad-files", action="store_true", help="leave out and count files that are no text, or "
+                        "damaged")
+
+
+def _wish(arguments: argparse.Namespace) -> Wish:
+    from eso_jax.data.rows import Wish
+
+    return Wish(arguments.field, arguments.include, arguments.skip_bad_rows, arguments.skip_bad_files)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,9 +86,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for name in ("length", "held_out", "processes"):
         value = getattr(arguments, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
-    folder = prepare(arguments.name, arguments.data_dir, get_tokenizer(arguments.tokenizer), arguments.length,
-                     arguments.files, arguments.wrapping, arguments.held_out, arguments.out, arguments.processes)
+    tokenizer = get_tokenizer(arguments.tokenizer, arguments.separator)
+    folder = prepare(arguments.name, arguments.data_dir, tokenizer, arguments.length, arguments.files,
+                     arguments.wrapping, arguments.held_out, arguments.out, arguments.processes, _wish(arguments))
     _describe(folder, prepared.read_manifest(folder))
+    say(f"train on it: eso-jax train quickstart --workdir W data.source={folder}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -90,12 +117,14 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
     from eso_jax.data.tokenizers import train_tokenizer
 
     check_out(arguments.out)
+    wish = _wish(arguments)
     with tempfile.TemporaryDirectory() as unpacked:
-        files = readers.find_files(arguments.files, Path(unpacked))
-        tokenizer = train_tokenizer(readers.documents(CORPORA["text"], "train", files), arguments.vocab_size,
-                                    arguments.kind)
+        files = readers.find_files(arguments.files, Path(unpacked), wish)
+        documents = readers.documents(CORPORA["text"], "train", files, wish)
+        first = next(documents, None)
+        require(first is not None, "--from", arguments.files, "holds no text to learn from")
+        tokenizer = train_tokenizer(itertools.chain([str(first)], documents), arguments.vocab_size, arguments.kind)
+    wish.report()
     assert tokenizer.json is not None
-    partial = Path(arguments.out + ".partial")
-    partial.write_text(tokenizer.json)
-    partial.replace(arguments.out)
+    write_whole(arguments.out, tokenizer.json)
     say(f"wrote {arguments.out}: {tokenizer.vocab_size} ids, the mask {tokenizer.mask_id} included")

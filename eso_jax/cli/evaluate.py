@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from eso_jax.cli import options
-from eso_jax.cli.files import check_out, say, write_json
+from eso_jax.console import say
 from eso_jax.errors import EsoError, require
+from eso_jax.files import as_json, check_out, write_whole
 
 EXAMPLE = "eso-jax eval --workdir /tmp/w --alpha-0 0.25 --out eval.json"
 
@@ -44,11 +45,12 @@ def run(arguments: argparse.Namespace) -> None:
     windows = windows_of(model.config, split, arguments.source, model.tokenizer)
     found = perplexity.nelbo(model, evenly_spaced(windows, arguments.num_windows), model.tokenizer, alpha_0,
                              jax.random.key(arguments.seed), arguments.samples)
+    write_whole(arguments.out, as_json({"alpha_0": alpha_0, "step": model.step, "split": split, **found.to_json()}))
     say(f"{model.config.family.name} at step {model.step}, alpha_0 = {alpha_0}, {found.windows} windows of "
         f"{model.config.model.length} tokens ({split})")
     for term, nats in found.terms.items():
         say(f"  {term:<12} {nats:.4f} nats per token")
     kind = "NLL  " if families.get(model.config).exact_bound else "NELBO"
     say(f"  {kind}        {found.nats_per_token:.4f} +- {found.standard_error:.4f} nats per token"
-        f" = {found.bits_per_byte:.4f} bits per byte = PPL {found.perplexity:.3f}")
-    write_json(arguments.out, {"alpha_0": alpha_0, "step": model.step, "split": split, **found.to_json()})
+        f" = {found.bits} = PPL {found.perplexity:.3f}")
+    say(f"wrote {arguments.out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from eso_jax.cli.files import say
+from eso_jax.console import say
 
 EXAMPLE = "eso-jax export --workdir /tmp/w --out model.safetensors"
 
@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     exported = export_model(arguments.workdir, arguments.out, ema=not arguments.raw)
     address = push(exported, arguments.push) if arguments.push else None
-    weights, *others = exported.files.values()
+    *others, weights = exported.files.values()
     say(f"wrote {weights} ({exported.tensors} tensors, {exported.parameters:,} parameters) and beside it "
         + ", ".join(path.name for path in others))
     if address:

@@ -1,39 +1,13 @@
-"""Files that commands read and write, and lines for people."""
+"""Arrays that commands read."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eso_jax.errors import EsoError, require
 
 if TYPE_CHECKING:
     from eso_jax.decoding.plan import Plan
-
-
-def check_out(out: str) -> None:
-    """Before any long work: --out can be written."""
-    path = Path(out).absolute()
-    require(path.parent.is_dir(), "--out", out, f"the folder {str(path.parent)!r} does not exist")
-    require(not path.is_dir(), "--out", out, "is a folder; give the name of a file")
-    require(os.access(path if path.exists() else path.parent, os.W_OK), "--out", out, "cannot be written")
-
-
-def write_npz(path: str, **arrays: Any) -> None:
-    import numpy as np
-
-    with open(path, "wb") as file:  # np.savez would add .npz to a name
-        np.savez(file, **arrays)
-    say(f"wrote {path}")
-
-
-def write_lines(path: str, text: list[str]) -> None:
-    """JSON lines of {"text": ...}, as `eso-jax quality` and others read them."""
-    Path(path).write_text("".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in text), "utf-8")
-    say(f"wrote {path}")
 
 
 def read_array(path: str, flag: str, key: str) -> Any:
@@ -70,13 +44,3 @@ def read_plan(path: str) -> Plan:
             "its diffusion must be one integer")
     diffusion = None if given is None else int(given)
     return Plan(jnp.asarray(order, jnp.int32), counts, diffusion)
-
-
-def write_json(path: str | None, values: dict[str, Any]) -> None:
-    if path:
-        Path(path).write_text(json.dumps(values, indent=1) + "\n")
-        say(f"wrote {path}")
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr)

@@ -6,15 +6,15 @@ import argparse
 from pathlib import Path
 
 from eso_jax import families
-from eso_jax.cli.files import say
+from eso_jax.console import say
 from eso_jax.errors import require
 
 EXAMPLE = "eso-jax import eso.ckpt --ema --out /tmp/w"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="a .safetensors file, a Lightning .ckpt, or a hub repository "
-                                                  "owner/name")
+    parser.add_argument("src", metavar="SRC", help="a .safetensors file, or the .safetensors.index.json of shards; a "
+                        "Lightning .ckpt; a hub repository owner/name, or the folder of a snapshot of one")
     parser.add_argument("--out", required=True, help="the new work directory; an existing one is refused")
     parser.add_argument("--family", choices=tuple(families.BY_NAME),
                         help="what it was trained as (what SRC says, or esolm)")
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start-id", type=int, help="AR: the token it was trained to begin with (the mask)")
     parser.add_argument("--tokenizer", help="bytes, characters, gpt2, bert-base-uncased, a tokenizer.json, or NAME=a "
                                            "tokenizer.json, kept with the model (none: ids in and out)")
+    parser.add_argument("--separator", metavar="TOKEN", help="the tokenizer.json's token between documents "
+                        "(<|endoftext|>, [CLS] or </s>)")
     parser.add_argument("--check", metavar="CASES.npz", help="compare logits with stored ones before writing: tokens "
                         "[B, L], logits [B, L, V], and order [B, L] if not the natural one")
 
@@ -42,11 +44,13 @@ def run(arguments: argparse.Namespace) -> None:
         heads=arguments.heads, alpha_0=arguments.alpha_0, start_id=arguments.start_id)
     tokenizer = None
     if arguments.tokenizer:
-        tokenizer, model = get_tokenizer(arguments.tokenizer), config.model
+        tokenizer, model = get_tokenizer(arguments.tokenizer, arguments.separator), config.model
         require((tokenizer.vocab_size, tokenizer.mask_id) == (model.vocab_size, model.mask), "--tokenizer",
                 arguments.tokenizer, f"has {tokenizer.vocab_size} ids of which {tokenizer.mask_id} is the mask, and "
                 f"the model {model.vocab_size} of which {model.mask} is")
         config = config.override(f"data.tokenizer={arguments.tokenizer}")
+    require(arguments.separator is None or tokenizer is not None, "--separator", arguments.separator, "is a token of "
+            "--tokenizer; give that as well")
     worst = parity.worst_difference(config, params, Path(arguments.check)) if arguments.check else None
     workdir.create(Path(arguments.out), config, params, tokenizer)
     model, which = config.model, "averaged" if arguments.ema else "raw" if arguments.src.endswith(".ckpt") else "all"

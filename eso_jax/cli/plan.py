@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from eso_jax.cli.files import check_out, say, write_json
+from eso_jax.console import say
+from eso_jax.files import as_json, check_out, write_whole
 
 EXAMPLE = "eso-jax plan experiments/scale/esolm_1b.py --topology v5p:8x8x8 --out plan.json train.remat=dots"
 USAGE = "%(prog)s [-h] experiment --topology TOPOLOGY [options] [section.field=value ...]"
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax import chips
     from eso_jax import config as configs
     from eso_jax.aot import plan, target
+    from eso_jax.data import override
     from eso_jax.decoding.categorical import Rule
     from eso_jax.errors import require
 
@@ -35,7 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
     require(arguments.sample_batch >= 1, "--sample-batch", arguments.sample_batch, "must be at least 1")
     topology = chips.topology(arguments.topology)
     target.prepare(topology)  # an experiment may use JAX as it is read
-    config = configs.from_file(arguments.experiment).override(*arguments.overrides)
+    config = override(configs.from_file(arguments.experiment), *arguments.overrides)
     found = plan(config, topology, say, arguments.tensor, arguments.sample_batch, Rule(top_p=arguments.top_p),
                  arguments.target_config)
-    write_json(arguments.out, {"experiment": arguments.experiment, "overrides": arguments.overrides, **found})
+    if arguments.out:
+        written = {"experiment": arguments.experiment, "overrides": arguments.overrides, **found}
+        write_whole(arguments.out, as_json(written))
+        say(f"wrote {arguments.out}")

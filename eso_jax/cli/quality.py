@@ -6,15 +6,16 @@ import argparse
 from typing import TYPE_CHECKING
 
 from eso_jax.cli import options
-from eso_jax.cli.files import check_out, say, write_json
+from eso_jax.console import say
 from eso_jax.errors import require
+from eso_jax.files import as_json, check_out, write_whole
 
 if TYPE_CHECKING:
     from eso_jax.evaluation.quality import Quality
 
 EXAMPLE = "eso-jax quality --samples samples.npz --judge /tmp/ar --reference /tmp/ar --features /tmp/ar --out q.json"
-TEXTS = (".npz with tokens or text, .npy of tokens, .jsonl of {\"text\": ...}, or a work directory (validation windows "
-         "of its data)")
+TEXTS = (".npz with tokens or text, .npy of tokens, rows with a text (.jsonl of {\"text\": ...}, .json, .parquet, "
+         ".arrow), or a work directory (validation windows of its data)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,16 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", default="none",
                         help="of MAUVE, with --reference: a model of the transformers library (the paper's: "
                              "answerdotai/ModernBERT-large), a work directory, or none, for no MAUVE (%(default)s)")
+    parser.add_argument("--field", help="of rows (the first of text, sentence, article, content)")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and count rows without a text")
     options.of_devices(parser, None)
     parser.add_argument("--out", required=True, help="JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from eso_jax.data.rows import Wish
     from eso_jax.evaluation import judges, mauve, quality, texts
 
     check_out(arguments.out)
-    samples = texts.read(arguments.samples, "--samples")
-    reference = texts.read(arguments.reference, "--reference", len(samples)) if arguments.reference else None
+    wishes = [Wish(arguments.field, skip_rows=arguments.skip_bad_rows) for _ in range(2)]
+    samples = texts.read(arguments.samples, "--samples", wish=wishes[0])
+    reference = texts.read(arguments.reference, "--reference", len(samples), wishes[1]) if arguments.reference else None
     require(arguments.features == "none" or reference is not None, "--features", arguments.features,
             "MAUVE compares with texts; give --reference as well")
     features = None if arguments.features == "none" else mauve.get(
@@ -44,10 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.judge, arguments.batch_size, arguments.tensor)
     found = quality.measure(samples, judge, reference, features)
     beside = None if reference is None else quality.measure(reference, judge)
+    write_whole(arguments.out, as_json({"source": arguments.samples, **found.to_json(),
+                                        "reference": None if beside is None else beside.to_json()}))
     say(f"{arguments.samples}, counted in {found.unit}")
     _show(found, beside)
-    write_json(arguments.out, {"source": arguments.samples, **found.to_json(),
-                               "reference": None if beside is None else beside.to_json()})
+    say(f"wrote {arguments.out}")
 
 
 def _show(found: Quality, beside: Quality | None) -> None:

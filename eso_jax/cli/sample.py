@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from eso_jax.cli import options
-from eso_jax.cli.files import check_out, read_plan, say, write_lines, write_npz
+from eso_jax.cli.files import read_plan
+from eso_jax.console import say
 from eso_jax.decoding.plan import POLICIES
 from eso_jax.errors import EsoError
+from eso_jax.files import check_out, npz, write_whole
 
 EXAMPLE = "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz"
 
@@ -58,11 +61,12 @@ def run(arguments: argparse.Namespace) -> None:
     if len(found.tokens) < arguments.num_samples:
         say(f"interrupted: the first {len(found.tokens)} of {arguments.num_samples} samples are kept")
     if lines:
-        write_lines(arguments.out, text)
+        write_whole(arguments.out, "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in text))
     else:
         extra: dict[str, Any] = {"text": np.array(text)} if text else {}
-        write_npz(arguments.out, tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
-                  diffusion=found.diffusion, tries=found.tries, **extra)
+        write_whole(arguments.out, npz(tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
+                                       diffusion=found.diffusion, tries=found.tries, **extra))
+    say(f"wrote {arguments.out}")
     for index, sequence in enumerate(text[:arguments.show]):
         say(f"--- sample {index}\n{sequence}")
     if arguments.num_tries > 1:

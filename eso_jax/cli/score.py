@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 
 from eso_jax.cli import options
-from eso_jax.cli.files import check_out, read_array, read_plan, say, write_npz
+from eso_jax.cli.files import read_array, read_plan
+from eso_jax.console import say
 from eso_jax.errors import EsoError
+from eso_jax.files import check_out, npz, write_whole
 
 EXAMPLE = "eso-jax score --workdir /tmp/w --tokens x.npy --num-orders 16 --alpha-0 0.25 --out s.npz"
 
@@ -39,9 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
                        "--alpha-0 to draw orders; only one of them")
     if arguments.plan:
         logp = model.plan_log_prob(tokens, read_plan(arguments.plan))
+        write_whole(arguments.out, npz(logp=logp.sum(1), logp_in_order=logp))
         say(f"{len(tokens)} sequences along their plan: log p = {logp.sum(1).mean():.4f} nats on average "
-            f"({-logp.mean():.4f} nats per token)")
-        write_npz(arguments.out, logp=logp.sum(1), logp_in_order=logp)
+            f"({-logp.mean():.4f} nats per token); in {arguments.out}")
         return
     if arguments.orders:
         logp = model.log_likelihood(tokens, read_array(arguments.orders, "--orders", "orders"))
@@ -51,9 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
         count = 1 if arguments.num_orders is None else arguments.num_orders
         logp = importance.log_prob(model, tokens, count, alpha_0, arguments.seed, partial)
     bound, error = likelihood.iw_bound(logp)
+    write_whole(arguments.out, npz(logp_per_order=logp, iw_bound=bound, iw_bound_standard_error=error))
+    Path(arguments.out + ".partial").unlink(missing_ok=True)
     orders = "1 order" if len(logp) == 1 else f"{len(logp)} orders"
     sign = "=" if families.get(model.config).exact_bound else ">="
     say(f"{len(tokens)} sequences, {orders} each: log p {sign} {bound.mean():.4f} nats on average "
-        f"({-bound.mean() / tokens.shape[1]:.4f} nats per token)")
-    write_npz(arguments.out, logp_per_order=logp, iw_bound=bound, iw_bound_standard_error=error)
-    Path(arguments.out + ".partial").unlink(missing_ok=True)
+        f"({-bound.mean() / tokens.shape[1]:.4f} nats per token); in {arguments.out}")

@@ -23,7 +23,8 @@ def run(arguments: argparse.Namespace) -> None:
     workdir = Path(arguments.workdir)
     if arguments.multi_host:  # before the experiment is run, which may ask JAX for its devices
         multihost.start(workdir / "hosts.partial")
+    from eso_jax.data import override
     from eso_jax.run.train import train
 
     with multihost.together():
-        train(config.from_file(arguments.experiment).override(*arguments.overrides), workdir)
+        train(override(config.from_file(arguments.experiment), *arguments.overrides), workdir)

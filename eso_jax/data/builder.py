@@ -7,50 +7,58 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from eso_jax.data import readers
+from eso_jax import console
+from eso_jax.data import folders, readers
 from eso_jax.data.catalog import CORPORA
+from eso_jax.data.rows import Wish
 from eso_jax.errors import EsoError, require
+from eso_jax.files import writing
 
 
 class Corpora(tfds.core.GeneratorBasedBuilder):
     """One config per corpus of catalog.py. An example is {"text": bytes}: a document as published, in its order.
 
     Args:
-      files: local files, folders or archives, instead of a download.
+      files: local files, folders, globs or archives, instead of a download.
+      wish: how they are read.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in CORPORA]
 
-    def __init__(self, *, files: Sequence[str] = (), **kwargs: Any):
-        self._files = [str(Path(file).absolute()) for file in files]
+    def __init__(self, *, files: Sequence[str] = (), wish: Wish | None = None, **kwargs: Any):
+        self._files = [str(Path(file).expanduser().absolute()) for file in files]
+        self._wish = wish or Wish()
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}), disable_shuffling=True,
             metadata=tfds.core.MetadataDict(source=self._files or list(CORPORA[self.builder_config.name].urls),
-                                            state=_state(self._files)))
+                                            asked=self._wish.asked()))
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
         name = self.builder_config.name
         corpus, folder = CORPORA[name], Path(self._data_dir_root)
-        found = readers.find_files(self._files or self._download(dl_manager), folder / "unpacked")
-        documents = {split: readers.documents(corpus, split, found) for split in corpus.splits}
+        if self._files:  # before they are read, so that what changes meanwhile is found
+            self.info.metadata["state"] = {"stats": _stats(self._files), "content": _content(self._files)}
+        found = readers.find_files(self._files or self._download(dl_manager), folder / "unpacked", self._wish)
+        documents = {split: readers.documents(corpus, split, found, self._wish) for split in corpus.splits}
         started = {split: next(iterator, None) for split, iterator in documents.items()}
         parts = {split: self._generate_examples(started[split], documents[split])
                  for split in documents if started[split] is not None}
-        require(bool(parts), "--from", self._files, f"holds no documents of {name}; its files are called "
-                f"{', '.join(pattern for patterns in corpus.splits.values() for pattern in patterns)}")
+        patterns = [pattern for patterns in corpus.splits.values() for pattern in patterns]
+        require(bool(parts), "--from", self._files, "holds no text: what was found is empty or blank" if name == "text"
+                else f"holds no documents of {name}; its files are called {', '.join(patterns)}")
         return parts
 
     def _generate_examples(self, first: str | None, rest: Iterator[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -78,41 +86,67 @@ class Corpora(tfds.core.GeneratorBasedBuilder):
         return list(map(str, named))
 
 
-def _state(files: Sequence[str]) -> str:
-    """How many files there are below those given, their bytes and their last change; empty where they are gone."""
-    found = [file for path in map(Path, files) for file in (path.rglob("*") if path.is_dir() else [path])
-             if file.is_file()]
-    stats = [file.stat() for file in found]
-    if not stats:
-        return ""
-    return f"{len(stats)} files, {sum(s.st_size for s in stats)} bytes, changed {max(s.st_mtime_ns for s in stats)}"
+def _below(files: Sequence[str]) -> list[Path]:
+    """The files in those given; none where they are gone."""
+    try:
+        return sorted(path for given in files for path in folders.find(Path(given), "--from", below=True)[1])
+    except (EsoError, OSError):  # reading them says why
+        return []
 
 
-def documents(name: str, folder: Path, files: Sequence[str]) -> Corpora:
+def _stats(files: Sequence[str]) -> str:
+    """A hash that changes with every change of a file, and sometimes without one."""
+    stats = [(str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+             for path in _below(files) if path.exists() for state in [path.stat()]]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def _content(files: Sequence[str]) -> str:
+    """A hash of the names and the contents of all files."""
+    found = hashlib.sha256()
+    for path in _below(files):
+        try:
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError:  # reading it says why, or leaves it out
+            found.update(b"unreadable")
+        found.update(os.fsencode(path.name) + b"\0")
+    return found.hexdigest()
+
+
+def documents(name: str, folder: Path, files: Sequence[str], wish: Wish | None = None) -> Corpora:
     """The documents of a corpus, written to `folder` unless they are there.
 
     Raises:
       EsoError: files are missing or not as they should be, cannot be downloaded, or `folder` holds others.
     """
-    builder = Corpora(config=name, data_dir=str(folder), files=files)
+    wish = wish or Wish()
+    builder = Corpora(config=name, data_dir=str(folder), files=files, wish=wish)
     if Path(builder.data_dir).exists():
         there, wanted = builder.info.metadata, builder._info().metadata
         require(there["source"] == wanted["source"], "--from", wanted["source"], f"{builder.data_dir} was made from "
                 f"{there['source']}; give that, remove the folder, or give another --data-dir")
-        require(wanted["state"] in ("", there["state"]), "--from", wanted["source"], f"has changed since "
-                f"{builder.data_dir} was made from it; remove the folder, to read it again, or give another --data-dir")
+        asked = there.get("asked", Wish().asked())
+        require(asked == wanted["asked"], "--from", wanted["source"], f"{builder.data_dir} was read with {asked}, and "
+                f"this command says {wanted['asked']}; remove the folder, or give another --data-dir")
+        state = there.get("state")  # of earlier versions a line, by which not every change could be seen
+        same = not isinstance(state, dict) or not _below(builder._files) or state["stats"] == _stats(
+            builder._files) or state["content"] == _content(builder._files)
+        require(same, "--from", wanted["source"], f"has changed since {builder.data_dir} was made from it; remove the "
+                "folder, to read it again, or give another --data-dir")
         return builder
-    with _quiet():
+    with writing("--data-dir", folder), _quiet():
         builder.download_and_prepare()
+    wish.report()
     return builder
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """TFDS logs and prints a line per step; its progress bars stay, on a terminal."""
-    if not sys.stderr.isatty():
+    if not console.is_terminal():
         tfds.disable_progress_bar()
-    level, out = logging.getLogger("absl").level, open(os.devnull, "w")
+    level, out = logging.getLogger("absl").level, open(os.devnull, "w", encoding="utf-8")
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         with out, contextlib.redirect_stdout(out):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
-import itertools
 import os
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
+from eso_jax.data import folders, streams
 from eso_jax.errors import EsoError, require
 
 SPLITS = ("train", "validation", "test")
+MISSING = "; give 'stdlib', a folder, a file, a glob, or what eso-jax data prepare has made"
 
 # Tests are left out of the standard library: they are half of its bytes, and much of that is tables of data.
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -23,9 +24,9 @@ def documents(source: str, split: str) -> list[tuple[str, bytes]]:
 
     A file goes to a split by a hash of its relative path, so that adding files moves none: about 90% are for train, 5%
     for validation and 5% for test. Where that would leave a split empty (few files), each file is cut instead, at 90%
-    and 95% of its bytes. Hidden files,
-    empty files and folders behind symbolic links are passed over; relative to a glob means to the last folder before
-    its first wildcard. Content is bytes as they are: nothing is decoded, and nothing (NUL included) refused.
+    and 95% of its bytes. Hidden and empty files are passed over; files behind links are read, those of a folder once;
+    relative to a glob means to the last folder before its first wildcard. Content is bytes as they are: nothing is
+    decoded, and nothing (NUL included) refused.
 
     Args:
       source: "stdlib", the Python files of the standard library without its tests; or a folder, a file or a glob.
@@ -47,13 +48,39 @@ def _documents(source: str, split: str) -> list[tuple[str, bytes]]:
         files = {name: path for name, path in sorted(_files(source).items()) if path.stat().st_size}
         require(bool(files), "data.source", source, "holds no text (no files, or only empty or hidden ones); "
                 "give 'stdlib', a folder, a file or a glob")
-        if {split_of(name) for name in files} != set(SPLITS):
-            parts = [(name, _cut(path.read_bytes(), split)) for name, path in files.items()]
-            return [(name, part) for name, part in parts if part]
-        return [(name, path.read_bytes()) for name, path in files.items() if split_of(name) == split]
+        few = {split_of(name) for name in files} != set(SPLITS)
+        found = [(name, path.read_bytes()) for name, path in files.items() if few or split_of(name) == split]
     except OSError as error:
         raise EsoError(f"data.source = {source!r}: cannot read {str(error.filename or source)!r} ({error.strerror}); "
                        "make it readable or remove it") from error
+    if source != "stdlib":
+        _say_odd(source, tuple(name for name, content in found if not _is_text(content)), len(found))
+    parts = [(name, _cut(content, split) if few else content) for name, content in found]
+    return [(name, part) for name, part in parts if part]
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        return bool(streams.as_text(content)) and not streams.is_compressed(content)
+    except streams.NotText:
+        return False
+
+
+@functools.cache  # once for each split
+def _say_odd(source: str, names: tuple[str, ...], count: int) -> None:
+    from eso_jax.console import say
+
+    if names:
+        say(f"data.source = {source!r}: {len(names):,} of {count:,} files are no text ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}) and are read as the bytes they are; eso-jax data prepare text reads "
+            "archives, rows and compressed files, and leaves others out")
+
+
+def require_source(source: str) -> None:
+    """Raises an EsoError where there is no such file or folder."""
+    given = os.path.expanduser(source)
+    require(source == "stdlib" or glob.has_magic(given) or os.path.exists(given), "data.source", source,
+            f"no such file or folder{MISSING}")
 
 
 def split_of(name: str) -> str:
@@ -69,29 +96,10 @@ def _cut(content: bytes, split: str) -> bytes:
 
 def _files(source: str) -> dict[str, Path]:
     """Path of each file of the source, by its relative path."""
-    given = Path(os.path.expanduser(source))
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        paths = [path for path in _walk(root, _NOT_STDLIB) if path.suffix == ".py"]
-    elif given.is_dir():
-        root, paths = given, list(_walk(given))
-    elif given.is_file():
-        root, paths = given.parent, [given]
+        paths = [path for path in folders.walk(root, lambda folder: folder.name not in _NOT_STDLIB)
+                 if path.suffix == ".py"]
     else:
-        require(glob.has_magic(source), "data.source", source,
-                "no such file or folder; give 'stdlib', a folder, a file or a glob")
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
-        paths = [path for path in map(Path, glob.glob(str(given), recursive=True))
-                 if not any((root / folder).is_symlink() for folder in path.relative_to(root).parents[:-1])]
-    # A broken link is kept, so that reading it names it; a link to a folder, a pipe or a device is not.
-    return {path.relative_to(root).as_posix(): path for path in paths if path.is_file() or not path.exists()}
-
-
-def _walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Every file below `root`, but for hidden ones and folders named in `skip`; links to folders aren't followed."""
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk would pass over an unreadable folder in silence
-
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+        root, paths = folders.find(Path(os.path.expanduser(source)), "data.source", MISSING)
+    return {path.relative_to(root).as_posix(): path for path in paths}

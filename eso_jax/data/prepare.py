@@ -8,20 +8,21 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from eso_jax import console
 from eso_jax.data import prepared, tokenizers
 from eso_jax.data.catalog import CORPORA
 from eso_jax.data.detokenizers import DETOKENIZERS
 from eso_jax.data.packing import WRAPPINGS, Wrapping, cut, require_window
+from eso_jax.data.rows import Wish
 from eso_jax.data.tokenizers import LibraryTokenizer, Tokenizer, get_tokenizer
 from eso_jax.errors import EsoError, require
-from eso_jax.run.metrics import say
+from eso_jax.files import as_json, write_whole, writing
 
 Streams = Callable[[list[range]], Iterator[np.ndarray]]
 
@@ -48,7 +49,7 @@ class Job(NamedTuple):
 
 def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files: Iterable[str] = (),
             wrapping: str | None = None, held_out: int | None = None, out: Path | None = None,
-            processes: int | None = None) -> Path:
+            processes: int | None = None, wish: Wish | None = None) -> Path:
     """Makes a prepared folder of a corpus, or goes on making it; returns it.
 
     The documents are kept in data_dir/documents, as published: another tokenizer or length does not read the source
@@ -61,6 +62,7 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
       held_out: documents at the end that are the validation split, for corpora without one; None: the corpus's own.
       out: the folder; None: data_dir/name.
       processes: that tokenize; None: one per core.
+      wish: how the files are read.
 
     Raises:
       EsoError: the source cannot be had or read, a split is shorter than a window, `out` holds other data, or a shard
@@ -74,23 +76,27 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
     from eso_jax.data import builder
 
     folder = data_dir / name if out is None else out
-    corpus = builder.documents(name, data_dir / "documents", list(files))
+    corpus = builder.documents(name, data_dir / "documents", list(files), wish)
+    state = corpus.info.metadata.get("state")
     manifest: dict[str, Any] = {
         "corpus": name, "source": corpus.info.metadata["source"],
+        "content": state["content"] if isinstance(state, dict) else None,
         "split_rule": f"the last {held_out} documents are for validation" if held_out else "as published",
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizers.sha256(tokenizer),
                       "vocab_size": tokenizer.vocab_size, "mask_id": tokenizer.mask_id},
         "detokenizer": CORPORA[name].detokenizer, "length": length, "wrapping": wrapping,
         "dtype": np.dtype(tokenizers.dtype_of(tokenizer)).name}
-    splits = _claim(folder, manifest)
-    if tokenizer.json is not None:
-        _write(folder / tokenizers.FILE, tokenizer.json)
+    parts = _parts(corpus.info.splits, held_out)
+    with writing("--out", folder):
+        splits = _claim(folder, manifest)
+        if tokenizer.json is not None:
+            write_whole(folder / tokenizers.FILE, tokenizer.json)
 
-    def save() -> None:
-        _write(folder / prepared.UNFINISHED, json.dumps({**manifest, "splits": splits}, indent=1) + "\n")
+        def save() -> None:
+            write_whole(folder / prepared.UNFINISHED, as_json({**manifest, "splits": splits}))
 
-    try:
-        for split, (published, chosen) in _parts(corpus.info.splits, held_out).items():
+        save()  # from now on the folder is known as ours
+        for split, (published, chosen) in parts.items():
             job = Job(str(corpus.data_dir), published, (tokenizer.name, tokenizer.json), CORPORA[name].detokenizer,
                       WRAPPINGS[wrapping], length)
             mean = corpus.info.splits[published].num_bytes // corpus.info.splits[published].num_examples
@@ -99,10 +105,7 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
             part = splits.setdefault(split, {"documents": len(chosen), "shards": []})
             _write_shards(folder, split, job, ranges, part, tokenizer, processes, save)
             require_window(part["windows"], part["tokens"], length, f"--from: {name}", f"its {split}")
-    except OSError as error:
-        raise EsoError(f"--out = {str(folder)!r}: cannot be written ({error.strerror}); make room, and repeat the "
-                       "command: it goes on") from error
-    (folder / prepared.UNFINISHED).replace(folder / prepared.MANIFEST)
+        (folder / prepared.UNFINISHED).replace(folder / prepared.MANIFEST)
     return folder
 
 
@@ -126,9 +129,9 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         require(ours, "--out", str(folder), "exists and is no prepared folder; give another")
         folder.mkdir(parents=True, exist_ok=True)
         return {}
-    there = json.loads(found.read_text())
+    there = json.loads(found.read_text("utf-8"))
     for field, value in manifest.items():
-        require(there.get(field) == value, f"{found} {field}", there.get(field),
+        require(there.get(field, value) == value, f"{found} {field}", there.get(field),
                 f"this command would make {value!r}; give another --out, or delete the folder")
     if found.name == prepared.MANIFEST:
         found.rename(folder / prepared.UNFINISHED)
@@ -195,29 +198,25 @@ def _write_records(path: Path, windows: np.ndarray) -> dict[str, Any]:
     """Writes an ArrayRecord file, whole or not at all; its size and checksum."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = path.with_name(path.name + ".partial")
-    writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")  # groups of one: windows are read at random
-    for window in windows.astype(windows.dtype.newbyteorder("<")):
-        writer.write(window.tobytes())
-    writer.close()
-    facts = {"bytes": partial.stat().st_size, "sha256": prepared.file_sha256(partial)}
-    partial.replace(path)
+    facts: dict[str, Any] = {}
+
+    def write(file: BinaryIO) -> None:
+        writer = ArrayRecordWriter(file.name, "group_size:1,uncompressed")  # groups of one: windows are read at random
+        for window in windows.astype(windows.dtype.newbyteorder("<")):
+            writer.write(window.tobytes())
+        writer.close()
+        partial = Path(file.name)
+        facts.update(bytes=partial.stat().st_size, sha256=prepared.file_sha256(partial))
+
+    write_whole(path, write)
     return facts
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 @contextlib.contextmanager
 def _progress(split: str, documents: int) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    if not sys.stderr.isatty():
-        say(f"{split}: {documents:,} documents")
-    with tqdm(total=documents, desc=split, unit=" documents", disable=None, file=sys.stderr, dynamic_ncols=True) as bar:
+    if not console.is_terminal():
+        console.say(f"{split}: {documents:,} documents")
+    with console.bar(total=documents, desc=split, unit=" documents") as bar:
         yield bar
 
 

@@ -65,12 +65,13 @@ class PreparedWindows:
     Attributes:
       shape: (windows, length).
       dtype: uint16 or uint32.
+      checksums: SHA-256 of each shard.
     """
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], length: int, dtype: str):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        self._folder = folder
+        self._folder, self.checksums = folder, [shard["sha256"] for shard in shards]
         self.shape, self.dtype = (sum(shard["windows"] for shard in shards), length), np.dtype(dtype).newbyteorder("<")
         for shard in shards:
             path = folder / shard["file"]
@@ -113,13 +114,17 @@ def is_prepared(source: str, config: Config | None = None) -> bool:
     require(folder.exists() or not published, "data.source", source,
             f"does not exist; eso-jax data prepare {folder.name} --data-dir {folder.parent} --tokenizer "
             f"{wanted[0]} --length {wanted[1]} makes it")
+    within = [path.parent for path in sorted(folder.glob(f"*/{MANIFEST}")) if any(path.parent.glob("*.array_record"))]
+    require(not within or (folder / MANIFEST).is_file(), "data.source", source,
+            f"holds prepared folders; give one: {', '.join(map(str, within))}")
     return (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
+    require(path.is_file(), "data.source", str(folder), f"is no prepared folder: it has no {MANIFEST}")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
         manifest["splits"], manifest["length"], manifest["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EsoError(f"data.source = {str(folder)!r}: {MANIFEST} is not one of eso-jax data prepare "
@@ -131,7 +136,7 @@ def prepared_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that a folder was prepared with."""
     manifest = read_manifest(folder)
     path, name = Path(folder) / tokenizers.FILE, manifest["tokenizer"]["name"]
-    found = LibraryTokenizer(name, path.read_text()) if path.is_file() else get_tokenizer(name)
+    found = LibraryTokenizer(name, path.read_text("utf-8")) if path.is_file() else get_tokenizer(name)
     require(tokenizers.sha256(found) == manifest["tokenizer"]["sha256"], "data.source", str(folder),
             f"its {tokenizers.FILE} is not the one it was prepared with")
     return found

@@ -1,63 +1,143 @@
-"""Files to documents: plain text by lines or whole, JSON lines, Parquet, archives."""
+"""Files to documents: plain text by lines or whole, rows, archives."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import gzip
 import hashlib
-import itertools
 import json
 import re
 import shutil
-import tarfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
 
+from eso_jax.data import folders, rows, streams
 from eso_jax.data.catalog import TEXT8, Corpus
+from eso_jax.data.rows import Wish
+from eso_jax.data.streams import NotText, Opener
 from eso_jax.errors import EsoError, require
 
-FIELDS = ("text", "sentence", "article", "article_text", "content")  # of JSON lines and Parquet, the first there is
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz")
 PIECE = 1_000_000  # characters of text8 in a document
 
 
-def find_files(paths: Iterable[str | Path], unpacked: Path, flag: str = "--from") -> dict[str, Path]:
-    """The files of some files, folders and archives (tar or zip, unpacked below `unpacked`), by relative path, sorted
-    within each; hidden ones are left out.
+def find_files(paths: Iterable[str | Path], unpacked: Path, wish: Wish | None = None) -> dict[str, Path]:
+    """The files of some files, folders, globs and archives (unpacked below `unpacked`), by relative path, sorted within
+    each; hidden ones are left out. A folder of datasets' save_to_disk is its data files.
 
     Raises:
-      EsoError: one is missing, or an archive is broken.
+      EsoError: one is missing or cannot be listed, or an archive cannot be unpacked.
     """
+    wish = wish or Wish()
     found: dict[str, Path] = {}
-    for given in map(Path, paths):
-        require(given.exists(), flag, str(given), "no such file or folder")
-        root = _unpack(given, unpacked) if given.is_file() and _is_archive(given) else given
-        files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-        for path in files:
-            name = path.relative_to(root.parent)
-            if not any(part.startswith(".") for part in path.relative_to(root).parts):
-                require(found.setdefault(name.as_posix(), path) == path, flag, str(given),
-                        f"two files are called {name.as_posix()!r}; rename one")
+    for given in (Path(path).expanduser() for path in paths):
+        is_archive = given.is_file() and _is_archive(given, wish)
+        given, asked = (_unpack(given, unpacked, wish) if is_archive else given), given
+        try:
+            root, files = folders.find(given, wish.flag, below=True)
+        except OSError as error:
+            raise _unreadable(error, asked, wish) from error
+        base = root if given.is_file() else root.parent
+        for path in _data_files(sorted(files), wish):
+            name = path.relative_to(base).as_posix()
+            if given.is_file() or not wish.include or any(PurePosixPath(name).match(each) for each in wish.include):
+                require(found.setdefault(name, path) == path, wish.flag, str(asked),
+                        f"two files are called {name!r}; rename one")
+    require(bool(found), wish.flag, [str(path) for path in paths], "holds no files" + (
+        f" that --include {' '.join(wish.include)} matches" if wish.include else " (hidden ones are left out)"))
     return found
 
 
-def documents(corpus: Corpus, split: str, files: dict[str, Path]) -> Iterator[str]:
+def _data_files(paths: list[Path], wish: Wish) -> list[Path]:
+    """Without the files of save_to_disk that hold no rows, whose names are in a state.json."""
+    kept = dict.fromkeys(paths)
+    for path in paths:
+        if path.name == "dataset_dict.json":
+            splits = [folder.name for folder in sorted(path.parent.iterdir()) if folder.is_dir()]
+            require(len(splits) == 1, wish.flag, str(path.parent), f"holds the splits {', '.join(splits)}; give the "
+                    "folder of one of them")
+            del kept[path]
+        if path.name == "state.json" and path.with_name("dataset_info.json").is_file():
+            try:
+                state = json.loads(path.read_bytes())
+                names = [each["filename"] for each in state["_data_files"]]
+                chosen = state.get("_indices_files") or state.get("_indices_data_files")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise EsoError(f"{wish.flag} = {str(path)!r}: not a state.json of save_to_disk ({error})") from error
+            require(not chosen, wish.flag, str(path.parent), "keeps a choice of rows beside all rows; save it again by "
+                    "flatten_indices().save_to_disk(...)")
+            for other in paths:
+                if other.parent == path.parent and other.name not in names:
+                    kept.pop(other, None)
+            missing = [name for name in names if path.with_name(name) not in kept]
+            require(not missing, wish.flag, str(path.parent), f"lacks {', '.join(missing[:3])}, which its state.json "
+                    "names")
+    return list(kept)
+
+
+def documents(corpus: Corpus, split: str, files: dict[str, Path], wish: Wish | None = None) -> Iterator[str]:
     """The documents of one published split, in order; those without text are left out.
 
     Raises:
-      EsoError: a file cannot be read as what its corpus holds.
+      EsoError: a file cannot be read as what its corpus holds, or a row has no text.
     """
+    wish = wish or Wish()
     patterns = corpus.splits[split]
     chosen = [path for name, path in files.items() if any(PurePosixPath(name).match(pattern) for pattern in patterns)]
-    if corpus.unit == "text8":
-        return itertools.chain.from_iterable(_text8(path, split) for path in chosen)
-    return itertools.chain.from_iterable(_read(path, corpus.unit) for path in chosen)
+    for number, path in enumerate(chosen):
+        try:
+            if corpus.unit == "text8":
+                yield from _text8(path, split)
+            else:
+                yield from _read(str(path), streams.of_file(path), corpus.unit, wish)
+        except EsoError:
+            raise
+        except NotText as error:
+            if not wish.skip_files and len(chosen) > 1:
+                _refuse_all(path, error, chosen[number + 1:], wish)
+            wish.bad_file(str(path), str(error))
+        except OSError as error:
+            if error.errno is None:  # of a decompressor
+                wish.bad_file(str(path), f"cannot be read ({type(error).__name__}: {_line(error)})")
+            elif wish.skip_files:
+                wish.bad_file(str(path), f"cannot be read ({error.strerror})")
+            else:
+                raise _unreadable(error, path, wish) from error
+        except Exception as error:  # every library raises its own
+            wish.bad_file(str(path), f"cannot be read ({type(error).__name__}: {_line(error)}); it may be damaged or "
+                          "cut short")
 
 
-def _read(path: Path, unit: str) -> Iterator[str]:
-    """The documents of one file; its suffix says what it is, else `unit` does:
+def _refuse_all(path: Path, error: NotText, others: list[Path], wish: Wish) -> None:
+    """Raises an EsoError that counts all files which are no text, not only the first."""
+    more = [str(other) for other in others if not _may_be_text(other)]
+    if more:
+        shown = ", ".join(map(repr, more[:rows.SHOWN - 1]))
+        raise EsoError(f"{wish.flag}: {1 + len(more):,} of the files are no text: {str(path)!r} ({error}), {shown}"
+                       f"{', ...' if len(more) >= rows.SHOWN else ''}; choose files by --include (such as '*.txt'), or "
+                       "leave such files out by --skip-bad-files") from error
+
+
+def _may_be_text(path: Path) -> bool:
+    try:
+        opener = streams.of_file(path)
+        if not path.name.lower().endswith((*rows.JSON, *rows.COLUMNS, *ARCHIVES, *streams.SUFFIXES)):
+            streams.text(opener)
+    except (OSError, NotText):
+        return False
+    return True
+
+
+def _unreadable(error: OSError, path: Path, wish: Wish) -> EsoError:
+    return EsoError(f"{wish.flag}: cannot read {str(error.filename or path)!r} ({error.strerror}); make it readable or "
+                    "remove it")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _read(name: str, opener: Opener, unit: str, wish: Wish) -> Iterator[str]:
+    """The documents of one file, decompressed; its content and its name say what it is, else `unit` does:
 
     line       one per line
     full line  the same, with its blanks and line feed (WikiText)
@@ -65,75 +145,41 @@ def _read(path: Path, unit: str) -> Iterator[str]:
     json       a JSON object per line
     ag_news    comma-separated class, title, description
     """
-    plain = path.name.removesuffix(".gz")
+    opener, plain = streams.inside(opener), streams.inner_name(name)
+    start = streams.head(opener)
     found: Iterator[str]
-    try:
-        if plain.endswith(".parquet"):
-            found = map(_field, _parquet(path), itertools.repeat(path))
-        elif _is_archive(path):
-            found = _nested(path)
-        elif plain.endswith((".jsonl", ".json")) or unit == "json":
-            found = (_field(json.loads(line), path) for line in _lines(path) if line.strip())
-        elif unit == "ag_news":
-            found = (f"{title} {description}" for _, title, description
-                     in csv.reader(_lines(path), skipinitialspace=True))
-        elif unit == "line":
-            found = (line.strip() for line in _lines(path))
-        elif unit == "full line":
-            found = _lines(path)
-        else:
-            found = iter(["".join(_lines(path))])
-        for document in found:
-            document = re.sub("\n\n\n+", "\n\n", document).strip() if unit == "file" else document
-            if document.strip():
-                yield document
-    except (OSError, EOFError, ValueError, csv.Error, tarfile.TarError) as error:  # ValueError: JSON, UTF-8, Parquet
-        if isinstance(error, EsoError):
-            raise
-        raise EsoError(f"--from: cannot read {str(path)!r} ({type(error).__name__}: {error})".replace("\n", " ")
-                       ) from error
+    if plain.endswith((*rows.JSON, *rows.COLUMNS)) or start.startswith(b"PAR1"):
+        found = rows.texts(name, opener, wish)
+    elif streams.is_zip(start) and not plain.endswith(ARCHIVES):
+        raise NotText("is a zip archive by its content and not by its name; rename it to .zip if it holds texts")
+    elif streams.is_zip(start) or streams.is_tar(start):
+        for member, content in streams.members(opener):
+            yield from _read(f"{name}/{member}", content, unit, wish)
+        return
+    elif unit == "json":
+        found = rows.texts(name, opener, wish)
+    elif unit == "ag_news":
+        found = (f"{title} {description}" for _, title, description
+                 in csv.reader(_lines(opener), skipinitialspace=True))
+    elif unit == "line":
+        found = (line.strip() for line in _lines(opener))
+    elif unit == "full line":
+        found = _lines(opener)
+    else:
+        found = iter([streams.text(opener)])
+    for document in found:
+        document = re.sub("\n\n\n+", "\n\n", document).strip() if unit == "file" else document
+        if document.strip():
+            yield document
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[TextIO]:
-    opened: Any = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", newline="\n") as file:
-        yield file
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with _open(path) as file:
-        yield from file
-
-
-def _nested(path: Path) -> Iterator[str]:
-    """The text files of an archive inside an archive, sorted by name."""
-    with tarfile.open(path) as archive:
-        for member in sorted((member for member in archive if member.isfile()), key=lambda member: member.name):
-            content = archive.extractfile(member)
-            assert content is not None
-            yield content.read().decode()
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-        field = next((name for name in FIELDS if name in file.schema_arrow.names), None)
-        for batch in file.iter_batches(columns=[field] if field else None):
-            yield from batch.to_pylist()
-
-
-def _field(row: Any, path: Path) -> str:
-    value = next((row[name] for name in FIELDS if name in row), None) if isinstance(row, dict) else None
-    value = "\n".join(value) if isinstance(value, list) else value
-    require(isinstance(value, str), "--from", str(path), f"its rows have no text in a field {', '.join(FIELDS)}")
-    return str(value)
+def _lines(opener: Opener) -> Iterator[str]:
+    return map(streams.as_text, streams.lines(opener))
 
 
 def _text8(path: Path, split: str) -> Iterator[str]:
     """A split of the 100 million characters, in pieces; of a shorter file, its first 90%, and twice 5%."""
-    text = "".join(_lines(path)).strip("\n")
+    text = streams.text(streams.inside(streams.of_file(path))).strip("\n")
     total = sum(TEXT8)
     before, after = {"train": (0, 1), "validation": (1, 2), "test": (2, 3)}[split]
     low, high = (len(text) * sum(TEXT8[:part]) // total for part in (before, after))
@@ -141,30 +187,42 @@ def _text8(path: Path, split: str) -> Iterator[str]:
         yield text[start:min(start + PIECE, high)]
 
 
-def _is_archive(path: Path) -> bool:
-    compressed = path.suffix in (".tar", ".gz", ".tgz", ".xz", ".bz2")
-    return zipfile.is_zipfile(path) or compressed and tarfile.is_tarfile(path)
+def _is_archive(path: Path, wish: Wish) -> bool:
+    """Whether a file is one that is unpacked: a tar, whatever it is called, or what is called a zip."""
+    if path.name.lower().endswith(rows.COLUMNS):
+        return False
+    try:
+        start = streams.head(streams.inside(streams.of_file(path)))
+    except OSError as error:
+        if error.errno is not None:
+            raise _unreadable(error, path, wish) from error
+        return False  # damaged: reading it says how
+    except Exception:  # the same, of another library
+        return False
+    named = streams.inner_name(path.name).endswith(ARCHIVES)
+    require(not named or bool(start), wish.flag, str(path), "is empty, and no archive")
+    return named or streams.is_tar(start)
 
 
-def _unpack(archive: Path, below: Path) -> Path:
+def _unpack(archive: Path, below: Path, wish: Wish) -> Path:
     """The folder that an archive was unpacked to, whole or not at all."""
     state = archive.stat()
-    identity = hashlib.sha256(f"{archive.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:8]
+    identity = hashlib.sha256(f"{archive.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} "
+                              f"{state.st_ino}".encode()).hexdigest()[:8]
     folder = below / f"{archive.name}-{identity}"
     if folder.exists():
         return folder
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as file:
-                file.extractall(partial)
-        else:
-            with tarfile.open(archive) as tar:
-                tar.extractall(partial, filter="data")
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+        partial.mkdir(parents=True)
+        streams.unpack(streams.inside(streams.of_file(archive)), partial)
+        return partial.rename(folder)
+    except Exception as error:  # every library raises its own
         shutil.rmtree(partial, ignore_errors=True)
-        raise EsoError(f"--from = {str(archive)!r}: cannot be unpacked ({type(error).__name__}: {error}); it may be "
-                       "cut short") from error
-    return partial.rename(folder)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise EsoError(f"{wish.flag} = {str(archive)!r}: cannot be unpacked to {str(below)!r} ({error.strerror}); "
+                           "make room, and repeat the command") from error
+        raise EsoError(f"{wish.flag} = {str(archive)!r}: cannot be unpacked ({type(error).__name__}: {_line(error)}); "
+                       "it may be damaged, cut short, encrypted or of a kind that Python does not read: unpack it "
+                       "yourself, and give the folder") from error

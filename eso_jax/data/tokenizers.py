@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from eso_jax.data import lengths
 from eso_jax.errors import EsoError, require
 
 FILE = "tokenizer.json"  # what a library tokenizer is kept as
@@ -31,6 +32,7 @@ class Tokenizer(Protocol):
         for no text.
       mask_id: never in data.
       json: the contents of its tokenizer.json; None where it is code alone.
+      bytes_of: what `num_bytes` counts: "text", "normalized text", or "words" (each with one blank).
     """
 
     name: str
@@ -38,6 +40,7 @@ class Tokenizer(Protocol):
     separator_id: int
     mask_id: int
     json: str | None
+    bytes_of: str
 
     def encode(self, text: bytes | str) -> np.ndarray:
         """The ids of a text (bytes are read as UTF-8), `dtype_of(tokenizer)` [S]; never a separator or a mask."""
@@ -55,8 +58,9 @@ class Tokenizer(Protocol):
           EsoError: an id is out of range.
         """
 
-    def num_bytes(self, tokens: np.ndarray) -> int:
-        """Bytes of text that `tokens`, integers of any shape, stand for: separators and masks count as none."""
+    def num_bytes(self, tokens: np.ndarray) -> int | None:
+        """Bytes of text that `tokens`, integers of any shape, stand for: separators and masks count as none. None
+        where it cannot be known, as of an unknown word."""
 
 
 def dtype_of(tokenizer: Tokenizer) -> type[np.uint16] | type[np.uint32]:
@@ -78,6 +82,7 @@ class ByteTokenizer:
     separator_id = 256
     mask_id = 257
     json: str | None = None
+    bytes_of = "text"
 
     def encode(self, text: bytes | str) -> np.ndarray:
         """The bytes of `text` (UTF-8 if a str) as ids, uint16 [S]. Any byte is allowed, NUL included."""
@@ -128,13 +133,12 @@ class LibraryTokenizer:
 
     The mask is its [MASK] (or <mask>), else one more id after the last: BERT-uncased has V = 30,522 and GPT-2 V =
     50,258. The separator is its end-of-text token, else [CLS], which is what the authors' code puts between and around
-    LM1B's sentences. Special tokens spelt out in a text are read as text, unlike in the authors' code, so that no
-    document can smuggle in a mask.
+    LM1B's sentences. These and all special tokens spelt out in a text are read as text, unlike in the authors' code, so
+    that no document can smuggle in a mask.
 
     Byte-level ones (GPT-2) give back each text exactly. WordPiece (BERT) does not: it lowers case, strips accents, and
     drops the difference between "a." and "a .". `num_bytes` is then the UTF-8 length of the pieces with one blank
-    before each word or mark: the bytes of the text as the model sees it, not as it was. An unknown word counts as one
-    blank.
+    before each word or mark: the bytes of the text as the model sees it, not as it was. See lengths.py.
     """
 
     def __init__(self, name: str, contents: str):
@@ -146,45 +150,37 @@ class LibraryTokenizer:
             self._library = Library.from_str(contents)
         except Exception as error:  # the library raises Exception itself
             raise EsoError(f"data.tokenizer = {name!r}: not a tokenizer.json ({error})") from error
-        self._library.no_truncation()  # BERT's file cuts at 512 tokens
-        self._library.no_padding()
-        self._library.encode_special_tokens = True
         vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
         size = max(vocabulary.values()) + 1
         masks = [vocabulary[token] for token in _MASKS if token in vocabulary]
         separators = [vocabulary[token] for token in _SEPARATORS if token in vocabulary]
-        require(bool(separators), "data.tokenizer", name, f"has none of {', '.join(_SEPARATORS)} to separate documents")
+        require(bool(separators), "data.tokenizer", name, f"has none of {', '.join(_SEPARATORS)} to "
+                "separate documents; say which token does by --separator, of eso-jax data prepare and eso-jax import")
         self.mask_id = masks[0] if masks else size
         self.vocab_size = max(size, self.mask_id + 1)
         self.separator_id = separators[0]
-        self._bytes = self._lengths(vocabulary)
-
-    def _lengths(self, vocabulary: dict[str, int]) -> np.ndarray:
-        """Bytes of text of each id, int64 [V]."""
         settings = json.loads(self._library.to_str())
-        kind = (settings["decoder"] or {}).get("type")
-        lengths = np.zeros(self.vocab_size, np.int64)
-        special = {token.content for token in self._library.get_added_tokens_decoder().values() if token.special}
-        for token, i in vocabulary.items():
-            if token in special:
-                lengths[i] = token == settings["model"].get("unk_token")
-            elif kind == "ByteLevel":
-                lengths[i] = len(token)  # one character of its alphabet stands for one byte
-            elif kind == "WordPiece":
-                lengths[i] = len(token.encode()) + (-2 if token.startswith("##") else 1)
-            else:
-                lengths[i] = len(self._library.decode([i]).encode())
-        return lengths
+        self._reader = _reader(settings, {self.mask_id, self.separator_id})
+        self._bytes, self.bytes_of = lengths.of_ids(self._library, self._reader, settings, self.vocab_size,
+                                                    {self.mask_id, self.separator_id})
 
     def encode(self, text: bytes | str) -> np.ndarray:
         return self.join([text], separate=False)
 
     def join(self, texts: Sequence[bytes | str], separate: bool) -> np.ndarray:
         strings = [text if isinstance(text, str) else text.decode("utf-8", errors="replace") for text in texts]
-        found = self._library.encode_batch_fast(strings, add_special_tokens=False)
-        end = [self.separator_id] * separate
-        return np.fromiter(chain.from_iterable(part for encoding in found for part in (encoding.ids, end)),
-                           dtype_of(self))
+        found = self._reader.encode_batch_fast(strings, add_special_tokens=False)
+        end = np.array([self.separator_id] * separate, dtype_of(self))
+        parts: list[np.ndarray] = [np.empty(0, dtype_of(self))]
+        for text, encoding in zip(strings, found, strict=True):
+            ids = np.array(encoding.ids, dtype_of(self))
+            taken = ids[(ids == self.separator_id) | (ids == self.mask_id)]
+            if taken.size:
+                raise EsoError(f"data.tokenizer = {self.name!r}: reads a part of the text {text[:40]!r} as "
+                               f"{self._library.id_to_token(int(taken[0]))!r}, which is kept for the separator or the "
+                               "mask; choose another tokenizer")
+            parts += [ids, end]
+        return np.concatenate(parts)
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         shown = {self.separator_id: SHOWN_SEPARATOR, self.mask_id: _SHOWN_MASK}
@@ -198,8 +194,36 @@ class LibraryTokenizer:
             text.append("" if i is None else shown[i])
         return "".join(text)
 
-    def num_bytes(self, tokens: np.ndarray) -> int:
-        return int(self._bytes[np.asarray(tokens)].sum())
+    def num_bytes(self, tokens: np.ndarray) -> int | None:
+        sizes = self._bytes[np.asarray(tokens)]
+        return None if (sizes == lengths.UNKNOWN).any() else int(sizes.sum())
+
+
+def _reader(settings: dict[str, Any], kept: set[int]) -> Any:
+    """The library's tokenizer of these settings, by which no text becomes a special token or one of `kept`: their
+    entries are called what no text says. (encode_special_tokens alone would leave those that the model finds by
+    itself, as Unigram does, and those that a file does not call special.)"""
+    from tokenizers import Tokenizer as Library
+
+    changed = settings | {"truncation": None, "padding": None, "post_processor": None}  # BERT's file cuts at 512 tokens
+    added = [token | {"special": token["special"] or token["id"] in kept} for token in settings["added_tokens"]]
+    model = dict(settings["model"])
+    vocabulary = model["vocab"]
+    pairs = (list(vocabulary.items()) if isinstance(vocabulary, dict)
+             else [(entry, i) for i, (entry, _) in enumerate(vocabulary)])
+    hidden = {token["content"] for token in added if token["special"]} | {e for e, i in pairs if i in kept}
+    names = {entry: f"\U0010ffff{entry}\U0010ffff" for entry in hidden}
+    model["vocab"] = ({names.get(e, e): i for e, i in pairs} if isinstance(vocabulary, dict)
+                      else [[names.get(e, e), score] for e, score in vocabulary])
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    renamed = [token | {"content": names.get(token["content"], token["content"])} for token in added]
+    try:
+        found = Library.from_str(json.dumps(changed | {"added_tokens": renamed, "model": model}))
+    except Exception:  # a merge makes one of them: `join` will see it
+        found = Library.from_str(json.dumps(changed | {"added_tokens": added}))
+    found.encode_special_tokens = True
+    return found
 
 
 def _checked(ids: np.ndarray | Sequence[int], tokenizer: Tokenizer) -> list[int]:
@@ -211,24 +235,69 @@ def _checked(ids: np.ndarray | Sequence[int], tokenizer: Tokenizer) -> list[int]
     return ids.astype(int).tolist()
 
 
-def get_tokenizer(name: str) -> Tokenizer:
+def get_tokenizer(name: str, separator: str | None = None) -> Tokenizer:
     """The tokenizer called `name`: "bytes", "characters", "gpt2" or "bert-base-uncased" from the Hugging Face hub, the
     path of a tokenizer.json, or NAME=PATH, a file that goes by a name (gpt2=my/tokenizer.json, without a network).
+
+    Args:
+      separator: the token of a tokenizer.json that stands between documents, if none has a name known for it; it has
+        such a name from then on.
 
     Raises:
       EsoError: there is none, or the hub cannot be reached.
     """
     if name in CODE:
+        require(separator is None, "--separator", separator, f"{name} has one of its own; leave it out")
         return CODE[name]()
     if name in HUB:
-        return LibraryTokenizer(name, _from_hub(name).read_text())
-    called, _, path = name.partition("=") if not Path(name).is_file() else (name, "", name)
-    require(Path(path).is_file(), "data.tokenizer", name,
-            f"choose bytes, characters, {', '.join(HUB)}, or the path of a tokenizer.json")
+        return LibraryTokenizer(name, _from_hub(name).read_text("utf-8"))
+    called, equals, path = name.partition("=") if not Path(name).is_file() else (name, "", name)
+    path = path if equals else name
+    is_path = bool(equals) or path.endswith(".json") or os.sep in path
+    missing = "is a folder; give the tokenizer.json in it" if Path(path).is_dir() else "no such file"
+    require(Path(path).is_file(), "data.tokenizer", name, (f"{missing}; " if is_path or Path(path).is_dir() else "")
+            + f"choose bytes, characters, {', '.join(HUB)}, or the path of a tokenizer.json")
     try:
-        return LibraryTokenizer(called, Path(path).read_text())
+        contents = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EsoError(f"data.tokenizer = {name!r}: cannot be read ({error})") from error
+        remedy = "" if isinstance(error, OSError) else (
+            "; of a SentencePiece tokenizer.model the extra eval makes a tokenizer.json: transformers.AutoTokenizer"
+            ".from_pretrained(FOLDER).backend_tokenizer.save('tokenizer.json')")
+        raise EsoError(f"data.tokenizer = {name!r}: cannot be read ({error}){remedy}") from error
+    return LibraryTokenizer(called, contents if separator is None else _with_separator(contents, separator))
+
+
+def _with_separator(contents: str, token: str) -> str:
+    """A tokenizer.json whose `token` is called as a separator is, so that every reader of it finds the same one.
+
+    Raises:
+      EsoError: it has no such token, or the token is made by merges, so that text may become it.
+    """
+    try:
+        settings = json.loads(contents)
+        added, model = settings["added_tokens"], settings["model"]
+        entries = model["vocab"]  # {token: id}, or of Unigram [[token, score], ...]
+        known = {one["content"] for one in added} | {one if isinstance(one, str) else one[0] for one in entries}
+    except (ValueError, TypeError, KeyError, IndexError):  # the library says what is wrong
+        return contents
+    close = [one for one in sorted(known) if one[:1] in "<[" and one[-1:] in ">]"][:8]
+    require(token in known, "--separator", token,
+            f"the tokenizer has no such token; it has {', '.join(close) or 'none of the kind'}")
+    merges = (pair if isinstance(pair, list) else pair.split(" ") for pair in model.get("merges", ()))
+    require(all("".join(pair) != token for pair in merges), "--separator", token,
+            "text may become this token; choose one that stands for no text")
+    name = _SEPARATORS[0]
+    for one in added:
+        one["content"] = name if one["content"] == token else one["content"]
+    model["vocab"] = ({name if one == token else one: i for one, i in entries.items()} if isinstance(entries, dict)
+                      else [[name if one == token else one, score] for one, score in entries])
+    if not any(one["content"] == name for one in added):
+        number = model["vocab"][name] if isinstance(entries, dict) else [one for one, _ in model["vocab"]].index(name)
+        added.append({"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                      "normalized": False, "special": True})
+        added.sort(key=lambda one: one["id"])
+    settings["post_processor"] = None  # it may name the token, and nothing here asks for it
+    return json.dumps(settings, ensure_ascii=False)
 
 
 def _from_hub(name: str) -> Path:

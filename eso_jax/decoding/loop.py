@@ -243,8 +243,8 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5
         steps, window = _cut_windows(steps, begin, stop, window)
         inner = np.where(np.isin(steps.first + steps.count, stop), 0, steps.count)  # is not cut
         counts = np.maximum(steps.count, 1)
-        width = _same(window, lambda of: np.clip(_few(counts[of], round((free + int(window[of][0])) / row)), inner[of].max(),
-                                                 window[of]))
+        width = _same(window, lambda of: np.clip(_few(counts[of], round((free + int(window[of][0])) / row)),
+                                                 inner[of].max(), window[of]))
         steps, window, width = _cut_counts(steps, window, width)
     elif not exact:
         window = _rounded(needed, length)

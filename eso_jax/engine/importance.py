@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import sys
 import time
 import zipfile
 from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from eso_jax import families, likelihood
+from eso_jax import console, families, files, likelihood
 from eso_jax.decoding.order import likelihood_orders
 from eso_jax.engine.rows import Engine
 from eso_jax.errors import EsoError, require
@@ -50,7 +48,7 @@ def log_prob(engine: Engine, tokens: np.ndarray, num_orders: int, alpha_0: float
     key, group = jax.random.key(seed), max(1, engine.size(engine.batch_size) // len(tokens))
     block = families.get(config).block(config)
     saved = time.monotonic()
-    bar = tqdm(total=num_orders, initial=len(found), unit="order", disable=not sys.stderr.isatty())
+    bar = console.bar(total=num_orders, initial=len(found), unit="order")
     with bar, contextlib.ExitStack() as stack:
         stack.callback(lambda: _write(partial, identity, found) if len(found) else None)
         while len(found) < num_orders:
@@ -92,8 +90,4 @@ def _read(partial: Path, identity: str, batch: int) -> np.ndarray:
 
 
 def _write(partial: Path, identity: str, found: np.ndarray) -> None:
-    """Whole or not at all."""
-    temporary = partial.with_name(partial.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, identity=identity, logp_per_order=found)
-    temporary.replace(partial)
+    files.write_whole(partial, files.npz(identity=identity, logp_per_order=found))

@@ -32,7 +32,9 @@ class Perplexity(NamedTuple):
       standard_error: of nats_per_token, over windows and their Monte Carlo draws. Times are spread evenly over all of
         them, which the estimate ignores: it is an upper one.
       terms: nats per token by term.
-      bits_per_byte: total bits over the bytes of the text (separators cost bits and are no bytes).
+      bits_per_byte: total bits over the bytes of the text (separators cost bits and are no bytes); None where it is not
+        known how many bytes the tokens stand for.
+      bytes_of: what the bytes are of (Tokenizer.bytes_of).
       perplexity: exp(nats_per_token), at most exp(700).
       windows: how many.
     """
@@ -40,9 +42,16 @@ class Perplexity(NamedTuple):
     nats_per_token: float
     standard_error: float
     terms: dict[str, float]
-    bits_per_byte: float
+    bits_per_byte: float | None
+    bytes_of: str
     perplexity: float
     windows: int
+
+    @property
+    def bits(self) -> str:
+        """bits_per_byte in words."""
+        of = "" if self.bytes_of == "text" else f" of {self.bytes_of}"
+        return "unknown bits per byte" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f} bits per byte{of}"
 
     def to_json(self) -> dict[str, Any]:
         return self._asdict()
@@ -60,9 +69,19 @@ def nelbo(engine: Engine, windows: Windows, tokenizer: Tokenizer, alpha_0: float
     mean = float(per_window.mean())
     error = float(per_window.std(ddof=1) / math.sqrt(len(windows))) if len(windows) > 1 else math.nan
     tokens = len(windows) * engine.config.model.length
-    bits = mean * tokens / math.log(2) / num_bytes
+    bits = None if num_bytes is None else mean * tokens / math.log(2) / num_bytes
+    if bits is None:
+        _say_unknown(tokenizer.name)
     terms = {term: float(x.mean()) for term, x in by_term.items()}
-    return Perplexity(mean, error, terms, bits, math.exp(min(mean, 700)), len(windows))
+    return Perplexity(mean, error, terms, bits, tokenizer.bytes_of, math.exp(min(mean, 700)), len(windows))
+
+
+@functools.cache  # once for each tokenizer
+def _say_unknown(tokenizer: str) -> None:
+    from eso_jax.console import say
+
+    say(f"bits_per_byte = null: of some tokens of data.tokenizer = {tokenizer!r}, such as unknown words, it is not "
+        "known how many bytes of text they stand for; nats per token and perplexity are right")
 
 
 def nelbo_per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array, ""],
@@ -73,15 +92,15 @@ def nelbo_per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[
 
 
 def _per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array, ""], samples: int,
-                num_bytes: Callable[[np.ndarray], int]) -> tuple[dict[str, Float[np.ndarray, " M"]], int]:
-    """The terms, and the bytes of text that all windows stand for."""
+                num_bytes: Callable[[np.ndarray], int | None]) -> tuple[dict[str, Float[np.ndarray, " M"]], int | None]:
+    """The terms, and the bytes of text that all windows stand for, if they are known of each."""
     require(len(windows) > 0, "windows", 0, "nothing to evaluate")
     ranks, law = time_ranks(key, len(windows), samples), engine.config.law()
 
     def read(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
         tokens = windows[numbers].astype(np.int32)
         # The bytes come along, since only the process that reads a window can count them.
-        sizes = np.array([num_bytes(row) for row in tokens], np.int32)
+        sizes = np.array([-1 if (size := num_bytes(row)) is None else size for row in tokens], np.int32)
         return tokens, numbers.astype(np.int32), ranks[numbers], sizes
 
     def estimate(weights: Weights, tokens: Array, numbers: Array, ranks: Array,
@@ -93,7 +112,7 @@ def _per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array
     found, sizes = engine.rows(estimate, len(windows), read, "evaluating")
     length = engine.config.model.length
     by_term = {term: x.astype(np.float64).mean(axis=1) / length for term, x in found.items()}
-    return by_term, int(sizes.sum(dtype=np.int64))
+    return by_term, None if (sizes < 0).any() else int(sizes.sum(dtype=np.int64))
 
 
 def time_ranks(key: Key[Array, ""], windows: int, samples: int) -> Int[np.ndarray, "M S"]:

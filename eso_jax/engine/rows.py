@@ -9,7 +9,6 @@ Axes: R rows in all, B rows of a batch.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from eso_jax import sharding
+from eso_jax import console, sharding
 from eso_jax.config import Config
 from eso_jax.errors import EsoError, require
 from eso_jax.model.params import Weights
@@ -75,14 +74,12 @@ class Engine:
         Raises:
           EsoError: the devices ran out of memory.
         """
-        from tqdm import tqdm
-
         require(count >= 1, "rows", count, "there must be at least one")
         size = self.size(count) if size is None else size
         own, results = sharding.rows_of_process(self.mesh, size), list[Any]()
         with jax.set_mesh(self.mesh), catch_out_of_memory(f"batch_size = {size}", REMEDY):
-            for low in tqdm(range(0, count, size), desc=label, unit="batch", file=sys.stderr, leave=False,
-                            disable=label is None or count <= size or not sys.stderr.isatty()):
+            for low in console.bar(range(0, count, size), label is not None and count > size, desc=label, unit="batch",
+                                   leave=False):
                 numbers = np.resize(np.arange(low, min(low + size, count)), size)  # padded by rows of the same batch
                 arrays = [sharding.put_rows(array, self.mesh, size) for array in read(numbers[own])]
                 try:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from eso_jax import families, likelihood
+from eso_jax.console import say, tell
 from eso_jax.engine.model import load
 from eso_jax.errors import EsoError, require
-from eso_jax.run.metrics import say
 
 try:
     from lm_eval.api.instance import Instance
@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     MISSING = f"the lm-evaluation-harness needs the extra eval ({error}); pip install 'eso-jax[eval]'"
     if __name__ == "__main__":
-        print(f"eso-jax: error: {MISSING}", file=sys.stderr)
+        tell(f"eso-jax: error: {MISSING}")
         sys.exit(2)
     raise EsoError(MISSING) from error
 

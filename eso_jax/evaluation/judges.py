@@ -16,15 +16,13 @@ directories. They do not count alike, so numbers of two judges do not compare, a
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
-from eso_jax import likelihood
+from eso_jax import console, likelihood
 from eso_jax.data.tokenizers import SHOWN_SEPARATOR
 from eso_jax.engine.rows import BATCH_SIZE
 from eso_jax.errors import EsoError, require
@@ -115,8 +113,7 @@ class TransformersJudge:
         end = self.tokenizer.eos_token_id
         whole = self.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else []
         nats, counts = np.zeros(len(whole)), np.zeros(len(whole), np.int64)
-        for low in tqdm(range(0, len(whole), self.batch_size), desc="judging", unit="batch", disable=None,
-                        file=sys.stderr):
+        for low in console.bar(range(0, len(whole), self.batch_size), desc="judging", unit="batch"):
             # An end of text behind each, as the first of the padding; what follows it is not counted.
             rows = [(ids + [end])[:self.max_tokens] for ids in whole[low:low + self.batch_size]]
             ids = torch.tensor([row + [end] * (max(map(len, rows)) - len(row)) for row in rows])
@@ -175,7 +172,7 @@ def pretrained(name: str, flag: str, kind: str) -> tuple[Any, Any]:
     except ImportError as error:
         raise EsoError(f"{flag} = {name!r}: needs the extra eval ({error}); pip install 'eso-jax[eval]', or give a "
                        "work directory of yours") from error
-    if not sys.stderr.isatty():
+    if not console.is_terminal():
         transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)

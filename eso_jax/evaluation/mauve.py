@@ -15,16 +15,14 @@ Axes: N texts, D width of the features, C clusters.
 from __future__ import annotations
 
 import functools
-import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
-from eso_jax import families
+from eso_jax import console, families
 from eso_jax.config import Config
 from eso_jax.engine.rows import BATCH_SIZE
 from eso_jax.errors import EsoError, require
@@ -109,8 +107,7 @@ class TransformersFeatures:
         import torch
 
         strings, rows = ended(texts.strings_for(f"--features = {self.name!r}"), self.tokenizer), []
-        for low in tqdm(range(0, len(strings), self.batch_size), desc="features", unit="batch", disable=None,
-                        file=sys.stderr):
+        for low in console.bar(range(0, len(strings), self.batch_size), desc="features", unit="batch"):
             part = self.tokenizer(strings[low:low + self.batch_size], return_tensors="pt", padding=True,
                                   padding_side="right", truncation=True, max_length=self.max_tokens)
             part = part.to(self.model.device)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from eso_jax.files import write_whole
+
 Row = dict[str, Any]
 
 
@@ -38,5 +40,5 @@ def bars(path: Path, title: str, unit: str, rows: dict[str, tuple[float, float]]
     axes.set(xscale=scale, xlabel=unit, title=title, yticks=places, yticklabels=list(rows))
     axes.title.set_fontsize(9)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)

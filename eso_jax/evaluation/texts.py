@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
+from eso_jax.data import rows, streams
+from eso_jax.data.rows import Wish
 from eso_jax.data.tokenizers import SHOWN_SEPARATOR
 from eso_jax.errors import EsoError, require
 
@@ -90,38 +91,50 @@ def is_workdir(name: str) -> bool:
     """Whether `name` is a work directory of ours. (A folder of the transformers library has a config.json as well.)"""
     path = Path(name) / "config.json"
     try:
-        return path.is_file() and "family" in json.loads(path.read_text())
+        return path.is_file() and "family" in json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return False
 
 
-def read(name: str, flag: str, limit: int | None = None) -> Texts:
-    """Texts from a .npz with tokens [N, L], text [N] or both (of eso-jax sample, say), a .npy of tokens, a .jsonl whose
-    lines have a "text", or a work directory: validation windows of its data.source, at most `limit`, evenly
-    spaced.
+def read(name: str, flag: str, limit: int | None = None, wish: Wish | None = None) -> Texts:
+    """Texts from a .npz with tokens [N, L], text [N] or both (of eso-jax sample, say), a .npy of tokens, rows with a
+    text (JSON lines or an array of JSON, Parquet, Arrow, compressed or not), or a work directory: validation windows of
+    its data.source, at most `limit`, evenly spaced.
+
+    Args:
+      wish: which field of rows is read, and whether rows without a text are left out.
 
     Raises:
-      EsoError: it cannot be read or holds no texts.
+      EsoError: it cannot be read, a row has no text, or there are none.
     """
     if is_workdir(name):
         return _windows(name, limit)
-    suffix = Path(name).suffix
-    require(suffix in (".npz", ".npy", ".jsonl"), flag, name, "give a .npz, .npy or .jsonl file, or a work directory")
+    plain = streams.inner_name(name)
+    require(plain.endswith((".npy", *rows.COLUMNS, *rows.JSON)), flag, name,
+            "give a .npz, .npy, .jsonl, .json, .parquet or .arrow file, or a work directory")
+    wish = wish or Wish()
+    wish.flag = flag
     try:
-        if suffix == ".npy":
+        if plain.endswith(".npy"):
             return Texts(np.load(name))
-        if suffix == ".jsonl":
-            return Texts(None, [json.loads(line)["text"] for line in Path(name).read_text().splitlines() if line])
-        with np.load(name) as arrays:
-            text: Any = arrays["text"].tolist() if "text" in arrays else None
-            return Texts(arrays["tokens"] if "tokens" in arrays else None, text)
+        if plain.endswith(".npz"):
+            with np.load(name) as arrays:
+                tokens = arrays["tokens"] if "tokens" in arrays else None
+                alone = tokens is not None and (wish.field or "text") not in arrays
+            if tokens is not None:
+                every = Wish(wish.field, flag=flag)  # a row that was left out would shift the others
+                return Texts(tokens, None if alone else list(rows.texts(name, streams.of_file(Path(name)), every)))
+        found = list(rows.texts(name, streams.inside(streams.of_file(Path(name))), wish))
+        wish.report()
+        return Texts(None, found)
     except FileNotFoundError as error:
         raise EsoError(f"{flag} = {name!r}: no such file") from error
     except EsoError as error:
-        raise EsoError(f"{flag} = {name!r}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise EsoError(f"{flag} = {name!r}: not readable; give a .npz with tokens or text, a .npy with tokens, or a "
-                       '.jsonl of {"text": ...}') from error
+        raise error if str(error).startswith(flag) else EsoError(f"{flag} = {name!r}: {error}") from error
+    except Exception as error:  # every library raises its own
+        reason = " ".join(str(error).split())
+        raise EsoError(f"{flag} = {name!r}: not readable ({type(error).__name__}: {reason}); give a .npz with tokens "
+                       'or text, a .npy with tokens, or rows such as a .jsonl of {"text": ...}') from error
 
 
 def _windows(name: str, limit: int | None) -> Texts:

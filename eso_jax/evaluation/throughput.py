@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from eso_jax import families, sharding
+from eso_jax.console import bar, say
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
@@ -51,6 +49,7 @@ from eso_jax.families.base import Family
 from eso_jax.families.bd3lm import BD3LM
 from eso_jax.families.esolm import EsoLM
 from eso_jax.families.mdlm import MDLM
+from eso_jax.files import as_json, write_whole
 from eso_jax.model.params import Weights, fold, init_params, unstack, weight_shardings
 from eso_jax.run.timing import Stopwatch
 
@@ -143,11 +142,11 @@ def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence
     header = {"preset": preset, "what": chosen.what, "dtype": chosen.dtype, "rule": dataclasses.asdict(chosen.rule),
               "machine": describe_machine(), "bandwidth_bytes_per_s": machine.bandwidth,
               "matmul_flops_per_s": machine.flops, "date": datetime.date.today().isoformat(), "repeats": repeats}
-    _say(f"{chosen.what}; {header['machine']}; {machine.bandwidth / 1e9:.0f} GB/s, {machine.flops / 1e9:.0f} GFLOP/s "
+    say(f"{chosen.what}; {header['machine']}; {machine.bandwidth / 1e9:.0f} GB/s, {machine.flops / 1e9:.0f} GFLOP/s "
          f"in {chosen.dtype}")
     folded = random_weights(configs[lengths[0], chosen.cases[0]].model, dtype)
     todo = [(length, batch) for length in lengths for batch in batches]
-    for length, batch in tqdm(todo, unit="size", disable=not sys.stderr.isatty()):
+    for length, batch in bar(todo, unit="size"):
         model = configs[length, chosen.cases[0]].model
         timed = [_fastest([Timed(_engine(folded, configs[length, case], count), case, batch, chosen.rule)
                            for count in _device_counts(batch)]) for case in chosen.cases]
@@ -157,11 +156,11 @@ def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence
         for one in timed:
             found.append(one.row(machine, repeats))
             _relate(found)
-            _say(_line(found[-1]))
-            out.write_text(json.dumps({**header, "model": dataclasses.asdict(model), "results": found}, indent=1))
-    out.with_suffix(".md").write_text(table(header, found))
+            say(_line(found[-1]))
+            write_whole(out, as_json({**header, "model": dataclasses.asdict(model), "results": found}))
+    write_whole(out.with_suffix(".md"), table(header, found))
     plot(header, found, out.with_suffix(".png"))
-    _say(f"\n{table(header, found)}\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
+    say(f"\n{table(header, found)}\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
     return found
 
 
@@ -333,7 +332,7 @@ def describe_machine() -> str:
     device = jax.devices()[0]
     name = device.device_kind
     if device.platform == "cpu":
-        with open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else open(os.devnull) as file:
+        with open("/proc/cpuinfo" if os.path.exists("/proc/cpuinfo") else os.devnull, encoding="utf-8") as file:
             models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
         name = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
     return f"{name}, Python {platform.python_version()}, jax {jax.__version__}"
@@ -385,7 +384,3 @@ def plot(header: dict[str, Any], found: list[dict[str, Any]], path: Path) -> Non
     bars(path, f"{header['what']}\n{header['machine']}", "seconds per batch, draws included",
          {f"{row['sampler']}, L {row['length']}, batch {row['batch']}": (row["seconds"], row["floor_seconds"])
           for row in found}, "measured", "floor of this machine", scale="log")
-
-
-def _say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +20,12 @@ from jax.sharding import Mesh
 from eso_jax import families, flops, sharding
 from eso_jax.aot import hlo
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
+from eso_jax.console import say
 from eso_jax.engine.rows import catch_out_of_memory
 from eso_jax.errors import require
 from eso_jax.evaluation.table import Row, bars, markdown
 from eso_jax.evaluation.throughput import describe_machine
+from eso_jax.files import as_json, write_whole
 from eso_jax.run import metrics, train
 
 WARM_UP = 3  # steps that are not timed
@@ -55,20 +56,20 @@ def run(names: Sequence[str], out: Path, size: str = "small", length: int = 1024
     header = {"machine": describe_machine(), "devices": mesh.size, "mesh": dict(mesh.shape), "steps": steps,
               "date": datetime.date.today().isoformat(), "model": dataclasses.asdict(base.model),
               "train": dataclasses.asdict(base.train)}
-    metrics.say(_title(header))
+    say(_title(header))
     rows: list[Row] = []
     for config in configs:
         rows.append(measure(config, mesh, steps))
-        metrics.say("  " + ", ".join(f"{name} {show(rows[-1])}" for name, show in COLUMNS.items() if show(rows[-1])))
-        out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+        say("  " + ", ".join(f"{name} {show(rows[-1])}" for name, show in COLUMNS.items() if show(rows[-1])))
+        write_whole(out, as_json({**header, "rows": rows}))
     table = f"{_title(header)}\n\n{markdown(COLUMNS, rows)}"
-    out.with_suffix(".md").write_text(table)
+    write_whole(out.with_suffix(".md"), table)
     tokens = base.train.batch_size * base.model.length
     bars(out.with_suffix(".png"), _title(header), "GFLOP per token",
          {COLUMNS["family"](row) + (f": {row['tokens_per_s']:,.0f} tokens/s" if steps else ""):
           (row["executed_flops"] / tokens / 1e9, row["needed_flops"] / tokens / 1e9) for row in rows},
          "executed", "needed by the loss")
-    metrics.say(f"\n{table}\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
+    say(f"\n{table}\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
     return rows
 
 

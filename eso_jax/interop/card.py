@@ -52,7 +52,7 @@ def _table(rows: dict[str, str]) -> list[str]:
 
 def _measured(step: int, averaged: bool, lines: list[dict[str, Any]]) -> list[str]:
     """The last numbers of each kind up to the checkpoint's step, each with its own step."""
-    last = {name: line for line in lines if line["step"] <= step for name in MEASURED if name in line}
+    last = {name: line for line in lines if line["step"] <= step for name in MEASURED if line.get(name) is not None}
     rows = {f"{label}, at step {last[name]['step']:,}": f"{last[name][name]:.4g}"
             for name, label in MEASURED.items() if name in last}
     if not rows:

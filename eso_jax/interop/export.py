@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from eso_jax import files
 from eso_jax.config import Config
 from eso_jax.data import tokenizers
 from eso_jax.errors import EsoError, require
@@ -46,34 +45,30 @@ def export_model(directory: str | Path, out: str | Path, ema: bool = True) -> Ex
     out = Path(out)
     require(out.suffix == ".safetensors", "--out", str(out), "must end in .safetensors")
     require(out.parent.is_dir(), "--out", str(out), f"the folder {str(out.parent)!r} does not exist")
-    suffixes = {"model.safetensors": ".safetensors", "config.json": ".json", "README.md": ".md",
-                tokenizers.FILE: f".{tokenizers.FILE}"}
-    files = {name: out.with_suffix(suffix) for name, suffix in suffixes.items()}
-    for file in files.values():
-        require(not file.exists(), "--out", str(file), "exists already; nothing was written")
+    suffixes = {"README.md": ".md", "config.json": ".json", tokenizers.FILE: f".{tokenizers.FILE}",
+                "model.safetensors": ".safetensors"}  # the weights last
+    places = {name: out.with_suffix(suffix) for name, suffix in suffixes.items()}
+    for place in places.values():
+        require(not place.exists(), "--out", str(place), "exists already; nothing was written")
     config, step, params = workdir.read(directory, ema)
     tokenizer = workdir.kept_tokenizer(Path(directory), config)
     tensors = names.to_tensors(params, config.model)
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    text = card(config, step, parameters, ema, metrics.read(Path(directory)))
-    moved: list[Path] = []
+    contents: dict[str, files.Content] = {
+        "README.md": card(config, step, parameters, ema, metrics.read(Path(directory))),
+        "config.json": files.as_json(describe(config)),
+        **({tokenizers.FILE: tokenizer.json} if tokenizer is not None and tokenizer.json is not None else {}),
+        # Some readers refuse a file that doesn't say that it is PyTorch's.
+        "model.safetensors": lambda file: save_file(tensors, file.name, metadata={"format": "pt"})}
+    made = {name: places[name] for name in contents}
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name, suffix=".partial") as folder:
-            made = Path(folder)
-            (made / "README.md").write_text(text)
-            (made / "config.json").write_text(json.dumps(describe(config), indent=1) + "\n")
-            workdir.keep_tokenizer(made, tokenizer)
-            # Some readers refuse a file that doesn't say that it is PyTorch's.
-            save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
-            files = {name: file for name, file in files.items() if (made / name).exists()}
-            for name, file in reversed(files.items()):  # the weights last
-                (made / name).rename(file)
-                moved.append(file)
-    except OSError as error:
-        for file in moved:
-            file.unlink()
-        raise EsoError(f"--out = {str(out)!r}: cannot be written ({error.strerror})") from error
-    return Exported(files, len(tensors), parameters)
+        for name, content in contents.items():
+            files.write_whole(made[name], content)
+    except BaseException:
+        for place in made.values():
+            place.unlink(missing_ok=True)
+        raise
+    return Exported(made, len(tensors), parameters)
 
 
 def describe(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from eso_jax.errors import EsoError, require
 from eso_jax.interop import pickles
-from eso_jax.interop.names import is_buffer
+from eso_jax.interop.names import is_buffer, plain
 from eso_jax.interop.pickles import Global, Inert, Persistent, shown
 
 STORAGES: dict[str, Any] = {
@@ -83,7 +83,8 @@ class _Reader:
         weights = tree.get("state_dict") if isinstance(tree, dict) else None
         if not isinstance(weights, dict):
             raise EsoError(f"SRC = {self.source!r}: not a Lightning checkpoint (no state_dict)")
-        tensors = {str(name): self.array(value, str(name)) for name, value in weights.items()}
+        called = plain(map(str, weights), self.source)
+        tensors = {called[str(name)]: self.array(value, str(name)) for name, value in weights.items()}
         if ema:
             tensors |= self.averaged(tree, {n: t for n, t in tensors.items() if not is_buffer(n)})
         return tensors, _described(tree.get("hyper_parameters"))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,11 +18,14 @@ import ml_dtypes
 import numpy as np
 
 from eso_jax.config import ModelConfig
+from eso_jax.console import say
 from eso_jax.errors import EsoError, require
 from eso_jax.interop.pickles import shown
 from eso_jax.model.params import PARAMETERS, Parameter, Params, declared
 
 PREFIX = "backbone."
+WRAPPERS = ("_orig_mod", "module")  # of torch.compile; of DataParallel, DistributedDataParallel
+EMBEDDING = "vocab_embed.embedding"
 FREQUENCY_BUFFER = PREFIX + "rotary_emb.inv_freq"  # of the rotary embedding; computed from the head size
 CLIPPED_TIMES = ("sampling_eps_min", "sampling_eps_max")  # BD3-LM's range of t in training
 BERT_VOCABULARY, BERT_MASK = 30522, 103  # bert-base-uncased has a mask of its own, in the middle of its vocabulary
@@ -53,6 +58,26 @@ def _theirs(name: str, one: Parameter, config: ModelConfig) -> tuple[int, ...]:
         return shape
     inputs, outputs = math.prod(shape[:one.inputs]), math.prod(shape[one.inputs:])
     return (outputs, inputs) if one.inputs else (outputs,)
+
+
+def plain(given: Iterable[str], source: str) -> dict[str, str]:
+    """The authors' names of a checkpoint's tensors, by its own: without what torch.compile and data-parallel wrappers
+    put before them, with the `backbone.` that a model saved on its own has not. What was changed is said.
+
+    Raises:
+      EsoError: two tensors would go by one name.
+    """
+    found = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in given}
+    said = [f"{part}." for part in WRAPPERS if any(part in name.split(".") for name in found)]
+    if f"{PREFIX}{EMBEDDING}" not in found.values() and EMBEDDING in found.values():
+        found = {name: ours if is_buffer(ours) or ours.startswith(PREFIX) else PREFIX + ours
+                 for name, ours in found.items()}
+        said.append(f"no {PREFIX}")
+    twice = next((ours for ours, count in Counter(found.values()).items() if count > 1), None)
+    require(twice is None, "SRC", source, f"has two tensors {shown(twice or '')}, but for the names of wrappers")
+    if said:
+        say(f"{source}: tensors are named with {', '.join(said)}; read under the authors' names")
+    return found
 
 
 def is_buffer(name: str) -> bool:
@@ -122,7 +147,7 @@ def sizes_of(tensors: dict[str, np.ndarray], source: str) -> dict[str, Any]:
     the authors' files hold, and is left out where they are not. BERT's vocabulary has its mask at 103. The length is
     nowhere in the tensors.
     """
-    name = PREFIX + "vocab_embed.embedding"
+    name = PREFIX + EMBEDDING
     require(name in tensors, "SRC", source, f"not one of the authors' models: tensor {name} is missing")
     require(tensors[name].ndim == 2, name, tensors[name].shape, f"{source} should hold [vocabulary, width]")
     vocab_size, width = tensors[name].shape

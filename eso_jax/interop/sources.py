@@ -1,4 +1,5 @@
-"""What `eso-jax import` reads: a .safetensors file, a Lightning .ckpt, or a repository of the Hugging Face hub."""
+"""What `eso-jax import` reads: .safetensors, whole or in shards, a Lightning .ckpt, a repository of the Hugging Face
+hub or a snapshot of one."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from eso_jax import families
 from eso_jax.config import Config, family_fields, from_dict
 from eso_jax.errors import EsoError, require
 from eso_jax.interop import lightning, names
+from eso_jax.interop.pickles import shown
 from eso_jax.model.params import Params
 
 # What a JSON of sizes may say: our name -> the names it goes by in sizes.json and in the authors' hub repositories. The
@@ -22,6 +24,7 @@ KEYS = {"width": ("hidden_size", "hidden_dim"), "layers": ("n_blocks",), "heads"
         "length": ("length", "model_length"), "vocab_size": ("vocab_size",), "mask_id": ("mask_id", "mask_index"),
         "cond_dim": ("cond_dim",), "family": ("family", "model_type")}
 MODEL = ("width", "layers", "heads", "length", "vocab_size", "mask_id", "cond_dim")
+INDEX = ".safetensors.index.json"
 HEAD_SIZE = 64  # of the authors' small and medium models
 
 
@@ -35,7 +38,8 @@ def import_checkpoint(src: str | Path, sizes: str | Path | None = None, family: 
     heads have size 64; the family is "esolm".
 
     Args:
-      src: a .safetensors file, a Lightning .ckpt file, or a hub repository ("owner/name").
+      src: a .safetensors file, the .safetensors.index.json of several, a Lightning .ckpt file, a folder with one of the
+        former and a config.json, or a hub repository ("owner/name").
       sizes: a JSON of sizes, as `eso-jax export` writes it.
       family: what it was trained as.
       ema: a .ckpt's averaged parameters in place of the raw ones.
@@ -88,16 +92,48 @@ def _read(src: str | Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, 
         require(path.is_file(), "SRC", str(src), "no such file")
         return lightning.read_checkpoint(path, ema)
     require(not ema, "--ema", True, f"{src} holds one set of weights; only a .ckpt has averaged ones beside the raw")
-    if path.suffix == ".safetensors":
+    if path.is_dir():
+        return _read_folder(path)
+    if path.name.endswith((".safetensors", INDEX)):
         return read_safetensors(path), {}
     is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", str(src)) is not None and not path.exists()
-    require(is_repository, "SRC", str(src), "must be a .safetensors or .ckpt file, or a hub repository owner/name")
-    weights, config = download(str(src))
-    return read_safetensors(weights), read_sizes(config)
+    require(is_repository, "SRC", str(src), "must be a .safetensors or .ckpt file, a folder with one, or a hub "
+            "repository owner/name")
+    return _read_folder(download(str(src)))
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The same of a snapshot of a repository: weights, whole or in shards behind an index, and a config.json."""
+    found = sorted(folder.glob(f"*{INDEX}")) or sorted(folder.glob("*.safetensors"))
+    others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".ckpt", ".bin", ".pt", ".pth")]
+    require(len(found) == 1, "SRC", str(folder), f"must hold one .safetensors, or one {INDEX}, and holds "
+            f"{', '.join(path.name for path in found) or 'none'}; give the file"
+            + (f" (what it holds: {', '.join(others)})" if others else ""))
+    config = folder / "config.json"
+    return read_safetensors(found[0]), read_sizes(config, "SRC") if config.is_file() else {}
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a .safetensors file; a missing, truncated or corrupt file is an EsoError."""
+    """All tensors of a .safetensors file, or of the shards that a .safetensors.index.json names, by the authors' names.
+
+    Raises:
+      EsoError: a file is missing, truncated or corrupt, or a shard lacks a tensor.
+    """
+    if path.name.endswith(INDEX):
+        shards = _read_index(path)
+        tensors = {name: tensor for shard in sorted(set(shards.values()))
+                   for name, tensor in _read_one(path.with_name(shard)).items()}
+        missing = sorted(shards.keys() - tensors.keys())
+        if missing:
+            raise EsoError(f"SRC = {str(path)!r}: {shards[missing[0]]} lacks {shown(missing[0])} ({len(missing)} are "
+                           "missing)")
+    else:
+        tensors = _read_one(path)
+    called = names.plain(tensors, str(path))
+    return {called[name]: tensor for name, tensor in tensors.items()}
+
+
+def _read_one(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -108,34 +144,46 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise EsoError(f"SRC = {str(path)!r}: not a readable safetensors file ({error})") from error
 
 
-def read_sizes(path: Path) -> dict[str, Any]:
-    """What a JSON of sizes says, by our names."""
-    require(path.is_file(), "--config", str(path), "no such file; give a JSON of the sizes")
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, beside the index."""
+    require(path.is_file(), "SRC", str(path), "no such file")
     try:
-        values = json.loads(path.read_text())
-        require(isinstance(values, dict), "--config", str(path), "must be a JSON object")
+        shards = json.loads(path.read_text("utf-8"))["weight_map"]
+        good = isinstance(shards, dict) and len(shards) > 0 and all(
+            isinstance(shard, str) and Path(shard).name == shard for shard in shards.values())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        good = False
+    require(good, "SRC", str(path), "not an index of shards: weight_map must say the file, beside it, of each tensor")
+    return dict(shards)
+
+
+def read_sizes(path: Path, flag: str = "--config") -> dict[str, Any]:
+    """What a JSON of sizes says, by our names; `flag` names it in errors."""
+    require(path.is_file(), flag, str(path), "no such file; give a JSON of the sizes")
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        require(isinstance(values, dict), flag, str(path), "must be a JSON object")
     except EsoError:
         raise
     except ValueError as error:  # not JSON, or not text
-        raise EsoError(f"--config = {str(path)!r}: must be a JSON object ({error})") from error
+        raise EsoError(f"{flag} = {str(path)!r}: must be a JSON object ({error})") from error
     keys = KEYS | {name: (name,) for name in family_fields()}
     found = {ours: values[name] for ours, theirs in keys.items() for name in theirs[::-1]
              if values.get(name) is not None}
-    require(bool(found), "--config", str(path), "says none of " + ", ".join(theirs[0] for theirs in KEYS.values()))
+    require(bool(found), flag, str(path), "says none of " + ", ".join(theirs[0] for theirs in KEYS.values()))
     if "family" in found:
         found["family"] = str(found["family"]).lower()  # transformers' model_type: EsoLM
     return found
 
 
-def download(repository: str) -> tuple[Path, Path]:
-    """The weights and the config.json of a hub repository, from the hub or its local cache."""
+def download(repository: str) -> Path:
+    """The folder with the weights and the config.json of a hub repository, from the hub or its local cache."""
     import huggingface_hub
 
     try:
-        weights, config = (Path(huggingface_hub.hf_hub_download(repository, name))
-                           for name in ("model.safetensors", "config.json"))
+        return Path(huggingface_hub.snapshot_download(
+            repository, allow_patterns=["model*.safetensors", f"*{INDEX}", "config.json"]))
     except Exception as error:  # the hub raises what its transports raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise EsoError(f"SRC = {repository!r}: no such file, and not to be had from the hub ({reason}); without a "
                        "network, give a .safetensors or .ckpt file") from error
-    return weights, config

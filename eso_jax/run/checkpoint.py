@@ -14,7 +14,8 @@ import contextlib
 import errno
 import functools
 import gc
-import re
+import logging
+import os
 import shutil
 import sys
 import threading
@@ -32,12 +33,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
 from eso_jax.config import ModelConfig
+from eso_jax import files
+from eso_jax.console import is_writer, say
 from eso_jax.errors import EsoError, RunAgain, require
-from eso_jax.run import metrics, multihost
+from eso_jax.run import multihost
 
 PARTS = ("params", "ema", "optimizer")
-TRIES, PAUSE = 3, 1.0  # of a read that storage did not answer; seconds before the second, twice that before the third
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: a full disk, or quota
 
 
 @contextlib.contextmanager
@@ -56,6 +57,7 @@ def open_checkpoints(workdir: Path, keep: int | None = None, keep_every: int | N
     checkpoints = ocp.training.Checkpointer(
         (workdir / "checkpoints").absolute(), cleanup_tmp_directories=keep is not None, preservation_policy=kept,
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
+    logging.getLogger("absl").addFilter(_is_ours)
     try:
         yield checkpoints
     except BaseException:
@@ -63,6 +65,11 @@ def open_checkpoints(workdir: Path, keep: int | None = None, keep_every: int | N
             checkpoints.close()
         raise
     checkpoints.close()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a line of a log is not Orbax's: what fails there is raised, and said in a line, not in a thousand."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def steps(workdir: Path) -> list[int]:
@@ -119,7 +126,7 @@ def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, 
         loaded, problem = _read(checkpoints, workdir, step, parts, abstract)
         if problem is None:
             for damaged, why in problems.items():
-                metrics.say(f"warning: checkpoint {damaged} in {workdir} is damaged, or lacks one of "
+                say(f"warning: checkpoint {damaged} in {workdir} is damaged, or lacks one of "
                             f"{', '.join(parts)} ({why}); using {step}")
                 if mend:
                     multihost.by_writer("mend", functools.partial(_set_aside, workdir / "checkpoints", damaged))
@@ -140,7 +147,7 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
 
     Storage that does not answer is asked again, since on a network a moment later all may be well.
     """
-    for attempt in range(1, TRIES + 1):
+    for attempt in range(1, files.TRIES + 1):
         loaded, damage, failure = None, "", None
         with _quietly():
             try:
@@ -165,9 +172,9 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
         if "arrier" in reason:  # the processes no longer count Orbax's barriers alike; a new start mends that
             reason = "another process could not read it"
             break
-        if attempt < TRIES:
-            metrics.say(f"checkpoint {step} in {workdir} cannot be read ({reason}); trying again")
-            time.sleep(PAUSE * attempt)
+        if attempt < files.TRIES:
+            say(f"checkpoint {step} in {workdir} cannot be read ({reason}); trying again")
+            time.sleep(files.PAUSE * attempt)
     raise RunAgain(f"--workdir = {str(workdir)!r}: checkpoint {step} could not be read {attempt} times ({reason}); "
                    "nothing says that it is damaged, so it is left as it is; mend the storage and repeat the command")
 
@@ -175,8 +182,7 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
 def _is_damage(error: BaseException) -> bool:
     """Whether an error says that something is missing from a checkpoint, or makes no sense. All else may pass: storage,
     a network, a device or memory that failed."""
-    number, text = os_error(error), re.search(r"\[OS error (\d+)", str(error))  # the latter: TensorStore's words
-    number = int(text[1]) if number is None and text is not None else number
+    number = files.errno_of(error)
     if number is not None:
         return number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
     passing = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED",
@@ -218,13 +224,17 @@ class Saver:
 
     A context manager: at the end of its block it waits for the save in progress, and if something else met a full disk
     in its block, it raises an EsoError of that.
+
+    Attributes:
+      owes: storage did not answer the last save: another is to be made, of the step at hand.
     """
 
     def __init__(self, checkpoints: Any, workdir: Path, config: ModelConfig) -> None:
         self._checkpoints, self._workdir, self._config = checkpoints, workdir, config
         self._thread: threading.Thread | None = None
-        self._step = 0
+        self._step = self._failures = 0
         self._error: Exception | None = None
+        self.owes = False
 
     def __enter__(self) -> Saver:
         return self
@@ -232,7 +242,7 @@ class Saver:
     def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:
         if error is None:
             self.wait()
-        elif isinstance(error, OSError) and error.errno in FULL:
+        elif files.errno_of(error) in files.FULL:
             self.wait()  # which says the same, if it met it too
             raise EsoError(f"--workdir = {str(self._workdir)!r}: the disk is full; {last(self._workdir)}; make room "
                            "and repeat the command") from error
@@ -242,13 +252,20 @@ class Saver:
 
         Raises:
           EsoError: this save could not begin, or the one before failed.
+          RunAgain: as `check`.
         """
         self.wait()
         about = {"step": np.array(step, np.int32), "length": np.array(self._config.length, np.int32)}
         about |= {name: np.asarray(fingerprint(parts[name]) if name in parts else 0, np.uint32) for name in PARTS}
-        self._step = step
+        begin = functools.partial(self._checkpoints.save_checkpointables_async, step, {**parts, "step": about})
+        self._step, again, self.owes = step, self.owes, False
         try:
-            response = self._checkpoints.save_checkpointables_async(step, {**parts, "step": about})
+            try:
+                response = begin()
+            except Exception:
+                if not again:
+                    raise
+                response = begin()  # Orbax told of the one that failed once more, in place of this one
         except Exception as error:  # what its storage layers raise, again
             self._error = error
         else:
@@ -256,26 +273,46 @@ class Saver:
             self._thread.start()
         self.check()
 
+    def finish(self, step: int, parts: dict[str, Any]) -> None:
+        """Saves and waits for it, again where storage does not answer; raises as `save` does."""
+        self.owes = True
+        while self.owes:
+            self.save(step, parts)
+            self.wait()
+
     def _finish(self, response: Any) -> None:
         try:
             response.result()
+            self._failures = 0
         except Exception as error:  # raised again by `check`, in the main thread
             self._error = error
 
     def check(self) -> None:
-        """Raises an EsoError if the save failed, as far as is known; a RunAgain if it did for want of a peer."""
+        """Raises an EsoError if the save failed, as far as is known; a RunAgain if it did for want of a peer, or if
+        storage did not answer several saves in a row."""
         if self._error is None:
             return
-        if multihost.is_writer():
+        if is_writer():
             for path in (self._workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
-        reason = f"{type(self._error).__name__}: {self._error}".splitlines()[0][:200]
-        if multihost.is_loss(self._error) and os_error(self._error) is None:
+        number = files.errno_of(self._error)
+        reason = os.strerror(number) if number else f"{type(self._error).__name__}: {self._error}".splitlines()[0][:200]
+        if multihost.is_loss(self._error) and number is None:
             raise RunAgain(f"lost another process of the run while saving step {self._step} ({reason}); "
                            f"{last(self._workdir)}")
-        full = os_error(self._error) in FULL or "No space left" in str(self._error)
-        raise EsoError(f"--workdir = {str(self._workdir)!r}: the checkpoint of step {self._step} could not be written "
-                       f"({'the disk is full' if full else reason}); {last(self._workdir)}; "
+        what = f"--workdir = {str(self._workdir)!r}: the checkpoint of step {self._step} could not be written"
+        if number in files.PASSING:
+            self._failures += 1
+            # The processes of a run would not agree on when to save again; a new start has them do so.
+            if self._failures == files.TRIES or jax.process_count() > 1:
+                raise RunAgain(f"{what} ({reason}); {last(self._workdir)}") from self._error
+            say(f"{what} ({reason}); trying again")
+            self._error, self.owes = None, True
+            self._checkpoints.reload()
+            time.sleep(files.PAUSE * self._failures)
+            return
+        full = number in files.FULL or "No space left" in str(self._error)
+        raise EsoError(f"{what} ({'the disk is full' if full else reason}); {last(self._workdir)}; "
                        f"{'make room' if full else 'mend that'} and repeat the command") from self._error
 
     def wait(self) -> None:
@@ -292,16 +329,7 @@ class Saver:
         return last(self._workdir)
 
 
-def os_error(error: BaseException | None) -> int | None:
-    """The errno behind an exception, if an OSError is its cause."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.errno
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def save_params(workdir: Path, config: ModelConfig, params: Any) -> None:
     """A checkpoint of parameters alone, at step 0."""
     with open_checkpoints(workdir, keep=1) as checkpoints, Saver(checkpoints, workdir, config) as saver:
-        saver.save(0, {"params": jax.tree.map(jnp.asarray, params)})
+        saver.finish(0, {"params": jax.tree.map(jnp.asarray, params)})

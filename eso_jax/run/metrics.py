@@ -1,17 +1,15 @@
-"""What a run reports: JSON lines in `W/metrics.jsonl`, a progress bar or plain lines, and a picture of the loss."""
+"""What a run reports: JSON lines in `W/metrics.jsonl`, a trace, and a picture of the loss."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from eso_jax.run.multihost import is_writer
+from eso_jax import files
+from eso_jax.console import is_writer, say
 
 FILE = "metrics.jsonl"
 
@@ -25,22 +23,18 @@ class MetricsLog:
         if not is_writer():
             return
         kept = [line for line in read(workdir) if line["step"] <= resume_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.path)
+        files.write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept), "--workdir")
 
     def write(self, step: int, **values: Any) -> None:
-        if not is_writer():
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        if is_writer():
+            files.append(self.path, json.dumps({"step": step, **values}) + "\n", "--workdir")
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
     """The lines of a work directory's metrics; one cut short by a kill is left out."""
     path = workdir / FILE
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else []:
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
@@ -65,19 +59,6 @@ def speed(tokens_per_second: float, flops_per_second: float) -> dict[str, float]
     return found
 
 
-def say(message: str) -> None:
-    """A line for people, on stderr, above any progress bar; from the writer alone."""
-    if is_writer():
-        tqdm.write(message, file=sys.stderr)
-
-
-def progress(steps: Iterable[int], total: int, initial: int, label: str) -> tqdm:
-    """A progress bar on the writer's terminal, silent elsewhere."""
-    return tqdm(steps, total=total, initial=initial, desc=label, unit="step", file=sys.stderr,
-                disable=None if is_writer() else True,
-                dynamic_ncols=True)
-
-
 @contextmanager
 def profiled(workdir: Path, nth: int, count: int) -> Iterator[None]:
     """Around the nth step of this process (from 1): traces `count` of them into `W/profile`, from the third on, by when
@@ -94,7 +75,8 @@ def profiled(workdir: Path, nth: int, count: int) -> Iterator[None]:
 
 
 def plot_loss(workdir: Path, baselines: dict[str, float] | None = None) -> Path:
-    """Draws `W/loss.png`: training terms, and validation bits per byte beside named baselines."""
+    """Draws `W/loss.png`: training terms, and validation bits per byte (nats per token where bytes are not
+    known) beside named baselines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,17 +89,19 @@ def plot_loss(workdir: Path, baselines: dict[str, float] | None = None) -> Path:
         if points:
             left.plot(*zip(*points, strict=True), label=name, linewidth=1)
     left.set(xlabel="step", ylabel="nats per token", title="training loss and its terms")
-    points = [(line["step"], line["validation_bits_per_byte"]) for line in lines if "validation_bits_per_byte" in line]
+    unknown = any(line.get("validation_bits_per_byte", 0) is None for line in lines)
+    unit = "nats_per_token" if unknown else "bits_per_byte"
+    points = [(line["step"], value) for line in lines if (value := line.get(f"validation_{unit}")) is not None]
     if points:
         right.plot(*zip(*points, strict=True), "o-", label="model (NELBO)")
     for name, value in (baselines or {}).items():
         right.axhline(value, linestyle="--", color="grey", label=name)
-    right.set(xlabel="step", ylabel="bits per byte", title="validation")
+    right.set(xlabel="step", ylabel=unit.replace("_", " "), title="validation")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     path = workdir / "loss.png"
-    figure.savefig(path, dpi=120)
+    files.write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png"), "--workdir")
     plt.close(figure)
     return path

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -23,7 +22,9 @@ from typing import Any, NoReturn
 
 import jax
 
+from eso_jax.console import ending, is_writer, tell
 from eso_jax.errors import EsoError, RunAgain, require
+from eso_jax.files import writing
 
 WAIT = 600  # seconds that a process waits for the others before it gives up
 PATIENCE = 15  # seconds between two words about it
@@ -45,12 +46,10 @@ def start(roll: Path, wait: int = WAIT) -> None:
     index, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
     for name, value in (("JAX_PROCESS_ID", index), ("JAX_NUM_PROCESSES", count)):
         require(value is None or value.isdigit(), name, value, "must be a number")
-    try:
+    with writing("--workdir", roll.parent):
         roll.mkdir(parents=True, exist_ok=True)
         mine = roll / f"{_number()} on {socket.gethostname()}"
         mine.touch()
-    except OSError as error:
-        raise EsoError(f"--workdir = {str(roll.parent)!r}: cannot be written ({error.strerror})") from error
     try:
         _join(roll, wait, num_processes=int(count) if count else None, process_id=int(index) if index else None,
               initialization_timeout=wait + 30)
@@ -107,7 +106,7 @@ def _join(roll: Path, wait: int, **arguments: Any) -> None:
         if time.time() >= began + wait:  # JAX itself would end the process without a name
             leave(RunAgain(f"waited {wait} s for the other processes to start; {missing}"))
         if _number() in ("?", next(iter(came), "?")):
-            _tell(f"waiting for the other processes; {missing}")
+            tell(f"eso-jax: waiting for the other processes; {missing}")
     if failures:
         raise failures[0]
 
@@ -137,20 +136,11 @@ def _roll_call(roll: Path, began: float) -> tuple[list[str], str]:
                   f"came: {', '.join(came)}")
 
 
-def _tell(message: str) -> None:
-    print(f"eso-jax: {message}", file=sys.stderr, flush=True)
-
-
 def _client() -> Any:
     """JAX's connection to the run's key-value store, or None. JAX has no public name for it."""
     from jax._src import distributed
 
     return distributed.global_state.client
-
-
-def is_writer() -> bool:
-    """Whether this is process 0, or a run of its own; without touching a device in the latter case."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def barrier(name: str, wait: int = WAIT) -> None:
@@ -195,7 +185,7 @@ def _text_of(index: int, place: str, name: str, wait: int) -> str:
                 raise RunAgain(f"waited {now - began:.0f} s at {name!r} for {host(index)}; see what its log "
                                "says") from error
         if now - told >= PATIENCE and is_writer():
-            _tell(f"waiting at {name!r} for {host(index)}")
+            tell(f"eso-jax: waiting at {name!r} for {host(index)}")
             told = now
 
 
@@ -358,12 +348,10 @@ class Watchdog:
 
 def leave(error: BaseException) -> NoReturn:
     """Ends the process with the exit code of the command line; without its peers, if they do not come to the end."""
-    code = next((code for kind, code in {RunAgain: RunAgain.EXIT, EsoError: 2, KeyboardInterrupt: 130}.items()
-                 if isinstance(error, kind)), 1)
+    code, said = ending(error)
     if code == 1:
-        traceback.print_exception(error)
-    said = str(error) if code in (2, RunAgain.EXIT) else "interrupted" if code == 130 else repr(error)
-    _tell(f"{socket.gethostname()}: {said}")
+        tell("".join(traceback.format_exception(error)))
+    tell(f"eso-jax: {socket.gethostname()}: {said}")
     if jax.distributed.is_initialized() and code != 130:  # all may be leaving: then none should find the others gone
         parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         parting.start()

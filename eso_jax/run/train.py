@@ -2,6 +2,7 @@
 
   W/config.json     the run's config
   W/tokenizer.json  its tokenizer, unless that is code alone (bytes)
+  W/data.json       what its data was when it began
   W/checkpoints/    parameters, averages, optimizer and step, together
   W/metrics.jsonl   a line per `train.log_every` steps and per evaluation
   W/loss.png        drawn at the end
@@ -17,7 +18,6 @@ Axes: B global batch, A micro-batches, L length.
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +32,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from eso_jax import families, flops, sharding
+from eso_jax import families, files, flops, sharding
 from eso_jax.config import Config
-from eso_jax.data import evenly_spaced, tokenizer_of, windows_of
+from eso_jax.console import bar, is_terminal, is_writer, say
+from eso_jax.data import evenly_spaced, identity, tokenizer_of, windows_of
 from eso_jax.engine import perplexity
 from eso_jax.engine.rows import Engine, catch_out_of_memory
 from eso_jax.errors import EsoError, RunAgain, require
@@ -192,15 +193,17 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     from eso_jax.data.pipeline import batches
 
     settings = config.train
+    files.local(str(directory), "--workdir")
     multihost.check_alone()
     mesh = sharding.mesh(config.mesh)
     sharding.check(config, mesh)
     tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
     windows = windows_of(config, "train", tokenizer=tokenizer)
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
-    counts = multihost.gathered("data", f"{len(windows)} and {len(held_out)}")
-    require(len(set(counts)) == 1, "data.source", config.data.source,
-            f"the processes see different data: {', '.join(counts)} windows to train on and to validate with")
+    data = {"train": identity.identity(windows), "validation": identity.identity(held_out)}
+    seen = multihost.gathered("data", f"{len(windows)} and {len(held_out)} windows, {data['train']['sha256'][:8]}")
+    require(len(set(seen)) == 1, "data.source", config.data.source,
+            f"the processes see different data to train on and to validate with: {'; '.join(seen)}")
     iterator = batches(windows, settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
     validation = evenly_spaced(held_out, settings.eval_windows)
@@ -208,6 +211,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     start = None if resumes else finetune.starting_params(config, mesh, tokenizer)
     # Once the data and the start are known to be there.
     multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))
+    multihost.by_writer("kept data", lambda: identity.claim(directory, config.data.source, data))
     workdir.check_shared(directory)
 
     preemption = multihost.Preemption()
@@ -223,21 +227,20 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         first = int(state.step)
         require(first <= settings.steps, "train.steps", settings.steps, f"{directory} is at step {first} already")
         iterator.set_state({"next_index": first})  # every step draws a batch
-        if multihost.is_writer():
+        if is_writer():
             workdir.save_config(directory, config)
         count = sum(x.size for x in jax.tree.leaves(state.params))
-        metrics.say(f"{config.family.name}: {count:,} parameters on {sharding.described(mesh)}, step {first} of "
-                    f"{settings.steps}, in {directory}; attention: {attention_of(config)}")
+        say(f"{config.family.name}: {count:,} parameters on {sharding.described(mesh)}, step {first} of "
+            f"{settings.steps}, in {directory}; attention: {attention_of(config)}")
         if not resumes and (lines := metrics.read(directory)):
-            metrics.say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step "
-                        "0 again")
+            say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step 0 again")
         log = metrics.MetricsLog(directory, first)
         meter = _Meter(config, log, saver.last)
         step_fn = jit_step(config, mesh)
         fold = jit_fold(config, mesh)
         traced = max(0, min(settings.profile_steps, settings.steps - first - 3))
-        bar = metrics.progress(range(first + 1, settings.steps + 1), settings.steps, first, "train")
-        for step in bar:
+        for step in bar(range(first + 1, settings.steps + 1), total=settings.steps, initial=first, desc="train",
+                        unit="step"):
             if step > first + 1:  # the first compiles
                 watchdog.begin()
             # Nothing goes between host and devices in a step but what is sent and asked for here.
@@ -250,8 +253,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
             ends, stops = step == settings.steps, preemption.asked(step)
             if stops and not ends:  # before all else: there may be seconds left
                 meter.flush()
-                saver.save(step, _parts(state))
-                saver.wait()
+                saver.finish(step, _parts(state))
                 raise RunAgain(f"asked to stop (SIGTERM), saved step {step} of {settings.steps}; the same command goes "
                                "on from there")
             if step % settings.eval_every == 0 or ends:
@@ -260,13 +262,13 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 found = perplexity.nelbo(engine, validation, tokenizer, families.alpha_0_of(config, None),
                                          jax.random.key(0))
                 log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
-                metrics.say(f"step {step}: validation {found.bits_per_byte:.3f} bits per byte")
+                say(f"step {step}: validation {found.nats_per_token:.4f} nats per token, {found.bits}")
                 meter.restart_clock()
-            if step % settings.save_every == 0 or ends:
+            if step % settings.save_every == 0 or ends or saver.owes:
                 meter.flush()  # a state is saved only once it is known to be finite
-                saver.save(step, _parts(state))
+                (saver.finish if ends else saver.save)(step, _parts(state))
                 meter.restart_clock()
-        if multihost.is_writer():
+        if is_writer():
             metrics.plot_loss(directory, baselines)
     multihost.barrier("end")
     return state
@@ -327,12 +329,12 @@ class _Meter:
             speed = metrics.speed(rate * tokens, rate * self.flops) if rate else {}
             skipped = {"skipped": self.skipped} if self.skipped else {}
             self.log.write(step, **means, **speed, **skipped)
-            if not sys.stderr.isatty():  # a terminal has the progress bar
+            if not is_terminal():  # a terminal has the progress bar
                 parts = [f"loss {means['loss']:.3f}"] if means else []
                 parts += [f"{speed['tokens_per_second']:,.0f} tokens/s"] if speed else []
                 parts += [f"MFU {speed['mfu']:.1%}"] if "mfu" in speed else []
                 parts += [f"{self.skipped} steps skipped"] if self.skipped else []
-                metrics.say(f"step {step} of {self.config.train.steps}: {', '.join(parts)}")
+                say(f"step {step} of {self.config.train.steps}: {', '.join(parts)}")
             self.seen, self.skipped = [], 0
             self.restart_clock()
 

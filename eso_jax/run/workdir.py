@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from eso_jax import config as configs
+from eso_jax import files
 from eso_jax.config import Config
 from eso_jax.data import tokenizers
 from eso_jax.data.tokenizers import Tokenizer
@@ -43,7 +44,7 @@ def claim(directory: Path, config: Config, tokenizer: Tokenizer | None = None) -
                 require(same, f"{section}.{name}", value,
                         f"--workdir {directory} holds a run with {there[section][name]!r}; repeat that, or give "
                         "another --workdir")
-    try:
+    with files.writing("--workdir", directory):
         if path.exists():
             return keep_tokenizer(directory, tokenizer)
         ours = not directory.exists() or directory.is_dir() and all(p.suffix == ".partial" for p in directory.iterdir())
@@ -52,8 +53,6 @@ def claim(directory: Path, config: Config, tokenizer: Tokenizer | None = None) -
         directory.mkdir(parents=True, exist_ok=True)
         save_config(directory, config)
         keep_tokenizer(directory, tokenizer)
-    except OSError as error:
-        raise EsoError(f"--workdir = {str(directory)!r}: cannot be written ({error.strerror})") from error
 
 
 def check_shared(directory: Path, wait: int = 30) -> None:
@@ -77,7 +76,9 @@ def held(directory: Path) -> Iterator[None]:
     """
     import fcntl
 
-    with (directory / LOCK).open("a") as file:
+    with files.writing("--workdir", directory):
+        file = (directory / LOCK).open("ab")
+    with file:
 
         def take() -> None:
             try:
@@ -95,31 +96,25 @@ def held(directory: Path) -> Iterator[None]:
 
 def save_config(directory: Path, config: Config) -> None:
     """Writes config.json, whole or not at all."""
-    _write(directory / CONFIG, config.to_json())
+    files.write_whole(directory / CONFIG, config.to_json(), "--workdir")
 
 
 def keep_tokenizer(directory: Path, tokenizer: Tokenizer | None) -> None:
     """Writes tokenizer.json, so that the work directory needs no other; nothing for a tokenizer that is code alone."""
     if tokenizer is not None and tokenizer.json is not None:
-        _write(directory / tokenizers.FILE, tokenizer.json)
+        files.write_whole(directory / tokenizers.FILE, tokenizer.json, "--workdir")
 
 
 def kept_tokenizer(directory: Path, config: Config) -> Tokenizer | None:
     """The tokenizer of a work directory; None where it has none that fits the model (an import), or is not made yet."""
     path, name = directory / tokenizers.FILE, config.data.tokenizer
     if path.is_file():
-        found: Tokenizer = tokenizers.LibraryTokenizer(name.partition("=")[0], path.read_text())
+        found: Tokenizer = tokenizers.LibraryTokenizer(name.partition("=")[0], path.read_text("utf-8"))
     elif name in tokenizers.CODE:
         found = tokenizers.CODE[name]()
     else:
         return None
     return found if (found.vocab_size, found.mask_id) == (config.model.vocab_size, config.model.mask) else None
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def read_config(directory: str | Path) -> Config:
@@ -159,4 +154,5 @@ def create(directory: Path, config: Config, params: Params, tokenizer: Tokenizer
     shutil.rmtree(partial, ignore_errors=True)
     claim(partial, config, tokenizer)
     checkpoint.save_params(partial, config.model, params)
-    partial.rename(directory)
+    with files.writing("--out", directory):
+        partial.rename(directory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
+from eso_jax.files import write_whole
 from lab import Lab, main
 
 NOT_HERE = {"Table 16 (summaries of XSum)": "the samplers take no prompts yet",
@@ -18,10 +19,10 @@ def run(lab: Lab) -> None:
     lines = [f"# Results at --scale {lab.scale}", "", "Written by `bash experiments/run_all.sh --scale "
              f"{lab.scale}`; a report says its own command, machine, date and commit.", ""]
     for path in sorted(lab.results.glob("*.json")):
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text("utf-8"))
         lines.append(f"- [{path.stem}]({path.stem}.md): {report['title']} ({'; '.join(report['measured'])})")
     lines += ["", "Not here:", "", *(f"- {name}: {why}" for name, why in NOT_HERE.items())]
-    (lab.results / "README.md").write_text("\n".join(lines) + "\n")
+    write_whole(lab.results / "README.md", "\n".join(lines) + "\n", "--results")
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ import numpy as np
 from eso_jax import load
 from eso_jax.cli import guarded, keep_compilations
 from eso_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from eso_jax.console import say
 from eso_jax.data import evenly_spaced, windows_of
 from eso_jax.engine.model import Model
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.throughput import describe_machine
+from eso_jax.files import as_json, write_whole
 from eso_jax.run import checkpoint
-from eso_jax.run.metrics import say
 from eso_jax.run.train import train
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
@@ -187,8 +188,9 @@ class Lab:
     def once(self, path: Path, compute: Callable[[], Any]) -> Any:
         if not path.exists():
             value = compute()
-            _write(path, json.dumps({**provenance(), "value": value}))
-        kept = json.loads(path.read_text())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps({**provenance(), "value": value}), "--runs")
+        kept = json.loads(path.read_text("utf-8"))
         value = kept.pop("value")
         self.sources.add(tuple(kept.values()))
         return value
@@ -219,8 +221,8 @@ class Lab:
         values = {title or name: {"columns": table.columns, "rows": [[_plain(cell) for cell in row]
                                                                      for row in table.rows]}
                   for title, table in tables.items()}
-        _write(self.results / f"{name}.json", json.dumps({**header, "tables": values, "notes": notes}, indent=1) + "\n")
-        _write(self.results / f"{name}.md", text)
+        write_whole(self.results / f"{name}.json", as_json({**header, "tables": values, "notes": notes}), "--results")
+        write_whole(self.results / f"{name}.md", text, "--results")
         say(f"{text}wrote {self.results / name}.md")
 
 
@@ -233,14 +235,6 @@ def _named(what: str, settings: dict[str, Any], suffix: str) -> str:
     return f"{what}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}{suffix}"
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def _draw(draw: Callable[[Any], None], path: Path) -> None:
     import matplotlib
 
@@ -249,9 +243,7 @@ def _draw(draw: Callable[[Any], None], path: Path) -> None:
 
     figure = plt.figure(figsize=(9, 4.5), layout="constrained")
     draw(figure)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=100, format="png")
-    partial.replace(path)
+    write_whole(path, lambda file: figure.savefig(file, dpi=100, format="png"), "--results")
     plt.close(figure)
 
 
@@ -259,7 +251,7 @@ def provenance() -> dict[str, str]:
     """Where and when something is measured, and on which commit of this checkout, with a + where files differ from it
     (other than reports)."""
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=EXPERIMENTS, text=True, capture_output=True,
+        return subprocess.run(["git", *arguments], cwd=EXPERIMENTS, encoding="utf-8", capture_output=True,
                               check=True).stdout.strip()
 
     try:

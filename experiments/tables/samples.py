@@ -12,14 +12,13 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from eso_jax.engine.model import Model, Samples
 from eso_jax.evaluation import judges, mauve, quality, texts
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.judges import Judge
 from eso_jax.evaluation.mauve import Features
 from eso_jax.evaluation.texts import Texts
+from eso_jax.files import npz, write_whole
 from lab import Lab
 
 JUDGE = "owt/ar"
@@ -60,8 +59,8 @@ def measure(lab: Lab, run: str, setting: Setting) -> Found:
         samples, seconds = draw(lab, run, model, setting)
         drawn = texts.of_tokens(samples.tokens, model.tokenizer)
         path.parent.mkdir(exist_ok=True)
-        np.savez(path, tokens=samples.tokens, order=samples.order, tokens_per_step=samples.tokens_per_step,
-                 diffusion=samples.diffusion)
+        write_whole(path, npz(tokens=samples.tokens, order=samples.order, tokens_per_step=samples.tokens_per_step,
+                              diffusion=samples.diffusion), "--runs")
         found = quality.measure(drawn, judge(lab), reference(lab, run), features(lab))
         return {"nfe": len(samples.tokens_per_step), "seconds": seconds, "quality": found.to_json(),
                 "redrawn": int((samples.tries > 1).sum())}

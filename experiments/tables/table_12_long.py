@@ -17,6 +17,7 @@ from eso_jax.engine.model import Model
 from eso_jax.evaluation import diversity
 from eso_jax.evaluation.diversity import Estimate
 from eso_jax.evaluation.texts import of_tokens
+from eso_jax.files import npz, write_whole
 from lab import RUNS, Cell, Lab, Table, main
 
 MODELS = {"BD3-LM, L' = 4": "owt/long_bd3lm_4", "Eso-LM, alpha_0 = 0.125": "owt/long_esolm_0125"}
@@ -49,7 +50,7 @@ def measure(lab: Lab, model: Model, path: Path) -> dict[str, Any]:
     model.sample(1, 1, top_p=samples.TOP_P, plan="one-by-one")  # compiles
     alone = model.sample(1, 1, top_p=samples.TOP_P, plan="one-by-one")
     path.parent.mkdir(exist_ok=True)
-    np.savez(path, tokens=many.tokens, order=many.order)
+    write_whole(path, npz(tokens=many.tokens, order=many.order), "--runs")
     tokens = many.tokens
     if lab.smoke:
         tokens = tokens.reshape(-1, lab.config(samples.JUDGE).model.length)

@@ -14,10 +14,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
-from tqdm import tqdm
 
+from eso_jax.console import bar, say
 from eso_jax.errors import EsoError
-from eso_jax.run.metrics import say
+from eso_jax.files import write_whole
 from lab import RUNS, Lab, main
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
@@ -44,19 +44,19 @@ def side_by_side(lab: Lab, runs: list[str]) -> None:
     def train(name: str) -> str:
         workdir = lab.workdir(name)
         config = workdir.with_suffix(".json")
-        config.write_text(lab.config(name).to_json())
+        write_whole(config, lab.config(name).to_json(), "--runs")
         done = subprocess.run([sys.executable, "-m", "eso_jax", "train", config, "--workdir", workdir], env=environment,
-                              text=True, stderr=subprocess.PIPE)
+                              encoding="utf-8", stderr=subprocess.PIPE)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise EsoError(f"{name}: {last}")
         return name
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(runs), unit="run", disable=None) as bar:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar(total=len(runs), unit="run") as progress:
         try:
             for future in as_completed([pool.submit(train, name) for name in runs]):
                 say(f"{future.result()}: trained")
-                bar.update()
+                progress.update()
         finally:  # after a failure or an interruption, none of those that wait
             pool.shutdown(cancel_futures=True)
 

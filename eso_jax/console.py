@@ -1,0 +1,100 @@
+"""What speaks to people: lines and progress bars on stderr, and a program's last words.
+
+Nothing here fails where nobody listens: stderr may be closed (cron), a pipe whose reader is gone, or on a full disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from eso_jax.errors import EsoError, RunAgain
+from eso_jax.files import PASSING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def is_writer() -> bool:
+    """Whether this is process 0, which alone speaks and writes, or a run of its own; without touching a device in the
+    latter case."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def say(message: str) -> None:
+    """A line for people, above any progress bar; from the writer alone."""
+    if is_writer():
+        tell(message)
+
+
+def tell(message: str) -> None:
+    """The same from any process."""
+    from tqdm import tqdm
+
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            tqdm.write(message, file=sys.stderr)
+            sys.stderr.flush()
+
+
+def is_terminal() -> bool:
+    """Whether stderr is one: it then has progress bars."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def bar(iterable: Iterable[Any] | None = None, shown: bool = True, **options: Any) -> tqdm:
+    """tqdm(iterable, ...) on the writer's terminal; silent elsewhere, and if not `shown`."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, disable=not (shown and is_terminal() and is_writer()), file=sys.stderr, dynamic_ncols=True,
+                **options)
+
+
+@contextlib.contextmanager
+def streams() -> Iterator[None]:
+    """Around a program: stdin, stdout and stderr are open in its block, if on nothing, so that no file of its own can
+    take their numbers; and what could not be said does not change its exit code.
+
+    Raises:
+      SystemExit: with code 2, at the end, if stdout was lost otherwise than by a reader who had enough.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, so its own
+            os.set_inheritable(null, True)
+            setattr(sys, name, open(null, "w" if number else "r", encoding="utf-8"))
+    try:
+        yield
+    finally:
+        lost = [_flush(sys.stdout), _flush(sys.stderr)][0]
+        if lost not in (None, errno.EPIPE) and not isinstance(sys.exc_info()[1], Exception):  # a crash stays one
+            tell(f"eso-jax: error: stdout: cannot be written ({os.strerror(lost)})")
+            raise SystemExit(2)
+
+
+def _flush(stream: Any) -> int | None:
+    """Says what is still to be said; the errno of a failure, after which the stream leads nowhere."""
+    try:
+        stream.flush()
+    except OSError as error:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        return error.errno
+    return None
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """(exit code, words) of a program that an error ended; 1 and its repr if it is none of the user's, nor of storage.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return (RunAgain.EXIT if error.errno in PASSING else 2), f"{error.filename!r}: {error.strerror}"
+    code = next((code for kind, code in {RunAgain: RunAgain.EXIT, EsoError: 2, KeyboardInterrupt: 130}.items()
+                 if isinstance(error, kind)), 1)
+    return code, "interrupted" if code == 130 else str(error) if code != 1 else repr(error)

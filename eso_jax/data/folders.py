@@ -1,0 +1,81 @@
+"""The files below a folder, or that a glob matches. Hidden ones are passed over, and what is no file (a pipe)."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from eso_jax.errors import require
+
+
+def find(given: Path, flag: str, remedy: str = "", below: bool = False) -> tuple[Path, list[Path]]:
+    """The files that a folder, a file or a glob stands for, and the folder that their names are relative to: of a glob
+    the last before its first wildcard.
+
+    Args:
+      below: a folder that a glob matches stands for the files below it.
+
+    Raises:
+      EsoError: there is none, or it is neither.
+      OSError: a folder cannot be listed.
+    """
+    if given.is_dir():
+        root, found = given, list(walk(given))
+    elif given.is_file():
+        root, found = given.parent, [given]
+    else:
+        require(not given.exists(), flag, str(given), f"is neither a file nor a folder{remedy}")
+        require(glob.has_magic(str(given)), flag, str(given), f"no such file or folder{remedy}")
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
+        wanted = given.parts[len(root.parts):]
+
+        def matches(path: Path) -> bool:
+            parts = path.relative_to(root).parts
+            return any(_matches(parts[:end], wanted) for end in range(1 if below else len(parts), len(parts) + 1))
+
+        found = [path for path in walk(root, lambda folder: _begins(folder.relative_to(root).parts, wanted)
+                                       or below and matches(folder)) if matches(path)] if root.is_dir() else []
+    return root, [path for path in found if path.is_file() or not path.exists()]  # reading names a broken link
+
+
+def walk(root: Path, enter: Callable[[Path], bool] = lambda folder: True) -> Iterator[Path]:
+    """Every file below `root` in the folders that `enter` lets in, those behind links included: each folder once, by
+    the name that has no link in it if there is one.
+
+    Raises:
+      OSError: a folder cannot be listed.
+    """
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would pass over an unreadable folder in silence
+
+    seen: set[str] = set()
+    starts = [root]  # and then the links to folders
+    while starts:
+        for folder, folders, names in os.walk(starts.pop(0), onerror=refuse):
+            here = os.path.realpath(folder)
+            if here in seen:
+                folders.clear()
+                continue
+            seen.add(here)
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and enter(Path(folder, name)))
+            starts += [link for name in folders if (link := Path(folder, name)).is_symlink()]
+            yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _begins(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether files below a folder may match."""
+    if not parts or pattern[:1] == ("**",):
+        return True
+    return len(pattern) > 1 and fnmatch.fnmatchcase(parts[0], pattern[0]) and _begins(parts[1:], pattern[1:])
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if pattern[:1] == ("**",):
+        return any(_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    if not parts or not pattern:
+        return not parts and not pattern
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

@@ -1,0 +1,212 @@
+"""Rows to texts: JSON lines, JSON arrays, Parquet, Arrow and .npz, and what becomes of rows without a text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from eso_jax.data import streams
+from eso_jax.data.streams import NotText, Opener
+from eso_jax.errors import EsoError
+
+FIELDS = ("text", "sentence", "article", "article_text", "content")  # the first there is, where none is asked for
+JSON = (".jsonl", ".json", ".ndjson", ".jsonlines")
+COLUMNS = (".parquet", ".arrow", ".feather", ".npz")
+SHOWN = 3  # names in a line
+
+
+class Wish:
+    """What is asked of a reading, and what it has left out.
+
+    Attributes:
+      flag: the option that named the files, for errors.
+      field: of rows; None: the first of FIELDS that a file has.
+      include: patterns of the files of folders, globs and archives; none: all.
+      skip_rows, skip_files: leave out what cannot be read, and count it; else that is an error.
+      rows, files: what was left out, and why.
+    """
+
+    def __init__(self, field: str | None = None, include: Iterable[str] = (), skip_rows: bool = False,
+                 skip_files: bool = False, flag: str = "--from"):
+        self.flag, self.field, self.include = flag, field, tuple(include)
+        self.skip_rows, self.skip_files = skip_rows, skip_files
+        self.rows: list[str] = []
+        self.files: list[str] = []
+
+    def asked(self) -> dict[str, Any]:
+        """All that changes what is read, but for the files."""
+        return {"field": self.field, "include": list(self.include), "skip_bad_rows": self.skip_rows,
+                "skip_bad_files": self.skip_files}
+
+    def bad_row(self, name: str, place: str, reason: str) -> None:
+        """Counts a row, or raises an EsoError."""
+        if not self.skip_rows:
+            raise EsoError(f"{self.flag} = {name!r}: {place} {reason}; mend it, name another field by --field, or "
+                           "leave such rows out by --skip-bad-rows")
+        self.rows.append(f"{name}, {place} {reason}")
+
+    def bad_file(self, name: str, reason: str) -> None:
+        """Counts a file, or raises an EsoError."""
+        if not self.skip_files:
+            raise EsoError(f"{self.flag} = {name!r}: {reason}; choose files by --include (such as '*.txt'), or leave "
+                           "such files out by --skip-bad-files")
+        self.files.append(f"{name} {reason}")
+
+    def report(self) -> None:
+        """Says what was left out."""
+        from eso_jax.console import say
+
+        for what, found in (("rows", self.rows), ("files", self.files)):
+            if found:
+                more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+                unit = what if len(found) > 1 else what[:-1]
+                say(f"left out {len(found):,} {unit}: {'; '.join(found[:SHOWN])}{more}")
+
+
+class BadRow(ValueError):
+    """A row without a text; why."""
+
+
+def texts(name: str, opener: Opener, wish: Wish) -> Iterator[str]:
+    """The texts of the rows of one file, its `opener` decompressed, whose name says what it is.
+
+    Raises:
+      EsoError: a row has no text.
+      NotText: the file has no such field, or is not what its name says.
+    """
+    field = wish.field
+    for place, row in _rows(name, opener, wish):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            if field is None and isinstance(row, dict):
+                field = next((known for known in FIELDS if known in row), None)
+            yield text_of(row, field)
+        except BadRow as error:
+            wish.bad_row(name, place, str(error))
+
+
+def text_of(row: Any, field: str | None) -> str:
+    """The text of a row: of its field, "a.b" being b of a, or the row itself where it is text.
+
+    Raises:
+      BadRow: it has none.
+    """
+    if isinstance(row, str):
+        return _as_text(row, "the row")
+    if not isinstance(row, dict):
+        raise BadRow(f"is {_kind(row)}, not an object with a text")
+    value = row
+    for part in [field] if field in row else (field or FIELDS[0]).split("."):
+        if not isinstance(value, dict) or part not in value:
+            there = ", ".join(map(repr, list(row)[:8])) or "none"
+            raise BadRow(f"has no field {field if field else ', '.join(FIELDS)} (its fields: {there})")
+        value = value[part]
+    if field == "article_text" and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n".join(value)  # the scientific papers
+    return _as_text(value, f"field {field!r}")
+
+
+def _as_text(value: Any, what: str) -> str:
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise BadRow(f"has a {what} that is not UTF-8") from None
+    if not isinstance(value, str):
+        turns = isinstance(value, list) and value and isinstance(value[0], dict)
+        raise BadRow(f"has a {what} that is {_kind(value)}, not text" + (
+            " (turns of a chat? make one text of each chat first)" if turns else ""))
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"has a {what} with half a character (a lone surrogate)") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    kinds: list[tuple[Any, str]] = [(type(None), "null"), (bool, "true or false"), ((int, float), "a number"),
+                                    (list, "a list"), (dict, "an object")]
+    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+
+
+def _rows(name: str, opener: Opener, wish: Wish) -> Iterator[tuple[str, Any]]:
+    """Each row, or a BadRow, and where it is."""
+    plain = streams.inner_name(name)
+    if plain.endswith(COLUMNS) or streams.head(opener).startswith(b"PAR1"):
+        reader = _npz if plain.endswith(".npz") else _arrow if plain.endswith((".arrow", ".feather")) else _parquet
+        yield from ((f"row {number}", row) for number, row in enumerate(reader(opener, wish.field), 1))
+        return
+    first = next((line for line in streams.lines(opener) if line.strip()), b"").strip()
+    if first.startswith(b"[") or plain.endswith(".json") and first == b"{":
+        try:
+            whole = json.loads(streams.text(opener))
+        except (json.JSONDecodeError, RecursionError) as error:
+            if first == b"[" or first == b"{":
+                raise NotText(f"is no JSON ({_reason(error)})") from error
+        else:
+            rows = whole if isinstance(whole, list) else [whole]
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+            return
+    for number, line in enumerate(streams.lines(opener), 1):
+        if line.strip():
+            yield f"line {number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError:
+        return BadRow("is not UTF-8")
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
+        cut = "" if line.endswith(b"\n") else "; the file may be cut short"
+        return BadRow(f"is no JSON ({_reason(error)}{cut})")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _column(field: str | None, columns: list[str]) -> str:
+    """The column that is read, of those that there are."""
+    wanted = FIELDS if field is None else (field, field.partition(".")[0])
+    found = next((name for name in wanted if name in columns), None)
+    if found is None:
+        raise NotText(f"has no column {field or ', '.join(FIELDS)} (its columns: {', '.join(map(repr, columns[:8]))}; "
+                      "--field names one)")
+    return found
+
+
+def _parquet(opener: Opener, field: str | None) -> Iterator[dict[str, Any]]:
+    from pyarrow import parquet
+
+    with streams.seekable(opener) as file, parquet.ParquetFile(file) as table:
+        column = _column(field, table.schema_arrow.names)
+        for batch in table.iter_batches(columns=[column]):
+            yield from batch.to_pylist()
+
+
+def _arrow(opener: Opener, field: str | None) -> Iterator[dict[str, Any]]:
+    """The file format of Arrow, or the stream that save_to_disk of Hugging Face's datasets writes."""
+    import pyarrow
+
+    with streams.seekable(opener) as file:
+        if streams.head(opener).startswith(b"ARROW1"):
+            table = pyarrow.ipc.open_file(file)
+            batches: Iterable[Any] = map(table.get_batch, range(table.num_record_batches))
+        else:
+            batches = table = pyarrow.ipc.open_stream(file)
+        column = _column(field, table.schema.names)
+        for batch in batches:
+            yield from batch.select([column]).to_pylist()
+
+
+def _npz(opener: Opener, field: str | None) -> Iterator[dict[str, Any]]:
+    import numpy as np
+
+    with streams.seekable(opener) as file, np.load(file) as arrays:
+        column = _column(field, arrays.files)
+        yield from ({column: value} for value in arrays[column].ravel().tolist())

@@ -1,0 +1,208 @@
+"""What is inside a file: its bytes decompressed, by what the content says it is, and the members of its archives."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import functools
+import gzip
+import io
+import lzma
+import re
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+Opener = Callable[[], AbstractContextManager[Any]]  # of a binary file, from its beginning
+
+SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")  # taken off a name to see what is inside
+_KINDS = {"gzip": rb"\x1f\x8b", "bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "xz": rb"\xfd7zXZ\x00",
+          "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "lz4": rb"\x04\x22\x4d\x18"}
+_UNREAD = {"7z": b"7z\xbc\xaf\x27\x1c", "rar": b"Rar!\x1a\x07", "compress": b"\x1f\x9d", "PDF": b"%PDF-"}
+
+
+class NotText(ValueError):
+    """A file that holds no text, and no rows or archive that are read."""
+
+
+def of_file(path: Path) -> Opener:
+    return functools.partial(open, path, "rb")
+
+
+def of_bytes(content: bytes) -> Opener:
+    return functools.partial(io.BytesIO, content)
+
+
+def inside(opener: Opener) -> Opener:
+    """The same, decompressed as often as it is compressed."""
+    found = is_compressed(head(opener))
+    return opener if found is None else inside(functools.partial(_decompress, opener, found))
+
+
+def is_compressed(start: bytes) -> str | None:
+    """By what, from the first bytes."""
+    return next((kind for kind, magic in _KINDS.items() if re.match(magic, start)), None)
+
+
+def inner_name(name: str) -> str:
+    """A name in lower case, without the suffixes of compression."""
+    name = name.lower()
+    while name.endswith(SUFFIXES):
+        name = name[:name.rindex(".")]
+    return name
+
+
+def head(opener: Opener) -> bytes:
+    """The first 512 bytes."""
+    with opener() as file:
+        found: bytes = file.read(512)
+    return found
+
+
+@contextlib.contextmanager
+def _decompress(opener: Opener, kind: str) -> Iterator[Any]:
+    with opener() as file:
+        if kind in ("zstd", "lz4"):
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(file, kind) as stream, io.BufferedReader(stream) as found:
+                yield found
+        else:
+            opened: Any = {"gzip": gzip.GzipFile, "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}[kind]
+            with (opened(fileobj=file) if kind == "gzip" else opened(file)) as found:
+                yield found
+
+
+@contextlib.contextmanager
+def seekable(opener: Opener) -> Iterator[Any]:
+    """The file, in memory if it is compressed."""
+    with opener() as file:
+        on_disk = isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
+        yield file if on_disk else io.BytesIO(file.read())
+
+
+def lines(opener: Opener) -> Iterator[bytes]:
+    """Lines, which end in a line feed and in nothing else that Unicode or Python may take for an end; no BOM."""
+    with opener() as file:
+        first = file.readline()
+        yield from filter(None, [first.removeprefix(codecs.BOM_UTF8)])
+        yield from file
+
+
+def text(opener: Opener) -> str:
+    """All of it.
+
+    Raises:
+      NotText: it is not UTF-8, or binary.
+    """
+    with opener() as file:
+        content = file.read()
+    return as_text(content)
+
+
+def as_text(content: bytes) -> str:
+    kind = next((kind for kind, magic in _UNREAD.items() if content.startswith(magic)), None)
+    if kind:
+        raise NotText(f"is {kind}, which is not read")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise NotText("is UTF-16; save it as UTF-8")
+    if b"\0" in content:
+        raise NotText("holds NUL bytes, which text does not")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise NotText(f"is not UTF-8 at byte {error.start}") from error
+
+
+def is_zip(start: bytes) -> bool:
+    return start.startswith((b"PK\x03\x04", b"PK\x05\x06"))
+
+
+def is_tar(start: bytes) -> bool:
+    """By the header of the first member, which has a checksum."""
+    try:
+        return bool(tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape"))
+    except tarfile.HeaderError:
+        return False
+
+
+class _Header(tarfile.TarInfo):
+    """tarfile takes a damaged header for the end of the archive, unless it is the first one."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _Header:
+        try:
+            return super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the zeros that end it
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged or cut short: {error}") from error
+
+
+def members(opener: Opener) -> Iterator[tuple[str, Opener]]:
+    """The files in an archive, sorted by name, in memory. (Hidden ones are left out, as they are of folders.)"""
+    with seekable(opener) as file:
+        if is_zip(head(opener)):
+            with zipfile.ZipFile(file) as archive:
+                for info in sorted(_infos(archive), key=lambda info: info.filename):
+                    if _shown(info.filename):
+                        with _named(info.filename):
+                            content = archive.read(info)
+                        yield info.filename, of_bytes(content)
+        else:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+                found = [member for member in tar if member.isfile()]
+                _once([member.name for member in found])
+                for member in sorted(found, key=lambda member: member.name):
+                    if _shown(member.name):
+                        with _named(member.name):
+                            content = tar.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
+                        yield member.name, of_bytes(content)
+
+
+def unpack(opener: Opener, folder: Path) -> None:
+    """Extracts an archive to a folder."""
+    if is_zip(head(opener)):
+        with seekable(opener) as file, zipfile.ZipFile(file) as archive:
+            for info in _infos(archive):
+                with _named(info.filename):
+                    archive.extract(info, folder)
+    else:
+        with opener() as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
+            tar.extractall(folder, filter="data")
+
+
+@contextlib.contextmanager
+def _named(member: str) -> Iterator[None]:
+    """Names the member in the errors of its block, but for those of the file system."""
+    try:
+        yield
+    except Exception as error:  # of each kind of compression its own
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{member}: {type(error).__name__}: {error}") from error
+
+
+def _infos(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in a zip, none of which hides another or is a link (which zipfile would take for a text)."""
+    found = [info for info in archive.infolist() if not info.is_dir()]
+    _once([info.filename for info in found])
+    link = next((info.filename for info in found if stat.S_ISLNK(info.external_attr >> 16)), None)
+    if link is not None:
+        raise ValueError(f"{link!r} in it is a link")
+    return found
+
+
+def _once(names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice is not None:
+        raise ValueError(f"it holds two members called {twice!r}")
+
+
+def _shown(name: str) -> bool:
+    return not any(part.startswith(".") for part in Path(name).parts if part not in (".", ".."))

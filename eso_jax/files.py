@@ -1,0 +1,202 @@
+"""The one way in which files are written, and what becomes of a disk that is full, read-only or does not answer."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from eso_jax.errors import EsoError, RunAgain, require
+
+Result = TypeVar("Result")
+Content = str | bytes | Callable[[BinaryIO], Any]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a full disk, quota or limit
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)  # a moment later all may be well
+TRIES, PAUSE = 3, 1.0  # of what storage did not answer; seconds before the second, twice that before the third
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+NAME_MAX = 255  # bytes in a name, on all file systems of today
+
+
+def write_whole(path: str | Path, content: Content, name: str = "--out") -> None:
+    """Writes a file whole or not at all: beside its place, then renamed. What was there before stays until then.
+
+    Links are followed. What is no regular file (a pipe, a terminal, /dev/stdout) is written directly.
+
+    Args:
+      content: text (UTF-8), bytes, or a function that writes to the open file.
+      name: the option or field that names the file, for errors.
+
+    Raises:
+      EsoError: it cannot be written there.
+      RunAgain: storage did not answer, three times.
+    """
+    with writing(name, path):
+        place = _place(Path(path))
+        if place is None:
+            with open(path, "wb") as file:
+                _fill(file, content)
+        else:
+            _retried(lambda: _replace(place, content))
+
+
+def append(path: Path, text: str, name: str) -> None:
+    """Adds text to the end of a file, whole or not at all; raises as `write_whole` does."""
+    def add() -> None:
+        end = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("ab") as file:
+                file.write(text.encode())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, end)
+            raise
+
+    with writing(name, path):
+        _retried(add)
+
+
+@contextlib.contextmanager
+def writing(name: str, path: Any) -> Iterator[None]:
+    """Around what writes to `path` in another way: a full disk and the like become what `write_whole` raises."""
+    try:
+        yield
+    except Exception as error:  # what is written through a library raises what that library raises
+        if (told := trouble(error, name, path)) is None:
+            raise
+        raise told from error
+
+
+def npz(**arrays: Any) -> bytes:
+    """Arrays as a .npz."""
+    import numpy as np
+
+    made = io.BytesIO()  # a .npz goes back and forth, as a pipe cannot
+    np.savez(made, **arrays)
+    return made.getvalue()
+
+
+def as_json(values: Any) -> str:
+    return json.dumps(values, indent=1) + "\n"
+
+
+def check_out(path: str | Path, name: str = "--out") -> None:
+    """Before any long work: raises an EsoError unless a file can be written there."""
+    with writing(name, path):
+        place = _place(Path(path))
+        if place is None:
+            require(os.access(path, os.W_OK), name, str(path), "cannot be written")
+            return
+        folder = place.parent
+        require(folder.is_dir(), name, str(path), f"the folder {str(folder)!r} does not exist")
+        require(not place.is_dir(), name, str(path), "is a folder; give the name of a file")
+        writable = os.access(folder, os.W_OK) and (not place.exists() or os.access(place, os.W_OK))
+        require(writable, name, str(path), f"cannot be written, or no new file can be made in {str(folder)!r}")
+
+
+def local(text: str, name: str) -> str:
+    """A path, or NAME=PATH, as a user gives it, with its ~ as a folder.
+
+    Raises:
+      EsoError: it is an address (gs://...), or no path that everything underneath could open.
+    """
+    called, equals, path = text.rpartition("=")
+    found = SCHEME.match(path)
+    if found and not os.path.exists(text):
+        mount = {"gs": " (gcsfuse)", "s3": " (mount-s3)"}.get(found[1].lower(), "")
+        raise EsoError(f"{name} = {text!r}: no folder; mount the bucket{mount} and give the folder, or a copy on this "
+                       "machine")
+    try:
+        utf8 = os.fsencode(text) == text.encode()  # as TensorStore and ArrayRecord would open it
+    except UnicodeEncodeError:
+        utf8 = False
+    require(utf8, name, text, "is not UTF-8 here; rename it, or set PYTHONUTF8=1 where the locale is not UTF-8")
+    require(all(len(part.encode()) <= NAME_MAX for part in path.split("/")), name, text,
+            f"holds a name of more than {NAME_MAX} bytes; give a shorter one")
+    return called + equals + os.path.expanduser(path)
+
+
+def errno_of(error: BaseException | None) -> int | None:
+    """The errno behind an exception: of an OSError that caused it, or in the words of a library that is not Python's
+    (ArrayRecord, TensorStore)."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if not isinstance(error, OSError) and (found := re.search(r"\[(?:OS error |os_error_code=')(\d+)", str(error))):
+            return int(found[1])
+        if isinstance(error, RuntimeError) or type(error).__module__.startswith("safetensors"):
+            for number in (*FULL, *PASSING, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
+                if os.strerror(number) in str(error):
+                    return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def trouble(error: BaseException, name: str, path: Any) -> EsoError | RunAgain | None:
+    """What a failed write means for the user; None where no file system is behind it."""
+    number = errno_of(error)
+    if isinstance(error, EsoError | RunAgain) or number is None:
+        return None
+    what = f"{name} = {str(path)!r}: cannot be written ({os.strerror(number)}); "
+    if number in PASSING:
+        return RunAgain(f"{what}tried {TRIES} times; mend the storage and repeat the command")
+    return EsoError(what + ("make room and repeat the command" if number in FULL else "give another, or mend that"))
+
+
+def _place(path: Path) -> Path | None:
+    """Where a regular file of that path is, or would be: behind its links. None if it is something else."""
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        pass
+    else:
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            return None
+    while path.is_symlink():
+        path = path.parent / os.readlink(path)
+        if os.path.realpath(path.parent).startswith(("/proc/", "/dev/fd")):  # a file that this process has open
+            return None
+    return Path(os.path.abspath(path))
+
+
+def _replace(place: Path, content: Content) -> None:
+    # Hidden, so that nobody takes it for text; cut, so that a name as long as may be stays one.
+    partial = place.with_name(os.fsdecode(b"." + os.fsencode(place.name)[:NAME_MAX - 9] + b".partial"))
+    try:
+        with open(partial, "wb") as file:
+            _fill(file, content)
+            file.flush()
+            os.fsync(file.fileno())  # some file systems say only now that they are full
+        if place.exists():
+            shutil.copymode(place, partial)
+        os.replace(partial, place)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _fill(file: BinaryIO, content: Content) -> None:
+    if callable(content):
+        content(file)
+    else:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def _retried(action: Callable[[], Result]) -> Result:
+    for attempt in range(1, TRIES):
+        try:
+            return action()
+        except Exception as error:
+            if errno_of(error) not in PASSING:
+                raise
+            time.sleep(PAUSE * attempt)
+    return action()
