@@ -263,7 +263,7 @@ def test_a_full_disk_stops_cleanly_and_loses_nothing(base: Config, tmp_path: Pat
     if subprocess.run([*inside, "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a tmpfs")
     done = subprocess.run([*inside, "bash", "-c", DISK_FULL, "bash", *TRAIN, str(run)], capture_output=True, text=True,
-                          env={**os.environ, "DISK": str(disk), "SIZE": "3m"})
+                          env={**os.environ, "DISK": str(disk), "SIZE": "2m"})
     first = (tmp_path / "disk.first").read_text()
     assert done.returncode == 0, done.stderr + first
     assert (tmp_path / "disk.code").read_text() == "2\n"
@@ -440,6 +440,10 @@ def test_a_step_that_is_not_finite_may_be_skipped(base: Config, monkeypatch: pyt
         def loss(weights: dict, config: Config, tokens: jax.Array, draws: object) -> dict[str, jax.Array]:
             terms = real(config).loss(weights, config, tokens, draws)
             return {name: jnp.where(tokens.sum() % 3 == 0, jnp.nan, value) for name, value in terms.items()}
+
+        @staticmethod
+        def without_skips(config: Config, draws: object) -> None:
+            """It leaves out nothing."""
 
     monkeypatch.setattr(training.families, "get", lambda config: Poisoned)
     run = base.override("train.non_finite=skip")

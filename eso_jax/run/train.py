@@ -17,6 +17,7 @@ Axes: B global batch, A micro-batches, L length.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -132,20 +133,24 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
     """
     draws_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), 1), state.step)
 
-    def loss(params: Params, family: Family, tokens: Array, draws: Draws) -> tuple[Float[Array, ""], dict[str, Array]]:
+    def loss(params: Params, config: Config, family: Family, tokens: Array,
+             draws: Draws) -> tuple[Float[Array, ""], dict[str, Array]]:
         tokens = sharding.constrain(tokens, sharding.BATCH)
         terms = family.loss(compute_weights(config, params), config, tokens, draws)
         return jnp.sum(jnp.stack(list(terms.values()))), terms
 
     def gradient(params: Params, rows: tuple[Array, Array]) -> Any:
-        """Losses and gradients. The loss may leave out what is hardly ever needed: a draw that needs it has another."""
+        """Losses and gradients. The loss may leave out what is hardly ever needed: a draw that needs it has another,
+        which is compiled as quickly and with as little memory as can be."""
         family, (tokens, index) = families.get(config), rows
         draws = Draws(draws_key, index, config.train.batch_size)
         of = functools.partial(jax.value_and_grad(loss, has_aux=True), params)
         whole = family.without_skips(config, draws)
         if whole is None:
-            return of(family, tokens, draws)
-        return jax.lax.cond(whole[1], lambda: of(whole[0], tokens, draws), lambda: of(family, tokens, draws))
+            return of(config, family, tokens, draws)
+        rare = dataclasses.replace(config, train=dataclasses.replace(config.train, remat="full"))
+        return jax.lax.cond(whole[1], lambda: of(rare, whole[0], tokens, draws),
+                            lambda: of(config, family, tokens, draws))
 
     def add_micro_batch(total: Any, rows: tuple[Array, Array]) -> tuple[Any, None]:
         values, gradients = gradient(state.params, rows)
