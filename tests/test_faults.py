@@ -32,6 +32,9 @@ from eso_jax.config import Config
 from eso_jax.data import windows_of
 from eso_jax.data.pipeline import batches
 from eso_jax.errors import EsoError, RunAgain
+from eso_jax.families import Family
+from eso_jax.model.params import Weights
+from eso_jax.noise import Draws
 from eso_jax.run import checkpoint, metrics, multihost, train as training
 from test_train import step_lines
 
@@ -433,20 +436,15 @@ def test_a_step_that_hangs_ends_the_process(base: Config, tmp_path: Path) -> Non
 
 
 def test_a_step_that_is_not_finite_may_be_skipped(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training.families.get
-
-    class Poisoned:
-        @staticmethod
-        def loss(weights: dict, config: Config, tokens: jax.Array, draws: object) -> dict[str, jax.Array]:
-            terms = real(config).loss(weights, config, tokens, draws)
-            return {name: jnp.where(tokens.sum() % 3 == 0, jnp.nan, value) for name, value in terms.items()}
-
-        @staticmethod
-        def without_skips(config: Config, draws: object) -> None:
-            """It leaves out nothing."""
-
-    monkeypatch.setattr(training.families, "get", lambda config: Poisoned)
     run = base.override("train.non_finite=skip")
+    kind = type(training.families.get(run))
+    real = kind.loss
+
+    def loss(self: Family, weights: Weights, config: Config, tokens: jax.Array, draws: Draws) -> dict[str, jax.Array]:
+        terms = real(self, weights, config, tokens, draws)
+        return {name: jnp.where(tokens.sum() % 3 == 0, jnp.nan, value) for name, value in terms.items()}
+
+    monkeypatch.setattr(kind, "loss", loss)
     tokens = jnp.zeros((8, 16), jnp.int32)
     state = training.init_state(run)
     after, values = jax.jit(training.train_step, static_argnums=0)(run, state, tokens)
