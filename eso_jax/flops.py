@@ -13,7 +13,7 @@ Axes: B batch, L length, S slots of a pass, D width, N layers, V vocabulary, C c
 
 from __future__ import annotations
 
-from eso_jax import families
+from eso_jax import families, sharding
 from eso_jax.config import Config, ModelConfig
 from eso_jax.model import vocabulary
 from eso_jax.model.masks import TwoStreams
@@ -22,8 +22,13 @@ from eso_jax.model.params import FREQUENCIES
 Parts = dict[str, int]  # FLOPs by part: qkv, attention, out, mlp_in, mlp_out, head, adaln
 
 
-def forward(config: Config) -> Parts:
-    """Forward FLOPs of one training step, all devices and micro-batches together."""
+def forward(config: Config, shards: int | None = None) -> Parts:
+    """Forward FLOPs of one training step, all devices and micro-batches together.
+
+    Args:
+      shards: into how many parts devices split the rows, each with room for the masked tokens of its own; None: as the
+        mesh in force does.
+    """
     model, length = config.model, config.model.length
     total = dict.fromkeys(("qkv", "attention", "out", "mlp_in", "mlp_out", "head"), 0)
     for each in families.get(config).passes(config):
@@ -34,15 +39,18 @@ def forward(config: Config) -> Parts:
         block = pattern.block if isinstance(pattern, TwoStreams) else 0
         parts["attention"] = attention(model, rows * length, length) + attention(model, rows * noisy, length + block)
         predicting = noisy or length
-        parts["head"] = head(model, config.train.accumulate * vocabulary.room(
-            rows // config.train.accumulate, predicting, each.masked * length / predicting))
+        groups = config.train.accumulate * (shards or sharding.batch_shards())
+        parts["head"] = head(model, groups * vocabulary.room(rows // groups, predicting,
+                                                             each.masked * length / predicting))
         total = {name: total[name] + parts[name] for name in total}
     return {**total, "adaln": config.train.accumulate * fold(model)}
 
 
-def training_step(config: Config) -> Parts:
-    """Model FLOPs of one training step by part, forward and backward, nothing computed twice."""
-    return {name: 3 * count for name, count in forward(config).items()}
+def training_step(config: Config, shards: int | None = None) -> Parts:
+    """Model FLOPs of one training step by part, forward and backward, nothing computed twice. The gradient of the bias of
+    the head is a product as well, with eight rows (eso_jax/model/vocabulary.py)."""
+    parts = {name: 3 * count for name, count in forward(config, shards).items()}
+    return parts | {"head": parts["head"] * (3 * config.model.width + 8) // (3 * config.model.width)}
 
 
 def needed(config: Config) -> Parts:

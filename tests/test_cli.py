@@ -319,7 +319,7 @@ def test_every_command_that_runs_a_model_takes_devices_and_batch_size(tmp_path: 
     one, four = (json.loads((tmp_path / f"quality{suffix}.json").read_text()) for suffix in ("", "4"))
     assert four["gen_ppl"]["value"] == pytest.approx(one["gen_ppl"]["value"], rel=1e-4)
     for command in commands("", "--batch-size", "0")[:5]:
-        assert "batch_size = 0: must be at least 1" in run(*command, code=2)
+        assert "--batch-size = 0: must be at least 1" in run(*command, code=2)
 
 
 @pytest.mark.slow
@@ -332,7 +332,7 @@ def test_alpha_0_is_refused_where_there_is_no_choice(family: str, tmp_path: Path
                     *([] if family == "mdlm" else [["check-cache"]])):
         out = [] if command[0] == "check-cache" else ["--out", tmp_path / "out"]
         text = run(*command, "--workdir", tmp_path / "w", *out, "--alpha-0", 0.25, code=2)
-        assert "alpha_0 = 0.25: only Eso-LMs have a choice; leave it out for family.name" in text
+        assert "--alpha-0 = 0.25: only Eso-LMs have a choice; leave it out for family.name" in text
     only = 0 if family == "ar" else 1
     score = ["score", "--tokens", tmp_path / "x.npy", "--workdir", tmp_path / "w", "--out", tmp_path / "s"]
     run(*score, "--alpha-0", only)
@@ -364,13 +364,13 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
     assert "--num-orders = 0" in run(*score, tmp_path / "good.npy", "--num-orders", 0, code=2)
 
     sample = ["sample", "--workdir", imported, "--out", tmp_path / "s.npz"]
-    for flag, value, message in (("--top-p", 0, "top_p = 0.0: must be in (0, 1]"),
+    for flag, value, message in (("--top-p", 0, "--top-p = 0.0: must be in (0, 1]"),
                                  ("--steps", 0, "steps = 0: T must be"),
-                                 ("--alpha-0", 1.5, "alpha_0 = 1.5"), ("--num-samples", 0, "num_samples = 0"),
+                                 ("--alpha-0", 1.5, "--alpha-0 = 1.5"), ("--num-samples", 0, "--num-samples = 0"),
                                  ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value"),
-                                 ("--min-p", 1, "min_p = 1.0"), ("--num-tries", 0, "num_tries = 0"),
+                                 ("--min-p", 1, "--min-p = 1.0"), ("--num-tries", 0, "--num-tries = 0"),
                                  ("--num-tries", 2, "min_entropy = None: goes with num_tries"),
-                                 ("--min-entropy", 2, "min_entropy = 2.0: goes with num_tries"),
+                                 ("--min-entropy", 2, "--min-entropy = 2.0: goes with num_tries"),
                                  ("--plan", "zigzag", "plan = 'zigzag': choose one of binomial"),
                                  ("--plan", tmp_path / "no.npz", "no such file"),
                                  ("--tensor", 3, "tensor = 3: must divide"), ("--dtype", "float16", "invalid choice")):

@@ -153,6 +153,8 @@ def damage(path: Path, how: str, dice: random.Random) -> None:
         path.unlink()
 
 
+# What Orbax had begun in its own threads when a read failed is left, and may complain after the read is over.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
 def test_a_damaged_checkpoint_is_passed_over(how: str, nine_steps: Path, base: Config, tmp_path: Path,
                                              capsys: pytest.CaptureFixture[str]) -> None:

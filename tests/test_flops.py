@@ -68,7 +68,7 @@ def test_parts() -> None:
     """Each grows with what it should, and only it."""
     base = flops.training_step(wide(name="mdlm"))
     assert base["qkv"] == 3 * base["out"] and base["mlp_in"] == base["mlp_out"] == 4 * base["out"]
-    assert base["head"] == 6 * 768 * 512 * 2048  # of 8 x 128 tokens half are masked, and there is room for some more
+    assert base["head"] == 2 * 768 * (3 * 512 + 8) * 2048  # room for half of 8 x 128, and some
     assert base["attention"] == 3 * 2 * 2 * (2 * 8 * 128 * 128 * 512)  # scores and values, two layers
     plain = flops.training_step(dataclasses.replace(wide(name="ar"), model=ModelConfig(
         length=128, vocab_size=2048, width=512, layers=2, heads=2, cond_dim=0)))
@@ -117,7 +117,8 @@ def test_six_per_parameter_and_token() -> None:
     params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     multiplied = sum(params[name].size for name in ("qkv", "out", "mlp_in_kernel", "mlp_out_kernel", "head_kernel"))
     found = flops.training_step(config)
-    assert sum(found.values()) - found["attention"] - found["adaln"] == 6 * multiplied * 8 * 128
+    bias = 2 * 8 * config.model.vocab_size * 8 * 128  # its gradient, a product with eight rows
+    assert sum(found.values()) - found["attention"] - found["adaln"] - bias == 6 * multiplied * 8 * 128
 
 
 @pytest.mark.parametrize("name", ["esolm", "mdlm", "ar"])

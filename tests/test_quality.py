@@ -350,10 +350,10 @@ def test_mistakes_are_a_line_each(ours: Path, tmp_path: Path, capsys: pytest.Cap
             (["--samples", good, "--judge", tmp_path / "nowhere"], "no such folder"),
             (["--samples", good, "--features", ours], "give --reference as well"),
             (["--samples", tmp_path / "no.npz"], "no such file"),
-            (["--samples", tmp_path / "bad.jsonl"], "not readable"),
+            (["--samples", tmp_path / "bad.jsonl"], "line 1 has no field"),
             (["--samples", tmp_path / "empty.jsonl"], "nothing to measure"),
-            (["--samples", tmp_path / "neither.npz"], "give tokens, strings or both"),
-            (["--samples", "s.txt"], "give a .npz, .npy or .jsonl file"),
+            (["--samples", tmp_path / "neither.npz"], "has no column text"),
+            (["--samples", "s.txt"], "give a .npz, .npy, .jsonl"),
             (["--samples", good, "--judge", ours, "--out", tmp_path / "no" / "q.json"], "does not exist")):
         assert main(["quality", "--out", str(tmp_path / "q.json"), *map(str, arguments)]) == 2
         said = capsys.readouterr().err

@@ -205,6 +205,7 @@ def test_eight_devices_take_the_same_steps(long: Config, tmp_path: Path) -> None
         losses = [[line["loss"] for line in lines] for lines in (step_lines(tmp_path / name), steps)]
         np.testing.assert_allclose(*losses, rtol=1e-5)
         (ours,) = validation_lines(tmp_path / name)
+        assert ours.pop("validation_bytes_of") == right["validation_bytes_of"]
         assert ours.pop("validation_terms") == pytest.approx(right["validation_terms"], rel=1e-5)
         assert ours == pytest.approx({key: right[key] for key in ours}, rel=1e-5)
 

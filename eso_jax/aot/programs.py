@@ -75,7 +75,7 @@ def training(config: Config, topology: Topology, devices: Sequence[jax.Device]) 
     sharding.check(config, mesh)
     begun = time.perf_counter()
     return _compiled(train.lower_step(config, mesh), state_bytes(config, mesh), topology,
-                     sum(flops.training_step(config).values()), begun)
+                     sum(flops.training_step(config, topology.devices // config.mesh.tensor).values()), begun)
 
 
 def state_bytes(config: Config, mesh: Mesh) -> dict[str, int]:

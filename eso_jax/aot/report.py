@@ -19,7 +19,8 @@ def training(program: Program, config: Config, topology: Topology) -> dict[str, 
     """The training step: memory, FLOPs, communication, and the bound on its speed."""
     found = _program(program, topology)
     again = sum(flops.recomputed(config, config.train.remat).values())
-    found["flops"] |= {"parts": flops.training_step(config), "remat": again / topology.devices}
+    parts = flops.training_step(config, topology.devices // config.mesh.tensor)
+    found["flops"] |= {"parts": parts, "remat": again / topology.devices}
     if program.cost is not None:
         seconds = found["seconds"]["bound"]
         peak = topology.chip.flops / topology.chip.devices

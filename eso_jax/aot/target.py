@@ -75,9 +75,9 @@ def devices(topology: Topology, target_config: str | None = None) -> Sequence[ja
 def _description(topology: Topology, target_config: str | None) -> str:
     """XLA's description of a GPU."""
     if target_config is None and topology.kind in ("h100", "h200"):  # one processor, with other memory
-        chip, text = topology.chip, (Path(__file__).parent / "hopper.txtpb").read_text()
+        chip, text = topology.chip, (Path(__file__).parent / "hopper.txtpb").read_text("utf-8")
         return Template(text).substitute(name=chip.kinds[0], memory=int(chip.memory), bandwidth=int(chip.bandwidth))
     require(target_config is not None and Path(target_config).is_file(), "--target-config", target_config,
             "give XLA's description of the GPU, a .txtpb of xla/backends/gpu/target_config/specs in openxla/xla")
     assert target_config is not None
-    return Path(target_config).read_text()
+    return Path(target_config).read_text("utf-8")

@@ -39,6 +39,6 @@ def bars(path: Path, title: str, unit: str, rows: dict[str, tuple[float, float]]
     axes.plot([mark for _, mark in rows.values()], places, "k|", markersize=12, label=floor)
     axes.set(xscale=scale, xlabel=unit, title=title, yticks=places, yticklabels=list(rows))
     axes.title.set_fontsize(9)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)

@@ -100,7 +100,7 @@ def measure(config: Config, mesh: Mesh, steps: int) -> Row:
         attention = train.attention_of(config)
     memory, text = step.memory_analysis(), step.as_text()
     assert memory is not None and text is not None  # JAX's own types allow it
-    model_flops = sum(flops.training_step(config).values())
+    model_flops = sum(flops.training_step(config, mesh.size // config.mesh.tensor).values())
     row: Row = {
         "family": config.family.name, "label": family.short_label(config.family),
         "alpha_0": families.alpha_0_of(config, None), "batch": settings.batch_size, "length": config.model.length,
