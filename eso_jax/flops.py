@@ -47,8 +47,8 @@ def forward(config: Config, shards: int | None = None) -> Parts:
 
 
 def training_step(config: Config, shards: int | None = None) -> Parts:
-    """Model FLOPs of one training step by part, forward and backward, nothing computed twice. The gradient of the bias of
-    the head is a product as well, with eight rows (eso_jax/model/vocabulary.py)."""
+    """Model FLOPs of one training step by part, forward and backward, nothing computed twice. The gradient of the
+    head's bias is a product as well, with eight rows (eso_jax/model/vocabulary.py)."""
     parts = {name: 3 * count for name, count in forward(config, shards).items()}
     return parts | {"head": parts["head"] * (3 * config.model.width + 8) // (3 * config.model.width)}
 
