@@ -175,6 +175,11 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def on_gpu() -> bool:
+    """Whether that is a GPU."""
+    return platform() in ("gpu", "cuda")
+
+
 def locally(function: Callable[..., Array], heads: tuple[Array, ...], rows: Any) -> Array:
     """function(*heads, rows), computed by every device for its own rows and heads, without communication.
 

@@ -15,8 +15,8 @@ FORMULAS = """
 step_seconds    median over the steps, from the end of one to the end of the next (their quartiles: quartiles)
 tokens_per_s    batch x L / step_seconds, over all devices
 compile_seconds tracing and compiling, or loading what an earlier run compiled
-model_flops     products of a step, forward and twice that backward, as the model is written: every pair of a query and
-                a key, logits of every token (eso_jax/flops.py)
+model_flops     products of a step, forward and twice that backward, as the code executes it: every pair of a query and
+                a key, logits of the tokens for which there is room (eso_jax/flops.py)
 needed_flops    the same of what the loss depends on: pairs of a query and a key that it sees, logits of tokens with a
                 loss, no z_0 copy of a clean token; expected over the draws
 executed_flops  products in the compiled program, a loop's as often as it runs, of a conditional the smaller branch;

@@ -43,7 +43,7 @@ class CuDNN(Fused):
             return f"heads of {task.head_size} are too large"
         if self.implementation == "xla":
             return None
-        if not sharding.platform() in ("gpu", "cuda"):
+        if not sharding.on_gpu():
             return "for NVIDIA GPUs"
         if jax.default_backend() != "gpu":
             return "compiles only where the GPU is"

@@ -66,7 +66,7 @@ def _padded_head(weights: Weights) -> tuple[Float[Array, "D _"], Float[Array, " 
     rows begin at multiples of 16 bytes. With 50,258 columns the three of the paper's head took 25.7 ms for 32 x 1,024
     tokens on an H200."""
     kernel, bias = head_split(weights.head.kernel), weights.head.bias
-    more = -kernel.shape[1] % (128 if sharding.platform() in ("gpu", "cuda") else 1)
+    more = -kernel.shape[1] % (128 if sharding.on_gpu() else 1)
     width = kernel.shape[1] + more
     return jnp.pad(kernel, ((0, 0), (0, more))), jnp.pad(bias, (0, width - len(bias)), constant_values=MASK_LOGIT)
 
@@ -239,7 +239,7 @@ def chunks(hidden: Float[Array, "B L D"], vocab: int) -> int:
     slot."""
     batch, length = hidden.shape[:2]
     logits = batch * length * vocab // (sharding.batch_shards() * sharding.tensor_shards())
-    most = LOGITS_ON_GPU if sharding.platform() in ("gpu", "cuda") else LOGITS_AT_ONCE
+    most = LOGITS_ON_GPU if sharding.on_gpu() else LOGITS_AT_ONCE
     return next(n for n in range(1, length + 1) if n == length or length % n == 0 and logits <= n * most)
 
 
