@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from eso_jax.errors import EsoError, require
+from eso_jax.errors import EsoError, reason_of, require
 from eso_jax.files import local
 
 SIZES: dict[str, dict[str, int]] = {
@@ -449,8 +449,7 @@ def _variables(path: Path) -> dict[str, Any]:
     except EsoError:
         raise
     except Exception as error:  # whatever the user's Python raises
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise EsoError(f"config = {str(path)!r}: running it failed ({reason})") from error
+        raise EsoError(f"config = {str(path)!r}: running it failed ({reason_of(error)})") from error
     finally:
         sys.path.remove(folder)
 

@@ -16,6 +16,11 @@ class RunAgain(RuntimeError):
     EXIT = 75  # the "try again" of sysexits.h
 
 
+def reason_of(error: BaseException) -> str:
+    """An error of a library, in one line that fits into one of ours."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def require(condition: bool, name: str, value: Any, remedy: str) -> None:
     """Raises an EsoError `name = value: remedy` unless `condition` holds."""
     if not condition:

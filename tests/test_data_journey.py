@@ -16,7 +16,7 @@ from conftest import BASE, Run
 from eso_jax import config as configs
 from eso_jax.config import Config, DataConfig, ModelConfig
 from eso_jax.data import ByteTokenizer, identity, override, prepare, tokenizer_of, windows_of
-from eso_jax.data.rows import Wish
+from eso_jax.data.rows import Reading
 from eso_jax.errors import EsoError
 
 
@@ -244,15 +244,15 @@ def test_a_document_replaced_is_found(tmp_path: Path, older: bool) -> None:
 def test_the_documents_of_another_reading_are_not_taken(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "the fox", "body": "another fox"}\n' * 20, "utf-8")
 
-    def make(**wish: Any) -> None:
+    def make(**reading: Any) -> None:
         prepare.prepare("text", tmp_path / "data", ByteTokenizer(), 8, [str(tmp_path / "a.jsonl")], held_out=1,
-                        processes=1, wish=Wish(**wish))
+                        processes=1, reading=Reading(**reading))
 
     make()
     make()
-    for wish in ({"field": "body"}, {"include": ["*.jsonl"]}, {"skip_rows": True}):
+    for reading in ({"field": "body"}, {"include": ["*.jsonl"]}, {"skip_rows": True}):
         with pytest.raises(EsoError, match="was read with .* and this command says"):
-            make(**wish)
+            make(**reading)
 
 
 def test_documents_and_folders_of_an_earlier_version_are_taken(tmp_path: Path) -> None:

@@ -26,21 +26,21 @@ from conftest import Run
 from eso_jax.data import documents as raw_documents
 from eso_jax.data import readers
 from eso_jax.data.catalog import CORPORA
-from eso_jax.data.rows import Wish
+from eso_jax.data.rows import Reading
 from eso_jax.errors import EsoError
 from eso_jax.evaluation import texts
 
 
-def read(folder: Path, *sources: Path, **wish: Any) -> list[str]:
+def read(folder: Path, *sources: Path, **reading: Any) -> list[str]:
     """The documents of files, folders and archives."""
-    asked = Wish(**wish)
+    asked = Reading(**reading)
     files = readers.find_files(sources, folder / "unpacked", asked)
     return list(readers.documents(CORPORA["text"], "train", files, asked))
 
 
-def refused(folder: Path, *sources: Path, **wish: Any) -> str:
+def refused(folder: Path, *sources: Path, **reading: Any) -> str:
     with pytest.raises(EsoError) as error:
-        read(folder, *sources, **wish)
+        read(folder, *sources, **reading)
     assert "\n" not in str(error.value) and str(sources[0]) in str(error.value)
     return str(error.value)
 
@@ -109,7 +109,7 @@ def test_rows_of_any_text(tmp_path_factory: pytest.TempPathFactory, rows: list[s
             rows = [row.rstrip("\0") for row in rows]
         if rows or write in (as_lines, as_array):
             path = write(folder / "a", [{"text": row} for row in rows])
-            assert list(readers.rows.texts(str(path), readers.streams.of_file(path), Wish())) == rows
+            assert list(readers.rows.texts(str(path), readers.streams.of_file(path), Reading())) == rows
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -149,10 +149,10 @@ def test_rows_without_a_text(tmp_path: Path, write: Writer, kind: str) -> None:
     assert f"--from = '{path}': {place}{reason}" in said and "--field" in said and "--skip-bad-rows" in said, said
     with pytest.raises(EsoError, match=r"^--samples = '.*/a\.\w+': (row|line) \d "):
         texts.read(str(path), "--samples")
-    wish = Wish(skip_rows=True)
-    found = list(readers.documents(CORPORA["text"], "train", {"a": path}, wish))
-    assert found == ["good"] * (4 if one else 0) and len(wish.rows) == (1 if one else 3)
-    assert wish.rows[0].startswith(f"{path}, {place}{reason}")
+    reading = Reading(skip_rows=True)
+    found = list(readers.documents(CORPORA["text"], "train", {"a": path}, reading))
+    assert found == ["good"] * (4 if one else 0) and len(reading.rows) == (1 if one else 3)
+    assert reading.rows[0].startswith(f"{path}, {place}{reason}")
 
 
 def test_one_null_among_many_in_every_command(tmp_path: Path, run: Run) -> None:
@@ -172,7 +172,7 @@ def test_the_field_that_is_read(tmp_path: Path, write: Writer) -> None:
     path = write(tmp_path / "a", [{"body": {"en": f"one {i}"}, "content": f"two {i}", "id": i} for i in range(3)])
     assert read(tmp_path, path) == ["two 0", "two 1", "two 2"]
     assert read(tmp_path, path, field="body.en") == ["one 0", "one 1", "one 2"]
-    assert texts.read(str(path), "--samples", wish=Wish("body.en")).strings == ["one 0", "one 1", "one 2"]
+    assert texts.read(str(path), "--samples", reading=Reading("body.en")).strings == ["one 0", "one 1", "one 2"]
     assert "is a number, not text" in refused(tmp_path, path, field="id")
     assert "'body', 'content', 'id'" in refused(tmp_path, path, field="title")
 
@@ -239,9 +239,9 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(damaged)
         said = refused(tmp_path, path)
         assert "cannot be read (" in said or "is no JSON" in said or "is not UTF-8" in said, said
-        wish = Wish(skip_files=True, skip_rows=True)
-        list(readers.documents(CORPORA["text"], "train", {"a": path}, wish))
-        assert wish.files or wish.rows
+        reading = Reading(skip_files=True, skip_rows=True)
+        list(readers.documents(CORPORA["text"], "train", {"a": path}, reading))
+        assert reading.files or reading.rows
 
 
 TREE = {"t/a.txt": b"one", "t/b.jsonl": b'{"text": "two"}\n{"text": "three"}\n', "t/.hidden": b"x",
@@ -358,9 +358,9 @@ def test_archives_that_cannot_be_read(tmp_path: Path, make: Callable[[Path], Pat
     assert name in said and reason in said, said
     assert not (tmp_path / "unpacked").exists() or not list((tmp_path / "unpacked").iterdir())
     if inside:
-        wish = Wish(skip_files=True)
-        list(readers.documents(CORPORA["text"], "train", {"a": path}, wish))
-        assert len(wish.files) == 1 and str(path) in wish.files[0]
+        reading = Reading(skip_files=True)
+        list(readers.documents(CORPORA["text"], "train", {"a": path}, reading))
+        assert len(reading.files) == 1 and str(path) in reading.files[0]
 
 
 def test_a_tar_cannot_reach_outside(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, which: str, monkeypatch: 
         said = str(pytest.raises(EsoError, read, tmp_path, source).value)
         assert f"cannot read '{root}/{'sub' if which == 'folder' else 'a.txt'}' (Permission denied)" in said
     if which == "file":
-        wish = Wish(skip_files=True)
-        files = readers.find_files([root], tmp_path / "unpacked", wish)
-        assert len(list(readers.documents(CORPORA["text"], "train", files, wish))) == 2
-        assert wish.files == [f"{root}/a.txt cannot be read (Permission denied)"]
+        reading = Reading(skip_files=True)
+        files = readers.find_files([root], tmp_path / "unpacked", reading)
+        assert len(list(readers.documents(CORPORA["text"], "train", files, reading))) == 2
+        assert reading.files == [f"{root}/a.txt cannot be read (Permission denied)"]

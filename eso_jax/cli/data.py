@@ -12,7 +12,7 @@ from eso_jax.errors import require
 from eso_jax.files import check_out, write_whole
 
 if TYPE_CHECKING:
-    from eso_jax.data.rows import Wish
+    from eso_jax.data.rows import Reading
 
 FILES = "files, folders, globs or archives of text, JSON lines or arrays, Parquet, Arrow, .npz (docs/data.md)"
 EXAMPLE = "eso-jax data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128"
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="for documents, downloads and the result (%(default)s)")
     prepare.add_argument("--from", dest="files", nargs="+", default=[], metavar="FILE",
                          help=f"local {FILES} (a download)")
-    _of_reading(prepare)
+    _add_reading(prepare)
     prepare.add_argument("--tokenizer", required=True,
                          help="bytes, characters, gpt2, bert-base-uncased, a tokenizer.json, or NAME=a tokenizer.json")
     prepare.add_argument("--separator", metavar="TOKEN",
@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                epilog="example: eso-jax data train-tokenizer --from texts/ --vocab-size 32000 "
                                "--kind bpe --out tokenizer.json")
     train.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE", help=FILES)
-    _of_reading(train)
+    _add_reading(train)
     train.add_argument("--vocab-size", type=int, required=True, help="ids at most, the mask included")
     train.add_argument("--kind", choices=["bpe", "wordpiece"], default="bpe",
                        help="bpe: over bytes, as GPT-2; wordpiece: lower case, as BERT (%(default)s)")
     train.add_argument("--out", required=True, help="tokenizer.json")
 
 
-def _of_reading(parser: argparse.ArgumentParser) -> None:
+def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN",
                         help="of folders, globs and archives only files that match, such as '*.py' (all)")
     parser.add_argument("--field", help="of rows, or a.b for b in a (the first of text, sentence, article, content)")
@@ -68,10 +68,10 @@ def _of_reading(parser: argparse.ArgumentParser) -> None:
                         "damaged")
 
 
-def _wish(arguments: argparse.Namespace) -> Wish:
-    from eso_jax.data.rows import Wish
+def _reading_of(arguments: argparse.Namespace) -> Reading:
+    from eso_jax.data.rows import Reading
 
-    return Wish(arguments.field, arguments.include, arguments.skip_bad_rows, arguments.skip_bad_files)
+    return Reading(arguments.field, arguments.include, arguments.skip_bad_rows, arguments.skip_bad_files)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -88,7 +88,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         require(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
     tokenizer = get_tokenizer(arguments.tokenizer, arguments.separator)
     folder = prepare(arguments.name, arguments.data_dir, tokenizer, arguments.length, arguments.files,
-                     arguments.wrapping, arguments.held_out, arguments.out, arguments.processes, _wish(arguments))
+                     arguments.wrapping, arguments.held_out, arguments.out, arguments.processes, _reading_of(arguments))
     _describe(folder, prepared.read_manifest(folder))
     say(f"train on it: eso-jax train quickstart --workdir W data.source={folder}")
 
@@ -101,9 +101,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _describe(folder: Path, manifest: dict) -> None:
-    made = manifest["tokenizer"]
+    tokenizer = manifest["tokenizer"]
     say(f"{folder}: {manifest['corpus']}, windows of {manifest['length']} tokens, wrapping {manifest['wrapping']}, "
-        f"tokenizer {made['name']} (model.vocab_size={made['vocab_size']} model.mask_id={made['mask_id']})")
+        f"tokenizer {tokenizer['name']} (model.vocab_size={tokenizer['vocab_size']} "
+        f"model.mask_id={tokenizer['mask_id']})")
     for split, part in manifest["splits"].items():
         say(f"  {split:<10} {part['documents']:>12,} documents  {part['tokens']:>14,} tokens  "
             f"{part['windows']:>11,} windows  {len(part['shards'])} shards")
@@ -117,14 +118,14 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
     from eso_jax.data.tokenizers import train_tokenizer
 
     check_out(arguments.out)
-    wish = _wish(arguments)
+    reading = _reading_of(arguments)
     with tempfile.TemporaryDirectory() as unpacked:
-        files = readers.find_files(arguments.files, Path(unpacked), wish)
-        documents = readers.documents(CORPORA["text"], "train", files, wish)
+        files = readers.find_files(arguments.files, Path(unpacked), reading)
+        documents = readers.documents(CORPORA["text"], "train", files, reading)
         first = next(documents, None)
         require(first is not None, "--from", arguments.files, "holds no text to learn from")
         tokenizer = train_tokenizer(itertools.chain([str(first)], documents), arguments.vocab_size, arguments.kind)
-    wish.report()
+    reading.report()
     assert tokenizer.json is not None
     write_whole(arguments.out, tokenizer.json)
     say(f"wrote {arguments.out}: {tokenizer.vocab_size} ids, the mask {tokenizer.mask_id} included")

@@ -34,52 +34,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from eso_jax.data.rows import Wish
+    from eso_jax.data.rows import Reading
     from eso_jax.evaluation import judges, mauve, quality, texts
 
     check_out(arguments.out)
-    wishes = [Wish(arguments.field, skip_rows=arguments.skip_bad_rows) for _ in range(2)]
-    samples = texts.read(arguments.samples, "--samples", wish=wishes[0])
-    reference = texts.read(arguments.reference, "--reference", len(samples), wishes[1]) if arguments.reference else None
+
+    def read(name: str, flag: str, limit: int | None = None) -> texts.Texts:
+        return texts.read(name, flag, limit, Reading(arguments.field, skip_rows=arguments.skip_bad_rows))
+
+    samples = read(arguments.samples, "--samples")
+    reference = read(arguments.reference, "--reference", len(samples)) if arguments.reference else None
     require(arguments.features == "none" or reference is not None, "--features", arguments.features,
             "MAUVE compares with texts; give --reference as well")
     features = None if arguments.features == "none" else mauve.get(
         arguments.features, arguments.batch_size, arguments.tensor)
     judge = None if arguments.judge == "none" else judges.get(
         arguments.judge, arguments.batch_size, arguments.tensor)
-    found = quality.measure(samples, judge, reference, features)
-    beside = None if reference is None else quality.measure(reference, judge)
-    write_whole(arguments.out, as_json({"source": arguments.samples, **found.to_json(),
-                                        "reference": None if beside is None else beside.to_json()}))
-    say(f"{arguments.samples}, counted in {found.unit}")
-    _show(found, beside)
+    of_samples = quality.measure(samples, judge, reference, features)
+    of_reference = None if reference is None else quality.measure(reference, judge)
+    write_whole(arguments.out, as_json({"source": arguments.samples, **of_samples.to_json(),
+                                        "reference": None if of_reference is None else of_reference.to_json()}))
+    say(f"{arguments.samples}, counted in {of_samples.unit}")
+    _show(of_samples, of_reference)
     say(f"wrote {arguments.out}")
 
 
-def _show(found: Quality, beside: Quality | None) -> None:
+def _show(quality: Quality, reference: Quality | None) -> None:
     """The measures as a table, the reference's beside them, and what there is to say of single samples."""
-    columns = {"samples": _measures(found)}
-    if beside is not None:
-        columns["reference"] = _measures(beside)
+    columns = {"samples": _measures(quality)}
+    if reference is not None:
+        columns["reference"] = _measures(reference)
     say(" " * 24 + "".join(f"{title:<24}" for title in columns).rstrip())
     for name in columns["samples"]:
         values = [column[name] for column in columns.values()]
         say(f"  {name:<22}" + "".join(f"{'-' if value is None else str(value):<24}" for value in values).rstrip())
-    if found.judge:
-        say(f"  judge: {found.judge}, {found.judged} tokens")
-    if found.mauve:
-        say(f"  MAUVE {found.mauve.value:.4f} +- {found.mauve.standard_error:.2g}, features of {found.mauve.features}")
-        if found.mauve.few:
-            say(f"  MAUVE of {found.mauve.samples} samples and {found.mauve.reference} reference texts is biased: "
-                "compare it with equal numbers only; the papers take thousands")
-    for count, what in ((found.empty, f"empty (no {found.unit})"), (found.unjudged, "without a token to judge"),
-                        (found.cut, "longer than the judge reads, cut"),
-                        (found.short, f"of fewer than 4 {found.unit}, in neither repetition nor self-BLEU")):
+    if quality.judge:
+        say(f"  judge: {quality.judge}, {quality.judged} tokens")
+    if mauve := quality.mauve:
+        say(f"  MAUVE {mauve.value:.4f} +- {mauve.standard_error:.2g}, features of {mauve.features}")
+        if mauve.few:
+            say(f"  MAUVE of {mauve.samples} samples and {mauve.reference} reference texts is biased: compare it with "
+                "equal numbers only; the papers take thousands")
+    unit = quality.unit
+    for count, text in ((quality.empty, f"empty (no {unit})"), (quality.unjudged, "without a token to judge"),
+                        (quality.cut, "longer than the judge reads, cut"),
+                        (quality.short, f"of fewer than 4 {unit}, in neither repetition nor self-BLEU")):
         if count:
-            say(f"  {count} of {found.samples} samples {what}")
+            say(f"  {count} of {quality.samples} samples {text}")
 
 
-def _measures(found: Quality) -> dict[str, object]:
-    return {"number": found.samples, "generative perplexity": found.gen_ppl, "entropy, nats": found.entropy,
-            "repeated 4-grams": found.repetition,
-            **{f"distinct {n}-grams": each for n, each in found.distinct.items()}, "self-BLEU": found.self_bleu}
+def _measures(quality: Quality) -> dict[str, object]:
+    distinct = {f"distinct {n}-grams": estimate for n, estimate in quality.distinct.items()}
+    return {"number": quality.samples, "generative perplexity": quality.gen_ppl, "entropy, nats": quality.entropy,
+            "repeated 4-grams": quality.repetition, **distinct, "self-BLEU": quality.self_bleu}

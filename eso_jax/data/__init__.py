@@ -30,23 +30,23 @@ def override(config: Config, *assignments: str) -> Config:
     The folder decides what no assignment says: all of it where one names the folder, else the fields that are at their
     defaults. What is said otherwise stays, and is checked when the windows are read.
     """
-    said = {path.strip(): value.strip() for path, _, value in (each.partition("=") for each in assignments)}
-    source = said.get("data.source", config.data.source)
+    assigned = {path.strip(): value.strip() for path, _, value in (each.partition("=") for each in assignments)}
+    source = assigned.get("data.source", config.data.source)
     if not (Path(source) / prepared.MANIFEST).is_file():
         return config.override(*assignments)
     manifest = prepared.read_manifest(source)
-    made, defaults = manifest["tokenizer"], Config()
-    brought = {"data.tokenizer": made["name"], "model.length": manifest["length"],
-               "model.vocab_size": made["vocab_size"], "model.mask_id": made["mask_id"]}
-    if config.model.mask_id is None and made["mask_id"] == made["vocab_size"] - 1:
-        del brought["model.mask_id"]  # it is the last id by default
-    for path, value in list(brought.items()):
+    tokenizer, defaults = manifest["tokenizer"], Config()
+    of_folder = {"data.tokenizer": tokenizer["name"], "model.length": manifest["length"],
+                 "model.vocab_size": tokenizer["vocab_size"], "model.mask_id": tokenizer["mask_id"]}
+    if config.model.mask_id is None and tokenizer["mask_id"] == tokenizer["vocab_size"] - 1:
+        del of_folder["model.mask_id"]  # it is the last id by default
+    for path, value in list(of_folder.items()):
         section, name = path.split(".")
-        there = getattr(getattr(config, section), name)
-        own = "data.source" not in said and there != getattr(getattr(defaults, section), name)
-        if path in said or own or there == value:
-            del brought[path]
-    return config.override(*assignments, *(f"{path}={value}" for path, value in brought.items()))
+        current, default = (getattr(getattr(settings, section), name) for settings in (config, defaults))
+        kept = "data.source" not in assigned and current != default
+        if path in assigned or kept or current == value:
+            del of_folder[path]
+    return config.override(*assignments, *(f"{path}={value}" for path, value in of_folder.items()))
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
@@ -58,9 +58,9 @@ def tokenizer_of(config: Config) -> Tokenizer:
     source, name = config.data.source, config.data.tokenizer
     if not is_prepared(source, config):
         return get_tokenizer(name)
-    found = prepared_tokenizer(source)
+    tokenizer = prepared_tokenizer(source)
     # A name that differs may still be of the same tokenizer, such as a path to a copy of the file.
-    return found if found.name == name else get_tokenizer(name)
+    return tokenizer if tokenizer.name == name else get_tokenizer(name)
 
 
 def windows_of(config: Config, split: str, source: str | None = None, tokenizer: Tokenizer | None = None) -> Windows:
@@ -77,13 +77,13 @@ def windows_of(config: Config, split: str, source: str | None = None, tokenizer:
       EsoError: the source cannot be read or is too short, or the tokenizer does not fit the model.
     """
     source = config.data.source if source is None else source
-    made = is_prepared(source, config)
-    if not made:
+    packed = is_prepared(source, config)
+    if not packed:
         require_source(source)  # what is missing is said before what does not fit
     tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
     require(tokenizer.vocab_size == config.model.vocab_size and tokenizer.mask_id == config.model.mask,
             "model.vocab_size", config.model.vocab_size, f"data.tokenizer = {tokenizer.name!r} needs "
             f"{tokenizer.vocab_size}, with mask {tokenizer.mask_id}")
-    if made:
+    if packed:
         return prepared_windows(config, source, split, tokenizer)
     return pack(documents(source, split), tokenizer, config.model.length)

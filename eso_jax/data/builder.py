@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import tensorflow_datasets as tfds
 from eso_jax import console
 from eso_jax.data import folders, readers
 from eso_jax.data.catalog import CORPORA
-from eso_jax.data.rows import Wish
-from eso_jax.errors import EsoError, require
+from eso_jax.data.rows import Reading
+from eso_jax.errors import EsoError, reason_of, require
 from eso_jax.files import writing
 
 
@@ -29,42 +30,40 @@ class Corpora(tfds.core.GeneratorBasedBuilder):
 
     Args:
       files: local files, folders, globs or archives, instead of a download.
-      wish: how they are read.
+      reading: how they are read.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in CORPORA]
 
-    def __init__(self, *, files: Sequence[str] = (), wish: Wish | None = None, **kwargs: Any):
+    def __init__(self, *, files: Sequence[str] = (), reading: Reading | None = None, **kwargs: Any):
         self._files = [str(Path(file).expanduser().absolute()) for file in files]
-        self._wish = wish or Wish()
+        self._reading = reading or Reading()
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}), disable_shuffling=True,
             metadata=tfds.core.MetadataDict(source=self._files or list(CORPORA[self.builder_config.name].urls),
-                                            asked=self._wish.asked()))
+                                            asked=self._reading.options()))
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
         name = self.builder_config.name
         corpus, folder = CORPORA[name], Path(self._data_dir_root)
         if self._files:  # before they are read, so that what changes meanwhile is found
             self.info.metadata["state"] = {"stats": _stats(self._files), "content": _content(self._files)}
-        found = readers.find_files(self._files or self._download(dl_manager), folder / "unpacked", self._wish)
-        documents = {split: readers.documents(corpus, split, found, self._wish) for split in corpus.splits}
-        started = {split: next(iterator, None) for split, iterator in documents.items()}
-        parts = {split: self._generate_examples(started[split], documents[split])
-                 for split in documents if started[split] is not None}
+        paths = readers.find_files(self._files or self._download(dl_manager), folder / "unpacked", self._reading)
+        documents = {split: readers.documents(corpus, split, paths, self._reading) for split in corpus.splits}
+        firsts = {split: next(iterator, None) for split, iterator in documents.items()}
+        parts = {split: self._generate_examples(itertools.chain([first], documents[split]))
+                 for split, first in firsts.items() if first is not None}
         patterns = [pattern for patterns in corpus.splits.values() for pattern in patterns]
         require(bool(parts), "--from", self._files, "holds no text: what was found is empty or blank" if name == "text"
                 else f"holds no documents of {name}; its files are called {', '.join(patterns)}")
         return parts
 
-    def _generate_examples(self, first: str | None, rest: Iterator[str]) -> Iterator[tuple[int, dict[str, str]]]:
-        yield 0, {"text": str(first)}
-        for number, text in enumerate(rest, 1):
-            yield number, {"text": text}
+    def _generate_examples(self, documents: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
+        return ((number, {"text": text}) for number, text in enumerate(documents))
 
     def _download(self, dl_manager: Any) -> list[str]:
         """The published files, under their published names (TFDS shortens them)."""
@@ -76,9 +75,8 @@ class Corpora(tfds.core.GeneratorBasedBuilder):
         try:
             fetched = dl_manager.download(list(urls))
         except Exception as error:  # of the HTTP client, TFDS or the file system
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise EsoError(f"{name}: {', '.join(urls)} could not be downloaded ({reason}); get the files in another "
-                           "way and name them with --from") from error
+            raise EsoError(f"{name}: {', '.join(urls)} could not be downloaded ({reason_of(error)}); get the files "
+                           "in another way and name them with --from") from error
         named = [folder / url.rpartition("/")[2] for url in urls]
         for link, path in zip(named, fetched, strict=True):
             link.unlink(missing_ok=True)
@@ -86,8 +84,8 @@ class Corpora(tfds.core.GeneratorBasedBuilder):
         return list(map(str, named))
 
 
-def _below(files: Sequence[str]) -> list[Path]:
-    """The files in those given; none where they are gone."""
+def _files_in(files: Sequence[str]) -> list[Path]:
+    """The files that files, folders and globs stand for, sorted; none where one of them is gone."""
     try:
         return sorted(path for given in files for path in folders.find(Path(given), "--from", below=True)[1])
     except (EsoError, OSError):  # reading them says why
@@ -95,49 +93,49 @@ def _below(files: Sequence[str]) -> list[Path]:
 
 
 def _stats(files: Sequence[str]) -> str:
-    """A hash that changes with every change of a file, and sometimes without one."""
+    """A hash of sizes and times: it changes with every change of a file, and sometimes without one."""
     stats = [(str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
-             for path in _below(files) if path.exists() for state in [path.stat()]]
+             for path in _files_in(files) if path.exists() for state in [path.stat()]]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def _content(files: Sequence[str]) -> str:
     """A hash of the names and the contents of all files."""
-    found = hashlib.sha256()
-    for path in _below(files):
+    digest = hashlib.sha256()
+    for path in _files_in(files):
         try:
             with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError:  # reading it says why, or leaves it out
-            found.update(b"unreadable")
-        found.update(os.fsencode(path.name) + b"\0")
-    return found.hexdigest()
+            digest.update(b"unreadable")
+        digest.update(os.fsencode(path.name) + b"\0")
+    return digest.hexdigest()
 
 
-def documents(name: str, folder: Path, files: Sequence[str], wish: Wish | None = None) -> Corpora:
+def documents(name: str, folder: Path, files: Sequence[str], reading: Reading | None = None) -> Corpora:
     """The documents of a corpus, written to `folder` unless they are there.
 
     Raises:
       EsoError: files are missing or not as they should be, cannot be downloaded, or `folder` holds others.
     """
-    wish = wish or Wish()
-    builder = Corpora(config=name, data_dir=str(folder), files=files, wish=wish)
+    reading = reading or Reading()
+    builder = Corpora(config=name, data_dir=str(folder), files=files, reading=reading)
     if Path(builder.data_dir).exists():
-        there, wanted = builder.info.metadata, builder._info().metadata
-        require(there["source"] == wanted["source"], "--from", wanted["source"], f"{builder.data_dir} was made from "
-                f"{there['source']}; give that, remove the folder, or give another --data-dir")
-        asked = there.get("asked", Wish().asked())
-        require(asked == wanted["asked"], "--from", wanted["source"], f"{builder.data_dir} was read with {asked}, and "
-                f"this command says {wanted['asked']}; remove the folder, or give another --data-dir")
-        state = there.get("state")  # of earlier versions a line, by which not every change could be seen
-        same = not isinstance(state, dict) or not _below(builder._files) or state["stats"] == _stats(
+        kept, new = builder.info.metadata, builder._info().metadata
+        require(kept["source"] == new["source"], "--from", new["source"], f"{builder.data_dir} was made from "
+                f"{kept['source']}; give that, remove the folder, or give another --data-dir")
+        asked = kept.get("asked", Reading().options())
+        require(asked == new["asked"], "--from", new["source"], f"{builder.data_dir} was read with {asked}, and "
+                f"this command says {new['asked']}; remove the folder, or give another --data-dir")
+        state = kept.get("state")  # of earlier versions a line, by which not every change could be seen
+        same = not isinstance(state, dict) or not _files_in(builder._files) or state["stats"] == _stats(
             builder._files) or state["content"] == _content(builder._files)
-        require(same, "--from", wanted["source"], f"has changed since {builder.data_dir} was made from it; remove the "
+        require(same, "--from", new["source"], f"has changed since {builder.data_dir} was made from it; remove the "
                 "folder, to read it again, or give another --data-dir")
         return builder
     with writing("--data-dir", folder), _quiet():
         builder.download_and_prepare()
-    wish.report()
+    reading.report()
     return builder
 
 

@@ -9,6 +9,7 @@ import os
 import sysconfig
 from pathlib import Path
 
+from eso_jax.console import say
 from eso_jax.data import folders, streams
 from eso_jax.errors import EsoError, require
 
@@ -20,12 +21,12 @@ _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idl
 
 
 def documents(source: str, split: str) -> list[tuple[str, bytes]]:
-    """The documents of one split: (path relative to the source, content), sorted by path.
+    """The documents of one split: (path relative to the source, content), sorted by that path.
 
     A file goes to a split by a hash of its relative path, so that adding files moves none: about 90% are for train, 5%
     for validation and 5% for test. Where that would leave a split empty (few files), each file is cut instead, at 90%
     and 95% of its bytes. Hidden and empty files are passed over; files behind links are read, those of a folder once;
-    relative to a glob means to the last folder before its first wildcard. Content is bytes as they are: nothing is
+    paths of a glob are relative to the last folder before its first wildcard. Content is bytes as they are: nothing is
     decoded, and nothing (NUL included) refused.
 
     Args:
@@ -38,9 +39,9 @@ def documents(source: str, split: str) -> list[tuple[str, bytes]]:
     if split == "all":
         return sorted(document for part in SPLITS for document in _documents(source, part))
     require(split in SPLITS, "split", split, f"choose one of {', '.join(SPLITS)} or all")
-    found = _documents(source, split)
-    require(bool(found), "data.source", source, f"holds too little text: its {split} split is empty; give more")
-    return found
+    chosen = _documents(source, split)
+    require(bool(chosen), "data.source", source, f"holds too little text: its {split} split is empty; give more")
+    return chosen
 
 
 def _documents(source: str, split: str) -> list[tuple[str, bytes]]:
@@ -49,27 +50,25 @@ def _documents(source: str, split: str) -> list[tuple[str, bytes]]:
         require(bool(files), "data.source", source, "holds no text (no files, or only empty or hidden ones); "
                 "give 'stdlib', a folder, a file or a glob")
         few = {split_of(name) for name in files} != set(SPLITS)
-        found = [(name, path.read_bytes()) for name, path in files.items() if few or split_of(name) == split]
+        chosen = [(name, path.read_bytes()) for name, path in files.items() if few or split_of(name) == split]
     except OSError as error:
         raise EsoError(f"data.source = {source!r}: cannot read {str(error.filename or source)!r} ({error.strerror}); "
                        "make it readable or remove it") from error
     if source != "stdlib":
-        _say_odd(source, tuple(name for name, content in found if not _is_text(content)), len(found))
-    parts = [(name, _cut(content, split) if few else content) for name, content in found]
+        _say_not_text(source, tuple(name for name, content in chosen if not _is_text(content)), len(chosen))
+    parts = [(name, _share(content, split) if few else content) for name, content in chosen]
     return [(name, part) for name, part in parts if part]
 
 
 def _is_text(content: bytes) -> bool:
     try:
-        return bool(streams.as_text(content)) and not streams.is_compressed(content)
+        return bool(streams.as_text(content)) and not streams.compression(content)
     except streams.NotText:
         return False
 
 
 @functools.cache  # once for each split
-def _say_odd(source: str, names: tuple[str, ...], count: int) -> None:
-    from eso_jax.console import say
-
+def _say_not_text(source: str, names: tuple[str, ...], count: int) -> None:
     if names:
         say(f"data.source = {source!r}: {len(names):,} of {count:,} files are no text ({', '.join(names[:3])}"
             f"{', ...' if len(names) > 3 else ''}) and are read as the bytes they are; eso-jax data prepare text reads "
@@ -89,7 +88,8 @@ def split_of(name: str) -> str:
     return "validation" if percent < 5 else "test" if percent < 10 else "train"
 
 
-def _cut(content: bytes, split: str) -> bytes:
+def _share(content: bytes, split: str) -> bytes:
+    """What a split has of one file, where every file is cut."""
     low, high = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}[split]
     return content[len(content) * low // 100:len(content) * high // 100]
 

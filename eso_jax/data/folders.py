@@ -1,4 +1,4 @@
-"""The files below a folder, or that a glob matches. Hidden ones are passed over, and what is no file (a pipe)."""
+"""The files below a folder, or that a glob matches, without hidden ones and what is no file, such as a pipe."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from eso_jax.errors import require
 
 
 def find(given: Path, flag: str, remedy: str = "", below: bool = False) -> tuple[Path, list[Path]]:
-    """The files that a folder, a file or a glob stands for, and the folder that their names are relative to: of a glob
-    the last before its first wildcard.
+    """(root, files): the files that a folder, a file or a glob stands for, and the folder that their names are relative
+    to. Of a glob that is the last folder before its first wildcard.
 
     Args:
+      flag: the option that names `given`, for errors.
+      remedy: said at the end of errors.
       below: a folder that a glob matches stands for the files below it.
 
     Raises:
@@ -24,27 +26,27 @@ def find(given: Path, flag: str, remedy: str = "", below: bool = False) -> tuple
       OSError: a folder cannot be listed.
     """
     if given.is_dir():
-        root, found = given, list(walk(given))
+        root, paths = given, list(walk(given))
     elif given.is_file():
-        root, found = given.parent, [given]
+        root, paths = given.parent, [given]
     else:
         require(not given.exists(), flag, str(given), f"is neither a file nor a folder{remedy}")
         require(glob.has_magic(str(given)), flag, str(given), f"no such file or folder{remedy}")
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
-        wanted = given.parts[len(root.parts):]
+        pattern = given.parts[len(root.parts):]
 
         def matches(path: Path) -> bool:
             parts = path.relative_to(root).parts
-            return any(_matches(parts[:end], wanted) for end in range(1 if below else len(parts), len(parts) + 1))
+            return any(_matches(parts[:end], pattern) for end in range(1 if below else len(parts), len(parts) + 1))
 
-        found = [path for path in walk(root, lambda folder: _begins(folder.relative_to(root).parts, wanted)
+        paths = [path for path in walk(root, lambda folder: _begins(folder.relative_to(root).parts, pattern)
                                        or below and matches(folder)) if matches(path)] if root.is_dir() else []
-    return root, [path for path in found if path.is_file() or not path.exists()]  # reading names a broken link
+    return root, [path for path in paths if path.is_file() or not path.exists()]  # reading names a broken link
 
 
 def walk(root: Path, enter: Callable[[Path], bool] = lambda folder: True) -> Iterator[Path]:
-    """Every file below `root` in the folders that `enter` lets in, those behind links included: each folder once, by
-    the name that has no link in it if there is one.
+    """Every file below `root` in the folders that `enter` accepts, those behind links included. A folder is listed
+    once, by its name without a link if there is one.
 
     Raises:
       OSError: a folder cannot be listed.
@@ -56,18 +58,18 @@ def walk(root: Path, enter: Callable[[Path], bool] = lambda folder: True) -> Ite
     starts = [root]  # and then the links to folders
     while starts:
         for folder, folders, names in os.walk(starts.pop(0), onerror=refuse):
-            here = os.path.realpath(folder)
-            if here in seen:
+            real = os.path.realpath(folder)
+            if real in seen:
                 folders.clear()
                 continue
-            seen.add(here)
+            seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith(".") and enter(Path(folder, name)))
             starts += [link for name in folders if (link := Path(folder, name)).is_symlink()]
             yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _begins(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether files below a folder may match."""
+    """Whether files below the folder `parts` may match `pattern`."""
     if not parts or pattern[:1] == ("**",):
         return True
     return len(pattern) > 1 and fnmatch.fnmatchcase(parts[0], pattern[0]) and _begins(parts[1:], pattern[1:])

@@ -16,32 +16,32 @@ FILE = "data.json"
 
 def identity(windows: Windows) -> dict[str, Any]:
     """The number of windows and a hash of what was packed: of prepared ones, of their shards' checksums."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     if isinstance(windows, PreparedWindows):
-        found.update(json.dumps(windows.checksums).encode())
+        digest.update(json.dumps(windows.checksums).encode())
     else:
         for start in range(0, len(windows), 2**16):
-            found.update(windows[start:start + 2**16].astype("<u4").tobytes())
-    return {"windows": len(windows), "sha256": found.hexdigest()}
+            digest.update(windows[start:start + 2**16].astype("<u4").tobytes())
+    return {"windows": len(windows), "sha256": digest.hexdigest()}
 
 
-def claim(directory: Path, source: str, found: dict[str, dict[str, Any]]) -> None:
-    """Compares the identities of a run's splits with those that it began with, or keeps them if it has none: a new run,
-    or one of an earlier version.
+def claim(directory: Path, source: str, identities: dict[str, dict[str, Any]]) -> None:
+    """Compares the identities of a run's splits with those that it began with; writes them if none are recorded: the
+    run is new, or of an earlier version.
 
     Raises:
       EsoError: they differ.
     """
     path = directory / FILE
     try:
-        there = json.loads(path.read_text("utf-8"))
+        recorded = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        return write_whole(path, as_json(found), "--workdir")
+        return write_whole(path, as_json(identities), "--workdir")
     except ValueError as error:
         raise EsoError(f"--workdir = {str(directory)!r}: {FILE} is no JSON ({error}); remove it if data.source is what "
                        "the run began with") from error
-    if there != found:
-        counts = [" and ".join(f"{part['windows']:,}" for part in parts.values()) for parts in (there, found)]
+    if recorded != identities:
+        counts = [" and ".join(f"{part['windows']:,}" for part in parts.values()) for parts in (recorded, identities)]
         raise EsoError(f"data.source = {source!r}: is not what this run began with ({counts[0]} windows to train and "
                        f"to validate on then, {counts[1]} now); restore it, or give another --workdir (to go on with "
                        f"other data, remove {path})")

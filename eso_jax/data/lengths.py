@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 UNKNOWN = -1
-# Each normalizer in use changes one of them. All are encoded, to see whether the sums are right.
+# Each normalizer in use changes one of them. All are encoded, to see whether the bytes of ids add up.
 PROBES = ("the quick  brown fox, it's\n\tover 'there'. ", "    return x", "Caf\u00e9 \u0130\u2126 \ufb01 e\u0301",
           "\ud55c\uad6d\uc5b4 \u65e5\u672c\u8a9e", "\U0001f415 \u200b\u00a0x")
 
@@ -35,7 +35,7 @@ def _parts(section: Any) -> Iterator[dict[str, Any]]:
 
 
 class _Entries:
-    """Reads vocabulary entries as the settings of a tokenizer.json say."""
+    """How many bytes vocabulary entries and pieces of text stand for, as the settings of a tokenizer.json say."""
 
     def __init__(self, settings: dict[str, Any], byte_alphabet: set[str]):
         model, parts = settings["model"], [*_parts(settings["normalizer"]), *_parts(settings["pre_tokenizer"])]
@@ -64,48 +64,50 @@ class _Entries:
         return self.of_text(text) + (self.words and (ends if self.suffix else begins))
 
 
-def of_ids(library: Any, reader: Any, settings: dict[str, Any], size: int, nothing: set[int]) -> tuple[np.ndarray, str]:
+def of_ids(library: Any, reader: Any, settings: dict[str, Any], size: int,
+           textless: set[int]) -> tuple[np.ndarray, str]:
     """Bytes of each id, int64 [size] (UNKNOWN where they are not known), and what they are bytes of.
 
     Args:
       library: a tokenizers.Tokenizer.
       reader: the one that encodes by the same ids.
       settings: of its tokenizer.json, as the library writes it.
-      nothing: ids that stand for no text.
+      textless: ids that stand for no text.
     """
     from tokenizers import pre_tokenizers
 
     entries = _Entries(settings, set(pre_tokenizers.ByteLevel.alphabet()))
-    found = np.zeros(size, np.int64)
+    sizes = np.zeros(size, np.int64)
     model = library.get_vocab(with_added_tokens=False)
     for entry, i in model.items():
-        found[i] = entries.of_entry(entry)
+        sizes[i] = entries.of_entry(entry)
     for i, token in library.get_added_tokens_decoder().items():
-        here = 0 if token.special else len(token.content.translate(entries.blanks).encode())
-        twice = token.content in model and not token.special and here != found[i]
-        found[i] = UNKNOWN if token.lstrip or token.rstrip or twice else here
+        added = 0 if token.special else len(token.content.translate(entries.blanks).encode())
+        ambiguous = token.content in model and not token.special and added != sizes[i]
+        sizes[i] = UNKNOWN if token.lstrip or token.rstrip or ambiguous else added
     unknown = settings["model"].get("unk_token")
     unknown = settings["model"].get("unk_id") if unknown is None else library.token_to_id(unknown)
     if unknown is not None:
-        found[unknown] = UNKNOWN
-    found[list(nothing)] = 0
+        sizes[unknown] = UNKNOWN
+    sizes[list(textless)] = 0
 
-    def normalized(text: str) -> str:
+    def normalize(text: str) -> str:
         return library.normalizer.normalize_str(text) if library.normalizer else text
 
-    def seen(text: str) -> int:
-        pieces = [normalized(text)]
+    def pieces_bytes(text: str) -> int:
+        """Bytes of the pieces that the pre-tokenizer makes of a text: what the sizes of its ids must add up to."""
+        pieces = [normalize(text)]
         if library.pre_tokenizer:
             pieces = [piece for piece, _ in library.pre_tokenizer.pre_tokenize_str(*pieces)]
         return sum(entries.of_text(piece) + entries.words for piece in pieces)
 
-    known = seen("x y") > seen("xy")
+    sums_hold = pieces_bytes("x y") > pieces_bytes("xy")
     exact = not entries.words
     for probe in PROBES:
-        sizes = found[reader.encode(probe, add_special_tokens=False).ids]
-        known &= bool((sizes == UNKNOWN).any()) or int(sizes.sum()) == seen(probe)
-        exact &= normalized(probe).translate(entries.blanks) in (probe, " " + probe)  # a blank in front may be added
-        exact &= 0 <= seen(probe) - len(probe.encode()) <= 1
-    if not known:
-        found = np.where(np.isin(np.arange(size), list(nothing)), 0, UNKNOWN)
-    return found, "words" if entries.words else "text" if exact else "normalized text"
+        of_probe = sizes[reader.encode(probe, add_special_tokens=False).ids]
+        sums_hold &= bool((of_probe == UNKNOWN).any()) or int(of_probe.sum()) == pieces_bytes(probe)
+        exact &= normalize(probe).translate(entries.blanks) in (probe, " " + probe)  # a blank in front may be added
+        exact &= 0 <= pieces_bytes(probe) - len(probe.encode()) <= 1
+    if not sums_hold:
+        sizes[[i for i in range(size) if i not in textless]] = UNKNOWN
+    return sizes, "words" if entries.words else "text" if exact else "normalized text"

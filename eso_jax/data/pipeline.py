@@ -31,13 +31,13 @@ def batches(windows: Windows, batch_size: int, seed: int,
       EsoError: the seed is out of range.
     """
     require(0 <= seed < 2**32, "data.seed", seed, "must be in [0, 2**32)")
-    mine = slice(None) if rows is None else rows
+    kept = slice(None) if rows is None else rows
     dataset = (
         grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()  # a new shuffle for each epoch
         # There is no remainder, but without drop_remainder grain rounds the endless length up to 2**63, too long.
         .batch(batch_size, drop_remainder=True)
         # Windows are read a batch at a time, which for prepared ones is 20 times as fast as one by one.
-        .map(lambda chosen: windows[chosen[mine]].astype(np.int32))
+        .map(lambda numbers: windows[numbers[kept]].astype(np.int32))
     )
     # One read-ahead thread is many times faster than training (experiments/bench_data.py); the small buffer costs a
     # resumed run little to refill.

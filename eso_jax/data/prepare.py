@@ -19,12 +19,12 @@ from eso_jax.data import prepared, tokenizers
 from eso_jax.data.catalog import CORPORA
 from eso_jax.data.detokenizers import DETOKENIZERS
 from eso_jax.data.packing import WRAPPINGS, Wrapping, cut, require_window
-from eso_jax.data.rows import Wish
+from eso_jax.data.rows import Reading
 from eso_jax.data.tokenizers import LibraryTokenizer, Tokenizer, get_tokenizer
 from eso_jax.errors import EsoError, require
 from eso_jax.files import as_json, write_whole, writing
 
-Streams = Callable[[list[range]], Iterator[np.ndarray]]
+Tokenize = Callable[[list[range]], Iterator[np.ndarray]]  # ranges of documents to the tokens of each [S]
 
 CHUNK_BYTES = 2**21  # of text that a process tokenizes at a time
 SHARD_CHUNKS = 64  # about 128 MB of text, which is what an interruption loses at most
@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
 def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files: Iterable[str] = (),
             wrapping: str | None = None, held_out: int | None = None, out: Path | None = None,
-            processes: int | None = None, wish: Wish | None = None) -> Path:
+            processes: int | None = None, reading: Reading | None = None) -> Path:
     """Makes a prepared folder of a corpus, or goes on making it; returns it.
 
     The documents are kept in data_dir/documents, as published: another tokenizer or length does not read the source
@@ -62,7 +62,7 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
       held_out: documents at the end that are the validation split, for corpora without one; None: the corpus's own.
       out: the folder; None: data_dir/name.
       processes: that tokenize; None: one per core.
-      wish: how the files are read.
+      reading: how the files are read.
 
     Raises:
       EsoError: the source cannot be had or read, a split is shorter than a window, `out` holds other data, or a shard
@@ -75,8 +75,8 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
     held_out = held_out or CORPORA[name].held_out
     from eso_jax.data import builder
 
-    folder = data_dir / name if out is None else out
-    corpus = builder.documents(name, data_dir / "documents", list(files), wish)
+    folder = out or data_dir / name
+    corpus = builder.documents(name, data_dir / "documents", list(files), reading)
     state = corpus.info.metadata.get("state")
     manifest: dict[str, Any] = {
         "corpus": name, "source": corpus.info.metadata["source"],
@@ -96,21 +96,21 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
             write_whole(folder / prepared.UNFINISHED, as_json({**manifest, "splits": splits}))
 
         save()  # from now on the folder is known as ours
-        for split, (published, chosen) in parts.items():
+        for split, (published, numbers) in parts.items():
             job = Job(str(corpus.data_dir), published, (tokenizer.name, tokenizer.json), CORPORA[name].detokenizer,
                       WRAPPINGS[wrapping], length)
             mean = corpus.info.splits[published].num_bytes // corpus.info.splits[published].num_examples
             size = CHUNK_BYTES // max(1, mean) or 1
-            ranges = [chosen[start:start + size] for start in range(0, len(chosen), size)]
-            part = splits.setdefault(split, {"documents": len(chosen), "shards": []})
-            _write_shards(folder, split, job, ranges, part, tokenizer, processes, save)
+            chunks = [numbers[start:start + size] for start in range(0, len(numbers), size)]
+            part = splits.setdefault(split, {"documents": len(numbers), "shards": []})
+            _write_shards(folder, split, job, chunks, part, tokenizer, processes, save)
             require_window(part["windows"], part["tokens"], length, f"--from: {name}", f"its {split}")
         (folder / prepared.UNFINISHED).replace(folder / prepared.MANIFEST)
     return folder
 
 
 def _parts(published: Any, held_out: int) -> dict[str, tuple[str, range]]:
-    """Each split as documents of a published one."""
+    """Each split as (a published split, numbers of documents in it)."""
     counts = {split: info.num_examples for split, info in published.items()}
     if not held_out:
         return {split: (split, range(count)) for split, count in counts.items()}
@@ -121,77 +121,80 @@ def _parts(published: Any, held_out: int) -> dict[str, tuple[str, range]]:
 
 
 def _claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The splits that are there already, in a folder that is new or holds the same preparation."""
-    found = next((path for path in (folder / prepared.UNFINISHED, folder / prepared.MANIFEST) if path.exists()), None)
-    if found is None:
-        ours = not folder.exists() or folder.is_dir() and all(
-            path.suffix == ".partial" or path.name == tokenizers.FILE for path in folder.iterdir())
-        require(ours, "--out", str(folder), "exists and is no prepared folder; give another")
+    """The splits that a folder has so far: none if it is new.
+
+    Raises:
+      EsoError: it holds something else than this preparation.
+    """
+    path = next((path for path in (folder / prepared.UNFINISHED, folder / prepared.MANIFEST) if path.exists()), None)
+    if path is None:
+        is_free = not folder.exists() or folder.is_dir() and all(
+            file.suffix == ".partial" or file.name == tokenizers.FILE for file in folder.iterdir())
+        require(is_free, "--out", str(folder), "exists and is no prepared folder; give another")
         folder.mkdir(parents=True, exist_ok=True)
         return {}
-    there = json.loads(found.read_text("utf-8"))
+    recorded = json.loads(path.read_text("utf-8"))
     for field, value in manifest.items():
-        require(there.get(field, value) == value, f"{found} {field}", there.get(field),
+        require(recorded.get(field, value) == value, f"{path} {field}", recorded.get(field),
                 f"this command would make {value!r}; give another --out, or delete the folder")
-    if found.name == prepared.MANIFEST:
-        found.rename(folder / prepared.UNFINISHED)
-    splits: dict[str, Any] = there["splits"]
+    if path.name == prepared.MANIFEST:
+        path.rename(folder / prepared.UNFINISHED)
+    splits: dict[str, Any] = recorded["splits"]
     return splits
 
 
-def _write_shards(folder: Path, split: str, job: Job, ranges: list[range], part: dict[str, Any], tokenizer: Tokenizer,
+def _write_shards(folder: Path, split: str, job: Job, chunks: list[range], part: dict[str, Any], tokenizer: Tokenizer,
                   processes: int | None, save: Callable[[], None]) -> None:
-    """Tokenizes ranges of documents and writes the shards that are missing; `part` becomes the split's entry in the
-    manifest, saved by `save` after each shard.
+    """Tokenizes chunks of documents and writes the shards that are missing; `part` becomes the split's entry in the
+    manifest, which `save` writes after each shard.
 
-    A shard begins with the tokens left over from the one before, whose number is recorded: they are had again by
-    tokenizing the last documents before it.
+    A shard begins with the tokens left over from the one before. How many is recorded; if that shard is not made again,
+    they come from tokenizing its last documents once more.
     """
     shards: list[dict[str, Any]] = part["shards"]
-    groups = [ranges[i:i + SHARD_CHUNKS] for i in range(0, len(ranges), SHARD_CHUNKS)]
-    todo = [number for number in range(len(groups))
-            if number >= len(shards) or not (folder / shards[number]["file"]).exists()]
+    groups = [chunks[i:i + SHARD_CHUNKS] for i in range(0, len(chunks), SHARD_CHUNKS)]
+    missing = [number for number in range(len(groups))
+               if number >= len(shards) or not (folder / shards[number]["file"]).exists()]
     for shard in shards:
         if (folder / shard["file"]).exists():
             prepared.require_whole(folder, shard)
-    with _streams(job, processes, sum(len(groups[number]) for number in todo)) as streams, \
-            _progress(split, part["documents"]) as bar:
-        lefts = {number: _last_tokens(streams, ranges[:number * SHARD_CHUNKS], shards[number - 1]["left"])
-                 for number in todo if number and number - 1 not in todo}
-        found = streams([chunk for number in todo for chunk in groups[number]])
+    if not console.is_terminal():
+        console.say(f"{split}: {part['documents']:,} documents")
+    with _workers(job, processes, sum(len(groups[number]) for number in missing)) as tokenize, \
+            console.bar(total=part["documents"], desc=split, unit=" documents") as bar:
+        left_over = {number: _last_tokens(tokenize, chunks[:number * SHARD_CHUNKS], shards[number - 1]["left"])
+                     for number in missing if number and number - 1 not in missing}
+        tokens_of_chunks = tokenize([chunk for number in missing for chunk in groups[number]])
         rest = np.empty(0, tokenizers.dtype_of(tokenizer))
         for number, group in enumerate(groups):
-            if number not in todo:
+            if number not in missing:
                 bar.update(sum(map(len, group)))
                 continue
-            pieces = [lefts.get(number, rest)]
+            pieces = [left_over.get(number, rest)]
             for chunk in group:
-                pieces.append(next(found))
+                pieces.append(next(tokens_of_chunks))
                 bar.update(len(chunk))
             windows, rest = cut(np.concatenate(pieces), job.length, job.wrapping, tokenizer.separator_id)
             path = folder / f"{split}-{number:05d}.array_record"
-            entry = {"file": path.name, "windows": len(windows), "left": int(rest.size)}
-            entry |= _write_records(path, windows)
+            entry = {"file": path.name, "windows": len(windows), "left": rest.size, **_write_records(path, windows)}
             if number < len(shards):
                 require(shards[number] == entry, "--out", str(path), "came out different from the one that was there: "
                         "the documents or the tokenizer library have changed; give another --out")
             else:
                 shards.append(entry)
             save()
-    windows_in_all = sum(shard["windows"] for shard in shards)
-    remainder = shards[-1]["left"]
-    part |= {"tokens": windows_in_all * job.wrapping.payload(job.length) + remainder, "windows": windows_in_all,
-             "remainder": remainder}
+    count, remainder = sum(shard["windows"] for shard in shards), shards[-1]["left"]
+    part |= {"tokens": count * job.wrapping.payload(job.length) + remainder, "windows": count, "remainder": remainder}
     save()
 
 
-def _last_tokens(streams: Streams, ranges: list[range], count: int) -> np.ndarray:
-    """The last `count` tokens of the stream of some documents."""
-    found = np.empty(0, np.uint16)
-    while found.size < count:
-        *ranges, chunk = ranges
-        found = np.concatenate([next(streams([chunk])), found])
-    return found[found.size - count:]
+def _last_tokens(tokenize: Tokenize, chunks: list[range], count: int) -> np.ndarray:
+    """The last `count` tokens of the stream that some documents make."""
+    tokens = np.empty(0, np.uint16)
+    while tokens.size < count:
+        *chunks, last = chunks
+        tokens = np.concatenate([next(tokenize([last])), tokens])
+    return tokens[tokens.size - count:]
 
 
 def _write_records(path: Path, windows: np.ndarray) -> dict[str, Any]:
@@ -213,25 +216,18 @@ def _write_records(path: Path, windows: np.ndarray) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _progress(split: str, documents: int) -> Iterator[Any]:
-    if not console.is_terminal():
-        console.say(f"{split}: {documents:,} documents")
-    with console.bar(total=documents, desc=split, unit=" documents") as bar:
-        yield bar
-
-
-@contextlib.contextmanager
-def _streams(job: Job, processes: int | None, chunks: int) -> Iterator[Streams]:
-    """A function from ranges of documents to their streams, in order, computed by processes where that pays."""
+def _workers(job: Job, processes: int | None, chunks: int) -> Iterator[Tokenize]:
+    """A function that tokenizes chunks in order, by several processes where the number of chunks makes that pay."""
     processes = processes or os.cpu_count() or 1
     if processes == 1 or chunks < 4 * processes:  # the library has threads of its own
-        _start(job)
-        yield lambda ranges: map(_encode, ranges)
+        _start_worker(job)
+        yield lambda chunks: map(_tokenize, chunks)
         return
     # Not fork: this process may hold JAX's threads.
-    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (job, True))
+    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker,
+                                                  (job, True))
     try:
-        yield lambda ranges: pool.map(_encode, ranges)
+        yield lambda chunks: pool.map(_tokenize, chunks)
     except concurrent.futures.process.BrokenProcessPool as error:
         raise EsoError(f"--processes = {processes}: one was killed, for want of memory perhaps; repeat the command "
                        "with fewer: it goes on") from error
@@ -242,7 +238,7 @@ def _streams(job: Job, processes: int | None, chunks: int) -> Iterator[Streams]:
 _job: Any = None  # of this process: a Job, its documents and its tokenizer
 
 
-def _start(job: Job, one_thread: bool = False) -> None:
+def _start_worker(job: Job, one_thread: bool = False) -> None:
     global _job
     if one_thread:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
@@ -254,8 +250,8 @@ def _start(job: Job, one_thread: bool = False) -> None:
     _job = job, tfds.builder_from_directory(job.documents).as_data_source(job.split), tokenizer
 
 
-def _encode(chunk: range) -> np.ndarray:
-    """The stream of some documents."""
+def _tokenize(chunk: range) -> np.ndarray:
+    """The tokens [S] of some documents."""
     job, documents, tokenizer = _job
     texts = [example["text"].decode() for example in documents.__getitems__(list(chunk))]
     if job.detokenizer:

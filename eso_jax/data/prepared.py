@@ -36,7 +36,7 @@ class Windows(Protocol):
     def __getitem__(self, index: Any) -> np.ndarray: ...
 
 
-class Chosen:
+class Subset:
     """Some windows by their numbers, which are read when they are asked for."""
 
     def __init__(self, windows: Windows, numbers: Int[np.ndarray, " M"]) -> None:
@@ -56,7 +56,7 @@ def evenly_spaced(windows: Windows, limit: int) -> Windows:
       windows: integers [windows, length]; an array, or anything that is indexed by integers [N].
     """
     count = min(limit, len(windows))
-    return Chosen(windows, np.arange(count) * len(windows) // count)
+    return Subset(windows, np.arange(count) * len(windows) // count)
 
 
 class PreparedWindows:
@@ -88,32 +88,35 @@ class PreparedWindows:
         return self.shape[0]
 
     def __getitem__(self, index: SupportsIndex | slice | np.ndarray) -> np.ndarray:
-        chosen = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
-        chosen = np.where(chosen < 0, chosen + len(self), chosen)
-        if not ((chosen >= 0) & (chosen < len(self))).all():
+        numbers = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
+        numbers = np.where(numbers < 0, numbers + len(self), numbers)
+        if not ((numbers >= 0) & (numbers < len(self))).all():
             raise IndexError(f"window {index} of {len(self)}")
         try:
-            records = self._source.__getitems__(chosen.ravel().tolist()) if chosen.size else []
+            records = self._source.__getitems__(numbers.ravel().tolist()) if numbers.size else []
         except Exception as error:  # ArrayRecord has checksums of its own; it raises what its C++ says
             raise EsoError(f"data.source = {str(self._folder)!r}: a shard cannot be read ({error}); eso-jax data check "
                            f"{self._folder} says which") from error
-        return np.frombuffer(b"".join(records), self.dtype).reshape(*chosen.shape, self.shape[1])
+        return np.frombuffer(b"".join(records), self.dtype).reshape(*numbers.shape, self.shape[1])
 
 
 def is_prepared(source: str, config: Config | None = None) -> bool:
-    """Whether a data source is a prepared folder, of a config where an error is to tell how to make it.
+    """Whether a data source is a prepared folder.
+
+    Args:
+      config: for an error that says how to make the folder; None: it says TOKENIZER and LENGTH.
 
     Raises:
       EsoError: its preparation was interrupted; or it is where a published corpus would be, and isn't there.
     """
-    wanted = (config.data.tokenizer, config.model.length) if config else ("TOKENIZER", "LENGTH")
+    tokenizer, length = (config.data.tokenizer, config.model.length) if config else ("TOKENIZER", "LENGTH")
     folder = Path(source)
     require(not (folder / UNFINISHED).is_file(), "data.source", source,
             "its preparation was interrupted; repeat the same eso-jax data prepare, and it goes on")
     published = folder.name in CORPORA and bool(CORPORA[folder.name].urls)
     require(folder.exists() or not published, "data.source", source,
             f"does not exist; eso-jax data prepare {folder.name} --data-dir {folder.parent} --tokenizer "
-            f"{wanted[0]} --length {wanted[1]} makes it")
+            f"{tokenizer} --length {length} makes it")
     within = [path.parent for path in sorted(folder.glob(f"*/{MANIFEST}")) if any(path.parent.glob("*.array_record"))]
     require(not within or (folder / MANIFEST).is_file(), "data.source", source,
             f"holds prepared folders; give one: {', '.join(map(str, within))}")
@@ -136,10 +139,10 @@ def prepared_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that a folder was prepared with."""
     manifest = read_manifest(folder)
     path, name = Path(folder) / tokenizers.FILE, manifest["tokenizer"]["name"]
-    found = LibraryTokenizer(name, path.read_text("utf-8")) if path.is_file() else get_tokenizer(name)
-    require(tokenizers.sha256(found) == manifest["tokenizer"]["sha256"], "data.source", str(folder),
+    tokenizer = LibraryTokenizer(name, path.read_text("utf-8")) if path.is_file() else get_tokenizer(name)
+    require(tokenizers.sha256(tokenizer) == manifest["tokenizer"]["sha256"], "data.source", str(folder),
             f"its {tokenizers.FILE} is not the one it was prepared with")
-    return found
+    return tokenizer
 
 
 def prepared_windows(config: Config, folder: str, split: str, tokenizer: Tokenizer) -> PreparedWindows:
@@ -149,16 +152,15 @@ def prepared_windows(config: Config, folder: str, split: str, tokenizer: Tokeniz
       EsoError: there is no such split, a shard is missing, or the config does not fit.
     """
     manifest = read_manifest(folder)
-    made = manifest["tokenizer"]
-    require(tokenizers.sha256(tokenizer) == made["sha256"], "data.tokenizer", tokenizer.name,
-            f"{folder} was prepared with another, {made['name']!r}")
+    require(tokenizers.sha256(tokenizer) == manifest["tokenizer"]["sha256"], "data.tokenizer", tokenizer.name,
+            f"{folder} was prepared with another, {manifest['tokenizer']['name']!r}")
     require(manifest["length"] == config.model.length, "model.length", config.model.length,
             f"{folder} was prepared with windows of {manifest['length']} tokens")
     splits = manifest["splits"]
     other = {"validation": "test", "test": "validation"}.get(split, split)
-    chosen = list(splits) if split == "all" else [split if split in splits else other]
-    require(chosen[0] in splits, "split", split, f"{folder} has {', '.join(splits)}")
-    shards = [shard for name in chosen for shard in splits[name]["shards"]]
+    names = list(splits) if split == "all" else [split if split in splits else other]
+    require(names[0] in splits, "split", split, f"{folder} has {', '.join(splits)}")
+    shards = [shard for name in names for shard in splits[name]["shards"]]
     return PreparedWindows(Path(folder), shards, manifest["length"], manifest["dtype"])
 
 

@@ -16,15 +16,15 @@ COLUMNS = (".parquet", ".arrow", ".feather", ".npz")
 SHOWN = 3  # names in a line
 
 
-class Wish:
-    """What is asked of a reading, and what it has left out.
+class Reading:
+    """How files are to be read; and, while they are read, which rows and files were left out.
 
     Attributes:
       flag: the option that named the files, for errors.
-      field: of rows; None: the first of FIELDS that a file has.
+      field: the field of rows that is the text; None: the first of FIELDS that a file has.
       include: patterns of the files of folders, globs and archives; none: all.
       skip_rows, skip_files: leave out what cannot be read, and count it; else that is an error.
-      rows, files: what was left out, and why.
+      rows, files: what was left out, and why: a line each.
     """
 
     def __init__(self, field: str | None = None, include: Iterable[str] = (), skip_rows: bool = False,
@@ -34,8 +34,8 @@ class Wish:
         self.rows: list[str] = []
         self.files: list[str] = []
 
-    def asked(self) -> dict[str, Any]:
-        """All that changes what is read, but for the files."""
+    def options(self) -> dict[str, Any]:
+        """All that changes what is read of the same files."""
         return {"field": self.field, "include": list(self.include), "skip_bad_rows": self.skip_rows,
                 "skip_bad_files": self.skip_files}
 
@@ -57,26 +57,26 @@ class Wish:
         """Says what was left out."""
         from eso_jax.console import say
 
-        for what, found in (("rows", self.rows), ("files", self.files)):
-            if found:
-                more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
-                unit = what if len(found) > 1 else what[:-1]
-                say(f"left out {len(found):,} {unit}: {'; '.join(found[:SHOWN])}{more}")
+        for unit, left_out in (("row", self.rows), ("file", self.files)):
+            if left_out:
+                more = f"; and {len(left_out) - SHOWN:,} more" if len(left_out) > SHOWN else ""
+                say(f"left out {len(left_out):,} {unit}{'s' * (len(left_out) > 1)}: "
+                    f"{'; '.join(left_out[:SHOWN])}{more}")
 
 
 class BadRow(ValueError):
-    """A row without a text; why."""
+    """A row has no text, and why."""
 
 
-def texts(name: str, opener: Opener, wish: Wish) -> Iterator[str]:
-    """The texts of the rows of one file, its `opener` decompressed, whose name says what it is.
+def texts(name: str, opener: Opener, reading: Reading) -> Iterator[str]:
+    """The texts of the rows of one file. Its name says of what kind it is; `opener` gives it decompressed.
 
     Raises:
       EsoError: a row has no text.
       NotText: the file has no such field, or is not what its name says.
     """
-    field = wish.field
-    for place, row in _rows(name, opener, wish):
+    field = reading.field
+    for place, row in _rows(name, opener, reading):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -84,11 +84,11 @@ def texts(name: str, opener: Opener, wish: Wish) -> Iterator[str]:
                 field = next((known for known in FIELDS if known in row), None)
             yield text_of(row, field)
         except BadRow as error:
-            wish.bad_row(name, place, str(error))
+            reading.bad_row(name, place, str(error))
 
 
 def text_of(row: Any, field: str | None) -> str:
-    """The text of a row: of its field, "a.b" being b of a, or the row itself where it is text.
+    """The text of a row: its `field` ("a.b" is b of a), or the row itself where it is a text.
 
     Raises:
       BadRow: it has none.
@@ -131,12 +131,12 @@ def _kind(value: Any) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
 
 
-def _rows(name: str, opener: Opener, wish: Wish) -> Iterator[tuple[str, Any]]:
-    """Each row, or a BadRow, and where it is."""
+def _rows(name: str, opener: Opener, reading: Reading) -> Iterator[tuple[str, Any]]:
+    """(where it is, the row) of each row; a BadRow in place of one that cannot be parsed."""
     plain = streams.inner_name(name)
     if plain.endswith(COLUMNS) or streams.head(opener).startswith(b"PAR1"):
         reader = _npz if plain.endswith(".npz") else _arrow if plain.endswith((".arrow", ".feather")) else _parquet
-        yield from ((f"row {number}", row) for number, row in enumerate(reader(opener, wish.field), 1))
+        yield from ((f"row {number}", row) for number, row in enumerate(reader(opener, reading.field), 1))
         return
     first = next((line for line in streams.lines(opener) if line.strip()), b"").strip()
     if first.startswith(b"[") or plain.endswith(".json") and first == b"{":
@@ -151,10 +151,10 @@ def _rows(name: str, opener: Opener, wish: Wish) -> Iterator[tuple[str, Any]]:
             return
     for number, line in enumerate(streams.lines(opener), 1):
         if line.strip():
-            yield f"line {number}", _parsed(line)
+            yield f"line {number}", _parse(line)
 
 
-def _parsed(line: bytes) -> Any:
+def _parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError:
@@ -172,12 +172,12 @@ def _reason(error: Exception) -> str:
 
 def _column(field: str | None, columns: list[str]) -> str:
     """The column that is read, of those that there are."""
-    wanted = FIELDS if field is None else (field, field.partition(".")[0])
-    found = next((name for name in wanted if name in columns), None)
-    if found is None:
+    names = FIELDS if field is None else (field, field.partition(".")[0])
+    column = next((name for name in names if name in columns), None)
+    if column is None:
         raise NotText(f"has no column {field or ', '.join(FIELDS)} (its columns: {', '.join(map(repr, columns[:8]))}; "
                       "--field names one)")
-    return found
+    return column
 
 
 def _parquet(opener: Opener, field: str | None) -> Iterator[dict[str, Any]]:

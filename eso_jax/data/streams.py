@@ -38,14 +38,14 @@ def of_bytes(content: bytes) -> Opener:
     return functools.partial(io.BytesIO, content)
 
 
-def inside(opener: Opener) -> Opener:
-    """The same, decompressed as often as it is compressed."""
-    found = is_compressed(head(opener))
-    return opener if found is None else inside(functools.partial(_decompress, opener, found))
+def decompress(opener: Opener) -> Opener:
+    """Opens what is inside a compressed file, which may be compressed again; any other file as it is."""
+    kind = compression(head(opener))
+    return opener if kind is None else decompress(functools.partial(_decompress, opener, kind))
 
 
-def is_compressed(start: bytes) -> str | None:
-    """By what, from the first bytes."""
+def compression(start: bytes) -> str | None:
+    """How a file is compressed, by its first bytes; None: it is not."""
     return next((kind for kind, magic in _KINDS.items() if re.match(magic, start)), None)
 
 
@@ -60,8 +60,8 @@ def inner_name(name: str) -> str:
 def head(opener: Opener) -> bytes:
     """The first 512 bytes."""
     with opener() as file:
-        found: bytes = file.read(512)
-    return found
+        start: bytes = file.read(512)
+    return start
 
 
 @contextlib.contextmanager
@@ -70,12 +70,12 @@ def _decompress(opener: Opener, kind: str) -> Iterator[Any]:
         if kind in ("zstd", "lz4"):
             import pyarrow
 
-            with pyarrow.CompressedInputStream(file, kind) as stream, io.BufferedReader(stream) as found:
-                yield found
+            with pyarrow.CompressedInputStream(file, kind) as stream, io.BufferedReader(stream) as content:
+                yield content
         else:
-            opened: Any = {"gzip": gzip.GzipFile, "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}[kind]
-            with (opened(fileobj=file) if kind == "gzip" else opened(file)) as found:
-                yield found
+            open_file: Any = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind]
+            with open_file(file) as content:
+                yield content
 
 
 @contextlib.contextmanager
@@ -101,11 +101,11 @@ def text(opener: Opener) -> str:
       NotText: it is not UTF-8, or binary.
     """
     with opener() as file:
-        content = file.read()
-    return as_text(content)
+        return as_text(file.read())
 
 
 def as_text(content: bytes) -> str:
+    """The same as `text`, of bytes."""
     kind = next((kind for kind, magic in _UNREAD.items() if content.startswith(magic)), None)
     if kind:
         raise NotText(f"is {kind}, which is not read")
@@ -145,22 +145,22 @@ class _Header(tarfile.TarInfo):
 
 
 def members(opener: Opener) -> Iterator[tuple[str, Opener]]:
-    """The files in an archive, sorted by name, in memory. (Hidden ones are left out, as they are of folders.)"""
+    """(name, opener) of each file in an archive, sorted by name, in memory; without hidden ones, as of folders."""
     with seekable(opener) as file:
         if is_zip(head(opener)):
             with zipfile.ZipFile(file) as archive:
-                for info in sorted(_infos(archive), key=lambda info: info.filename):
-                    if _shown(info.filename):
-                        with _named(info.filename):
+                for info in sorted(_files_in_zip(archive), key=lambda info: info.filename):
+                    if _is_visible(info.filename):
+                        with _name_in_errors(info.filename):
                             content = archive.read(info)
                         yield info.filename, of_bytes(content)
         else:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
-                found = [member for member in tar if member.isfile()]
-                _once([member.name for member in found])
-                for member in sorted(found, key=lambda member: member.name):
-                    if _shown(member.name):
-                        with _named(member.name):
+                files = [member for member in tar if member.isfile()]
+                _refuse_duplicates([member.name for member in files])
+                for member in sorted(files, key=lambda member: member.name):
+                    if _is_visible(member.name):
+                        with _name_in_errors(member.name):
                             content = tar.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
                         yield member.name, of_bytes(content)
 
@@ -169,8 +169,8 @@ def unpack(opener: Opener, folder: Path) -> None:
     """Extracts an archive to a folder."""
     if is_zip(head(opener)):
         with seekable(opener) as file, zipfile.ZipFile(file) as archive:
-            for info in _infos(archive):
-                with _named(info.filename):
+            for info in _files_in_zip(archive):
+                with _name_in_errors(info.filename):
                     archive.extract(info, folder)
     else:
         with opener() as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
@@ -178,8 +178,8 @@ def unpack(opener: Opener, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named(member: str) -> Iterator[None]:
-    """Names the member in the errors of its block, but for those of the file system."""
+def _name_in_errors(member: str) -> Iterator[None]:
+    """Puts the name of an archive's member into the errors of a block, except those of the file system."""
     try:
         yield
     except Exception as error:  # of each kind of compression its own
@@ -188,21 +188,21 @@ def _named(member: str) -> Iterator[None]:
         raise ValueError(f"{member}: {type(error).__name__}: {error}") from error
 
 
-def _infos(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """The files in a zip, none of which hides another or is a link (which zipfile would take for a text)."""
-    found = [info for info in archive.infolist() if not info.is_dir()]
-    _once([info.filename for info in found])
-    link = next((info.filename for info in found if stat.S_ISLNK(info.external_attr >> 16)), None)
+def _files_in_zip(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in a zip; an error where two have one name, or one is a link, which zipfile would take for a text."""
+    infos = [info for info in archive.infolist() if not info.is_dir()]
+    _refuse_duplicates([info.filename for info in infos])
+    link = next((info.filename for info in infos if stat.S_ISLNK(info.external_attr >> 16)), None)
     if link is not None:
         raise ValueError(f"{link!r} in it is a link")
-    return found
+    return infos
 
 
-def _once(names: list[str]) -> None:
+def _refuse_duplicates(names: list[str]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice is not None:
         raise ValueError(f"it holds two members called {twice!r}")
 
 
-def _shown(name: str) -> bool:
+def _is_visible(name: str) -> bool:
     return not any(part.startswith(".") for part in Path(name).parts if part not in (".", ".."))

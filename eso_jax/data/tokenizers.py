@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from eso_jax.data import lengths
-from eso_jax.errors import EsoError, require
+from eso_jax.errors import EsoError, reason_of, require
 
 FILE = "tokenizer.json"  # what a library tokenizer is kept as
 HUB = {"gpt2": "openai-community/gpt2", "bert-base-uncased": "google-bert/bert-base-uncased"}
@@ -94,7 +95,7 @@ class ByteTokenizer:
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         shown = [bytes([byte]) for byte in self.alphabet] + [SHOWN_SEPARATOR.encode(), _SHOWN_MASK.encode()]
-        return b"".join(shown[i] for i in _checked(ids, self)).decode("utf-8", errors="replace")
+        return b"".join(shown[i] for i in _in_vocabulary(ids, self)).decode("utf-8", errors="replace")
 
     def num_bytes(self, tokens: np.ndarray) -> int:
         return int(np.count_nonzero(np.asarray(tokens) < self.separator_id))
@@ -115,14 +116,15 @@ class CharacterTokenizer(ByteTokenizer):
         Raises:
           EsoError: a character is another.
         """
-        found = super().encode(text)
-        ids = np.full(256, self.mask_id, np.uint16)
-        ids[list(self.alphabet)] = np.arange(len(self.alphabet))
-        wrong = found[ids[found] == self.mask_id]
+        content = super().encode(text)
+        id_of_byte = np.full(256, self.mask_id, np.uint16)
+        id_of_byte[list(self.alphabet)] = np.arange(len(self.alphabet))
+        ids = id_of_byte[content]
+        wrong = content[ids == self.mask_id]
         if wrong.size:
             raise EsoError(f"data.tokenizer = {self.name!r}: the text holds {bytes([wrong[0]])!r}, and only a to z and "
                            "blanks have ids; choose another tokenizer")
-        return ids[found]
+        return ids
 
 
 CODE: dict[str, type[ByteTokenizer]] = {kind.name: kind for kind in (ByteTokenizer, CharacterTokenizer)}
@@ -169,30 +171,24 @@ class LibraryTokenizer:
 
     def join(self, texts: Sequence[bytes | str], separate: bool) -> np.ndarray:
         strings = [text if isinstance(text, str) else text.decode("utf-8", errors="replace") for text in texts]
-        found = self._reader.encode_batch_fast(strings, add_special_tokens=False)
+        encodings = self._reader.encode_batch_fast(strings, add_special_tokens=False)
         end = np.array([self.separator_id] * separate, dtype_of(self))
         parts: list[np.ndarray] = [np.empty(0, dtype_of(self))]
-        for text, encoding in zip(strings, found, strict=True):
+        for text, encoding in zip(strings, encodings, strict=True):
             ids = np.array(encoding.ids, dtype_of(self))
-            taken = ids[(ids == self.separator_id) | (ids == self.mask_id)]
-            if taken.size:
+            reserved = ids[(ids == self.separator_id) | (ids == self.mask_id)]
+            if reserved.size:
                 raise EsoError(f"data.tokenizer = {self.name!r}: reads a part of the text {text[:40]!r} as "
-                               f"{self._library.id_to_token(int(taken[0]))!r}, which is kept for the separator or the "
-                               "mask; choose another tokenizer")
+                               f"{self._library.id_to_token(int(reserved[0]))!r}, which is kept for the separator or "
+                               "the mask; choose another tokenizer")
             parts += [ids, end]
         return np.concatenate(parts)
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         shown = {self.separator_id: SHOWN_SEPARATOR, self.mask_id: _SHOWN_MASK}
-        text, run = [], []
-        for i in [*_checked(ids, self), None]:
-            if i is not None and i not in shown:
-                run.append(i)
-                continue
-            text.append(self._library.decode(run, skip_special_tokens=False) if run else "")
-            run = []
-            text.append("" if i is None else shown[i])
-        return "".join(text)
+        runs = itertools.groupby(_in_vocabulary(ids, self), shown.__contains__)
+        return "".join("".join(map(shown.__getitem__, run)) if are_shown
+                       else self._library.decode(list(run), skip_special_tokens=False) for are_shown, run in runs)
 
     def num_bytes(self, tokens: np.ndarray) -> int | None:
         sizes = self._bytes[np.asarray(tokens)]
@@ -200,9 +196,9 @@ class LibraryTokenizer:
 
 
 def _reader(settings: dict[str, Any], kept: set[int]) -> Any:
-    """The library's tokenizer of these settings, by which no text becomes a special token or one of `kept`: their
-    entries are called what no text says. (encode_special_tokens alone would leave those that the model finds by
-    itself, as Unigram does, and those that a file does not call special.)"""
+    """The library's tokenizer of these settings, by which no text becomes a special token or one of the ids `kept`:
+    their entries get names that no text holds. (The library's own encode_special_tokens is not enough: it leaves those
+    that the model finds by itself, as Unigram does, and those that a file does not call special.)"""
     from tokenizers import Tokenizer as Library
 
     changed = settings | {"truncation": None, "padding": None, "post_processor": None}  # BERT's file cuts at 512 tokens
@@ -219,14 +215,15 @@ def _reader(settings: dict[str, Any], kept: set[int]) -> Any:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     renamed = [token | {"content": names.get(token["content"], token["content"])} for token in added]
     try:
-        found = Library.from_str(json.dumps(changed | {"added_tokens": renamed, "model": model}))
+        reader = Library.from_str(json.dumps(changed | {"added_tokens": renamed, "model": model}))
     except Exception:  # a merge makes one of them: `join` will see it
-        found = Library.from_str(json.dumps(changed | {"added_tokens": added}))
-    found.encode_special_tokens = True
-    return found
+        reader = Library.from_str(json.dumps(changed | {"added_tokens": added}))
+    reader.encode_special_tokens = True
+    return reader
 
 
-def _checked(ids: np.ndarray | Sequence[int], tokenizer: Tokenizer) -> list[int]:
+def _in_vocabulary(ids: np.ndarray | Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """The same ids; an EsoError unless the tokenizer has all of them."""
     ids = np.asarray(ids)
     wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
     if wrong.size:
@@ -251,12 +248,12 @@ def get_tokenizer(name: str, separator: str | None = None) -> Tokenizer:
         return CODE[name]()
     if name in HUB:
         return LibraryTokenizer(name, _from_hub(name).read_text("utf-8"))
-    called, equals, path = name.partition("=") if not Path(name).is_file() else (name, "", name)
-    path = path if equals else name
-    is_path = bool(equals) or path.endswith(".json") or os.sep in path
-    missing = "is a folder; give the tokenizer.json in it" if Path(path).is_dir() else "no such file"
-    require(Path(path).is_file(), "data.tokenizer", name, (f"{missing}; " if is_path or Path(path).is_dir() else "")
-            + f"choose bytes, characters, {', '.join(HUB)}, or the path of a tokenizer.json")
+    called, path = name.split("=", 1) if "=" in name and not Path(name).is_file() else (name, name)
+    is_path = path != name or path.endswith(".json") or os.sep in path
+    missing = ("is a folder; give the tokenizer.json in it; " if Path(path).is_dir() else
+               "no such file; " if is_path else "")
+    require(Path(path).is_file(), "data.tokenizer", name,
+            f"{missing}choose bytes, characters, {', '.join(HUB)}, or the path of a tokenizer.json")
     try:
         contents = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -267,8 +264,8 @@ def get_tokenizer(name: str, separator: str | None = None) -> Tokenizer:
     return LibraryTokenizer(called, contents if separator is None else _with_separator(contents, separator))
 
 
-def _with_separator(contents: str, token: str) -> str:
-    """A tokenizer.json whose `token` is called as a separator is, so that every reader of it finds the same one.
+def _with_separator(contents: str, separator: str) -> str:
+    """A tokenizer.json whose token `separator` has the usual name of one, so that every reader of it finds the same.
 
     Raises:
       EsoError: it has no such token, or the token is made by merges, so that text may become it.
@@ -277,25 +274,28 @@ def _with_separator(contents: str, token: str) -> str:
         settings = json.loads(contents)
         added, model = settings["added_tokens"], settings["model"]
         entries = model["vocab"]  # {token: id}, or of Unigram [[token, score], ...]
-        known = {one["content"] for one in added} | {one if isinstance(one, str) else one[0] for one in entries}
+        tokens = {token["content"] for token in added} | {
+            entry if isinstance(entry, str) else entry[0] for entry in entries}
     except (ValueError, TypeError, KeyError, IndexError):  # the library says what is wrong
         return contents
-    close = [one for one in sorted(known) if one[:1] in "<[" and one[-1:] in ">]"][:8]
-    require(token in known, "--separator", token,
-            f"the tokenizer has no such token; it has {', '.join(close) or 'none of the kind'}")
+    special = [token for token in sorted(tokens) if token[:1] in "<[" and token[-1:] in ">]"][:8]
+    require(separator in tokens, "--separator", separator,
+            f"the tokenizer has no such token; it has {', '.join(special) or 'none of the kind'}")
     merges = (pair if isinstance(pair, list) else pair.split(" ") for pair in model.get("merges", ()))
-    require(all("".join(pair) != token for pair in merges), "--separator", token,
+    require(all("".join(pair) != separator for pair in merges), "--separator", separator,
             "text may become this token; choose one that stands for no text")
     name = _SEPARATORS[0]
-    for one in added:
-        one["content"] = name if one["content"] == token else one["content"]
-    model["vocab"] = ({name if one == token else one: i for one, i in entries.items()} if isinstance(entries, dict)
-                      else [[name if one == token else one, score] for one, score in entries])
-    if not any(one["content"] == name for one in added):
-        number = model["vocab"][name] if isinstance(entries, dict) else [one for one, _ in model["vocab"]].index(name)
+    for token in added:
+        token["content"] = name if token["content"] == separator else token["content"]
+    if isinstance(entries, dict):
+        model["vocab"] = {name if entry == separator else entry: i for entry, i in entries.items()}
+    else:
+        model["vocab"] = [[name if entry == separator else entry, score] for entry, score in entries]
+    if not any(token["content"] == name for token in added):
+        number = entries[separator] if isinstance(entries, dict) else [entry for entry, _ in entries].index(separator)
         added.append({"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
                       "normalized": False, "special": True})
-        added.sort(key=lambda one: one["id"])
+        added.sort(key=lambda token: token["id"])
     settings["post_processor"] = None  # it may name the token, and nothing here asks for it
     return json.dumps(settings, ensure_ascii=False)
 
@@ -306,9 +306,9 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(HUB[name], FILE))
     except Exception as error:  # of the hub, of its HTTP client, or of the file system
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise EsoError(f"data.tokenizer = {name!r}: {FILE} of {HUB[name]} could not be had from the hub ({reason}); "
-                       f"without a network, give a copy of that file: {name}=path/to/{FILE}") from error
+        raise EsoError(f"data.tokenizer = {name!r}: {FILE} of {HUB[name]} could not be had from the hub "
+                       f"({reason_of(error)}); without a network, give a copy of that file: {name}=path/to/{FILE}"
+                       ) from error
 
 
 def train_tokenizer(texts: Any, vocab_size: int, kind: str) -> LibraryTokenizer:

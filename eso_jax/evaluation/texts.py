@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from eso_jax.data import rows, streams
-from eso_jax.data.rows import Wish
+from eso_jax.data.rows import Reading
 from eso_jax.data.tokenizers import SHOWN_SEPARATOR
 from eso_jax.errors import EsoError, require
 
@@ -47,16 +47,18 @@ class Texts:
         return len(self.tokens) if self.tokens is not None else len(self.strings or [])
 
     def strings_for(self, user: str) -> list[str]:
-        """The strings, for `user`, which reads nothing else."""
+        """The strings, for `user`, an option that errors name and that reads nothing else."""
         if self.strings is None:
             raise EsoError(f"{user}: reads text, and there are token ids only; use a model of the same vocabulary, or "
                            "give their text")
         return self.strings
 
     def tokens_for(self, model: Model, user: str) -> Sequence[Int[np.ndarray, " _"]]:
-        """The ids of each text in the vocabulary of a model, for `user`: the tokens where that is theirs (its tokenizer
-        decodes them to the strings or, without strings, the ids are in its range), else the strings, encoded,
-        each separator shown as its own."""
+        """The ids of each text in the vocabulary of a model, for `user`, an option that errors name.
+
+        They are the tokens, where these are of that vocabulary: its tokenizer decodes them to the strings or, without
+        strings, the ids are in its range. Otherwise they are the strings, encoded; a shown separator becomes one.
+        """
         tokenizer, config = model.tokenizer, model.config.model
         if self.tokens is not None:
             fits = ((self.tokens >= 0) & (self.tokens < config.vocab_size) & (self.tokens != config.mask)).all()
@@ -70,6 +72,15 @@ class Texts:
                            + "; use a model of the same vocabulary")
         return [tokenizer.join(string.split(SHOWN_SEPARATOR), separate=True)[:-1].astype(np.int64)
                 for string in self.strings]
+
+    def padded_for(self, model: Model, user: str) -> tuple[Int[np.ndarray, "N L"], Int[np.ndarray, " N"]]:
+        """(tokens, lengths): the same as an int32 array, cut to the model's length or padded by zeros; and how many
+        tokens each text has, those that are cut off included."""
+        rows = self.tokens_for(model, user)
+        padded = np.zeros((len(rows), model.config.model.length), np.int32)
+        for row, tokens in zip(padded, rows, strict=True):
+            row[:len(tokens)] = tokens[:len(row)]
+        return padded, np.array([len(tokens) for tokens in rows])
 
     def units(self) -> tuple[str, list[Int[np.ndarray, " _"]]]:
         """What diversity is counted in, and each text in it: "words", between white space, numbered; or "tokens"."""
@@ -96,37 +107,37 @@ def is_workdir(name: str) -> bool:
         return False
 
 
-def read(name: str, flag: str, limit: int | None = None, wish: Wish | None = None) -> Texts:
+def read(name: str, flag: str, limit: int | None = None, reading: Reading | None = None) -> Texts:
     """Texts from a .npz with tokens [N, L], text [N] or both (of eso-jax sample, say), a .npy of tokens, rows with a
     text (JSON lines or an array of JSON, Parquet, Arrow, compressed or not), or a work directory: validation windows of
     its data.source, at most `limit`, evenly spaced.
 
     Args:
-      wish: which field of rows is read, and whether rows without a text are left out.
+      reading: which field of rows is read, and whether rows without a text are left out.
 
     Raises:
       EsoError: it cannot be read, a row has no text, or there are none.
     """
     if is_workdir(name):
         return _windows(name, limit)
-    plain = streams.inner_name(name)
-    require(plain.endswith((".npy", *rows.COLUMNS, *rows.JSON)), flag, name,
+    name_inside = streams.inner_name(name)
+    require(name_inside.endswith((".npy", *rows.COLUMNS, *rows.JSON)), flag, name,
             "give a .npz, .npy, .jsonl, .json, .parquet or .arrow file, or a work directory")
-    wish = wish or Wish()
-    wish.flag = flag
+    reading = reading or Reading()
+    reading.flag = flag
     try:
-        if plain.endswith(".npy"):
+        if name_inside.endswith(".npy"):
             return Texts(np.load(name))
-        if plain.endswith(".npz"):
+        if name_inside.endswith(".npz"):
             with np.load(name) as arrays:
                 tokens = arrays["tokens"] if "tokens" in arrays else None
-                alone = tokens is not None and (wish.field or "text") not in arrays
+                alone = tokens is not None and (reading.field or "text") not in arrays
             if tokens is not None:
-                every = Wish(wish.field, flag=flag)  # a row that was left out would shift the others
-                return Texts(tokens, None if alone else list(rows.texts(name, streams.of_file(Path(name)), every)))
-        found = list(rows.texts(name, streams.inside(streams.of_file(Path(name))), wish))
-        wish.report()
-        return Texts(None, found)
+                all_rows = Reading(reading.field, flag=flag)  # a row that was left out would shift the others
+                return Texts(tokens, None if alone else list(rows.texts(name, streams.of_file(Path(name)), all_rows)))
+        strings = list(rows.texts(name, streams.decompress(streams.of_file(Path(name))), reading))
+        reading.report()
+        return Texts(None, strings)
     except FileNotFoundError as error:
         raise EsoError(f"{flag} = {name!r}: no such file") from error
     except EsoError as error:

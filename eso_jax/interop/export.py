@@ -11,7 +11,7 @@ import jax
 from eso_jax import files
 from eso_jax.config import Config
 from eso_jax.data import tokenizers
-from eso_jax.errors import EsoError, require
+from eso_jax.errors import EsoError, reason_of, require
 from eso_jax.interop import names
 from eso_jax.interop.card import card
 from eso_jax.interop.sources import KEYS, MODEL
@@ -60,19 +60,19 @@ def export_model(directory: str | Path, out: str | Path, ema: bool = True) -> Ex
         **({tokenizers.FILE: tokenizer.json} if tokenizer is not None and tokenizer.json is not None else {}),
         # Some readers refuse a file that doesn't say that it is PyTorch's.
         "model.safetensors": lambda file: save_file(tensors, file.name, metadata={"format": "pt"})}
-    made = {name: places[name] for name in contents}
+    written = {name: places[name] for name in contents}
     try:
         for name, content in contents.items():
-            files.write_whole(made[name], content)
+            files.write_whole(written[name], content)
     except BaseException:
-        for place in made.values():
+        for place in written.values():
             place.unlink(missing_ok=True)
         raise
-    return Exported(made, len(tensors), parameters)
+    return Exported(written, len(tensors), parameters)
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """The sizes and settings that no tensor shows, and those it does, as `eso-jax import --config` reads them."""
+    """All sizes and settings of a model, as `eso-jax import --config` reads them."""
     values: dict[str, Any] = {KEYS[name][0]: getattr(config.model, name) for name in MODEL}
     settings = dataclasses.asdict(config.family)
     values |= {"mask_id": config.model.mask, "family": settings.pop("name"), **settings}
@@ -96,7 +96,6 @@ def push(exported: Exported, repository: str) -> str:
         added = [CommitOperationAdd(name, path) for name, path in exported.files.items()]
         commit = api.create_commit(repository, added, commit_message="Export of eso-jax")
     except Exception as error:  # the hub raises what its transports raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise EsoError(f"--push = {repository!r}: the hub did not take it ({reason}); to run this "
+        raise EsoError(f"--push = {repository!r}: the hub did not take it ({reason_of(error)}); to run this "
                        f"again, remove {', '.join(map(str, exported.files.values()))}, which are written") from error
     return str(commit.commit_url)

@@ -13,7 +13,7 @@ import numpy as np
 
 from eso_jax import families
 from eso_jax.config import Config, family_fields, from_dict
-from eso_jax.errors import EsoError, require
+from eso_jax.errors import EsoError, reason_of, require
 from eso_jax.interop import lightning, names
 from eso_jax.interop.pickles import shown
 from eso_jax.model.params import Params
@@ -51,18 +51,18 @@ def import_checkpoint(src: str | Path, sizes: str | Path | None = None, family: 
     Raises:
       EsoError: the source cannot be read, a size is unknown, or a tensor is missing, unknown or of another shape.
     """
-    tensors, own = _read(src, ema)
-    shown = names.sizes_of(tensors, str(src))
-    said = own | (read_sizes(Path(sizes)) if sizes is not None else {})
+    tensors, own_sizes = _read(src, ema)
+    of_files = own_sizes | (read_sizes(Path(sizes)) if sizes is not None else {})
     given = {"family": family, "length": length, "heads": heads, "alpha_0": alpha_0, "start_id": start_id}
-    config = _config(shown, said, {name: value for name, value in given.items() if value is not None}, str(src))
+    given = {name: value for name, value in given.items() if value is not None}
+    config = _config(names.sizes_of(tensors, str(src)), of_files, given, str(src))
     return config, names.to_params(tensors, config.model, str(src))
 
 
-def _config(shown: dict[str, Any], said: dict[str, Any], given: dict[str, Any], src: str) -> Config:
-    """The config of what the tensors show, what files say of them and what is given; later ones win."""
-    sizes = shown | said | given
-    if shown["cond_dim"] == 0:
+def _config(of_tensors: dict[str, Any], of_files: dict[str, Any], given: dict[str, Any], src: str) -> Config:
+    """The config, by sizes and settings that tensors show, that files say and that arguments give; later ones win."""
+    sizes = of_tensors | of_files | given
+    if of_tensors["cond_dim"] == 0:
         sizes["cond_dim"] = 0  # files of sizes may give one for AR models as well, which have no AdaLN
     if "length" not in sizes:
         raise EsoError(f"--length: {src} does not say it; give --length, or --config with a JSON of sizes")
@@ -75,14 +75,14 @@ def _config(shown: dict[str, Any], said: dict[str, Any], given: dict[str, Any], 
     require(sizes["cond_dim"] > 0 or family is None or family.without_adaln, "--family", name,
             f"{src} has no AdaLN tensors, so it is an AR model; give --family ar")
     # What a file says of another family than the one asked for is passed over; what is given has to fit.
-    settings = family_fields()
-    said_of_it = {field: sizes[field] for field, owners in settings.items() if field in sizes and name in owners}
-    if given.get("alpha_0") not in (None, said.get("alpha_0")):
-        said_of_it.pop("kappa", None)  # it is of the file's own alpha_0
+    families_of = family_fields()
+    settings = {field: sizes[field] for field, owners in families_of.items() if field in sizes and name in owners}
+    if given.get("alpha_0") not in (None, of_files.get("alpha_0")):
+        settings.pop("kappa", None)  # it is of the file's own alpha_0
     config = from_dict({"model": {field: sizes[field] for field in MODEL if field in sizes} | {"dropout": 0.0},
-                        "family": {"name": name, **said_of_it}})
-    wanted = {field: given[field] for field in settings if field in given}
-    return dataclasses.replace(config, family=config.family.change(**wanted))
+                        "family": {"name": name, **settings}})
+    changes = {field: given[field] for field in families_of if field in given}
+    return dataclasses.replace(config, family=config.family.change(**changes))
 
 
 def _read(src: str | Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -104,13 +104,13 @@ def _read(src: str | Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, 
 
 def _read_folder(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The same of a snapshot of a repository: weights, whole or in shards behind an index, and a config.json."""
-    found = sorted(folder.glob(f"*{INDEX}")) or sorted(folder.glob("*.safetensors"))
+    weights = sorted(folder.glob(f"*{INDEX}")) or sorted(folder.glob("*.safetensors"))
     others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".ckpt", ".bin", ".pt", ".pth")]
-    require(len(found) == 1, "SRC", str(folder), f"must hold one .safetensors, or one {INDEX}, and holds "
-            f"{', '.join(path.name for path in found) or 'none'}; give the file"
+    require(len(weights) == 1, "SRC", str(folder), f"must hold one .safetensors, or one {INDEX}, and holds "
+            f"{', '.join(path.name for path in weights) or 'none'}; give the file"
             + (f" (what it holds: {', '.join(others)})" if others else ""))
     config = folder / "config.json"
-    return read_safetensors(found[0]), read_sizes(config, "SRC") if config.is_file() else {}
+    return read_safetensors(weights[0]), read_sizes(config, "SRC") if config.is_file() else {}
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -129,8 +129,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
                            "missing)")
     else:
         tensors = _read_one(path)
-    called = names.plain(tensors, str(path))
-    return {called[name]: tensor for name, tensor in tensors.items()}
+    authors = names.authors_names(tensors, str(path))
+    return {authors[name]: tensor for name, tensor in tensors.items()}
 
 
 def _read_one(path: Path) -> dict[str, np.ndarray]:
@@ -168,12 +168,12 @@ def read_sizes(path: Path, flag: str = "--config") -> dict[str, Any]:
     except ValueError as error:  # not JSON, or not text
         raise EsoError(f"{flag} = {str(path)!r}: must be a JSON object ({error})") from error
     keys = KEYS | {name: (name,) for name in family_fields()}
-    found = {ours: values[name] for ours, theirs in keys.items() for name in theirs[::-1]
+    sizes = {ours: values[name] for ours, theirs in keys.items() for name in theirs[::-1]
              if values.get(name) is not None}
-    require(bool(found), flag, str(path), "says none of " + ", ".join(theirs[0] for theirs in KEYS.values()))
-    if "family" in found:
-        found["family"] = str(found["family"]).lower()  # transformers' model_type: EsoLM
-    return found
+    require(bool(sizes), flag, str(path), "says none of " + ", ".join(theirs[0] for theirs in KEYS.values()))
+    if "family" in sizes:
+        sizes["family"] = str(sizes["family"]).lower()  # transformers' model_type: EsoLM
+    return sizes
 
 
 def download(repository: str) -> Path:
@@ -184,6 +184,5 @@ def download(repository: str) -> Path:
         return Path(huggingface_hub.snapshot_download(
             repository, allow_patterns=["model*.safetensors", f"*{INDEX}", "config.json"]))
     except Exception as error:  # the hub raises what its transports raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise EsoError(f"SRC = {repository!r}: no such file, and not to be had from the hub ({reason}); without a "
-                       "network, give a .safetensors or .ckpt file") from error
+        raise EsoError(f"SRC = {repository!r}: no such file, and not to be had from the hub ({reason_of(error)}); "
+                       "without a network, give a .safetensors or .ckpt file") from error
