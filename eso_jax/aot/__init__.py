@@ -28,7 +28,7 @@ from eso_jax.decoding.categorical import Rule
 
 def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor: int = 1, batch_per_copy: int = 16,
          rule: Rule = Rule(), target_config: str | None = None) -> dict[str, Any]:
-    """The plan of a run on a slice; if its training does not fit, also of the first change to it that does.
+    """The plan of a run on a slice, as JSON has it; if its training does not fit, also of the first change that does.
 
     Args:
       topology: of chips.topology; after target.prepare.
@@ -49,37 +49,37 @@ def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor:
     say(f"{topology.name}{cloud}, {len(devices)} devices, {devices[0].device_kind}; mesh {axes}; train.remat="
         f"{config.train.remat}, train.accumulate={config.train.accumulate}")
 
-    found: dict[str, Any] = {"topology": topology.name, "accelerator_type": topology.accelerator_type,
+    result: dict[str, Any] = {"topology": topology.name, "accelerator_type": topology.accelerator_type,
                              "devices": len(devices), "mesh": dict(mesh.shape), "versions": versions()}
     program = programs.training(config, topology, devices)
-    found["training"] = report.training(program, config, topology)
-    _say_all(say, report.lines("Training", found["training"]))
+    result["training"] = report.training(program, config, topology)
+    _say_all(say, report.lines("Training", result["training"]))
     if not program.fits:
-        found["instead"] = None
+        result["instead"] = None
         if better := fit.first_that_fits(config, topology, devices, say):
-            one, program = better
-            where = "" if one.topology == topology else f"--topology {one.topology.name} "
-            found["instead"] = {"topology": one.topology.name, "overrides": one.overrides,
-                                "training": report.training(program, one.config, one.topology)}
-            _say_all(say, report.lines(f"With {where}{' '.join(one.overrides)}, training",
-                                       found["instead"]["training"]))
+            change, program = better
+            where = "" if change.topology == topology else f"--topology {change.topology.name} "
+            result["instead"] = {"topology": change.topology.name, "overrides": change.overrides,
+                                "training": report.training(program, change.config, change.topology)}
+            _say_all(say, report.lines(f"With {where}{' '.join(change.overrides)}, training",
+                                       result["instead"]["training"]))
         else:
             say("nothing that was tried fits; use larger chips, or more of mesh.tensor")
 
     while True:
         step, program = programs.sampling(config, topology, devices, batch_per_copy, tensor, rule)
-        found["sampling"] = report.sampling(program, step, topology)
+        result["sampling"] = report.sampling(program, step, topology)
         name = f"Sampling, {step.batch} sequences, a copy of the model to {tensor} device{'s' * (tensor > 1)}, a pass"
-        _say_all(say, report.lines(name, found["sampling"]))
+        _say_all(say, report.lines(name, result["sampling"]))
         if program.fits or len(devices) % (2 * tensor) or config.model.heads % (2 * tensor):
-            return found
+            return result
         tensor *= 2
 
 
 def versions() -> dict[str, str]:
-    """Of what compiles."""
-    return {"jax": jax.__version__, **{name: importlib.metadata.version(name) for name in ("libtpu",)
-                                       if importlib.util.find_spec(name)}}
+    """The versions of what compiles."""
+    libtpu = {"libtpu": importlib.metadata.version("libtpu")} if importlib.util.find_spec("libtpu") else {}
+    return {"jax": jax.__version__, **libtpu}
 
 
 def _say_all(say: Callable[[str], None], text: list[str]) -> None:

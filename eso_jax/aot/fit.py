@@ -35,24 +35,25 @@ def first_that_fits(config: Config, topology: Topology, devices: Sequence[jax.De
     Args:
       say: told of each try.
     """
-    for one in _tries(config, topology, devices):
-        if smallest(one.config, one.devices) < one.topology.chip.memory / one.topology.chip.devices:
-            say(f"trying {' '.join(one.overrides)} on {one.topology.name}")
-            program = programs.training(one.config, one.topology, one.devices)
+    for attempt in _tries(config, topology, devices):
+        chip = attempt.topology.chip
+        if smallest(attempt.config, attempt.devices) < chip.memory / chip.devices:
+            say(f"trying {' '.join(attempt.overrides)} on {attempt.topology.name}")
+            program = programs.training(attempt.config, attempt.topology, attempt.devices)
             if program.fits:
-                return one, program
+                return attempt, program
     return None
 
 
 def smallest(config: Config, devices: Sequence[jax.Device]) -> int:
     """Bytes of state and gradients on one device, the same whatever the batch."""
-    held = programs.state_bytes(config, sharding.mesh(config.mesh, devices))
-    return sum(held.values()) + held["parameters"]
+    state = programs.state_bytes(config, sharding.mesh(config.mesh, devices))
+    return sum(state.values()) + state["parameters"]
 
 
 def _tries(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Iterator[Try]:
-    def allowed(where: Topology, on: Sequence[jax.Device], *overrides: str) -> list[Try]:
-        """The try, unless the batch or the model does not divide so."""
+    def attempt(where: Topology, on: Sequence[jax.Device], *overrides: str) -> list[Try]:
+        """One try; none where the batch or the model does not divide so."""
         try:
             changed = config.override(*overrides)
             sharding.check(changed, sharding.mesh(changed.mesh, on))
@@ -61,21 +62,21 @@ def _tries(config: Config, topology: Topology, devices: Sequence[jax.Device]) ->
         return [Try(overrides, changed, where, on)]
 
     def micro_batches(where: Topology, on: Sequence[jax.Device], *overrides: str) -> list[Try]:
-        """Ever smaller ones, down to a row of each kind on a device."""
+        """Tries with ever smaller micro-batches, down to a row of each loss on a device."""
         counts = [config.train.accumulate * 2**n for n in range(1, config.train.batch_size.bit_length())]
-        return [one for count in counts for one in allowed(where, on, *overrides, f"train.accumulate={count}")]
+        return [one for count in counts for one in attempt(where, on, *overrides, f"train.accumulate={count}")]
 
     for remat in _REMATS[_REMATS.index(config.train.remat) + 1:]:
-        yield from allowed(topology, devices, f"train.remat={remat}")
+        yield from attempt(topology, devices, f"train.remat={remat}")
     full = [] if config.train.remat == "full" else ["train.remat=full"]
     yield from micro_batches(topology, devices, *full)
     shares = [config.mesh.fsdp * 2**n for n in range(1, len(devices).bit_length())]
     for fsdp in shares:
         mesh = (*full, "mesh.data=None", f"mesh.fsdp={fsdp}")
-        yield from allowed(topology, devices, *mesh)
+        yield from attempt(topology, devices, *mesh)
         yield from micro_batches(topology, devices, *mesh)[-1:]
     for where in map(chips.topology, chips.ACCELERATOR_TYPES.values()):
         if where.kind == topology.kind and where.devices > len(devices):
             on = target.devices(where)
             mesh = (*full, "mesh.data=None", f"mesh.fsdp={len(on) // config.mesh.tensor}")
-            yield from (micro_batches(where, on, *mesh) or allowed(where, on, *mesh))[-1:]
+            yield from (micro_batches(where, on, *mesh) or attempt(where, on, *mesh))[-1:]

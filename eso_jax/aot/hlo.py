@@ -62,10 +62,10 @@ class Instruction:
     value: str
     attributes: str
 
-    def called(self, key: str) -> str | None:
-        """The computation named by an attribute."""
-        found = re.search(rf"\b{key}=%?([\w.-]+)", self.attributes)
-        return found[1] if found else None
+    def callee(self, key: str) -> str | None:
+        """The name of the computation that an attribute names."""
+        match = re.search(rf"\b{key}=%?([\w.-]+)", self.attributes)
+        return match[1] if match else None
 
 
 @dataclass
@@ -139,29 +139,30 @@ class Cost:
 
 def cost(text: str) -> Cost:
     """The cost of a program, from the text of its compiled form."""
-    counter, entry = _counter(text)
+    counter, entry = _counter_of(text)
     return counter.computation(entry)
 
 
 def turn(text: str) -> Cost:
     """The cost of one turn of a program's loop, the largest if there are several."""
-    counter, entry = _counter(text)
-    turns = [counter.computation(_must(one, "body")) for one in counter.computations[entry].instructions.values()
-             if one.opcode == "while"]
+    counter, entry = _counter_of(text)
+    turns = [counter.computation(_callee(op, "body")) for op in counter.computations[entry].instructions.values()
+             if op.opcode == "while"]
     return max(turns, key=lambda turn: turn.flops)
 
 
 def unbounded(text: str) -> list[str]:
     """The loops of a program without a known trip count. On a GPU the host waits for each of their turns."""
-    counter, _ = _counter(text)
-    return [one.name for here in counter.computations.values() for one in here.instructions.values()
-            if one.opcode == "while" and counter.trips(one) is None]
+    counter, _ = _counter_of(text)
+    return [op.name for computation in counter.computations.values() for op in computation.instructions.values()
+            if op.opcode == "while" and counter.trips(op) is None]
 
 
-def _counter(text: str) -> tuple[_Counter, str]:
+def _counter_of(text: str) -> tuple[_Counter, str]:
+    """A counter for a program, and the name of the computation that it begins with."""
     computations, entry = parse(text)
-    devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
-    return _Counter(computations, devices), entry
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    return _Counter(computations, int(partitions[1]) if partitions else 1), entry
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -170,25 +171,25 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     entry = ""
     current = Computation()
     for line in text.splitlines():
-        if found := _INSTRUCTION.match(line):
-            instruction = _instruction(found[1], line[found.end():])
+        if match := _INSTRUCTION.match(line):
+            instruction = _parse_instruction(match[1], line[match.end():])
             current.instructions[instruction.name] = instruction
-        elif found := _COMPUTATION.match(line):
-            current = computations[found[2]] = Computation()
-            entry = found[2] if found[1] else entry
+        elif match := _COMPUTATION.match(line):
+            current = computations[match[2]] = Computation()
+            entry = match[2] if match[1] else entry
     return computations, entry
 
 
-def _instruction(name: str, rest: str) -> Instruction:
-    kind = _balanced(rest) if rest.startswith("(") else rest[:rest.index(" ")]
+def _parse_instruction(name: str, rest: str) -> Instruction:
+    kind = _parenthesis(rest) if rest.startswith("(") else rest[:rest.index(" ")]
     call = rest[len(kind):].lstrip()
     opcode = call[:call.index("(")]
-    operands = _balanced(call[len(opcode):])
-    return Instruction(name, _shapes(kind), opcode, tuple(re.findall(r"%([\w.-]+)", operands)),
+    operands = _parenthesis(call[len(opcode):])
+    return Instruction(name, _parse_shapes(kind), opcode, tuple(re.findall(r"%([\w.-]+)", operands)),
                        operands[1:-1], call[len(opcode) + len(operands):])
 
 
-def _balanced(text: str) -> str:
+def _parenthesis(text: str) -> str:
     """The parenthesis that text begins with, up to its end."""
     depth = 0
     for index, character in enumerate(text):
@@ -198,13 +199,14 @@ def _balanced(text: str) -> str:
     return text
 
 
-def _shapes(kind: str) -> tuple[Shape, ...]:
+def _parse_shapes(kind: str) -> tuple[Shape, ...]:
     return tuple(Shape(dtype, tuple(map(int, dims.split(","))) if dims else (), not re.search(r"S\([1-9]", layout))
                  for dtype, dims, layout in _TYPE.findall(kind))
 
 
 class _Counter:
-    """Counts computations, each once, however often it is called."""
+    """Counts computations, each once, however often it is called. `op` is an instruction, `within` the computation
+    that it stands in."""
 
     def __init__(self, computations: dict[str, Computation], devices: int) -> None:
         self.computations, self.devices = computations, devices
@@ -213,201 +215,196 @@ class _Counter:
     def computation(self, name: str) -> Cost:
         if name not in self.known:
             total = Cost()
-            here = self.computations[name]
-            for instruction in here.instructions.values():
-                total.add(self.instruction(here, instruction))
+            computation = self.computations[name]
+            for instruction in computation.instructions.values():
+                total.add(self.instruction(computation, instruction))
             self.known[name] = total
         return self.known[name]
 
-    def instruction(self, here: Computation, one: Instruction) -> Cost:
+    def instruction(self, within: Computation, op: Instruction) -> Cost:
         total = Cost()
-        if one.opcode == "while":
-            total.add(self.computation(_must(one, "body")), self.trips(one) or 1)
-        elif one.opcode == "conditional":
-            called = re.findall(r"branch_computations={[^}]*}|(?:true|false)_computation=%[\w.-]+", one.attributes)
+        if op.opcode == "while":
+            total.add(self.computation(_callee(op, "body")), self.trips(op) or 1)
+        elif op.opcode == "conditional":
+            called = re.findall(r"branch_computations={[^}]*}|(?:true|false)_computation=%[\w.-]+", op.attributes)
             branches = map(self.computation, re.findall(r"%([\w.-]+)", " ".join(called)))
             total.add(min(branches, key=lambda branch: branch.flops))
-        elif one.opcode in ("call", "async-start"):
-            total.add(self.computation(one.called("to_apply") or _must(one, "calls")))
+        elif op.opcode in ("call", "async-start"):
+            total.add(self.computation(op.callee("to_apply") or _callee(op, "calls")))
         else:
-            if one.opcode == "fusion":
-                inside = self.computation(_must(one, "calls"))
+            if op.opcode == "fusion":
+                inside = self.computation(_callee(op, "calls"))
                 total.add(dataclasses.replace(inside, bytes=0.0, launches=0))
-            elif one.opcode in ("dot", "convolution"):
-                total.flops = float(_product(here, one))
-                if any(shape.dtype == "f32" for source in here.operands(one) for shape in source.shapes):
+            elif op.opcode in ("dot", "convolution"):
+                total.flops = float(_product(within, op))
+                if any(shape.dtype == "f32" for source in within.operands(op) for shape in source.shapes):
                     total.wide_flops = total.flops
-            elif one.opcode == "custom-call":
-                total.flops = float(_kernel(here, one))
-            kind = one.opcode.removesuffix("-start")
+            elif op.opcode == "custom-call":
+                total.flops = float(_kernel(within, op))
+            kind = op.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                total.collectives[self.collective(here, one, kind)] += 1
-            total.bytes = float(self.traffic(here, one))
-            total.launches = int(one.opcode not in _FREE and not one.opcode.endswith("-done"))
+                total.collectives[self.collective(within, op, kind)] += 1
+            total.bytes = float(self.traffic(within, op))
+            total.launches = int(op.opcode not in _FREE and not op.opcode.endswith("-done"))
         return total
 
     def trips(self, loop: Instruction) -> int | None:
         """How often a loop's body runs; None if that is data. Counters begin at 0."""
-        if found := re.search(r'known_trip_count\D*(\d+)', loop.attributes):
-            return int(found[1])
-        condition = self.computations[_must(loop, "condition")]
-        compared = self.inside(condition.root)
-        if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
+        if match := re.search(r'known_trip_count\D*(\d+)', loop.attributes):
+            return int(match[1])
+        condition = self.computations[_callee(loop, "condition")]
+        comparison = condition.root
+        if comparison.opcode == "fusion":
+            comparison = self.computations[_callee(comparison, "calls")].root
+        if comparison.opcode != "compare" or "direction=LT" not in comparison.attributes:
             return None
-        counter, bound = self.compared(condition, compared)
+        counter, bound = self.sides(condition, comparison)
         if bound is None or counter is None or not bound.value.isdigit():
             return None
-        found = re.search(r"index=(\d+)", counter.attributes)
-        return -(-int(bound.value) // (self.step(loop, int(found[1])) if found else 1))
+        match = re.search(r"index=(\d+)", counter.attributes)
+        return -(-int(bound.value) // (self.step(loop, int(match[1])) if match else 1))
 
-    def compared(self, condition: Computation, one: Instruction) -> list[Instruction | None]:
+    def sides(self, condition: Computation, comparison: Instruction) -> list[Instruction | None]:
         """The two sides of a condition's comparison, which may be fused."""
-        if condition.root is one:
-            return [condition.instructions.get(name) for name in one.operands]
-        inner = self.computations[_must(condition.root, "calls")]
-        sides = [inner.instructions[name] for name in one.operands]
+        if condition.root is comparison:
+            return [condition.instructions.get(name) for name in comparison.operands]
+        inner = self.computations[_callee(condition.root, "calls")]
+        sides = [inner.instructions[name] for name in comparison.operands]
         return [condition.instructions.get(condition.root.operands[int(side.value)])
                 if side.opcode == "parameter" else side for side in sides]
 
     def step(self, loop: Instruction, index: int) -> int:
         """By how much a turn raises the counter at an index of the loop's carry."""
-        body = self.computations[_must(loop, "body")]
-        raised = body.instructions.get(body.root.operands[index])
-        if raised is None or raised.opcode != "add":
+        body = self.computations[_callee(loop, "body")]
+        counter = body.instructions.get(body.root.operands[index])
+        if counter is None or counter.opcode != "add":
             return 1
-        constants = [one.value for one in body.operands(raised) if one.opcode == "constant"]
+        constants = [op.value for op in body.operands(counter) if op.opcode == "constant"]
         return int(constants[0]) if constants else 1
 
-    def inside(self, one: Instruction) -> Instruction:
-        """An instruction, or the result of what is fused in it."""
-        return self.computations[_must(one, "calls")].root if one.opcode == "fusion" else one
-
-    def collective(self, here: Computation, one: Instruction, kind: str) -> Collective:
-        shapes = [shape for source in here.operands(one) for shape in source.shapes]
-        group = _group(one.attributes, self.devices)
+    def collective(self, within: Computation, op: Instruction, kind: str) -> Collective:
+        shapes = [shape for source in within.operands(op) for shape in source.shapes]
+        group = _group_size(op.attributes, self.devices)
         size = sum(shape.bytes for shape in shapes) * (group if kind == "all-gather" else 1)
         largest = max(shapes, key=lambda shape: shape.bytes)
         # TPUs scatter a reduction by a fusion of the two.
         scattered = kind == "all-reduce" and any(
-            user.opcode in ("dynamic-slice", "slice") and one.name in user.operands
-            for user in here.instructions.values())
+            user.opcode in ("dynamic-slice", "slice") and op.name in user.operands
+            for user in within.instructions.values())
         return Collective("reduce-scatter" if scattered else kind, size, group, largest.dtype)
 
-    def traffic(self, here: Computation, one: Instruction) -> int:
+    def traffic(self, within: Computation, op: Instruction) -> int:
         """Bytes of main memory that an instruction reads and writes."""
-        if one.opcode in _FREE or one.opcode.endswith("-done"):
+        if op.opcode in _FREE or op.opcode.endswith("-done"):
             return 0
-        if one.opcode in ("copy-start", "slice-start"):
-            source = here.operands(one)[0].shapes[0]
-            made = one.shapes[0 if one.opcode == "copy-start" else 1]  # (copy, source, ...) or (source, slice, ...)
-            return made.bytes * (made.main + source.main)
-        if one.opcode.endswith("-start"):
-            return sum(_main(source) for source in here.operands(one))
-        if one.opcode != "fusion":
-            return self.written(here, one) + sum(self.read(here, one, number) for number in range(len(one.operands)))
-        inner = self.computations[_must(one, "calls")]
-        total = sum(_main_bytes(source.shapes, self.read_inside(inner, _parameter(inner, number)))
-                    for number, source in enumerate(here.operands(one)))
+        if op.opcode in ("copy-start", "slice-start"):
+            source = within.operands(op)[0].shapes[0]
+            result = op.shapes[0 if op.opcode == "copy-start" else 1]  # (copy, source, ...) or (source, slice, ...)
+            return result.bytes * (result.main + source.main)
+        if op.opcode.endswith("-start"):
+            return sum(_main_bytes(source.shapes) for source in within.operands(op))
+        if op.opcode != "fusion":
+            return self.bytes_written(within, op) + sum(
+                self.bytes_read(within, op, number) for number in range(len(op.operands)))
+        inner = self.computations[_callee(op, "calls")]
+        total = sum(_main_bytes(source.shapes, self.bytes_read_in_fusion(inner, _parameter(inner, number)))
+                    for number, source in enumerate(within.operands(op)))
         roots = inner.operands(inner.root) if inner.root.opcode == "tuple" else [inner.root]
-        for root, shape in zip(roots, one.shapes, strict=False):
-            total += self.written_inside(inner, root) if shape.main else 0
+        for root, shape in zip(roots, op.shapes, strict=False):
+            total += self.bytes_written_in_fusion(inner, root) if shape.main else 0
         return total
 
-    def read(self, here: Computation, one: Instruction, number: int) -> int:
+    def bytes_read(self, within: Computation, op: Instruction, number: int) -> int:
         """Bytes that an unfused instruction reads of one operand."""
-        source = here.instructions.get(one.operands[number])
-        return 0 if source is None else _main_bytes(source.shapes, _part_read(here, one, number))
+        source = within.instructions.get(op.operands[number])
+        return 0 if source is None else _main_bytes(source.shapes, _bytes_of_part(within, op, number))
 
-    def read_inside(self, inner: Computation, source: Instruction) -> int | None:
+    def bytes_read_in_fusion(self, inner: Computation, source: Instruction) -> int | None:
         """Bytes that a fusion reads of a parameter; None: all of it."""
         total = 0
         for user in inner.instructions.values():
             if source.name not in user.operands:
                 continue
             number = user.operands.index(source.name)
-            if user.opcode == "fusion" and not self.renames(user):
-                deeper = self.computations[_must(user, "calls")]
-                part = self.read_inside(deeper, _parameter(deeper, number))
+            if user.opcode == "fusion" and not self.only_renames(user):
+                deeper = self.computations[_callee(user, "calls")]
+                part = self.bytes_read_in_fusion(deeper, _parameter(deeper, number))
             elif user.opcode in ("bitcast", "fusion"):  # the same under another name
-                part = None if user is inner.root else self.read_inside(inner, user)
+                part = None if user is inner.root else self.bytes_read_in_fusion(inner, user)
             else:
-                part = _part_read(inner, user, number)
+                part = _bytes_of_part(inner, user, number)
             if part is None:
                 return None
             total += part
         return total
 
-    def renames(self, fusion: Instruction) -> bool:
+    def only_renames(self, fusion: Instruction) -> bool:
         """Whether a fusion only gives its operand another shape."""
-        inner = self.computations[_must(fusion, "calls")]
-        return all(one.opcode in ("parameter", "bitcast") for one in inner.instructions.values())
+        inner = self.computations[_callee(fusion, "calls")]
+        return all(op.opcode in ("parameter", "bitcast") for op in inner.instructions.values())
 
-    def written(self, here: Computation, one: Instruction) -> int:
-        if one.opcode == "dynamic-update-slice":
-            return _main_bytes(one.shapes, sum(shape.bytes for shape in here.operands(one)[1].shapes))
-        return sum(shape.bytes for shape in one.shapes if shape.main)
+    def bytes_written(self, within: Computation, op: Instruction) -> int:
+        if op.opcode == "dynamic-update-slice":
+            return _main_bytes(op.shapes, sum(shape.bytes for shape in within.operands(op)[1].shapes))
+        return _main_bytes(op.shapes)
 
-    def written_inside(self, inner: Computation, root: Instruction) -> int:
+    def bytes_written_in_fusion(self, inner: Computation, root: Instruction) -> int:
         """Bytes of one result of a fusion: of an update in place, the update."""
         while root.opcode in ("bitcast", "convert", "copy") and inner.operands(root):
             root = inner.operands(root)[0]
         if root.opcode == "fusion":
-            deeper = self.computations[_must(root, "calls")]
-            return self.written_inside(deeper, deeper.root)
+            deeper = self.computations[_callee(root, "calls")]
+            return self.bytes_written_in_fusion(deeper, deeper.root)
         update = inner.operands(root)[1] if root.opcode == "dynamic-update-slice" else root
         return sum(shape.bytes for shape in update.shapes)
 
 
 def _parameter(inner: Computation, number: int) -> Instruction:
-    return next(one for one in inner.instructions.values() if one.opcode == "parameter" and one.value == str(number))
+    return next(op for op in inner.instructions.values() if (op.opcode, op.value) == ("parameter", str(number)))
 
 
-def _part_read(here: Computation, one: Instruction, number: int) -> int | None:
+def _bytes_of_part(within: Computation, op: Instruction, number: int) -> int | None:
     """Bytes that an operation reads of an operand; None: all of it."""
-    if number == 0 and one.opcode in ("dynamic-slice", "slice", "gather"):
-        return sum(shape.bytes for shape in one.shapes)
-    return 0 if number == 0 and one.opcode == "dynamic-update-slice" else None
+    if number == 0 and op.opcode in ("dynamic-slice", "slice", "gather"):
+        return sum(shape.bytes for shape in op.shapes)
+    return 0 if number == 0 and op.opcode == "dynamic-update-slice" else None
 
 
-def _main(one: Instruction) -> int:
-    return sum(shape.bytes for shape in one.shapes if shape.main)
-
-
-def _main_bytes(shapes: tuple[Shape, ...], part: int | None) -> int:
-    """The bytes of shapes that are in main memory; or, if they are, of a part of them."""
+def _main_bytes(shapes: tuple[Shape, ...], part: int | None = None) -> int:
+    """Bytes of those arrays that are in main memory, or of so much of them as `part` has."""
     whole = sum(shape.bytes for shape in shapes if shape.main)
     return whole if part is None else min(whole, part)
 
 
-def _must(one: Instruction, key: str) -> str:
-    name = one.called(key)
-    assert name is not None, f"{one.opcode} without {key}"
+def _callee(op: Instruction, key: str) -> str:
+    name = op.callee(key)
+    assert name is not None, f"{op.opcode} without {key}"
     return name
 
 
-def _group(attributes: str, devices: int) -> int:
+def _group_size(attributes: str, devices: int) -> int:
     """Devices in one group of a collective."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", match[2]))
     return devices
 
 
-def _product(here: Computation, one: Instruction) -> int:
-    """Operations of a product of two arrays."""
-    left, right = (source.shapes[0].dims for source in here.operands(one))
-    out = one.shapes[0].dims
-    if one.opcode == "dot":
-        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-        axes = [int(axis) for axis in found[1].split(",") if axis] if found else []
+def _product(within: Computation, op: Instruction) -> int:
+    """Floating-point operations of a product or convolution of two arrays."""
+    left, right = (source.shapes[0].dims for source in within.operands(op))
+    out = op.shapes[0].dims
+    if op.opcode == "dot":
+        contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
+        axes = [int(axis) for axis in contracting[1].split(",") if axis] if contracting else []
         return 2 * math.prod(out) * math.prod(left[axis] for axis in axes)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
     assert labels is not None
-    window = dict(re.findall(r"(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)", one.attributes.split("}")[0]))
+    window = dict(re.findall(r"(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)", op.attributes.split("}")[0]))
     pairs = 1
     spatial = sorted(set(labels[1]) - {"b", "f"})
     for number, axis in enumerate(spatial):
@@ -424,22 +421,22 @@ def _product(here: Computation, one: Instruction) -> int:
     return 2 * batch * features * right[labels[2].index("i")] * pairs
 
 
-def _kernel(here: Computation, one: Instruction) -> int:
+def _kernel(within: Computation, op: Instruction) -> int:
     """Operations of a library's kernel for GPUs: of cuBLAS's products; of cuDNN's attention, by formula: 4 K for each
     pair of a query and a key (half of them, where it is causal), backward 10 K, since it makes the scores again."""
-    text = one.attributes.replace("\\", "")
+    text = op.attributes.replace("\\", "")
     target = re.search(r'custom_call_target="([^"]*)"', text)
     if target is None or not target[1].startswith(("__cublas$", "__cudnn$fmha")):
         return 0
-    left = here.operands(one)[0].shapes[0].dims
+    left = within.operands(op)[0].shapes[0].dims
 
     def numbers(field: str) -> list[int]:
-        found = re.search(rf'"{field}":\s*\[([^\]]*)\]', text)
-        return [int(number) for number in re.findall(r"\d+", found[1])] if found else []
+        values = re.search(rf'"{field}":\s*\[([^\]]*)\]', text)
+        return [int(number) for number in re.findall(r"\d+", values[1])] if values else []
 
     if target[1].startswith("__cublas$"):
         contracted = math.prod(left[axis] for axis in numbers("lhs_contracting_dimensions"))
-        return 2 * math.prod(one.shapes[0].dims) * contracted
+        return 2 * math.prod(op.shapes[0].dims) * contracted
     batch, heads, queries, keys = numbers("dimensions")
     pairs = queries * (keys + 1) // 2 if re.search(r'"mask_type":\s*"\w*CAUSAL"', text) else queries * keys
     return (10 if "Backward" in target[1] else 4) * batch * heads * pairs * left[-1]
