@@ -178,7 +178,7 @@ kernel = model.weights.head.kernel
 assert kernel.shape == (64, 1032) and kernel.sharding.shard_shape(kernel.shape) == (64, 258)
 assert model.weights.embedding.sharding.shard_shape((1030, 64)) == (1030, 16)
 shapes = jax.eval_shape(lambda: declared.init_params(model.config.model, jax.random.key(0)))
-where = declared.placed(shapes, model.mesh)
+where = declared.with_shardings(shapes, model.mesh)
 folds, kernel = declared.inference_folds(model.config.model, jnp.float32, model.mesh), where["head_kernel"]
 blocks, head = (fold.lower(x).compile().memory_analysis() for fold, x in zip(folds, (where, kernel)))
 def peak(found): return found.output_size_in_bytes + found.temp_size_in_bytes

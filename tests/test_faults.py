@@ -35,7 +35,7 @@ from eso_jax.errors import EsoError, RunAgain
 from eso_jax.families import Family
 from eso_jax.model.params import Weights
 from eso_jax.noise import Draws
-from eso_jax.run import checkpoint, metrics, multihost, train as training
+from eso_jax.run import checkpoint, metrics, multihost, stopping, train as training
 from test_train import step_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
@@ -480,9 +480,9 @@ def test_skipped_steps_are_counted_and_too_many_stop(base: Config, tmp_path: Pat
 def test_only_a_lost_peer_is_run_again_without_end(said: str, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device without memory is a crash: it would come again."""
     error = jax.errors.JaxRuntimeError(said)
-    assert not multihost.is_loss(error)  # one process has no peers
+    assert not stopping.is_loss(error)  # one process has no peers
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert multihost.is_loss(error) == lost
+    assert stopping.is_loss(error) == lost
 
 
 def test_a_peer_lost_while_saving_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,8 +503,8 @@ def test_a_peer_lost_while_saving_is_no_mistake(tmp_path: Path, monkeypatch: pyt
 def test_only_steps_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[Exception] = []
     monkeypatch.setattr(multihost, "leave", left.append)
-    monkeypatch.setattr(multihost.faulthandler, "dump_traceback", lambda **_: None)
-    with multihost.Watchdog(1, lambda: "") as watchdog:
+    monkeypatch.setattr(stopping.faulthandler, "dump_traceback", lambda **_: None)
+    with stopping.Watchdog(1, lambda: "") as watchdog:
         watchdog.begin()
         watchdog.rest()  # an evaluation
         time.sleep(1.6)
@@ -536,7 +536,7 @@ def test_a_stopped_run_has_no_watchdog_left(base: Config, tmp_path: Path, monkey
     """Whoever calls train from Python and catches its error lives on."""
     left: list[Exception] = []
     monkeypatch.setattr(multihost, "leave", left.append)
-    monkeypatch.setattr(multihost.faulthandler, "dump_traceback", lambda **_: None)
+    monkeypatch.setattr(stopping.faulthandler, "dump_traceback", lambda **_: None)
     real = training.train_step
     monkeypatch.setattr(training, "train_step", lambda *arguments: (
         (found := real(*arguments))[0], found[1] | {"finite": found[0].step < 4}))
@@ -670,8 +670,8 @@ def test_a_checkpoint_is_restored_on_any_mesh_and_process_count(base: Config, tm
 
 def test_a_run_of_one_process_waits_for_nobody() -> None:
     multihost.barrier("anything", 1)
-    assert multihost.gathered("anything", "text") == ["text"]
-    assert multihost.agreed("anything", None) is None and multihost.agreed("anything", "bad") == "bad"
+    assert multihost.gather("anything", "text") == ["text"]
+    assert multihost.agree("anything", None) is None and multihost.agree("anything", "bad") == "bad"
     for kind in (EsoError, RunAgain):
         with pytest.raises(kind, match="^said: so$"):
             multihost.by_writer("anything", lambda kind=kind: (_ for _ in ()).throw(kind("said: so")))

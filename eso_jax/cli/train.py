@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from eso_jax import config
-    from eso_jax.run import multihost
+    from eso_jax.run import multihost, stopping
 
     workdir = Path(arguments.workdir)
     if arguments.multi_host:  # before the experiment is run, which may ask JAX for its devices
@@ -26,5 +26,5 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax.data import override
     from eso_jax.run.train import train
 
-    with multihost.together():
+    with stopping.together():
         train(override(config.from_file(arguments.experiment), *arguments.overrides), workdir)

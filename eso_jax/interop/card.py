@@ -17,14 +17,14 @@ def card(config: Config, step: int, parameters: int, averaged: bool, lines: list
     """The card of a work directory's model, in Markdown.
 
     Args:
-      step: of the checkpoint; 0 for an imported model.
+      step: of the checkpoint; 0: an imported model.
       parameters: how many numbers it has.
       averaged: whether they are the moving average, which the validation numbers are measured on.
       lines: of metrics.jsonl.
     """
     model, family, train = config.model, families.get(config), config.train
-    described = family.describe(config.family)
-    facts = {"family": family.label + (f", {described}" if described else ""), "parameters": f"{parameters:,}",
+    settings = family.describe(config.family)
+    facts = {"family": family.label + (f", {settings}" if settings else ""), "parameters": f"{parameters:,}",
              "width, layers, heads": f"{model.width}, {model.layers}, {model.heads}",
              "AdaLN": f"conditioning of width {model.cond_dim}" if model.cond_dim else "none",
              "length": f"{model.length} tokens",
@@ -40,7 +40,7 @@ def card(config: Config, step: int, parameters: int, averaged: bool, lines: list
         facts["trained on"] = "not recorded here: the weights were imported"
     title = f"# {family.label}, {parameters:,} parameters"
     return "\n".join(["---", "library_name: eso_jax", "---", "", title, "", *_table(facts), "", "## Measured", "",
-                      *_measured(step, averaged, lines), "", "## Use", "", "```bash",
+                      *_measurements(step, averaged, lines), "", "## Use", "", "```bash",
                       "eso-jax import WEIGHTS.safetensors --config SIZES.json --out W", "```", "",
                       "The tensors have the names and shapes of the Eso-LM authors' PyTorch models; see "
                       "[Esoteric Language Models](https://arxiv.org/abs/2506.01928).", ""])
@@ -50,8 +50,8 @@ def _table(rows: dict[str, str]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
-def _measured(step: int, averaged: bool, lines: list[dict[str, Any]]) -> list[str]:
-    """The last numbers of each kind up to the checkpoint's step, each with its own step."""
+def _measurements(step: int, averaged: bool, lines: list[dict[str, Any]]) -> list[str]:
+    """A table of the last number of each kind up to the checkpoint's step, and at which step it was measured."""
     last = {name: line for line in lines if line["step"] <= step for name in MEASURED if line.get(name) is not None}
     rows = {f"{label}, at step {last[name]['step']:,}": f"{last[name][name]:.4g}"
             for name, label in MEASURED.items() if name in last}

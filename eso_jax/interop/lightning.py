@@ -18,7 +18,7 @@ import numpy as np
 
 from eso_jax.errors import EsoError, require
 from eso_jax.interop import pickles
-from eso_jax.interop.names import is_buffer, plain
+from eso_jax.interop.names import authors_names, is_buffer
 from eso_jax.interop.pickles import Global, Inert, Persistent, shown
 
 STORAGES: dict[str, Any] = {
@@ -61,16 +61,16 @@ class _Reader:
         self.archive, self.source = archive, source
         self.unread = Path(source).stat().st_size
         self.storages: dict[str, bytes] = {}
-        found = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
-        require(len(found) == 1, "SRC", source, "not a .ckpt of torch.save (no data.pkl in it)")
-        self.root = found[0].removesuffix("data.pkl")
+        entries = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+        require(len(entries) == 1, "SRC", source, "not a .ckpt of torch.save (no data.pkl in it)")
+        self.root = entries[0].removesuffix("data.pkl")
         order = f"{self.root}byteorder"
         require(order not in archive.NameToInfo or self.entry(order) == b"little", "SRC", source,
                 "was written on a big-endian machine; save it again on another")
 
     def entry(self, name: str) -> bytes:
-        """The bytes of an entry. torch.save compresses nothing, so that all entries together are smaller than the file:
-        no few bytes become many. The size said of a compressed one proves nothing, as it is unpacked to be counted."""
+        """The bytes of an entry. One that is compressed is refused, as torch.save compresses nothing: all entries
+        together are then smaller than the file, and a small file cannot fill the memory."""
         info = self.archive.getinfo(name)
         self.unread -= info.file_size
         stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
@@ -83,15 +83,16 @@ class _Reader:
         weights = tree.get("state_dict") if isinstance(tree, dict) else None
         if not isinstance(weights, dict):
             raise EsoError(f"SRC = {self.source!r}: not a Lightning checkpoint (no state_dict)")
-        called = plain(map(str, weights), self.source)
-        tensors = {called[str(name)]: self.array(value, str(name)) for name, value in weights.items()}
+        authors = authors_names(map(str, weights), self.source)
+        tensors = {authors[str(name)]: self.array(value, str(name)) for name, value in weights.items()}
         if ema:
-            tensors |= self.averaged(tree, {n: t for n, t in tensors.items() if not is_buffer(n)})
-        return tensors, _described(tree.get("hyper_parameters"))
+            tensors |= self.shadow(tree, {n: t for n, t in tensors.items() if not is_buffer(n)})
+        return tensors, _sizes_in(tree.get("hyper_parameters"))
 
-    def averaged(self, tree: dict[Any, Any], raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = tree.get("ema")
-        shadow = found.get("shadow_params") if isinstance(found, dict) else None
+    def shadow(self, tree: dict[Any, Any], raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The averaged parameters, by the names of the raw ones."""
+        ema = tree.get("ema")
+        shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
         if not isinstance(shadow, list):
             raise EsoError(f"--ema: {self.source} holds no ema.shadow_params; leave --ema out for the raw parameters")
         require(len(shadow) == len(raw), "ema.shadow_params", f"{len(shadow)} tensors",
@@ -134,24 +135,24 @@ class _Reader:
         return view if numbers.size else np.zeros(shape, dtype)
 
 
-def _described(hyper_parameters: Any) -> dict[str, Any]:
+def _sizes_in(hyper_parameters: Any) -> dict[str, Any]:
     """The sizes and settings in the pickled OmegaConf config, by our names; those absent or interpolated left out."""
-    config = _inside(hyper_parameters).get("config")
-    found = {}
+    config = _entries(hyper_parameters).get("config")
+    sizes = {}
     for ours, path in SIZES.items():
         value = config
         for part in path.split("."):
-            value = _inside(value).get(part)
+            value = _entries(value).get(part)
         value = _plain(value)
         if isinstance(value, (int, float)) or ours == "family" and isinstance(value, str):
-            found[ours] = shown(value) if isinstance(value, str) else value
-    if found.get("family") == "esolm" and _plain(_inside(_inside(config).get("algo")).get(
-            "diffusion_attn_mode")) == "mixed2":
-        found["family"] = "esolm_a"
-    return found
+            sizes[ours] = shown(value) if isinstance(value, str) else value
+    mode = _entries(_entries(config).get("algo")).get("diffusion_attn_mode")
+    if sizes.get("family") == "esolm" and _plain(mode) == "mixed2":
+        sizes["family"] = "esolm_a"
+    return sizes
 
 
-def _inside(value: Any) -> dict[Any, Any]:
+def _entries(value: Any) -> dict[Any, Any]:
     """The entries of a dict or of a record of OmegaConf's DictConfig; none of anything else."""
     value = value.state if isinstance(value, Inert) else value
     content = value.get("_content", value) if isinstance(value, dict) else None

@@ -21,7 +21,7 @@ from eso_jax.config import ModelConfig
 from eso_jax.console import say
 from eso_jax.errors import EsoError, require
 from eso_jax.interop.pickles import shown
-from eso_jax.model.params import PARAMETERS, Parameter, Params, declared
+from eso_jax.model.params import PARAMETERS, Parameter, Params, parameters_of
 
 PREFIX = "backbone."
 WRAPPERS = ("_orig_mod", "module")  # of torch.compile; of DataParallel, DistributedDataParallel
@@ -43,41 +43,41 @@ class Place(NamedTuple):
 
 def places(config: ModelConfig) -> dict[str, Place]:
     """The place of every tensor of a checkpoint, by its name there."""
-    found = {}
-    for ours, one in declared(config).items():
-        for layer in range(config.layers) if one.stacked else (None,):
+    by_name = {}
+    for ours, parameter in parameters_of(config).items():
+        for layer in range(config.layers) if parameter.stacked else (None,):
             block = "" if layer is None else f"blocks.{layer}."
-            found[PREFIX + block + one.authors] = Place(ours, layer, _theirs(ours, one, config))
-    return found
+            by_name[PREFIX + block + parameter.authors] = Place(ours, layer, _tensor_shape(ours, parameter, config))
+    return by_name
 
 
-def _theirs(name: str, one: Parameter, config: ModelConfig) -> tuple[int, ...]:
+def _tensor_shape(name: str, parameter: Parameter, config: ModelConfig) -> tuple[int, ...]:
     """The shape of one layer's tensor: of a matrix [out, in], of all else [size]; of the embedding as ours."""
-    shape = one.shape(config)[one.stacked:]
+    shape = parameter.shape(config)[parameter.stacked:]
     if name == "embedding":
         return shape
-    inputs, outputs = math.prod(shape[:one.inputs]), math.prod(shape[one.inputs:])
-    return (outputs, inputs) if one.inputs else (outputs,)
+    inputs, outputs = math.prod(shape[:parameter.inputs]), math.prod(shape[parameter.inputs:])
+    return (outputs, inputs) if parameter.inputs else (outputs,)
 
 
-def plain(given: Iterable[str], source: str) -> dict[str, str]:
-    """The authors' names of a checkpoint's tensors, by its own: without what torch.compile and data-parallel wrappers
-    put before them, with the `backbone.` that a model saved on its own has not. What was changed is said.
+def authors_names(names: Iterable[str], source: str) -> dict[str, str]:
+    """The authors' name of each tensor of a checkpoint, by its name there, which may differ: torch.compile and
+    data-parallel wrappers put a word before it, and a model saved on its own lacks `backbone.`. Differences are said.
 
     Raises:
       EsoError: two tensors would go by one name.
     """
-    found = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in given}
-    said = [f"{part}." for part in WRAPPERS if any(part in name.split(".") for name in found)]
-    if f"{PREFIX}{EMBEDDING}" not in found.values() and EMBEDDING in found.values():
-        found = {name: ours if is_buffer(ours) or ours.startswith(PREFIX) else PREFIX + ours
-                 for name, ours in found.items()}
-        said.append(f"no {PREFIX}")
-    twice = next((ours for ours, count in Counter(found.values()).items() if count > 1), None)
+    authors = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    differences = [f"{part}." for part in WRAPPERS if any(part in name.split(".") for name in authors)]
+    if f"{PREFIX}{EMBEDDING}" not in authors.values() and EMBEDDING in authors.values():
+        authors = {name: short if is_buffer(short) or short.startswith(PREFIX) else PREFIX + short
+                   for name, short in authors.items()}
+        differences.append(f"no {PREFIX}")
+    twice = next((name for name, count in Counter(authors.values()).items() if count > 1), None)
     require(twice is None, "SRC", source, f"has two tensors {shown(twice or '')}, but for the names of wrappers")
-    if said:
-        say(f"{source}: tensors are named with {', '.join(said)}; read under the authors' names")
-    return found
+    if differences:
+        say(f"{source}: tensors are named with {', '.join(differences)}; read under the authors' names")
+    return authors
 
 
 def is_buffer(name: str) -> bool:
@@ -92,18 +92,23 @@ def to_params(tensors: dict[str, np.ndarray], config: ModelConfig, source: str) 
       EsoError: a tensor is missing, unknown, of another shape or no float of at most 32 bits, or holds nan or inf.
     """
     expected = places(config)
-    given = {name: tensor for name, tensor in tensors.items() if not is_buffer(name)}
-    _same_names(set(given), set(expected), source)
+    names = {name for name in tensors if not is_buffer(name)}
+    if missing := sorted(expected.keys() - names):
+        raise EsoError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all); check --config and --family")
+    if unknown := sorted(names - expected.keys()):
+        raise EsoError(f"{source}: unknown tensor {shown(unknown[0])} ({len(unknown)} in all); check --config and "
+                       "--family")
     stacks: dict[str, list[np.ndarray]] = {}
     for name, (ours, layer, shape) in expected.items():
-        tensor = given[name]
+        tensor = tensors[name]
         require(tensor.shape == shape, name, tensor.shape, f"{source} should hold shape {shape}; check --config")
         require(tensor.dtype in FLOATS, name, str(tensor.dtype),
                 f"{source} should hold float32, float16 or bfloat16, which become float32 without a loss")
         require(bool(np.isfinite(tensor).all()), name, "nan or inf", f"{source} is damaged, or was never trained")
-        one = PARAMETERS[ours]
-        ours_first = tensor if ours == "embedding" else tensor.T
-        stacks.setdefault(ours, []).append(np.asarray(ours_first.reshape(one.shape(config)[one.stacked:]), np.float32))
+        parameter = PARAMETERS[ours]
+        inputs_first = tensor if ours == "embedding" else tensor.T
+        array = inputs_first.reshape(parameter.shape(config)[parameter.stacked:])
+        stacks.setdefault(ours, []).append(np.asarray(array, np.float32))
     if FREQUENCY_BUFFER in tensors:
         buffer, angles = tensors[FREQUENCY_BUFFER], frequencies(config)
         same = buffer.shape == angles.shape and np.allclose(buffer.astype(np.float32), angles, rtol=1e-2)  # or halves
@@ -111,14 +116,6 @@ def to_params(tensors: dict[str, np.ndarray], config: ModelConfig, source: str) 
                 "the authors' models; check the number of heads")
     return {ours: jnp.asarray(np.stack(parts) if PARAMETERS[ours].stacked else parts[0])
             for ours, parts in stacks.items()}
-
-
-def _same_names(given: set[str], expected: set[str], source: str) -> None:
-    if missing := sorted(expected - given):
-        raise EsoError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all); check --config and --family")
-    if unknown := sorted(given - expected):
-        raise EsoError(f"{source}: unknown tensor {shown(unknown[0])} ({len(unknown)} in all); check --config and "
-                       "--family")
 
 
 def to_tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -153,10 +150,10 @@ def sizes_of(tensors: dict[str, np.ndarray], source: str) -> dict[str, Any]:
     vocab_size, width = tensors[name].shape
     blocks = [int(block[1]) for n in tensors if (block := re.match(r"backbone\.blocks\.(\d{1,4})\.", n))]
     modulation = [t.shape[-1] for n, t in tensors.items() if n.endswith("adaLN_modulation.weight") and t.ndim == 2]
-    found = {"vocab_size": vocab_size, "width": width, "layers": max(blocks, default=0) + 1,
+    sizes = {"vocab_size": vocab_size, "width": width, "layers": max(blocks, default=0) + 1,
              "cond_dim": modulation[0] if modulation else 0}
     if FREQUENCY_BUFFER in tensors and tensors[FREQUENCY_BUFFER].size:
-        found["heads"] = width // (2 * tensors[FREQUENCY_BUFFER].size)
+        sizes["heads"] = width // (2 * tensors[FREQUENCY_BUFFER].size)
     if vocab_size == BERT_VOCABULARY:
-        found["mask_id"] = BERT_MASK
-    return found
+        sizes["mask_id"] = BERT_MASK
+    return sizes

@@ -32,7 +32,7 @@ BACKENDS: tuple[Backend, ...] = (CuDNN(), Splash(), Plain())
 
 def attend(q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"], view: View,
            wanted: str = AUTO) -> Float[Array, "B S H K"]:
-    """Attention within one pass, by the backend of a name, or by the first that can."""
+    """Attention within one pass, by the backend that is called `wanted`, or by the first that can."""
     pattern, slots = view.pattern, q.shape[1]
     length = pattern.length(slots) if isinstance(pattern, TwoStreams) else slots
     if isinstance(pattern, OwnSteps):  # no kernel has it
@@ -43,8 +43,10 @@ def attend(q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Arra
 
 
 def choose(task: Task, wanted: str = AUTO) -> tuple[Backend, dict[str, str]]:
-    """The backend of a name that computes a task, or the first that does; and why those before it do not. One that is
-    wanted by its name, but cannot compute the task, leaves it to `plain`."""
+    """(a backend that computes a task, why those that were asked before it do not, by their names).
+
+    It is the one that is called `wanted`, or `plain` where that one cannot; with "auto" the first that can.
+    """
     refusals: dict[str, str] = {}
     for backend in BACKENDS:
         if wanted in (AUTO, backend.name) or isinstance(backend, Plain):
@@ -58,9 +60,9 @@ def choose(task: Task, wanted: str = AUTO) -> tuple[Backend, dict[str, str]]:
 def describe(patterns: Iterable[Pattern | TwoStreams], config: ModelConfig, dtype: Any, wanted: str = AUTO) -> str:
     """Who computes the attention of these patterns on the mesh in force, for people; with the reason, where it is not
     the kernel that was made for the platform."""
-    said: dict[str, None] = {}
+    answers: dict[str, None] = {}  # each once, in order
     for pattern in patterns:
         backend, refusals = choose(Task(pattern, config.length, config.head_size, jnp.dtype(dtype)), wanted)
         reasons = [f"{name}: {reason}" for name, reason in refusals.items() if not reason.startswith("for ")]
-        said[backend.name + (f" ({'; '.join(reasons)})" if reasons else "")] = None
-    return ", ".join(said)
+        answers[backend.name + (f" ({'; '.join(reasons)})" if reasons else "")] = None
+    return ", ".join(answers)

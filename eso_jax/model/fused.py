@@ -64,40 +64,42 @@ class Fused(Backend):
     def _stream(self, q: Array, k: Array, v: Array, view: View, pattern: Pattern) -> Float[Array, "B L H K"]:
         """Any pattern of one stream."""
         batch, length, _, size = q.shape
-        seen = None if view.length is None else jnp.broadcast_to(view.length, batch)
+        lengths = None if view.length is None else jnp.broadcast_to(view.length, batch)
         q, k, v = (self._widen(x) for x in (q, k, v))
-        out = self.kernel(q, k, v, Pattern(pattern.block), seen, size**-0.5)
+        out = self.kernel(q, k, v, Pattern(pattern.block), lengths, size**-0.5)
         if pattern.prefix:
             assert view.clean is not None
             clean = jnp.broadcast_to(view.clean, batch)
-            inside = self.kernel(q, k, v, EVERYONE, jnp.maximum(clean, 1), size**-0.5)
-            out = jnp.where((jnp.arange(length)[None] < clean[:, None])[..., None, None], inside, out)
+            among_clean = self.kernel(q, k, v, EVERYONE, jnp.maximum(clean, 1), size**-0.5)
+            out = jnp.where((jnp.arange(length)[None] < clean[:, None])[..., None, None], among_clean, out)
         return out[..., :size]
 
     def _noisy(self, q: Array, noisy: tuple[Array, Array], clean: tuple[Array, Array], view: View,
                block: int) -> Float[Array, "B S H K"]:
+        """What the noisy copy gets; see the top of this file."""
         batch, slots, heads, size = q.shape
-        seen = None if view.length is None else jnp.broadcast_to(view.length, batch) + block
+        lengths = None if view.length is None else jnp.broadcast_to(view.length, batch) + block
         (k_noisy, v_noisy), (k, v) = noisy, clean
         in_blocks = (batch, slots // block, block, heads, size)
-        own = jnp.einsum("bjqhk,bjnhk->bjqhn", q.reshape(in_blocks), k_noisy.reshape(in_blocks), precision="highest",
-                         preferred_element_type=jnp.float32).reshape(batch, slots, heads, block)
-        high = own.astype(q.dtype)
-        low = (own - high.astype(own.dtype)).astype(q.dtype)
-        one = jnp.broadcast_to(jnp.eye(block, dtype=q.dtype)[None, :, None], (batch, block, heads, block))
+        own_scores = jnp.einsum("bjqhk,bjnhk->bjqhn", q.reshape(in_blocks), k_noisy.reshape(in_blocks),
+                                precision="highest", preferred_element_type=jnp.float32)
+        own_scores = own_scores.reshape(batch, slots, heads, block)
+        high = own_scores.astype(q.dtype)
+        low = (own_scores - high.astype(own_scores.dtype)).astype(q.dtype)
+        marks = jnp.broadcast_to(jnp.eye(block, dtype=q.dtype)[None, :, None], (batch, block, heads, block))
 
         def behind_null(x: Array, *channels: Array) -> Array:
             """Null keys or values with a 1 in their channels, then all but the last block of x."""
             null = jnp.concatenate([jnp.zeros((batch, block, heads, size), x.dtype), *channels], axis=-1)
-            rest = jnp.pad(x[:, :-block], [(0, 0)] * 3 + [(0, null.shape[-1] - size)])
-            return self._widen(jnp.concatenate([null, rest], axis=1), size + 2 * block)
+            earlier = jnp.pad(x[:, :-block], [(0, 0)] * 3 + [(0, null.shape[-1] - size)])
+            return self._widen(jnp.concatenate([null, earlier], axis=1), size + 2 * block)
 
-        out = self.kernel(self._widen(jnp.concatenate([q, high, low], axis=-1)), behind_null(k, one, one),
-                          behind_null(v, one), Pattern(block), seen, size**-0.5)
+        out = self.kernel(self._widen(jnp.concatenate([q, high, low], axis=-1)), behind_null(k, marks, marks),
+                          behind_null(v, marks), Pattern(block), lengths, size**-0.5)
         weight = out[..., size:size + block].reshape(batch, -1, block, heads, block)
-        mine = jnp.einsum("bjqhn,bjnhk->bjqhk", weight, v_noisy.reshape(in_blocks), precision="highest",
-                          preferred_element_type=jnp.float32)
-        return (out[..., :size] + mine.reshape(q.shape)).astype(q.dtype)
+        of_own_block = jnp.einsum("bjqhn,bjnhk->bjqhk", weight, v_noisy.reshape(in_blocks), precision="highest",
+                                  preferred_element_type=jnp.float32)
+        return (out[..., :size] + of_own_block.reshape(q.shape)).astype(q.dtype)
 
     def _widen(self, x: Float[Array, "B S H K"], least: int = 0) -> Float[Array, "B S H _"]:
         """x with channels of zeros behind, up to a multiple of what the kernel takes."""

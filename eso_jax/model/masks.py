@@ -106,12 +106,12 @@ class View:
     length: Int[Array, "..."] | None = None
 
     def table(self, pattern: Pattern, queries: Int[Array, " S"], keys: Int[Array, " L"]) -> Bool[Array, "_ S L"]:
-        """The truth table of a pattern of this view, for every row, or one for all of them."""
+        """The truth tables of a pattern: one for each row of the view, or one for all of them."""
         query, key, clean = queries[None, :, None], keys[None, None], self.clean
         if clean is not None:
             clean = clean[:, None, None] if clean.ndim == 1 else clean[:, queries, None]
-        seen = pattern(query, key, 0 if clean is None else clean)
-        return seen if self.length is None else seen & (key < self.length[:, None, None])
+        sees = pattern(query, key, 0 if clean is None else clean)
+        return sees if self.length is None else sees & (key < self.length[:, None, None])
 
 
 def everyone(query: Int[Array, "*#s"], key: Int[Array, "*#s"]) -> Bool[Array, "*s"]:

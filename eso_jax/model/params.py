@@ -134,8 +134,8 @@ _ADALN = {
 PARAMETERS = _ALWAYS | _ADALN
 
 
-def declared(config: ModelConfig) -> dict[str, Parameter]:
-    """The parameters that a model has, by name."""
+def parameters_of(config: ModelConfig) -> dict[str, Parameter]:
+    """The parameters that a model of this config has, by name."""
     return PARAMETERS if config.cond_dim else _ALWAYS
 
 
@@ -146,9 +146,9 @@ class Parameters(nn.Module):
 
     @nn.compact
     def __call__(self) -> Params:
-        return {name: self.param(name, nn.with_logical_partitioning(one.init(self.config), one.axes),
-                                 one.shape(self.config))
-                for name, one in declared(self.config).items()}
+        return {name: self.param(name, nn.with_logical_partitioning(parameter.init(self.config), parameter.axes),
+                                 parameter.shape(self.config))
+                for name, parameter in parameters_of(self.config).items()}
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
@@ -259,11 +259,11 @@ def fold(config: ModelConfig, params: Params, dtype: Any = jnp.float32, attentio
         condition = _condition(p)
         modulation = jnp.einsum("c,ncmd->mnd", condition, p["adaln_kernel"]) + jnp.swapaxes(p["adaln_bias"], 0, 1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        norm1, norm2 = _modulated(p["norm1"], shift1, scale1), _modulated(p["norm2"], shift2, scale2)
+        norm1, norm2 = _modulate(p["norm1"], shift1, scale1), _modulate(p["norm2"], shift2, scale2)
         out = p["out"] * gate1[:, None, None, :]
         mlp_out = Linear(p["mlp_out_kernel"] * gate2[:, None, :], p["mlp_out_bias"] * gate2)
         shift, scale = jnp.einsum("c,cmd->md", condition, p["head_adaln_kernel"]) + p["head_adaln_bias"]
-        head_norm = _modulated(p["head_norm"], shift, scale)
+        head_norm = _modulate(p["head_norm"], shift, scale)
     else:
         norm1, norm2, head_norm = (Norm(p[name], jnp.zeros_like(p[name])) for name in ("norm1", "norm2", "head_norm"))
         out, mlp_out = p["out"], Linear(p["mlp_out_kernel"], p["mlp_out_bias"])
@@ -282,7 +282,7 @@ def _condition(p: Params) -> Float[Array, " C"]:
     return nn.silu(hidden @ p["sigma_out_kernel"] + p["sigma_out_bias"])
 
 
-def _modulated(norm: Array, shift: Array, scale: Array) -> Norm:
+def _modulate(norm: Array, shift: Array, scale: Array) -> Norm:
     return Norm(norm * (1 + scale), shift)
 
 
@@ -317,10 +317,9 @@ def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh, a
 
 @functools.lru_cache(maxsize=8)  # so that models of one kind are compiled once
 def inference_folds(config: ModelConfig, dtype: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """The compiled functions behind `for_inference`: from parameters to the blocks, the norm and the bias of the head,
-    which is all but the embedding (which is the parameter) and the kernel of the head; and from the parameter of the
-    latter to the kernel, whose columns are padded to a multiple of the devices that share it, and split. `head` drops
-    their logits."""
+    """The two compiled functions behind `for_inference`. The first makes, of parameters, the blocks, and norm and bias
+    of the head. The second makes the kernel of the head: its columns are padded to a multiple of the devices that share
+    it (`head` drops their logits), and split. The embedding is the parameter itself."""
     where = jax.tree.map(lambda x: x.sharding, abstract_weights(config, dtype, mesh))
 
     def fold_blocks(params: Params) -> tuple[Any, Norm, Array]:
@@ -328,7 +327,7 @@ def inference_folds(config: ModelConfig, dtype: Any, mesh: Mesh) -> tuple[Any, A
         return weights.blocks, weights.head.norm, weights.head.bias
 
     def fold_kernel(kernel: Array) -> Array:
-        return _padded(kernel.astype(dtype), mesh)
+        return _pad_columns(kernel.astype(dtype), mesh)
 
     return (jax.jit(fold_blocks, out_shardings=(where.blocks, where.head.norm, where.head.bias)),
             jax.jit(fold_kernel, out_shardings=where.head.kernel))
@@ -336,18 +335,19 @@ def inference_folds(config: ModelConfig, dtype: Any, mesh: Mesh) -> tuple[Any, A
 
 def abstract_weights(config: ModelConfig, dtype: Any, mesh: Mesh) -> Weights:
     """The shapes, types and shardings of weights for inference."""
-    def folded() -> Weights:
+    def make() -> Weights:
         weights = unstack(fold(config, init_params(config, jax.random.key(0)), dtype))
-        head = Head(weights.head.norm, _padded(weights.head.kernel, mesh), weights.head.bias)
+        head = Head(weights.head.norm, _pad_columns(weights.head.kernel, mesh), weights.head.bias)
         return dataclasses.replace(weights, head=head)
 
-    shapes = jax.eval_shape(folded)
-    where: Weights = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes,
-                                  weight_shardings(shapes, mesh))
-    return where
+    shapes = jax.eval_shape(make)
+    abstract: Weights = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes,
+                                     weight_shardings(shapes, mesh))
+    return abstract
 
 
-def _padded(kernel: Array, mesh: Mesh) -> Array:
+def _pad_columns(kernel: Array, mesh: Mesh) -> Array:
+    """A head's kernel, its columns padded to a multiple of the devices that share them."""
     return jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % mesh.shape["tensor"])))
 
 
@@ -372,8 +372,8 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, param_spec(path, x.ndim)), tree)
 
 
-def placed(tree: Any, mesh: Mesh) -> Any:
-    """The shapes, types and shardings of a tree as above, without its values."""
+def with_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The shapes, types and shardings of such a tree, without its values."""
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree,
                         param_shardings(tree, mesh))
 
@@ -387,10 +387,10 @@ def weight_shardings(weights: Weights, mesh: Mesh) -> Weights:
     """The NamedSharding of every weight (or of its shape): its parameter's, where blocks are stacked; else by the rules
     for sampling, for which the columns of the head must divide (`for_inference` sees to that)."""
     def of(path: tuple[Any, ...], _: Any) -> NamedSharding:
-        one = _origin(path)
+        parameter = _origin(path)
         if stacked:
-            return NamedSharding(mesh, sharding.spec(one.axes))
-        return NamedSharding(mesh, sharding.spec(one.axes[one.stacked:], sharding.SAMPLING))
+            return NamedSharding(mesh, sharding.spec(parameter.axes))
+        return NamedSharding(mesh, sharding.spec(parameter.axes[parameter.stacked:], sharding.SAMPLING))
 
     stacked = isinstance(weights.blocks, Block)
     shardings: Weights = jax.tree_util.tree_map_with_path(of, weights)

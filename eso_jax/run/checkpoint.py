@@ -35,8 +35,8 @@ from jaxtyping import Array, UInt32
 from eso_jax.config import ModelConfig
 from eso_jax import files
 from eso_jax.console import is_writer, say
-from eso_jax.errors import EsoError, RunAgain, require
-from eso_jax.run import multihost
+from eso_jax.errors import EsoError, RunAgain, reason_of, require
+from eso_jax.run import multihost, stopping
 
 PARTS = ("params", "ema", "optimizer")
 
@@ -51,13 +51,13 @@ def open_checkpoints(workdir: Path, keep: int | None = None, keep_every: int | N
     from orbax.checkpoint import v1 as ocp
 
     policies = ocp.training.preservation_policies
-    kept = policies.PreserveAll() if keep is None else policies.LatestN(keep)
+    policy = policies.PreserveAll() if keep is None else policies.LatestN(keep)
     if keep_every is not None:
-        kept = policies.AnyPreservationPolicy([kept, policies.EveryNSteps(keep_every)])
+        policy = policies.AnyPreservationPolicy([policy, policies.EveryNSteps(keep_every)])
     checkpoints = ocp.training.Checkpointer(
-        (workdir / "checkpoints").absolute(), cleanup_tmp_directories=keep is not None, preservation_policy=kept,
+        (workdir / "checkpoints").absolute(), cleanup_tmp_directories=keep is not None, preservation_policy=policy,
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
-    logging.getLogger("absl").addFilter(_is_ours)
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
     try:
         yield checkpoints
     except BaseException:
@@ -67,8 +67,8 @@ def open_checkpoints(workdir: Path, keep: int | None = None, keep_every: int | N
     checkpoints.close()
 
 
-def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether a line of a log is not Orbax's: what fails there is raised, and said in a line, not in a thousand."""
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """A filter of log lines: what fails in Orbax is raised, and said here in one line, not in a thousand of its own."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
@@ -79,21 +79,23 @@ def steps(workdir: Path) -> list[int]:
 
 
 def agreed_steps(workdir: Path) -> list[int]:
-    """As `steps`, as the writer sees them: a shared file system may show others something older. All must ask."""
-    return [int(step) for step in multihost.gathered("steps", " ".join(map(str, steps(workdir))))[0].split()]
+    """`steps` as the writer sees them: a shared file system may show others something older. All processes must call
+    it."""
+    return [int(step) for step in multihost.gather("steps", " ".join(map(str, steps(workdir))))[0].split()]
 
 
 def last(workdir: Path) -> str:
     """The last checkpoint, for people."""
-    found = steps(workdir)
-    return f"the last good checkpoint is step {found[-1]}" if found else "there is no checkpoint yet"
+    saved = steps(workdir)
+    return f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
 
 
 @jax.jit
 def fingerprint(tree: Any) -> UInt32[Array, ""]:
-    """A number that any single changed bit changes, and two changes but by rare chance; the same on every mesh.
+    """A checksum of arrays of 32-bit numbers: any one changed bit changes it, several do but for a rare chance. It is
+    the same on every mesh.
 
-    Every 32 bits times an odd number of their place, all added modulo 2**32.
+    Each number, as an integer, times an odd number made of its place; the sum modulo 2**32.
     """
     total = jnp.uint32(0)
     for number, x in enumerate(jax.tree.leaves(tree)):
@@ -107,27 +109,28 @@ def fingerprint(tree: Any) -> UInt32[Array, ""]:
 
 def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, Any],
          mend: bool = False) -> dict[str, Any]:
-    """The newest whole checkpoint's parts, as `parts` describes them, and its `step`.
+    """The parts of the newest whole checkpoint, and its `step`.
 
     Args:
-      mend: rename damaged ones (`damaged-STEP`), so that training can write theirs again.
+      parts: of each part to be read, by its name, the shapes, dtypes and shardings.
+      mend: rename damaged checkpoints to `damaged-STEP`, so that training can write these steps again.
 
     Raises:
       EsoError: no checkpoint is whole, has the parts and is of this model.
       RunAgain: one cannot be read now, though nothing says that it is damaged. It stays as it is.
     """
-    here = jax.tree.leaves(parts)[0].sharding
-    here = NamedSharding(here.mesh, P()) if isinstance(here, NamedSharding) else here
+    sharding = jax.tree.leaves(parts)[0].sharding
+    sharding = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
     about = {"step": jnp.int32, "length": jnp.int32, **{name: jnp.uint32 for name in PARTS}}
-    abstract = {**parts, "step": {name: jax.ShapeDtypeStruct((), kind, sharding=here) for name, kind in about.items()}}
-    found = agreed_steps(workdir)
+    scalars = {name: jax.ShapeDtypeStruct((), dtype, sharding=sharding) for name, dtype in about.items()}
+    saved = agreed_steps(workdir)
     problems: dict[int, str] = {}
-    for step in reversed(found):
-        loaded, problem = _read(checkpoints, workdir, step, parts, abstract)
+    for step in reversed(saved):
+        loaded, problem = _read(checkpoints, workdir, step, parts, {**parts, "step": scalars})
         if problem is None:
             for damaged, why in problems.items():
-                say(f"warning: checkpoint {damaged} in {workdir} is damaged, or lacks one of "
-                            f"{', '.join(parts)} ({why}); using {step}")
+                say(f"warning: checkpoint {damaged} in {workdir} is damaged, or lacks one of {', '.join(parts)} "
+                    f"({why}); using {step}")
                 if mend:
                     multihost.by_writer("mend", functools.partial(_set_aside, workdir / "checkpoints", damaged))
             if mend and problems:
@@ -137,33 +140,32 @@ def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, 
                     f"the checkpoint in {workdir} has length {length}")
             return {**{name: loaded[name] for name in parts}, "step": int(loaded["step"]["step"])}
         problems[step] = problem
-    raise EsoError(f"--workdir = {str(workdir)!r}: none of its checkpoints ({', '.join(map(str, found))}) is whole, "
+    raise EsoError(f"--workdir = {str(workdir)!r}: none of its checkpoints ({', '.join(map(str, saved))}) is whole, "
                    f"has {', '.join(parts)} and is of this config ({next(iter(problems.values()))}); train in another "
                    "--workdir, or restore this one from a copy")
 
 
 def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abstract: Any) -> tuple[Any, str | None]:
-    """A checkpoint as `abstract` describes it, and what is damaged in it, if something is; in all processes alike.
+    """(a checkpoint as `abstract` describes it, None), or (None, what is damaged in it); the same in all processes.
 
     Storage that does not answer is asked again, since on a network a moment later all may be well.
     """
     for attempt in range(1, files.TRIES + 1):
         loaded, damage, failure = None, "", None
-        with _quietly():
+        with _silence():
             try:
                 loaded = checkpoints.load_checkpointables(step, abstract)
                 wrong = [name for name in parts if int(fingerprint(loaded[name])) != int(loaded["step"][name])]
                 damage = f"{', '.join(wrong)}: not what was saved" if wrong else ""
             except Exception as error:  # Orbax raises what its storage layers raise
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                damage, failure = (reason, None) if _is_damage(error) else ("", error)
+                damage, failure = (reason_of(error), None) if _is_damage(error) else ("", error)
             if loaded is None:
                 gc.collect()  # now, while what is left behind cannot complain
-        # One that could not read leaves the others at Orbax's barrier for five minutes: its word counts, not theirs.
-        told = [text for text in multihost.gathered("damage", damage) if text]
-        if told:
-            return None, told[0]
-        reasons = multihost.gathered("failure", f"{type(failure).__name__}: {failure}" if failure else "")
+        # A process that cannot read leaves the others at Orbax's barrier for five minutes: its word counts, not theirs.
+        damages = list(filter(None, multihost.gather("damage", damage)))
+        if damages:
+            return None, damages[0]
+        reasons = multihost.gather("failure", f"{type(failure).__name__}: {failure}" if failure else "")
         reason = min(filter(None, reasons), key=lambda text: "arrier" in text, default="").partition("\n")[0][:200]
         if not reason:
             return loaded, None
@@ -180,8 +182,8 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether an error says that something is missing from a checkpoint, or makes no sense. All else may pass: storage,
-    a network, a device or memory that failed."""
+    """Whether an error says that something is missing from a checkpoint, or makes no sense. Every other trouble may
+    pass: of storage, a network, a device or memory."""
     number = files.errno_of(error)
     if number is not None:
         return number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
@@ -192,8 +194,8 @@ def _is_damage(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the tracebacks of what Orbax had begun and left when a read failed."""
+def _silence() -> Iterator[None]:
+    """No tracebacks of the tasks that Orbax leaves unfinished when a read fails."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda *_: None
     try:
         with warnings.catch_warnings():
@@ -204,17 +206,22 @@ def _quietly() -> Iterator[None]:
 
 
 def _set_aside(folder: Path, step: int) -> None:
+    """Renames a checkpoint to damaged-STEP, or to damaged-STEP-1 and so on where there is one already."""
     names = (f"damaged-{step}" + (f"-{again}" if again else "") for again in range(1000))
     (folder / str(step)).rename(next(folder / name for name in names if not (folder / name).exists()))
 
 
 def load_params(workdir: Path, config: ModelConfig, abstract: Any, ema: bool) -> tuple[int, Any]:
-    """(step, parameters) of the newest whole checkpoint: the averaged ones if asked for, which only a trained one has.
+    """(step, parameters) of the newest whole checkpoint.
+
+    Args:
+      abstract: shapes, dtypes and shardings of the parameters.
+      ema: the averaged parameters; the raw ones of an imported model, which has no others.
     """
-    found = steps(workdir)
-    require(bool(found), "--workdir", str(workdir), "holds no checkpoint; train or import a model first")
+    saved = steps(workdir)
+    require(bool(saved), "--workdir", str(workdir), "holds no checkpoint; train or import a model first")
     with open_checkpoints(workdir) as checkpoints:
-        part = "ema" if ema and found[-1] > 0 else "params"
+        part = "ema" if ema and saved[-1] > 0 else "params"
         loaded = load(checkpoints, workdir, config, {part: abstract})
         return loaded["step"], loaded[part]
 
@@ -226,7 +233,7 @@ class Saver:
     in its block, it raises an EsoError of that.
 
     Attributes:
-      owes: storage did not answer the last save: another is to be made, of the step at hand.
+      is_due: storage did not answer the last save, so the step at hand should be saved.
     """
 
     def __init__(self, checkpoints: Any, workdir: Path, config: ModelConfig) -> None:
@@ -234,7 +241,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._step = self._failures = 0
         self._error: Exception | None = None
-        self.owes = False
+        self.is_due = False
 
     def __enter__(self) -> Saver:
         return self
@@ -258,14 +265,14 @@ class Saver:
         about = {"step": np.array(step, np.int32), "length": np.array(self._config.length, np.int32)}
         about |= {name: np.asarray(fingerprint(parts[name]) if name in parts else 0, np.uint32) for name in PARTS}
         begin = functools.partial(self._checkpoints.save_checkpointables_async, step, {**parts, "step": about})
-        self._step, again, self.owes = step, self.owes, False
+        self._step, is_retry, self.is_due = step, self.is_due, False
         try:
             try:
                 response = begin()
             except Exception:
-                if not again:
+                if not is_retry:
                     raise
-                response = begin()  # Orbax told of the one that failed once more, in place of this one
+                response = begin()  # Orbax raised the last one's error once more, and did not begin
         except Exception as error:  # what its storage layers raise, again
             self._error = error
         else:
@@ -275,8 +282,8 @@ class Saver:
 
     def finish(self, step: int, parts: dict[str, Any]) -> None:
         """Saves and waits for it, again where storage does not answer; raises as `save` does."""
-        self.owes = True
-        while self.owes:
+        self.is_due = True
+        while self.is_due:
             self.save(step, parts)
             self.wait()
 
@@ -296,23 +303,23 @@ class Saver:
             for path in (self._workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
         number = files.errno_of(self._error)
-        reason = os.strerror(number) if number else f"{type(self._error).__name__}: {self._error}".splitlines()[0][:200]
-        if multihost.is_loss(self._error) and number is None:
+        reason = os.strerror(number) if number else reason_of(self._error)
+        if stopping.is_loss(self._error) and number is None:
             raise RunAgain(f"lost another process of the run while saving step {self._step} ({reason}); "
                            f"{last(self._workdir)}")
-        what = f"--workdir = {str(self._workdir)!r}: the checkpoint of step {self._step} could not be written"
+        failure = f"--workdir = {str(self._workdir)!r}: the checkpoint of step {self._step} could not be written"
         if number in files.PASSING:
             self._failures += 1
             # The processes of a run would not agree on when to save again; a new start has them do so.
             if self._failures == files.TRIES or jax.process_count() > 1:
-                raise RunAgain(f"{what} ({reason}); {last(self._workdir)}") from self._error
-            say(f"{what} ({reason}); trying again")
-            self._error, self.owes = None, True
+                raise RunAgain(f"{failure} ({reason}); {last(self._workdir)}") from self._error
+            say(f"{failure} ({reason}); trying again")
+            self._error, self.is_due = None, True
             self._checkpoints.reload()
             time.sleep(files.PAUSE * self._failures)
             return
         full = number in files.FULL or "No space left" in str(self._error)
-        raise EsoError(f"{what} ({'the disk is full' if full else reason}); {last(self._workdir)}; "
+        raise EsoError(f"{failure} ({'the disk is full' if full else reason}); {last(self._workdir)}; "
                        f"{'make room' if full else 'mend that'} and repeat the command") from self._error
 
     def wait(self) -> None:

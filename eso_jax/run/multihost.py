@@ -1,4 +1,4 @@
-"""Several processes as one run: who they are, how they wait for each other, and how they stop.
+"""Several processes as one run: who they are, and how they wait for each other and agree.
 
 `start` joins this process to the others (`eso-jax train --multi-host`). A process that was not started so is a run of
 its own, and everything here then does nothing. Process 0 is the writer: it alone speaks, and writes to the work
@@ -7,16 +7,15 @@ directory what is not each process's own (its share of a checkpoint, a trace).
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import shutil
-import signal
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,16 +47,16 @@ def start(roll: Path, wait: int = WAIT) -> None:
         require(value is None or value.isdigit(), name, value, "must be a number")
     with writing("--workdir", roll.parent):
         roll.mkdir(parents=True, exist_ok=True)
-        mine = roll / f"{_number()} on {socket.gethostname()}"
-        mine.touch()
+        own_name = roll / f"{_number()} on {socket.gethostname()}"
+        own_name.touch()
     try:
         _join(roll, wait, num_processes=int(count) if count else None, process_id=int(index) if index else None,
               initialization_timeout=wait + 30)
-        _hosts[:] = gathered("start", socket.gethostname(), wait)
-        mine.unlink(missing_ok=True)
+        _hosts[:] = gather("start", socket.gethostname(), wait)
+        own_name.unlink(missing_ok=True)
         barrier("roll", wait)
     except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
-        mine.unlink(missing_ok=True)
+        own_name.unlink(missing_ok=True)
         if isinstance(error, RunAgain):  # Python's own end would wait for the others
             leave(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -65,7 +64,7 @@ def start(roll: Path, wait: int = WAIT) -> None:
                        "pod, or set JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and "
                        "JAX_PROCESS_ID") from error
     except KeyboardInterrupt as error:
-        mine.unlink(missing_ok=True)
+        own_name.unlink(missing_ok=True)
         leave(error)
     if is_writer():
         shutil.rmtree(roll, ignore_errors=True)
@@ -118,8 +117,8 @@ def _number() -> str:
 
 
 def _roll_call(roll: Path, began: float) -> tuple[list[str], str]:
-    """The numbers of the processes that have come, and who has and has not, for people. What an earlier start left
-    behind does not count."""
+    """(numbers of the processes that have come, who is missing and who came, for people), by the names in `roll`.
+    Names that an earlier start left behind do not count."""
     came: list[str] = []
     with suppress(OSError):  # only words depend on it
         for path in sorted(roll.iterdir()):
@@ -128,12 +127,12 @@ def _roll_call(roll: Path, began: float) -> tuple[list[str], str]:
     counts = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     count = next((int(os.environ[name]) for name in counts if os.environ.get(name, "").isdigit()), 0)
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    here = sorted({name.partition(" ")[0] for name in came}, key=lambda number: (len(number), number))
+    numbers = sorted({name.partition(" ")[0] for name in came}, key=lambda number: (len(number), number))
     missing = [f"process {n}" + (f" on {hosts[n]}" if n < len(hosts) and hosts[n] else "") for n in range(count)
-               if str(n) not in here] if "?" not in here else []
+               if str(n) not in numbers] if "?" not in numbers else []
     nodes = os.environ.get("SLURM_STEP_NODELIST")
-    return here, (f"missing: {', '.join(missing) or 'some'}{f' (of the nodes {nodes})' if nodes else ''}; "
-                  f"came: {', '.join(came)}")
+    return numbers, (f"missing: {', '.join(missing) or 'some'}{f' (of the nodes {nodes})' if nodes else ''}; "
+                     f"came: {', '.join(came)}")
 
 
 def _client() -> Any:
@@ -144,11 +143,12 @@ def _client() -> Any:
 
 
 def barrier(name: str, wait: int = WAIT) -> None:
-    """Waits until all processes have come here; raises as `gathered` does."""
-    gathered(name, "here", wait)
+    """Waits until all processes have come to it; raises as `gather` does."""
+    gather(name, "", wait)
 
 
 _hosts: list[str] = []  # of each process; known once all have started
+_turns: Counter[str] = Counter()  # how often each name was used: JAX wants new ones
 
 
 def host(index: int) -> str:
@@ -156,29 +156,30 @@ def host(index: int) -> str:
     return f"process {index}" + (f" on {_hosts[index]}" if index < len(_hosts) else "")
 
 
-def gathered(name: str, text: str, wait: int = WAIT) -> list[str]:
-    """Every process's text, in order; all must ask.
+def gather(name: str, text: str, wait: int = WAIT) -> list[str]:
+    """Every process's text, by its number. All processes must call it, with the same name.
 
     Raises:
-      RunAgain: one did not come in time; it names its host.
+      RunAgain: one did not come in time; the error names its host.
     """
     client, count = _client(), jax.process_count()
     if client is None or count == 1:
         return [text]
-    place = f"eso_jax/{name}/{_turn(name)}"
+    _turns[name] += 1
+    place = f"eso_jax/{name}/{_turns[name]}"
     client.key_value_set(f"{place}/{jax.process_index()}", text)
     return [_text_of(index, place, name, wait) for index in range(count)]
 
 
 def _text_of(index: int, place: str, name: str, wait: int) -> str:
-    """What a process has put there. Asked for again and again, so that Ctrl-C is heard."""
+    """What process `index` has put at `place`. It is asked for again and again, so that Ctrl-C is heard."""
     began = told = time.monotonic()
     while True:
         try:
             return _client().blocking_key_value_get(f"{place}/{index}", 1000 * min(wait, 5))
         except jax.errors.JaxRuntimeError as error:
             now = time.monotonic()
-            if not _is_late(error):
+            if "DEADLINE_EXCEEDED" not in str(error):  # the store itself is gone
                 raise RunAgain(f"lost {host(0)}, by which the processes speak, at {name!r} "
                                f"({str(error).splitlines()[0][:200]})") from error
             if now - began >= wait:
@@ -189,40 +190,30 @@ def _text_of(index: int, place: str, name: str, wait: int) -> str:
             told = now
 
 
-def _is_late(error: Exception) -> bool:
-    """Whether the store was there, and what was asked for was not."""
-    return "DEADLINE_EXCEEDED" in str(error)
-
-
-def _silent(wait: int = 5) -> str:
-    """Who gives no sign when something that the processes did together went wrong, so that all of them should ask.
+def who_is_silent(wait: int = 5) -> str:
+    """ "no sign of HOSTS; " of processes that do not answer, else "": a part of what an error says. All who meet the
+    same trouble should ask, since asking is the sign that others wait for.
 
     Process 0 keeps the store by which they speak: without it, it is the one.
     """
     client, place, until = _client(), "eso_jax/still here", time.monotonic() + wait
+    silent = [host(index) for index in range(1, jax.process_count())]
     try:
-        client.key_value_set(f"{place}/{jax.process_index()}", "yes", allow_overwrite=True)
-        while True:
-            here = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(place)}
-            silent = [host(index) for index in range(jax.process_count()) if index not in here]
-            if not silent or time.monotonic() > until:
-                return ", ".join(silent)
+        while silent and time.monotonic() < until:
+            client.key_value_set(f"{place}/{jax.process_index()}", "yes", allow_overwrite=True)
+            signs = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(place)}
+            silent = [host(index) for index in range(jax.process_count()) if index not in signs]
             time.sleep(0.2)
     except jax.errors.JaxRuntimeError:
-        return host(0)
+        silent = [host(0)]
+    return f"no sign of {', '.join(silent)}; " if silent else ""
 
 
-def _no_sign() -> str:
-    """The same as part of a sentence."""
-    silent = _silent() if jax.process_count() > 1 else ""
-    return f"no sign of {silent}; " if silent else ""
-
-
-def agreed(name: str, problem: str | None) -> str | None:
-    """The first process's problem, if any has one; all must ask. So that they go on, or stop, together."""
-    for index, found in enumerate(gathered(name, problem or "")):
-        if found:
-            return found if jax.process_count() == 1 else f"{host(index)}: {found}"
+def agree(name: str, problem: str | None) -> str | None:
+    """The first process's problem, if any has one, so that all go on or stop together. All processes must call it."""
+    for index, text in enumerate(gather(name, problem or "")):
+        if text:
+            return text if jax.process_count() == 1 else f"{host(index)}: {text}"
     return None
 
 
@@ -234,124 +225,17 @@ def by_writer(name: str, action: Callable[[], None]) -> None:
             action()
         except (EsoError, RunAgain) as error:
             problem = f"{'mistake' if isinstance(error, EsoError) else 'again'}:{error}"
-    kind, _, problem = gathered(name, problem)[0].partition(":")
+    kind, _, problem = gather(name, problem)[0].partition(":")
     if kind:
         raise EsoError(problem) if kind == "mistake" else RunAgain(problem)
 
 
-_turns: dict[str, int] = {}  # how often each name was used: JAX wants new ones
-
-
-def _turn(name: str) -> int:
-    _turns[name] = _turns.get(name, 0) + 1
-    return _turns[name]
-
-
-class Preemption:
-    """Whether the run was asked to stop by SIGTERM.
-
-    All processes of a run learn of it, whichever got the signal, and stop behind the same step: JAX's preemption
-    service sees to that, and takes the signal over.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    @contextmanager
-    def watched(self) -> Iterator[Preemption]:
-        """Takes SIGTERM over for its block, where Python allows it (in the main thread)."""
-        ours = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        if not ours:
-            yield self
-            return
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop behind this step; all processes must ask at every step."""
-        if jax.process_count() == 1:
-            return self._asked
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step)
-
-
-@contextmanager
-def together(last: Callable[[], str] = lambda: "the last checkpoint is still there") -> Iterator[None]:
-    """Of several processes, ends this one on an error in its block: the others may stand in a step that will not
-    finish, and Python would wait for them at its end. They find out by themselves."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if jax.process_count() == 1:
-            raise
-        if is_loss(error):
-            reason = str(error).splitlines()[0][:200]
-            leave(RunAgain(f"lost another process of the run ({reason}); {_no_sign()}{last()}"))
-        leave(error)
-
-
-# What JAX, Gloo, NCCL and Orbax say when another process is gone. Other errors of theirs (no memory, say) would only
-# come again.
-_LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection closed", "Barrier")
-
-
-def is_loss(error: BaseException) -> bool:
-    """Whether an error is what a collective or a barrier raises when another process is gone."""
-    return jax.process_count() > 1 and any(sign in str(error) for sign in _LOSS)
-
-
-class Watchdog:
-    """Ends the process when a step in its block hangs (a peer is gone, a device or a file system does not answer), with
-    the stacks of all threads, for the launcher to start it again.
-
-    Args:
-      seconds: how long a step may take; 0: any time.
-      last: says which checkpoint is the last.
-    """
-
-    def __init__(self, seconds: int, last: Callable[[], str]) -> None:
-        self._seconds, self._last = seconds, last
-        self._deadline: float | None = None
-        self._over = threading.Event()
-
-    def __enter__(self) -> Watchdog:
-        if self._seconds:
-            threading.Thread(target=self._watch, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._over.set()
-
-    def begin(self) -> None:
-        """A step begins, and the one before is over."""
-        self._deadline = time.monotonic() + self._seconds
-
-    def rest(self) -> None:
-        """What follows is no step: compiling, evaluating, saving."""
-        self._deadline = None
-
-    def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self._seconds / 4)):
-            deadline = self._deadline
-            if deadline is not None and time.monotonic() > deadline:
-                faulthandler.dump_traceback(all_threads=True)
-                last_resort = threading.Timer(90, os._exit, (RunAgain.EXIT,))  # what hangs may be the file system
-                last_resort.daemon = True
-                last_resort.start()
-                leave(RunAgain(f"a step took longer than train.hang_seconds = {self._seconds}; {_no_sign()}"
-                               f"{self._last()}"))
-
-
 def leave(error: BaseException) -> NoReturn:
     """Ends the process with the exit code of the command line; without its peers, if they do not come to the end."""
-    code, said = ending(error)
+    code, words = ending(error)
     if code == 1:
         tell("".join(traceback.format_exception(error)))
-    tell(f"eso-jax: {socket.gethostname()}: {said}")
+    tell(f"eso-jax: {socket.gethostname()}: {words}")
     if jax.distributed.is_initialized() and code != 130:  # all may be leaving: then none should find the others gone
         parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         parting.start()

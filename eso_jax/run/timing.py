@@ -29,7 +29,7 @@ class Stopwatch:
         self.seconds = time.perf_counter() - self._begin
         jax.monitoring.unregister_event_duration_listener(self._listen)
         self.compile_seconds, covered = 0.0, self._begin
-        for low, high in sorted(self._compiling):  # a trace may hold another: count each moment once
+        for low, high in sorted(self._compiling):  # one may lie in another: each moment counts once
             self.compile_seconds += max(0.0, high - max(low, covered))
             covered = max(covered, high)
 

@@ -42,9 +42,9 @@ from eso_jax.engine.rows import Engine, catch_out_of_memory
 from eso_jax.errors import EsoError, RunAgain, require
 from eso_jax.families import Family
 from eso_jax.model import attention
-from eso_jax.model.params import Params, Weights, constrain_params, fold, placed, weight_shardings
+from eso_jax.model.params import Params, Weights, constrain_params, fold, with_shardings, weight_shardings
 from eso_jax.noise import Draws
-from eso_jax.run import checkpoint, finetune, metrics, multihost, workdir
+from eso_jax.run import checkpoint, initial, metrics, multihost, stopping, workdir
 from eso_jax.run.optim import optimizer, update_ema
 
 REMEDY = ("raise train.accumulate (smaller micro-batches), set train.remat=full, or split the state over more devices "
@@ -74,13 +74,13 @@ class TrainState:
 def init_state(config: Config, params: Params | None = None) -> TrainState:
     """The state at step 0, of given or of random parameters."""
     if params is None:
-        params = finetune.random_params(config)
+        params = initial.random_params(config)
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer(config.train).init(params))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The shapes, types and shardings of the state."""
-    return placed(jax.eval_shape(functools.partial(init_state, config)), mesh)
+    return with_shardings(jax.eval_shape(functools.partial(init_state, config)), mesh)
 
 
 def shardings(config: Config, mesh: Mesh) -> TrainState:
@@ -206,26 +206,26 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     windows = windows_of(config, "train", tokenizer=tokenizer)
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
     data = {"train": identity.identity(windows), "validation": identity.identity(held_out)}
-    seen = multihost.gathered("data", f"{len(windows)} and {len(held_out)} windows, {data['train']['sha256'][:8]}")
+    seen = multihost.gather("data", f"{len(windows)} and {len(held_out)} windows, {data['train']['sha256'][:8]}")
     require(len(set(seen)) == 1, "data.source", config.data.source,
             f"the processes see different data to train on and to validate with: {'; '.join(seen)}")
     iterator = batches(windows, settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
     validation = evenly_spaced(held_out, settings.eval_windows)
     resumes = bool(checkpoint.agreed_steps(directory))  # and then has parameters of its own
-    start = None if resumes else finetune.starting_params(config, mesh, tokenizer)
+    start = None if resumes else initial.starting_params(config, mesh, tokenizer)
     # Once the data and the start are known to be there.
     multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))
     multihost.by_writer("kept data", lambda: identity.claim(directory, config.data.source, data))
     workdir.check_shared(directory)
 
-    preemption = multihost.Preemption()
-    with (workdir.held(directory),
+    preemption = stopping.Preemption()
+    with (workdir.lock(directory),
           checkpoint.open_checkpoints(directory, settings.keep, settings.keep_every) as checkpoints,
-          jax.set_mesh(mesh), preemption.watched(), multihost.together(functools.partial(checkpoint.last, directory)),
+          jax.set_mesh(mesh), preemption.watch(), stopping.together(functools.partial(checkpoint.last, directory)),
           catch_out_of_memory(f"train.batch_size = {settings.batch_size}", REMEDY),
           checkpoint.Saver(checkpoints, directory, config.model) as saver,
-          multihost.Watchdog(settings.hang_seconds, saver.last) as watchdog):
+          stopping.Watchdog(settings.hang_seconds, saver.last) as watchdog):
         if bool(checkpoint.agreed_steps(directory)) != resumes:  # seen before the lock was ours
             raise RunAgain(f"--workdir = {str(directory)!r}: another run wrote there just now; repeat the command")
         state = _restore(checkpoints, directory, config, mesh) if resumes else begin(config, mesh, start)
@@ -235,7 +235,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         if is_writer():
             workdir.save_config(directory, config)
         count = sum(x.size for x in jax.tree.leaves(state.params))
-        say(f"{config.family.name}: {count:,} parameters on {sharding.described(mesh)}, step {first} of "
+        say(f"{config.family.name}: {count:,} parameters on {sharding.describe(mesh)}, step {first} of "
             f"{settings.steps}, in {directory}; attention: {attention_of(config)}")
         if not resumes and (lines := metrics.read(directory)):
             say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step 0 again")
@@ -255,7 +255,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 meter.add(step, values)  # reads the step before this one, so that the device is never idle
             watchdog.rest()
             saver.check()
-            ends, stops = step == settings.steps, preemption.asked(step)
+            ends, stops = step == settings.steps, preemption.is_asked(step)
             if stops and not ends:  # before all else: there may be seconds left
                 meter.flush()
                 saver.finish(step, _parts(state))
@@ -269,7 +269,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
                 say(f"step {step}: validation {found.nats_per_token:.4f} nats per token, {found.bits}")
                 meter.restart_clock()
-            if step % settings.save_every == 0 or ends or saver.owes:
+            if step % settings.save_every == 0 or ends or saver.is_due:
                 meter.flush()  # a state is saved only once it is known to be finite
                 (saver.finish if ends else saver.save)(step, _parts(state))
                 meter.restart_clock()

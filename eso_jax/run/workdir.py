@@ -18,7 +18,7 @@ from eso_jax.config import Config
 from eso_jax.data import tokenizers
 from eso_jax.data.tokenizers import Tokenizer
 from eso_jax.errors import EsoError, RunAgain, require
-from eso_jax.model.params import Params, init_params, placed
+from eso_jax.model.params import Params, init_params, with_shardings
 from eso_jax.run import multihost
 
 CONFIG = "config.json"
@@ -36,37 +36,35 @@ def claim(directory: Path, config: Config, tokenizer: Tokenizer | None = None) -
     """
     path = directory / CONFIG
     if path.exists():
-        there, here = (dataclasses.asdict(c) for c in (configs.from_file(path), config))
-        for section, fields in here.items():
+        recorded = dataclasses.asdict(configs.from_file(path))
+        for section, fields in dataclasses.asdict(config).items():
             for name, value in fields.items():
+                before = recorded[section][name]
                 may_change = section == "mesh" or section == "train" and name in MAY_CHANGE
-                same = there[section][name] == value or may_change
-                require(same, f"{section}.{name}", value,
-                        f"--workdir {directory} holds a run with {there[section][name]!r}; repeat that, or give "
-                        "another --workdir")
+                require(before == value or may_change, f"{section}.{name}", value,
+                        f"--workdir {directory} holds a run with {before!r}; repeat that, or give another --workdir")
     with files.writing("--workdir", directory):
         if path.exists():
-            return keep_tokenizer(directory, tokenizer)
-        ours = not directory.exists() or directory.is_dir() and all(p.suffix == ".partial" for p in directory.iterdir())
-        if not ours:
-            raise EsoError(f"--workdir = {str(directory)!r}: exists and is not a run's (no {CONFIG}); give another one")
+            return save_tokenizer(directory, tokenizer)
+        free = not directory.exists() or directory.is_dir() and all(p.suffix == ".partial" for p in directory.iterdir())
+        require(free, "--workdir", str(directory), f"exists and is not a run's (no {CONFIG}); give another one")
         directory.mkdir(parents=True, exist_ok=True)
         save_config(directory, config)
-        keep_tokenizer(directory, tokenizer)
+        save_tokenizer(directory, tokenizer)
 
 
 def check_shared(directory: Path, wait: int = 30) -> None:
     """Raises an EsoError, in all processes, unless all of them see the directory that the writer made."""
     deadline = time.monotonic() + wait  # a network file system may take its time
-    while not (seen := (directory / CONFIG).is_file()) and time.monotonic() < deadline:
+    while not (is_there := (directory / CONFIG).is_file()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    problem = multihost.agreed("shared", None if seen else "does not see it; give a directory that all hosts share")
+    problem = multihost.agree("shared", None if is_there else "does not see it; give a directory that all hosts share")
     if problem:
         raise EsoError(f"--workdir = {str(directory)!r}: {problem}")
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
+def lock(directory: Path) -> Iterator[None]:
     """Keeps other runs out of a work directory for its block, where the file system knows locks (on a bucket mounted
     by gcsfuse, only those of the same host). A killed process holds nothing.
 
@@ -99,22 +97,24 @@ def save_config(directory: Path, config: Config) -> None:
     files.write_whole(directory / CONFIG, config.to_json(), "--workdir")
 
 
-def keep_tokenizer(directory: Path, tokenizer: Tokenizer | None) -> None:
+def save_tokenizer(directory: Path, tokenizer: Tokenizer | None) -> None:
     """Writes tokenizer.json, so that the work directory needs no other; nothing for a tokenizer that is code alone."""
     if tokenizer is not None and tokenizer.json is not None:
         files.write_whole(directory / tokenizers.FILE, tokenizer.json, "--workdir")
 
 
 def kept_tokenizer(directory: Path, config: Config) -> Tokenizer | None:
-    """The tokenizer of a work directory; None where it has none that fits the model (an import), or is not made yet."""
+    """The tokenizer that a work directory keeps; None where it has none that fits the model, as after an import, or is
+    not made yet."""
     path, name = directory / tokenizers.FILE, config.data.tokenizer
     if path.is_file():
-        found: Tokenizer = tokenizers.LibraryTokenizer(name.partition("=")[0], path.read_text("utf-8"))
+        tokenizer: Tokenizer = tokenizers.LibraryTokenizer(name.partition("=")[0], path.read_text("utf-8"))
     elif name in tokenizers.CODE:
-        found = tokenizers.CODE[name]()
+        tokenizer = tokenizers.CODE[name]()
     else:
         return None
-    return found if (found.vocab_size, found.mask_id) == (config.model.vocab_size, config.model.mask) else None
+    fits = (tokenizer.vocab_size, tokenizer.mask_id) == (config.model.vocab_size, config.model.mask)
+    return tokenizer if fits else None
 
 
 def read_config(directory: str | Path) -> Config:
@@ -138,9 +138,9 @@ def read(directory: str | Path, ema: bool = True, mesh: Mesh | None = None) -> t
 
     config = read_config(directory)
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = placed(shapes, mesh) if mesh is not None else jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = with_shardings(shapes, mesh) if mesh is not None else jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     return config, *checkpoint.load_params(Path(directory), config.model, abstract, ema)
 
 

@@ -20,7 +20,7 @@ from eso_jax.data.tokenizers import LibraryTokenizer
 from eso_jax.errors import EsoError
 from eso_jax.model import masks, transformer
 from eso_jax.model.params import Params, fold
-from eso_jax.run import finetune, train as training, workdir
+from eso_jax.run import initial, train as training, workdir
 from vocabularies import gpt2_like
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def test_ar_without_adaln_becomes_an_eso_lm(base: Config, tmp_path: Path) -> Non
     """The folded weights are the same to the bit, so the logits are; and the new modulation then learns."""
     source = made(tmp_path / "ar", base, "family.name=ar", "model.cond_dim=0")
     run = base.override(f"train.start_from={source}")
-    params = finetune.starting_params(run, MESH)
+    params = initial.starting_params(run, MESH)
     assert params is not None
     theirs, _, before = workdir.read(source)
     chex.assert_trees_all_equal(fold(run.model, params), fold(theirs.model, before))
@@ -69,7 +69,7 @@ def test_the_golden_ar_becomes_an_eso_lm(run: Run, tmp_path: Path) -> None:
         tmp_path / "ar")
     theirs = eso_jax.load(tmp_path / "ar")
     config = theirs.config.override("family.name=esolm", "model.cond_dim=24", f"train.start_from={tmp_path / 'ar'}")
-    params = finetune.starting_params(config, MESH)
+    params = initial.starting_params(config, MESH)
     assert params is not None and params["adaln_kernel"].shape == (2, 24, 6, 48)
     cases = np.load(GOLDENS / "cases.npz")
     found = logits(config, params, jnp.asarray(cases["x0"][:, :-1]))
@@ -94,7 +94,7 @@ def test_another_family_and_a_longer_length(family: str, base: Config, tmp_path:
 
 def test_a_trained_source_gives_its_averages(base: Config, tmp_path: Path) -> None:
     before = training.train(base.override("train.steps=4"), tmp_path / "source")
-    params = finetune.starting_params(base.override(f"train.start_from={tmp_path / 'source'}"), MESH)
+    params = initial.starting_params(base.override(f"train.start_from={tmp_path / 'source'}"), MESH)
     chex.assert_trees_all_equal(params, jax.device_get(before.ema))
     assert any((before.ema[name] != before.params[name]).any() for name in before.ema)
 
@@ -135,7 +135,7 @@ def test_models_that_do_not_fit(base: Config, tmp_path: Path, run: Run) -> None:
         assert not (tmp_path / "w").exists()
     for override, message in (("model.vocab_size=9", "vocab_size = 9: .* has 258"), ("model.mask_id=3", "= 3: .* 257")):
         with pytest.raises(EsoError, match=message):
-            finetune.starting_params(base.override(override, f"train.start_from={source}"), MESH)
+            initial.starting_params(base.override(override, f"train.start_from={source}"), MESH)
 
 
 def test_ids_must_mean_what_they_meant(base: Config, tmp_path: Path) -> None:
@@ -148,9 +148,9 @@ def test_ids_must_mean_what_they_meant(base: Config, tmp_path: Path) -> None:
     swapped = json.loads(kept.json)
     ids = swapped["model"]["vocab"]
     ids["a"], ids["b"] = ids["b"], ids["a"]
-    assert finetune.starting_params(run, MESH, LibraryTokenizer("mine", kept.json + " ")) is not None
+    assert initial.starting_params(run, MESH, LibraryTokenizer("mine", kept.json + " ")) is not None
     with pytest.raises(EsoError, match="data.tokenizer = 'gpt2': .* whose ids stand for other text"):
-        finetune.starting_params(run, MESH, LibraryTokenizer("gpt2", json.dumps(swapped)))
+        initial.starting_params(run, MESH, LibraryTokenizer("gpt2", json.dumps(swapped)))
 
 
 def test_start_from_in_the_config(base: Config, tmp_path: Path) -> None:
@@ -158,4 +158,4 @@ def test_start_from_in_the_config(base: Config, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(run.to_json())
     assert from_file(tmp_path / "c.json").train.start_from == "runs/a"
     assert run.override("train.start_from=None").train.start_from is None
-    assert finetune.starting_params(base, MESH) is None
+    assert initial.starting_params(base, MESH) is None

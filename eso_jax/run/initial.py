@@ -1,7 +1,7 @@
-"""Where training begins: from random parameters, or from another work directory's model (train.start_from).
+"""The parameters that training begins with: random ones, or those of another work directory (train.start_from).
 
 That model may be trained or imported, of another family, length or alpha_0 (no parameter depends on these). Otherwise
-it must be the same model, but that AdaLN may be added to one without.
+it must be the same model, except that AdaLN may be added to one without it.
 """
 
 from __future__ import annotations
@@ -37,29 +37,28 @@ def starting_params(config: Config, mesh: Mesh, tokenizer: Tokenizer | None = No
     if source is None:
         return None
     try:
-        theirs = workdir.read_config(source)
+        other = workdir.read_config(source)
     except EsoError as error:
         raise EsoError(f"train.start_from = {source!r}: no model to start from ({error})") from error
     for name in ("width", "layers", "heads", "vocab_size", "mask"):
-        ours, other = getattr(config.model, name), getattr(theirs.model, name)
-        require(ours == other, f"model.{'mask_id' if name == 'mask' else name}", ours,
-                f"the model in train.start_from = {source!r} has {other}")
-    kept = workdir.kept_tokenizer(Path(source), theirs)
+        size, size_there = getattr(config.model, name), getattr(other.model, name)
+        require(size == size_there, f"model.{'mask_id' if name == 'mask' else name}", size,
+                f"the model in train.start_from = {source!r} has {size_there}")
+    kept = workdir.kept_tokenizer(Path(source), other)
     require(kept is None or tokenizer is None or _same(kept, tokenizer), "data.tokenizer", config.data.tokenizer,
-            f"the model in train.start_from = {source!r} was trained with {theirs.data.tokenizer!r}, whose ids stand "
+            f"the model in train.start_from = {source!r} was trained with {other.data.tokenizer!r}, whose ids stand "
             "for other text")
-    require(theirs.model.cond_dim in (0, config.model.cond_dim), "model.cond_dim", config.model.cond_dim,
-            f"the model in train.start_from = {source!r} has {theirs.model.cond_dim}; AdaLN can be added to a model, "
+    require(other.model.cond_dim in (0, config.model.cond_dim), "model.cond_dim", config.model.cond_dim,
+            f"the model in train.start_from = {source!r} has {other.model.cond_dim}; AdaLN can be added to a model, "
             "but not resized, nor dropped, since its shifts leave biases that a model without has no place for")
     try:
         params = workdir.read(source, mesh=mesh)[2]
     except EsoError as error:
         raise EsoError(f"train.start_from = {source!r}: no model to start from ({error})") from error
-    if config.model.cond_dim == theirs.model.cond_dim:
+    if config.model.cond_dim == other.model.cond_dim:
         return params
-    fresh = jax.eval_shape(lambda: random_params(config))
-    add = jax.jit(lambda params: add_adaln(params, random_params(config)),
-                  out_shardings=param_shardings(fresh, mesh))
+    shapes = jax.eval_shape(lambda: random_params(config))
+    add = jax.jit(lambda params: add_adaln(params, random_params(config)), out_shardings=param_shardings(shapes, mesh))
     return add(params)
 
 
@@ -69,11 +68,14 @@ def _same(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def add_adaln(params: Params, fresh: Params) -> Params:
-    """The parameters of a model without AdaLN, with one that changes nothing yet.
+    """The parameters of a model without AdaLN, and with them an AdaLN that changes nothing yet.
 
-    All that modulates begins at zero, as in a fresh model, but the biases of the gates at 1: a norm is then scaled by
-    1 + 0 and shifted by 0, and what a block adds is multiplied by 1, so that the folded weights are the same to the
+    The modulation begins at zero, as in a fresh model, except that the biases of the gates are 1: a norm is then scaled
+    by 1 + 0 and shifted by 0, and what a block adds is multiplied by 1, so that the folded weights are the same to the
     bit. The conditioning is random, so that the modulation's kernels have a gradient.
+
+    Args:
+      fresh: random parameters of the model with AdaLN.
     """
     gates = jnp.zeros_like(fresh["adaln_bias"]).at[:, jnp.array(GATES)].set(1.0)
     return {**fresh, **params, "adaln_bias": gates}

@@ -1,0 +1,116 @@
+"""How a run ends before its time: asked to stop, without one of its processes, or in a step that hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from eso_jax.errors import RunAgain
+from eso_jax.run import multihost
+
+
+class Preemption:
+    """Whether the run was asked to stop by SIGTERM.
+
+    All processes of a run learn of it, whichever got the signal, and stop behind the same step: JAX's preemption
+    service sees to that, and takes the signal over.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    @contextmanager
+    def watch(self) -> Iterator[Preemption]:
+        """Takes SIGTERM over for its block, where Python allows it (in the main thread)."""
+        if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def is_asked(self, step: int) -> bool:
+        """Whether to stop behind this step; all processes must ask at every step."""
+        if jax.process_count() == 1:
+            return self._asked
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextmanager
+def together(last: Callable[[], str] = lambda: "the last checkpoint is still there") -> Iterator[None]:
+    """Of several processes, ends this one on an error in its block: the others may stand in a step that will not
+    finish, and Python would wait for them at its end. They find out by themselves."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if jax.process_count() == 1:
+            raise
+        if is_loss(error):
+            reason = str(error).splitlines()[0][:200]
+            multihost.leave(RunAgain(f"lost another process of the run ({reason}); "
+                                     f"{multihost.who_is_silent()}{last()}"))
+        multihost.leave(error)
+
+
+# What JAX, Gloo, NCCL and Orbax say when another process is gone. Other errors of theirs (no memory, say) would only
+# come again.
+_LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection closed", "Barrier")
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error is what a collective or a barrier raises when another process is gone."""
+    return jax.process_count() > 1 and any(sign in str(error) for sign in _LOSS)
+
+
+class Watchdog:
+    """Ends the process when a step in its block hangs (a peer is gone, a device or a file system does not answer), with
+    the stacks of all threads, for the launcher to start it again.
+
+    Args:
+      seconds: how long a step may take; 0: any time.
+      last: says which checkpoint is the last.
+    """
+
+    def __init__(self, seconds: int, last: Callable[[], str]) -> None:
+        self._seconds, self._last = seconds, last
+        self._deadline: float | None = None
+        self._over = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        if self._seconds:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
+
+    def begin(self) -> None:
+        """A step begins, and the one before is over."""
+        self._deadline = time.monotonic() + self._seconds
+
+    def rest(self) -> None:
+        """What follows is no step: compiling, evaluating, saving."""
+        self._deadline = None
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self._seconds / 4)):
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                faulthandler.dump_traceback(all_threads=True)
+                last_resort = threading.Timer(90, os._exit, (RunAgain.EXIT,))  # what hangs may be the file system
+                last_resort.daemon = True
+                last_resort.start()
+                multihost.leave(RunAgain(f"a step took longer than train.hang_seconds = {self._seconds}; "
+                                         f"{multihost.who_is_silent()}{self._last()}"))
