@@ -3,7 +3,7 @@
 All of it is exact and near linear in the number of units, so no sample is left out for cost. A unit is a word or a
 token, as an integer.
 
-Axes: N samples.
+Axes: N samples, P pairs of a sample and an n-gram that it holds.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ class Diversity(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         return {"repetition": self.repetition.to_json(), "self_bleu": self.self_bleu.to_json(), "short": self.short,
-                "distinct": {str(n): found.to_json() for n, found in self.distinct.items()}}
+                "distinct": {str(n): estimate.to_json() for n, estimate in self.distinct.items()}}
 
 
 class NGrams(NamedTuple):
-    """The n-grams of a set: `times` times does sample `owner` hold n-gram `gram`. One entry per pair."""
+    """The n-grams of one length in a set of samples. Sample `owner` holds n-gram `gram`, a number, `times` times; each
+    of the P pairs (owner, gram) stands once."""
 
     owner: Int[np.ndarray, " P"]
     gram: Int[np.ndarray, " P"]
@@ -76,15 +77,15 @@ def measure(samples: Sequence[Int[np.ndarray, " _"]]) -> Diversity:
     by_length = ngrams(samples)
     long = lengths >= ORDER
     return Diversity(mean(repetition(by_length[-1], len(samples))[long]),
-                     {n: distinct(found, len(samples)) for n, found in enumerate(by_length, 1)},
+                     {n: distinct(grams, len(samples)) for n, grams in enumerate(by_length, 1)},
                      mean(self_bleu(by_length, lengths)[long]), int((~long).sum()))
 
 
 def ngrams(samples: Sequence[Int[np.ndarray, " _"]]) -> list[NGrams]:
-    """The n-grams of lengths 1 to 4."""
+    """The n-grams of each length, 1 to 4."""
     units = np.unique(np.concatenate(samples), return_inverse=True)[1].reshape(-1)
     owner = np.repeat(np.arange(len(samples)), [len(sample) for sample in samples])
-    found, gram = [], units
+    by_length, gram = [], units
     for n in range(1, ORDER + 1):
         if n > 1:  # the n-gram at each place: the (n-1)-gram there, and the unit n - 1 places on
             pair = gram[:-1] * (units.max(initial=0) + 1) + units[n - 1:] if len(gram) else gram
@@ -92,8 +93,8 @@ def ngrams(samples: Sequence[Int[np.ndarray, " _"]]) -> list[NGrams]:
         inside = owner[:len(gram)] == owner[n - 1:]
         size = gram.max(initial=0) + 1
         pairs, times = np.unique(owner[:len(gram)][inside] * size + gram[inside], return_counts=True)
-        found.append(NGrams(pairs // size, pairs % size, times))
-    return found
+        by_length.append(NGrams(pairs // size, pairs % size, times))
+    return by_length
 
 
 def repetition(grams: NGrams, size: int) -> Float[np.ndarray, " N"]:
@@ -110,11 +111,11 @@ def distinct(grams: NGrams, size: int) -> Estimate:
     different = np.count_nonzero(holders)
     if different == 0:
         return Estimate(math.nan, math.nan)
-    own = np.bincount(grams.owner[holders[grams.gram] == 1], minlength=size)  # n-grams that no other sample has
-    rest = total.sum() - total
-    if size < 2 or not rest.all():
+    unshared = np.bincount(grams.owner[holders[grams.gram] == 1], minlength=size)  # n-grams that no other sample has
+    of_others = total.sum() - total
+    if size < 2 or not of_others.all():
         return Estimate(float(different / total.sum()), math.nan)
-    without = (different - own) / rest  # the measure without each sample in turn
+    without = (different - unshared) / of_others  # the measure without each sample in turn
     return Estimate(float(different / total.sum()), float(math.sqrt(size - 1) * without.std()))
 
 
@@ -128,7 +129,7 @@ def self_bleu(by_length: Sequence[NGrams], lengths: Int[np.ndarray, " N"]) -> Fl
     size = len(lengths)
     if size < 2:
         return np.full(size, np.nan)
-    log_precision, none = np.zeros(size), np.zeros(size, bool)
+    log_precision, shares_nothing = np.zeros(size), np.zeros(size, bool)
     for grams in by_length:
         rank = np.lexsort((-grams.times, grams.gram))  # by n-gram, the largest count first
         gram, times = grams.gram[rank], grams.times[rank]
@@ -142,11 +143,11 @@ def self_bleu(by_length: Sequence[NGrams], lengths: Int[np.ndarray, " N"]) -> Fl
         matched = np.bincount(grams.owner, np.minimum(grams.times, others), size)
         total = np.bincount(grams.owner, grams.times, size)
         if grams is by_length[0]:
-            none = matched == 0
+            shares_nothing = matched == 0
         log_precision += np.log(np.maximum(matched, FLOOR) / np.maximum(total, 1)) / len(by_length)
     nearest = np.array([_nearest(lengths, i) for i in range(size)])
     penalty = np.exp(np.minimum(0, 1 - nearest / np.maximum(lengths, 1)))
-    return np.where(none, 0, penalty * np.exp(log_precision))
+    return np.where(shares_nothing, 0, penalty * np.exp(log_precision))
 
 
 def _nearest(lengths: Int[np.ndarray, " N"], index: int) -> int:

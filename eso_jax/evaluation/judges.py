@@ -97,7 +97,7 @@ class TransformersJudge:
 
     def __init__(self, name: str = DEFAULT, batch_size: int = 8, max_tokens: int = 1024) -> None:
         self.name, self.batch_size = name, batch_size
-        self.tokenizer, self.model = pretrained(name, "--judge", "AutoModelForCausalLM")
+        self.tokenizer, self.model = load_pretrained(name, "--judge", "AutoModelForCausalLM")
         require(self.tokenizer.eos_token_id is not None, "--judge", name, "its tokenizer has no end of text")
         self.max_tokens = min(max_tokens, getattr(self.model.config, "max_position_embeddings", None) or max_tokens)
 
@@ -109,7 +109,7 @@ class TransformersJudge:
         """
         import torch
 
-        strings = ended(texts.strings_for(f"--judge = {self.name!r}"), self.tokenizer)
+        strings = with_end_marks(texts.strings_for(f"--judge = {self.name!r}"), self.tokenizer)
         end = self.tokenizer.eos_token_id
         whole = self.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else []
         nats, counts = np.zeros(len(whole)), np.zeros(len(whole), np.int64)
@@ -140,25 +140,21 @@ class ModelJudge:
         Raises:
           EsoError: the tokens are another vocabulary's and there is no text, or the family cannot judge.
         """
-        rows = texts.tokens_for(self.model, f"--judge = {self.name!r}")
-        length = self.model.config.model.length
-        tokens = np.zeros((len(rows), length), np.int32)
-        counts = np.array([min(len(row), length) for row in rows])
-        for row, found, count in zip(tokens, rows, counts, strict=True):
-            row[:count] = found[:count]
-        wanted = np.arange(length) < counts[:, None]
-        logp = likelihood.conditional(self.model, tokens, np.zeros_like(wanted), wanted)
-        return Scores(-logp.astype(np.float64), counts, sum(len(row) > length for row in rows))
+        tokens, lengths = texts.padded_for(self.model, f"--judge = {self.name!r}")
+        counts = np.minimum(lengths, tokens.shape[1])
+        is_scored = np.arange(tokens.shape[1]) < counts[:, None]
+        logp = likelihood.conditional(self.model, tokens, np.zeros_like(is_scored), is_scored)
+        return Scores(-logp.astype(np.float64), counts, int((lengths > counts).sum()))
 
 
-def ended(strings: list[str], tokenizer: Any) -> list[str]:
-    """The strings for a tokenizer of the transformers library: each separator shown becomes its own end of text (of a
+def with_end_marks(strings: list[str], tokenizer: Any) -> list[str]:
+    """Strings for a tokenizer of the transformers library: in place of each shown separator its own end of text (of a
     BERT, [SEP]), which it reads as one token."""
     end = tokenizer.eos_token or tokenizer.sep_token or SHOWN_SEPARATOR
     return [string.replace(SHOWN_SEPARATOR, end) for string in strings]
 
 
-def pretrained(name: str, flag: str, kind: str) -> tuple[Any, Any]:
+def load_pretrained(name: str, flag: str, kind: str) -> tuple[Any, Any]:
     """The tokenizer and the model (for evaluation) of a name on the transformers library's hub, or of a folder.
 
     Args:

@@ -26,7 +26,7 @@ from eso_jax import console, families
 from eso_jax.config import Config
 from eso_jax.engine.rows import BATCH_SIZE
 from eso_jax.errors import EsoError, require
-from eso_jax.evaluation.judges import ended, pretrained
+from eso_jax.evaluation.judges import with_end_marks, load_pretrained
 from eso_jax.evaluation.texts import Texts, is_workdir
 from eso_jax.model import transformer
 from eso_jax.model.masks import View
@@ -99,14 +99,14 @@ class TransformersFeatures:
 
     def __init__(self, name: str = DEFAULT, batch_size: int = 16, max_tokens: int = 512) -> None:
         self.name, self.batch_size, self.max_tokens = name, batch_size, max_tokens
-        self.tokenizer, self.model = pretrained(name, "--features", "AutoModel")
+        self.tokenizer, self.model = load_pretrained(name, "--features", "AutoModel")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def of(self, texts: Texts) -> Float[np.ndarray, "N D"]:
         import torch
 
-        strings, rows = ended(texts.strings_for(f"--features = {self.name!r}"), self.tokenizer), []
+        strings, rows = with_end_marks(texts.strings_for(f"--features = {self.name!r}"), self.tokenizer), []
         for low in console.bar(range(0, len(strings), self.batch_size), desc="features", unit="batch"):
             part = self.tokenizer(strings[low:low + self.batch_size], return_tensors="pt", padding=True,
                                   padding_side="right", truncation=True, max_length=self.max_tokens)
@@ -125,20 +125,15 @@ class ModelFeatures:
         self.model, self.name = model, f"{name} (ours, mean-pooled)"
 
     def of(self, texts: Texts) -> Float[np.ndarray, "N D"]:
-        config = self.model.config
-        rows = texts.tokens_for(self.model, f"--features = {self.name!r}")
-        counts = np.array([min(len(row), config.model.length) for row in rows], np.int32)
-        tokens = np.zeros((len(rows), config.model.length), np.int32)
-        for row, found, count in zip(tokens, rows, counts, strict=True):
-            row[:count] = found[:count]
-        law = config.law()
-        pooled: np.ndarray = self.model.rows(lambda weights, *arrays: _pooled(weights, law, *arrays), len(rows),
-                                             lambda index: (tokens[index], counts[index]), "features")
-        return pooled
+        tokens, lengths = texts.padded_for(self.model, f"--features = {self.name!r}")
+        counts, law = np.minimum(lengths, tokens.shape[1]).astype(np.int32), self.model.config.law()
+        means: np.ndarray = self.model.rows(lambda weights, *arrays: _mean_states(weights, law, *arrays), len(tokens),
+                                            lambda index: (tokens[index], counts[index]), "features")
+        return means
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _pooled(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+def _mean_states(weights: Weights, config: Config, tokens: Int[Array, "B L"],
             counts: Int[Array, " B"]) -> Float[Array, "B D"]:
     """Mean last-layer state of the first `counts` tokens of each row, who see each other as clean tokens do in the
     family's own passes, and nothing else; 0 for an empty row."""
@@ -157,12 +152,12 @@ def compare(samples: Texts, reference: Texts, features: Features) -> Mauve:
     """
     for name, texts in (("samples", samples), ("reference", reference)):
         require(len(texts) >= 2, name, len(texts), "MAUVE needs at least two texts on each side")
-    return of_features(features.of(samples), _kept(reference, features), features.name)
+    return of_features(features.of(samples), _of_reference(features, reference), features.name)
 
 
 @functools.lru_cache(maxsize=8)
-def _kept(texts: Texts, features: Features) -> Float[np.ndarray, "N D"]:
-    return features.of(texts)
+def _of_reference(features: Features, reference: Texts) -> Float[np.ndarray, "N D"]:
+    return features.of(reference)
 
 
 def of_features(samples: Float[np.ndarray, "N D"], reference: Float[np.ndarray, "M D"], name: str) -> Mauve:
@@ -173,18 +168,18 @@ def of_features(samples: Float[np.ndarray, "N D"], reference: Float[np.ndarray, 
         raise EsoError(f"MAUVE needs the extra eval ({error}); pip install 'eso-jax[eval]', or leave the features "
                        "out") from error
 
-    found = mauve.compute_mauve(p_features=samples, q_features=reference, mauve_scaling_factor=SCALING)
+    result = mauve.compute_mauve(p_features=samples, q_features=reference, mauve_scaling_factor=SCALING)
     counts, rng = (len(samples), len(reference)), np.random.default_rng(0)
-    draws = [area(*(rng.multinomial(n, law) / n for n, law in zip(counts, (found.p_hist, found.q_hist), strict=True)))
+    draws = [area(*(rng.multinomial(n, law) / n for n, law in zip(counts, (result.p_hist, result.q_hist), strict=True)))
              for _ in range(RESAMPLES)]
-    return Mauve(float(found.mauve), float(np.std(draws, ddof=1)), name, *counts)
+    return Mauve(float(result.mauve), float(np.std(draws, ddof=1)), name, *counts)
 
 
 def area(p: Float[np.ndarray, " C"], q: Float[np.ndarray, " C"]) -> float:
     """MAUVE of two histograms: the area under exp(-c KL(q, r)) against exp(-c KL(p, r)), r the mixtures of the two."""
     def divergence(p: np.ndarray, r: np.ndarray) -> float:
-        some = p > 0
-        return float((p[some] * np.log(p[some] / r[some])).sum())
+        positive = p > 0
+        return float((p[positive] * np.log(p[positive] / r[positive])).sum())
 
     mixtures = [w * p + (1 - w) * q for w in np.linspace(1e-6, 1 - 1e-6, 25)]
     curve = np.exp(-SCALING * np.array([(0, np.inf), *((divergence(q, r), divergence(p, r)) for r in mixtures),

@@ -58,7 +58,7 @@ class Quality(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
-                return {str(n): plain(found) for n, found in value.items()}
+                return {str(n): plain(estimate) for n, estimate in value.items()}
             return value.to_json() if isinstance(value, (Mauve, Estimate)) else value
 
         return {name: plain(value) for name, value in self._asdict().items()}
@@ -68,8 +68,8 @@ def measure(samples: Texts, judge: Judge | None = None, reference: Texts | None 
             features: Features | None = None) -> Quality:
     """Everything that the arguments allow: generative perplexity with a judge, MAUVE with reference texts and features.
 
-    The reference's own measures, best of as many texts, are `measure(reference, judge)`: what to compare with. Its
-    features are computed once for all samples that the same `reference` is given with.
+    What to compare it with are the reference's own measures, `measure(reference, judge)`, best of as many texts. Its
+    features are computed once for each object `reference`, however many samples are compared with it.
 
     Raises:
       EsoError: features without reference texts, or the judge or the features cannot read the texts.
@@ -77,7 +77,7 @@ def measure(samples: Texts, judge: Judge | None = None, reference: Texts | None 
     if features is not None and reference is None:
         raise EsoError(f"features = {features.name!r}: MAUVE compares with reference texts; give some")
     scores = None if judge is None else judge.score(samples)
-    near = None if reference is None or features is None else mauves.compare(samples, reference, features)
+    similarity = None if reference is None or features is None else mauves.compare(samples, reference, features)
     unit, units = samples.units()
     varied = diversity.measure(units)
     return Quality(
@@ -89,4 +89,4 @@ def measure(samples: Texts, judge: Judge | None = None, reference: Texts | None 
         entropy=None if samples.tokens is None
         else diversity.mean(unigram_entropy(samples.tokens, samples.tokens.shape[1])),
         unit=unit, repetition=varied.repetition, distinct=varied.distinct, self_bleu=varied.self_bleu,
-        short=varied.short, mauve=near)
+        short=varied.short, mauve=similarity)
