@@ -110,14 +110,14 @@ def topology(name: str) -> Topology:
     Raises:
       EsoError: for a name that is neither.
     """
-    found = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", ACCELERATOR_TYPES.get(name.lower(), name.lower()))
-    if found is None:
+    match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", ACCELERATOR_TYPES.get(name.lower(), name.lower()))
+    if match is None:
         prefix = name.lower().rpartition("-")[0]
-        known = [cloud for cloud in ACCELERATOR_TYPES if cloud.rpartition("-")[0] == prefix] or \
+        examples = [cloud for cloud in ACCELERATOR_TYPES if cloud.rpartition("-")[0] == prefix] or \
             ["v5p:8x8x8", "v5p-1024", "v5litepod-8", "v6e:16x16", "h100:8"]
         raise EsoError(f"--topology = {name!r}: not a slice; give kind:AxBxC, in chips, or an accelerator type, such "
-                       f"as {', '.join(known)}")
-    kind, shape = found[1], tuple(map(int, found[2].split("x")))
+                       f"as {', '.join(examples)}")
+    kind, shape = match[1], tuple(map(int, match[2].split("x")))
     require(kind in CHIPS, "--topology", name, f"no such kind; known are {', '.join(CHIPS)}")
     axes = {"tpu": 2 if kind in ("v5e", "v6e") else 3, "cuda": len(shape)}[CHIPS[kind].platform]
     require(len(shape) == axes and min(shape) > 0, "--topology", name,

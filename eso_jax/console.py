@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def is_writer() -> bool:
-    """Whether this is process 0, which alone speaks and writes, or a run of its own; without touching a device in the
-    latter case."""
+    """Whether this process speaks and writes: it is process 0, or a run of its own. Touches no device in the latter
+    case."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -79,7 +79,7 @@ def streams() -> Iterator[None]:
 
 
 def _flush(stream: Any) -> int | None:
-    """Says what is still to be said; the errno of a failure, after which the stream leads nowhere."""
+    """Writes what a stream still holds. Returns the errno of a failure, after which the stream leads nowhere."""
     try:
         stream.flush()
     except OSError as error:
@@ -91,8 +91,7 @@ def _flush(stream: Any) -> int | None:
 
 
 def ending(error: BaseException) -> tuple[int, str]:
-    """(exit code, words) of a program that an error ended; 1 and its repr if it is none of the user's, nor of storage.
-    """
+    """(exit code, last words) of a program that an error ends: 1 and its repr, unless it is the user's or storage's."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return (RunAgain.EXIT if error.errno in PASSING else 2), f"{error.filename!r}: {error.strerror}"
     code = next((code for kind, code in {RunAgain: RunAgain.EXIT, EsoError: 2, KeyboardInterrupt: 130}.items()

@@ -46,7 +46,7 @@ def write_whole(path: str | Path, content: Content, name: str = "--out") -> None
             with open(path, "wb") as file:
                 _fill(file, content)
         else:
-            _retried(lambda: _replace(place, content))
+            _retry(lambda: _replace(place, content))
 
 
 def append(path: Path, text: str, name: str) -> None:
@@ -62,27 +62,28 @@ def append(path: Path, text: str, name: str) -> None:
             raise
 
     with writing(name, path):
-        _retried(add)
+        _retry(add)
 
 
 @contextlib.contextmanager
 def writing(name: str, path: Any) -> Iterator[None]:
-    """Around what writes to `path` in another way: a full disk and the like become what `write_whole` raises."""
+    """For a block that writes to `path` in another way: a full disk and the like raise there what they do in
+    `write_whole`."""
     try:
         yield
     except Exception as error:  # what is written through a library raises what that library raises
-        if (told := trouble(error, name, path)) is None:
+        if (problem := trouble(error, name, path)) is None:
             raise
-        raise told from error
+        raise problem from error
 
 
 def npz(**arrays: Any) -> bytes:
     """Arrays as a .npz."""
     import numpy as np
 
-    made = io.BytesIO()  # a .npz goes back and forth, as a pipe cannot
-    np.savez(made, **arrays)
-    return made.getvalue()
+    buffer = io.BytesIO()  # a .npz goes back and forth, as a pipe cannot
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def as_json(values: Any) -> str:
@@ -104,15 +105,15 @@ def check_out(path: str | Path, name: str = "--out") -> None:
 
 
 def local(text: str, name: str) -> str:
-    """A path, or NAME=PATH, as a user gives it, with its ~ as a folder.
+    """A path, or NAME=PATH, as a user gives it, with the home folder in place of ~.
 
     Raises:
       EsoError: it is an address (gs://...), or no path that everything underneath could open.
     """
-    called, equals, path = text.rpartition("=")
-    found = SCHEME.match(path)
-    if found and not os.path.exists(text):
-        mount = {"gs": " (gcsfuse)", "s3": " (mount-s3)"}.get(found[1].lower(), "")
+    prefix, equals, path = text.rpartition("=")
+    scheme = SCHEME.match(path)
+    if scheme and not os.path.exists(text):
+        mount = {"gs": " (gcsfuse)", "s3": " (mount-s3)"}.get(scheme[1].lower(), "")
         raise EsoError(f"{name} = {text!r}: no folder; mount the bucket{mount} and give the folder, or a copy on this "
                        "machine")
     try:
@@ -122,7 +123,7 @@ def local(text: str, name: str) -> str:
     require(utf8, name, text, "is not UTF-8 here; rename it, or set PYTHONUTF8=1 where the locale is not UTF-8")
     require(all(len(part.encode()) <= NAME_MAX for part in path.split("/")), name, text,
             f"holds a name of more than {NAME_MAX} bytes; give a shorter one")
-    return called + equals + os.path.expanduser(path)
+    return prefix + equals + os.path.expanduser(path)
 
 
 def errno_of(error: BaseException | None) -> int | None:
@@ -131,8 +132,8 @@ def errno_of(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        if not isinstance(error, OSError) and (found := re.search(r"\[(?:OS error |os_error_code=')(\d+)", str(error))):
-            return int(found[1])
+        if not isinstance(error, OSError) and (match := re.search(r"\[(?:OS error |os_error_code=')(\d+)", str(error))):
+            return int(match[1])
         if isinstance(error, RuntimeError) or type(error).__module__.startswith("safetensors"):
             for number in (*FULL, *PASSING, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
                 if os.strerror(number) in str(error):
@@ -146,10 +147,10 @@ def trouble(error: BaseException, name: str, path: Any) -> EsoError | RunAgain |
     number = errno_of(error)
     if isinstance(error, EsoError | RunAgain) or number is None:
         return None
-    what = f"{name} = {str(path)!r}: cannot be written ({os.strerror(number)}); "
+    failure = f"{name} = {str(path)!r}: cannot be written ({os.strerror(number)}); "
     if number in PASSING:
-        return RunAgain(f"{what}tried {TRIES} times; mend the storage and repeat the command")
-    return EsoError(what + ("make room and repeat the command" if number in FULL else "give another, or mend that"))
+        return RunAgain(f"{failure}tried {TRIES} times; mend the storage and repeat the command")
+    return EsoError(failure + ("make room and repeat the command" if number in FULL else "give another, or mend that"))
 
 
 def _place(path: Path) -> Path | None:
@@ -169,7 +170,7 @@ def _place(path: Path) -> Path | None:
 
 
 def _replace(place: Path, content: Content) -> None:
-    # Hidden, so that nobody takes it for text; cut, so that a name as long as may be stays one.
+    # Its name is hidden, so that nobody takes it for text; and cut, so that it is no longer than a name may be.
     partial = place.with_name(os.fsdecode(b"." + os.fsencode(place.name)[:NAME_MAX - 9] + b".partial"))
     try:
         with open(partial, "wb") as file:
@@ -191,7 +192,8 @@ def _fill(file: BinaryIO, content: Content) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def _retried(action: Callable[[], Result]) -> Result:
+def _retry(action: Callable[[], Result]) -> Result:
+    """Calls an action up to three times, for as long as storage does not answer."""
     for attempt in range(1, TRIES):
         try:
             return action()

@@ -84,7 +84,7 @@ def mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def described(mesh: Mesh) -> str:
+def describe(mesh: Mesh) -> str:
     """The devices of a mesh, their processes and its axes, for people."""
     devices = mesh.devices.flat
     processes = len({device.process_index for device in devices})
@@ -114,12 +114,12 @@ def spec(axes: Sequence[str], rules: dict[str, Axes] = RULES) -> P:
     """
     for axis in axes:
         require(axis in rules, "logical axis", axis, "has no rule in eso_jax/sharding.py; add one")
-    found = P(*(rules[axis] for axis in axes))
-    used = [axis for entry in found for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None]
-    require(set(used) <= set(AXES), f"rules of {', '.join(axes)}", found, f"may name only {', '.join(AXES)}")
-    require(len(set(used)) == len(used), f"rules of {', '.join(axes)}", found,
+    layout = P(*(rules[axis] for axis in axes))
+    used = [axis for entry in layout for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None]
+    require(set(used) <= set(AXES), f"rules of {', '.join(axes)}", layout, f"may name only {', '.join(AXES)}")
+    require(len(set(used)) == len(used), f"rules of {', '.join(axes)}", layout,
             "names an axis twice; each splits one dimension")
-    return found
+    return layout
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
@@ -127,8 +127,8 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
     Inside a compiled function the parts may be of unequal size (XLA pads); outside, such an x stays as it is.
     """
-    here = jax.sharding.get_abstract_mesh()
-    if not here.axis_names or here.size == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.axis_names or mesh.size == 1:
         return x
     even = all(axis is None or size % _size(*((axis,) if isinstance(axis, str) else axis)) == 0
                for size, axis in zip(x.shape, axes, strict=False))
@@ -136,11 +136,11 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
 
 def route(axes: Sequence[str], *layouts: P) -> Callable[[Array], Array]:
-    """A function that lays a parameter of these logical axes out for its use, from where it is kept by way of
-    `layouts`; its gradient goes back the same way, but for the last layout, whose parts are first added up over the
-    rows: so no device gets more than it keeps."""
+    """A function that moves a parameter of these logical axes from where it is kept to where it is used, from one of
+    `layouts` to the next. Its gradient goes back the same way, without the last layout: its parts are first added up
+    over the rows, so that no device gets more than it keeps."""
     @jax.custom_vjp
-    def used(w: Array) -> Array:
+    def lay_out(w: Array) -> Array:
         for layout in layouts:
             w = constrain(w, *layout)
         return w
@@ -150,8 +150,8 @@ def route(axes: Sequence[str], *layouts: P) -> Callable[[Array], Array]:
             gradient = constrain(gradient, *layout)
         return (gradient,)
 
-    used.defvjp(lambda w: (used(w), None), back)
-    return used
+    lay_out.defvjp(lambda w: (lay_out(w), None), back)
+    return lay_out
 
 
 def batch_shards() -> int:
@@ -170,13 +170,13 @@ def _size(*axes: str) -> int:
 
 
 def platform() -> str:
-    """What the program being traced will run on: the platform of the mesh in force, else the default backend."""
+    """The platform that the program being traced will run on: that of the mesh in force, else the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def on_gpu() -> bool:
-    """Whether that is a GPU."""
+    """Whether the program being traced will run on a GPU."""
     return platform() in ("gpu", "cuda")
 
 
@@ -199,20 +199,21 @@ def locally(function: Callable[..., Array], heads: tuple[Array, ...], rows: Any)
 @functools.cache  # asked for every batch
 def rows_of_process(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " R"]:
     """Which rows of a global batch this process's devices hold, ascending."""
-    held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_size,))
-    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
+    by_device = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in by_device.values()]))
 
 
 def put_rows(rows: Shaped[np.ndarray, "R *s"], mesh: Mesh, batch_size: int) -> Shaped[Array, "B *s"]:
     """A global batch of `batch_size` rows from those that this process holds (`rows_of_process`)."""
-    held, shape, where = rows_of_process(mesh, batch_size), (batch_size, *rows.shape[1:]), NamedSharding(mesh, P(BATCH))
-    parts = [jax.device_put(rows[np.searchsorted(held, np.arange(batch_size)[index[0]])], device)
-             for device, index in where.addressable_devices_indices_map(shape).items() if index is not None]
-    return jax.make_array_from_single_device_arrays(shape, where, parts)
+    numbers, sharding = rows_of_process(mesh, batch_size), NamedSharding(mesh, P(BATCH))
+    shape = (batch_size, *rows.shape[1:])
+    parts = [jax.device_put(rows[np.searchsorted(numbers, np.arange(batch_size)[index[0]])], device)
+             for device, index in sharding.addressable_devices_indices_map(shape).items() if index is not None]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def fetch(tree: Any) -> Any:
-    """A tree of global arrays as whole numpy arrays; of several processes, all must ask."""
+    """A tree of global arrays as whole numpy arrays. All processes must call it."""
     if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from eso_jax import Config, DataConfig, ModelConfig
-from eso_jax.cli import guarded
+from eso_jax.cli import exit_code_of
 from eso_jax.console import say
 from eso_jax.data import windows_of
 from eso_jax.data.pipeline import batches
@@ -122,4 +122,4 @@ def timed(action: Callable[[], Result]) -> tuple[Result, float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_code_of(main))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from eso_jax.cli import guarded, read_plan
+from eso_jax.cli import exit_code_of, read_plan
 from eso_jax.console import say
 from eso_jax.decoding.order import random_then_ascending
 from eso_jax.decoding.plan import Plan
@@ -95,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_code_of(main))

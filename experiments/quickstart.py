@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from eso_jax import Config, FamilyConfig, families, likelihood, load
-from eso_jax.cli import guarded
+from eso_jax.cli import exit_code_of
 from eso_jax.console import say
 from eso_jax.data import Bigram, override, tokenizer_of, windows_of
 from eso_jax.decoding import order
@@ -124,4 +124,4 @@ def race(model: Model) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_code_of(main))

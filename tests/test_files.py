@@ -488,8 +488,8 @@ def test_an_error_of_the_file_system_is_a_line(capsys: pytest.CaptureFixture[str
 
     for number, code in ((errno.EACCES, 2), (errno.EROFS, 2), (errno.ENAMETOOLONG, 2), (errno.EIO, 75),
                          (errno.ESTALE, 75), (errno.ETIMEDOUT, 75)):
-        assert cli.guarded(fail(number)) == code
+        assert cli.exit_code_of(fail(number)) == code
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1 and f"'some/file': {os.strerror(number)}" in said
     with pytest.raises(OSError):
-        cli.guarded(lambda: (_ for _ in ()).throw(OSError("no number")))
+        cli.exit_code_of(lambda: (_ for _ in ()).throw(OSError("no number")))

@@ -26,7 +26,7 @@ from eso_jax.console import ending, streams, tell
 from eso_jax.errors import EsoError, RunAgain
 from eso_jax.files import local
 
-__all__ = ["guarded", "keep_compilations", "main", "read_plan"]
+__all__ = ["exit_code_of", "keep_compilations", "main", "read_plan"]
 
 GOES_ON = ("interrupted; by the same command, training goes on from its last checkpoint, scoring from its last orders "
            "and preparing from its last shard")
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         arguments.overrides = rest
         keep_compilations()
-        return guarded(lambda: _run(arguments))
+        return exit_code_of(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -57,22 +57,22 @@ def _run(arguments: argparse.Namespace) -> None:
     except EsoError as error:
         field, _, rest = str(error).partition(" = ")
         name = field.removeprefix("data.").removeprefix("model.")
-        given = getattr(arguments, name, None)
-        if given is None or not rest.startswith(f"{given!r}:"):
+        value = getattr(arguments, name, None)
+        if value is None or not rest.startswith(f"{value!r}:"):
             raise
         raise EsoError(f"--{name.replace('_', '-')} = {rest}") from error
 
 
-def guarded(action: Callable[[], None]) -> int:
-    """Runs an action; the exit code, with the user's mistakes, interruptions and storage that failed said in a line."""
+def exit_code_of(action: Callable[[], None]) -> int:
+    """Runs an action; the exit code. A user's mistake, an interruption and storage that failed are said in one line."""
     with streams():
         try:
             action()
         except (EsoError, RunAgain, OSError, KeyboardInterrupt) as error:
-            code, said = ending(error)
+            code, words = ending(error)
             if code == 1:
                 raise
-            tell(f"eso-jax: {'error: ' if code == 2 else ''}{GOES_ON if code == 130 else said}")
+            tell(f"eso-jax: {'error: ' if code == 2 else ''}{GOES_ON if code == 130 else words}")
             return code
         return 0
 
@@ -92,15 +92,16 @@ class _Parser(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         kind = options.get("type", str)
         name = names[-1] if names[-1].startswith("-") else options.get("metavar", names[-1])
-        if kind in (str, Path) and not {"action", "choices"} & options.keys():
-            options["type"] = lambda text: kind(self._local(text, name))
-        return super().add_argument(*names, **options)
 
-    def _local(self, text: str, name: str) -> str:
-        try:
-            return local(text, name)
-        except EsoError as error:  # argparse would tell of it in words of its own
-            self.exit(2, f"eso-jax: error: {error}\n")
+        def read(text: str) -> Any:
+            try:
+                return kind(local(text, name))
+            except EsoError as error:  # argparse would tell of it in words of its own
+                self.exit(2, f"eso-jax: error: {error}\n")
+
+        if kind in (str, Path) and not {"action", "choices"} & options.keys():
+            options["type"] = read
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -113,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         usage, epilog = getattr(module, "USAGE", None), f"example: {module.EXAMPLE}"
-        added = commands.add_parser(name, help=module.__doc__, description=module.__doc__, usage=usage,
-                                    epilog=f"{epilog}\n\n{fields()}" if usage else epilog,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-        module.add_arguments(added)
-        added.set_defaults(command=module)
+        command = commands.add_parser(name, help=module.__doc__, description=module.__doc__, usage=usage,
+                                      epilog=f"{epilog}\n\n{fields()}" if usage else epilog,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(command)
+        command.set_defaults(command=module)
     return parser

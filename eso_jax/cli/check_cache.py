@@ -45,14 +45,15 @@ def run(arguments: argparse.Namespace) -> None:
     alpha_0 = families.alpha_0_of(model.config, arguments.alpha_0)
     failures = 0
 
-    def report(what: str, found: check.Difference, limit: float | None = tolerance) -> None:
+    def report(comparison: str, difference: check.Difference, limit: float | None = tolerance) -> None:
         nonlocal failures
-        failed = limit is not None and not found.relative <= limit
+        failed = limit is not None and not difference.relative <= limit
         failures += failed
-        say(f"  {what:<44} {found.worst:.2e}, {found.relative:.1e} of the largest{'  TOO MUCH' if failed else ''}")
+        say(f"  {comparison:<44} {difference.worst:.2e}, {difference.relative:.1e} of the largest"
+            f"{'  TOO MUCH' if failed else ''}")
 
     say(f"{model.config.family.name} at step {model.step}, {arguments.dtype}, {rows} rows on "
-        f"{sharding.described(model.mesh)}, {jax.devices()[0].device_kind}; worst difference between logits (limit: "
+        f"{sharding.describe(model.mesh)}, {jax.devices()[0].device_kind}; worst difference between logits (limit: "
         f"{tolerance:g} of the largest)")
     # Four tokens per diffusion step (in each block, for BD3-LM), and one: few programs to compile.
     block = family.block(model.config) or config.length

@@ -43,14 +43,14 @@ def run(arguments: argparse.Namespace) -> None:
     raw = arguments.source is not None and not is_prepared(arguments.source)
     split = arguments.split or ("all" if raw else "validation")
     windows = windows_of(model.config, split, arguments.source, model.tokenizer)
-    found = perplexity.nelbo(model, evenly_spaced(windows, arguments.num_windows), model.tokenizer, alpha_0,
+    result = perplexity.nelbo(model, evenly_spaced(windows, arguments.num_windows), model.tokenizer, alpha_0,
                              jax.random.key(arguments.seed), arguments.samples)
-    write_whole(arguments.out, as_json({"alpha_0": alpha_0, "step": model.step, "split": split, **found.to_json()}))
-    say(f"{model.config.family.name} at step {model.step}, alpha_0 = {alpha_0}, {found.windows} windows of "
+    write_whole(arguments.out, as_json({"alpha_0": alpha_0, "step": model.step, "split": split, **result.to_json()}))
+    say(f"{model.config.family.name} at step {model.step}, alpha_0 = {alpha_0}, {result.windows} windows of "
         f"{model.config.model.length} tokens ({split})")
-    for term, nats in found.terms.items():
+    for term, nats in result.terms.items():
         say(f"  {term:<12} {nats:.4f} nats per token")
     kind = "NLL  " if families.get(model.config).exact_bound else "NELBO"
-    say(f"  {kind}        {found.nats_per_token:.4f} +- {found.standard_error:.4f} nats per token"
-        f" = {found.bits} = PPL {found.perplexity:.3f}")
+    say(f"  {kind}        {result.nats_per_token:.4f} +- {result.standard_error:.4f} nats per token"
+        f" = {result.bits} = PPL {result.perplexity:.3f}")
     say(f"wrote {arguments.out}")

@@ -1,4 +1,4 @@
-"""Arrays that commands read."""
+"""Arrays and plans that commands read."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ def read_plan(path: str) -> Plan:
     require(order.ndim == 2 and counts.ndim == 1 and integers, "--plan", path,
             "must hold order, int [N, L], and tokens_per_step, int [steps]")
     with np.load(path) as arrays:
-        given = arrays["diffusion"] if "diffusion" in arrays else None
-    require(given is None or given.shape == () and np.issubdtype(given.dtype, np.integer), "--plan", path,
+        diffusion = arrays["diffusion"] if "diffusion" in arrays else None
+    require(diffusion is None or diffusion.shape == () and np.issubdtype(diffusion.dtype, np.integer), "--plan", path,
             "its diffusion must be one integer")
-    diffusion = None if given is None else int(given)
-    return Plan(jnp.asarray(order, jnp.int32), counts, diffusion)
+    return Plan(jnp.asarray(order, jnp.int32), counts, None if diffusion is None else int(diffusion))

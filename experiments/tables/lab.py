@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eso_jax import load
-from eso_jax.cli import guarded, keep_compilations
+from eso_jax.cli import exit_code_of, keep_compilations
 from eso_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from eso_jax.console import say
 from eso_jax.data import evenly_spaced, windows_of
@@ -159,33 +159,34 @@ class Lab:
 
     def heading(self, corpus: str) -> str:
         """Of a table of one of the paper's corpora ("lm1b" or "owt"): its name, and ours where it is another."""
-        papers, ours = CORPORA[RUNS[f"{corpus}/mdlm"].config.data.source], self.corpus(f"{corpus}/mdlm")
-        return papers if ours == papers else f"{papers} (paper), {ours} (ours)"
+        theirs, ours = CORPORA[RUNS[f"{corpus}/mdlm"].config.data.source], self.corpus(f"{corpus}/mdlm")
+        return theirs if ours == theirs else f"{theirs} (paper), {ours} (ours)"
 
     def is_as_above(self, run: str) -> bool:
         """Whether a run on OpenWebText is at this scale the run of the same name on LM1B, whose table comes first."""
         other = run.replace("owt/", "lm1b/")
         return other != run and other in RUNS and self.workdir(other) == self.workdir(run)
 
-    def measure(self, run: str, what: str, settings: dict[str, Any], compute: Callable[[Model], Any]) -> Any:
-        """compute(model) of a run, as JSON values; `settings` are all that they depend on beside the run."""
-        def with_model() -> Any:
+    def measure(self, run: str, name: str, settings: dict[str, Any], compute: Callable[[Model], Any]) -> Any:
+        """compute(model) of a run, as JSON values, or what was kept of it; made by the run and `settings` alone."""
+        def compute_with_model() -> Any:
             model = self.model(run)
-            say(f"{run}: {what} {settings}")
+            say(f"{run}: {name} {settings}")
             return compute(model)
 
         self.corpora.add(self.corpus(run))
-        return self.once(self.kept(run, what, settings, ".json"), with_model)
+        return self.once(self.path_of(run, name, settings, ".json"), compute_with_model)
 
-    def kept(self, run: str, what: str, settings: dict[str, Any], suffix: str) -> Path:
+    def path_of(self, run: str, name: str, settings: dict[str, Any], suffix: str) -> Path:
         """Where a measurement of a run, or what belongs to it, is kept."""
-        return self.workdir(run) / "measured" / _named(what, settings, suffix)
+        return self.workdir(run) / "measured" / _file_name(name, settings, suffix)
 
-    def measure_all(self, what: str, settings: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        """The same of what is of no one run."""
-        return self.once(self.runs / "measured" / _named(what, settings, ".json"), compute)
+    def measure_all(self, name: str, settings: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """compute(), kept like a measurement, of what belongs to no single run."""
+        return self.once(self.runs / "measured" / _file_name(name, settings, ".json"), compute)
 
     def once(self, path: Path, compute: Callable[[], Any]) -> Any:
+        """The value in a file; if there is no such file, compute() is written to it first."""
         if not path.exists():
             value = compute()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,8 +232,8 @@ def _load(workdir: Path) -> Model:
     return load(workdir)
 
 
-def _named(what: str, settings: dict[str, Any], suffix: str) -> str:
-    return f"{what}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}{suffix}"
+def _file_name(name: str, settings: dict[str, Any], suffix: str) -> str:
+    return f"{name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}{suffix}"
 
 
 def _draw(draw: Callable[[Any], None], path: Path) -> None:
@@ -273,4 +274,4 @@ def main(doc: str | None, run: Callable[[Lab], None]) -> int:
     runs = arguments.runs or Path("runs") / arguments.scale
     results = arguments.results or EXPERIMENTS / "results" / arguments.scale
     keep_compilations()
-    return guarded(lambda: run(Lab(arguments.scale, runs, results)))
+    return exit_code_of(lambda: run(Lab(arguments.scale, runs, results)))
