@@ -14,7 +14,7 @@ from jaxtyping import Float
 from eso_jax import families, likelihood
 from eso_jax.engine import importance, perplexity
 from eso_jax.engine.model import Model
-from eso_jax.evaluation.diversity import Estimate
+from eso_jax.evaluation.diversity import Estimate, mean
 from lab import Lab
 
 
@@ -46,22 +46,17 @@ def log_prob(lab: Lab, run: str, orders: int, most: int) -> Float[np.ndarray, "O
 
     def compute(model: Model) -> list[list[float]]:
         alpha_0 = families.alpha_0_of(model.config, None)
-        found = importance.log_prob(model, lab.test_windows(run, most), orders, alpha_0, 0, partial)
-        return found[:orders].tolist()
+        logp = importance.log_prob(model, lab.test_windows(run, most), orders, alpha_0, 0, partial)
+        return logp[:orders].tolist()
 
-    found = np.array(lab.measure(run, "log-prob", {"windows": most, "orders": orders}, compute))
+    logp = np.array(lab.measure(run, "log-prob", {"windows": most, "orders": orders}, compute))
     partial.unlink(missing_ok=True)
-    return found
+    return logp
 
 
 def bound_per_window(logp: Float[np.ndarray, "O M"], length: int) -> Float[np.ndarray, " M"]:
     """The importance-weighted bound on -log p of each window, in nats per token."""
     return -likelihood.iw_bound(logp)[0] / length
-
-
-def mean(nats: Float[np.ndarray, " M"]) -> Estimate:
-    """With its standard error over windows."""
-    return Estimate(float(nats.mean()), float(nats.std(ddof=1) / math.sqrt(len(nats))))
 
 
 def perplexity_of(nats: Float[np.ndarray, " M"]) -> Estimate:

@@ -12,25 +12,25 @@ import sys
 
 import samples
 from lab import Cell, Lab, Table, main
-from samples import Found, Setting
+from samples import Measures, Setting
 from tables_13_to_15_quality import ESO_LM, TRAINED
 
 from eso_jax.evaluation.frontier import frontier
 
 
 def run(lab: Lab) -> None:
-    points: dict[str, list[Found]] = {"trained at 1": [], "trained at each": []}
+    points: dict[str, list[Measures]] = {"trained at 1": [], "trained at each": []}
     for trained, name in TRAINED.items():
-        found = [samples.measure(lab, name, Setting(steps, alpha_0)) for alpha_0, steps in ESO_LM]
-        points["trained at each"] += found
+        measured = [samples.measure(lab, name, Setting(steps, alpha_0)) for alpha_0, steps in ESO_LM]
+        points["trained at each"] += measured
         if trained == "1":
-            points["trained at 1"] += found
+            points["trained at 1"] += measured
     tables = {}
-    for title, pick, lower in (("Gen PPL, best so far", lambda one: one.gen_ppl.value, True),
-                               ("MAUVE, best so far", lambda one: one.mauve.value, False)):
+    for title, pick, lower in (("Gen PPL, best so far", lambda measures: measures.gen_ppl.value, True),
+                               ("MAUVE, best so far", lambda measures: measures.mauve.value, False)):
         rows: list[list[Cell]] = []
-        for name, found in points.items():
-            best = frontier([(one.seconds, pick(one)) for one in found], lower)
+        for name, measured in points.items():
+            best = frontier([(measures.seconds, pick(measures)) for measures in measured], lower)
             rows += [[name, seconds, value] for seconds, value in best]
         tables[title] = Table(["models", "s", title], rows)
     lab.report("figures_18_19_alpha_0", __doc__ or "", tables, draw=samples.picture_of(points))

@@ -12,7 +12,7 @@ import sys
 
 import samples
 from lab import Cell, Lab, Table, main
-from samples import PAPER_LENGTH, Found, Setting
+from samples import PAPER_LENGTH, Measures, Setting
 
 PARALLELISM = (64, 32, 16, 8, 4, 2, 1)  # at the paper's length of 1024
 PLANS = {"binomial": None, "block, groups ascending": "strided",
@@ -20,15 +20,15 @@ PLANS = {"binomial": None, "block, groups ascending": "strided",
 
 
 def run(lab: Lab) -> None:
-    points: dict[str, list[Found]] = {}
+    points: dict[str, list[Measures]] = {}
     rows: list[list[Cell]] = []
     for name, plan in PLANS.items():
         points[name] = []
         for parallelism in PARALLELISM:
-            one = samples.measure(lab, "owt/esolm_1", Setting(PAPER_LENGTH // parallelism, 1.0, plan))
-            points[name].append(one)
-            rows.append([name, one.steps, one.nfe, one.seconds, one.gen_ppl, one.entropy, one.mauve,
-                         one.repetition])
+            measures = samples.measure(lab, "owt/esolm_1", Setting(PAPER_LENGTH // parallelism, 1.0, plan))
+            points[name].append(measures)
+            rows.append([name, measures.steps, measures.nfe, measures.seconds, measures.gen_ppl, measures.entropy,
+                         measures.mauve, measures.repetition])
     columns = ["plan", "T", "NFE", "s", "Gen PPL", "entropy", "MAUVE", "repeated 4-grams"]
     lab.report("figures_20_21_block_sampler", __doc__ or "", {"": Table(columns, rows)},
                draw=samples.picture_of(points))

@@ -25,7 +25,7 @@ def run(lab: Lab) -> None:
     tables = {}
     for title, (name, setting) in SETTINGS.items():
         samples.measure(lab, name, setting)
-        with np.load(samples.kept(lab, name, setting)) as arrays:
+        with np.load(samples.path_of(lab, name, setting)) as arrays:
             tokens = arrays["tokens"][:SHOWN]
         tokenizer = workdir.kept_tokenizer(lab.workdir(name), lab.config(name))
         assert tokenizer is not None

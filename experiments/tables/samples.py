@@ -38,7 +38,7 @@ class Setting(NamedTuple):
     min_entropy: float | None = None
 
 
-class Found(NamedTuple):
+class Measures(NamedTuple):
     """What was measured: NFE and seconds of a batch, compilation not included, and the quality of all samples."""
 
     steps: int
@@ -51,9 +51,9 @@ class Found(NamedTuple):
     redrawn: int
 
 
-def measure(lab: Lab, run: str, setting: Setting) -> Found:
+def measure(lab: Lab, run: str, setting: Setting) -> Measures:
     """Draws the run's samples in a setting, keeps them beside the model, and judges them."""
-    path = kept(lab, run, setting)
+    path = path_of(lab, run, setting)
 
     def compute(model: Model) -> dict[str, Any]:
         samples, seconds = draw(lab, run, model, setting)
@@ -61,15 +61,16 @@ def measure(lab: Lab, run: str, setting: Setting) -> Found:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, npz(tokens=samples.tokens, order=samples.order, tokens_per_step=samples.tokens_per_step,
                               diffusion=samples.diffusion), "--runs")
-        found = quality.measure(drawn, judge(lab), reference(lab, run), features(lab))
-        return {"nfe": len(samples.tokens_per_step), "seconds": seconds, "quality": found.to_json(),
+        measured = quality.measure(drawn, judge(lab), reference(lab, run), features(lab))
+        return {"nfe": len(samples.tokens_per_step), "seconds": seconds, "quality": measured.to_json(),
                 "redrawn": int((samples.tries > 1).sum())}
 
     values = lab.measure(run, "samples", settings_of(lab, run, setting), compute)
     parts = values["quality"]
-    found = {key: Estimate(*(math.nan if parts[key][of] is None else parts[key][of] for of in Estimate._fields))
-             for key in ("gen_ppl", "entropy", "mauve", "repetition")}
-    return Found(steps_of(lab, run, setting), values["nfe"], values["seconds"], redrawn=values["redrawn"], **found)
+    estimates = {key: Estimate(*(math.nan if parts[key][of] is None else parts[key][of] for of in Estimate._fields))
+                 for key in ("gen_ppl", "entropy", "mauve", "repetition")}
+    return Measures(steps_of(lab, run, setting), values["nfe"], values["seconds"], redrawn=values["redrawn"],
+                    **estimates)
 
 
 def steps_of(lab: Lab, run: str, setting: Setting) -> int:
@@ -84,9 +85,9 @@ def settings_of(lab: Lab, run: str, setting: Setting) -> dict[str, Any]:
             "judge": lab.workdir(JUDGE).name if lab.smoke else [judges.DEFAULT, mauve.DEFAULT]}
 
 
-def kept(lab: Lab, run: str, setting: Setting) -> Path:
+def path_of(lab: Lab, run: str, setting: Setting) -> Path:
     """Where `measure` keeps the samples."""
-    return lab.kept(run, "samples", settings_of(lab, run, setting), ".npz")
+    return lab.path_of(run, "samples", settings_of(lab, run, setting), ".npz")
 
 
 def draw(lab: Lab, run: str, model: Model, setting: Setting) -> tuple[Samples, float]:
@@ -99,7 +100,7 @@ def draw(lab: Lab, run: str, model: Model, setting: Setting) -> tuple[Samples, f
 
     samples = sample(count)
     timed = [sample(batch) for _ in range(REPEATS)]
-    return samples, statistics.median(one.seconds - one.compile_seconds for one in timed)
+    return samples, statistics.median(again.seconds - again.compile_seconds for again in timed)
 
 
 @functools.cache
@@ -118,7 +119,7 @@ def reference(lab: Lab, run: str) -> Texts:
     return texts.of_tokens(lab.test_windows(run, COUNT[lab.scale]), lab.model(run).tokenizer)
 
 
-def picture_of(points: dict[str, list[Found]]) -> Any:
+def picture_of(points: dict[str, list[Measures]]) -> Any:
     """A function that draws quality against seconds and passes, and Gen PPL against entropy, by series; lines are
     frontiers, the best so far."""
     from eso_jax.evaluation.frontier import frontier
@@ -128,8 +129,8 @@ def picture_of(points: dict[str, list[Found]]) -> Any:
         panels = (("seconds", "mauve", False), ("seconds", "gen_ppl", True), ("nfe", "gen_ppl", True),
                   ("entropy", "gen_ppl", True))
         for axes, (x, y, lower) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-            for number, (name, found) in enumerate(points.items()):
-                pairs = [(value_of(getattr(one, x)), value_of(getattr(one, y))) for one in found]
+            for number, (name, measured) in enumerate(points.items()):
+                pairs = [(value_of(getattr(point, x)), value_of(getattr(point, y))) for point in measured]
                 axes.plot(*zip(*pairs, strict=True), "o", color=f"C{number}", alpha=0.4, markersize=4)
                 if x != "entropy":
                     axes.plot(*zip(*frontier(pairs, lower), strict=True), "-", color=f"C{number}", label=name)

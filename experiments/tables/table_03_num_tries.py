@@ -43,7 +43,7 @@ def run(lab: Lab) -> None:
 def threshold(lab: Lab, name: str, setting: Setting) -> float:
     if not lab.smoke:
         return float(ENTROPY)
-    with np.load(samples.kept(lab, name, setting)) as arrays:
+    with np.load(samples.path_of(lab, name, setting)) as arrays:
         return float(np.quantile(unigram_entropy(arrays["tokens"]), QUANTILE))
 
 

@@ -30,7 +30,7 @@ def run(lab: Lab) -> None:
         paper = RUNS[experiment].long
         assert paper is not None
         settings = {"count": COUNT, "top_p": samples.TOP_P}
-        path = lab.kept(experiment, "long-samples", settings, ".npz")
+        path = lab.path_of(experiment, "long-samples", settings, ".npz")
         found = lab.measure(experiment, "long-samples", settings, lambda model: measure(lab, model, path))
         rows.append([name, paper.gen_ppl, Estimate(*found["gen_ppl"]), paper.entropy, Estimate(*found["entropy"]),
                      paper.seconds, found["seconds"], found["cut"]])

@@ -13,7 +13,7 @@ import sys
 import samples
 from lab import RUNS, Cell, Lab, Table, main, paper
 from paper import Sampled
-from samples import Found, Setting
+from samples import Measures, Setting
 
 TRAINED = {"1": "owt/esolm_1", "0.5": "owt/esolm_05", "0.25": "owt/esolm_025", "0.125": "owt/esolm_0125"}
 ESO_LM = list(paper.SETTINGS)  # (alpha_0 when sampling, T)
@@ -26,22 +26,22 @@ COLUMNS = ["T, ours", "NFE, paper", "NFE, ours", "s, paper", "s, ours", "Gen PPL
 def run(lab: Lab) -> None:
     tables, points = {}, {}
     for trained, name in TRAINED.items():
-        found = [samples.measure(lab, name, Setting(steps, alpha_0)) for alpha_0, steps in ESO_LM]
+        measured = [samples.measure(lab, name, Setting(steps, alpha_0)) for alpha_0, steps in ESO_LM]
         tables[f"Table 13: Eso-LM trained at alpha_0 = {trained}"] = Table(
-            ["alpha_0", "T", *COLUMNS], [[*setting, *cells(RUNS[name].samples[setting], one)]
-                                         for setting, one in zip(ESO_LM, found, strict=True)])
-        points[f"Eso-LM, trained at {trained}"] = found
-    found = [samples.measure(lab, "owt/mdlm", Setting(steps)) for steps in MDLM]
-    tables["Table 14: MDLM"] = Table(["T", *COLUMNS], [[steps, *cells(RUNS["owt/mdlm"].samples[steps], one)]
-                                                       for steps, one in zip(MDLM, found, strict=True)])
-    points["MDLM"] = found
+            ["alpha_0", "T", *COLUMNS], [[*setting, *cells(RUNS[name].samples[setting], measures)]
+                                         for setting, measures in zip(ESO_LM, measured, strict=True)])
+        points[f"Eso-LM, trained at {trained}"] = measured
+    measured = [samples.measure(lab, "owt/mdlm", Setting(steps)) for steps in MDLM]
+    tables["Table 14: MDLM"] = Table(["T", *COLUMNS], [[steps, *cells(RUNS["owt/mdlm"].samples[steps], measures)]
+                                                       for steps, measures in zip(MDLM, measured, strict=True)])
+    points["MDLM"] = measured
     rows: list[list[Cell]] = []
     for block in BD3LM:
         name = f"owt/bd3lm_{block}"
-        found = [samples.measure(lab, name, Setting(steps)) for steps in BD3LM_STEPS]
-        rows += [[block, steps, *cells(RUNS[name].samples[steps], one)]
-                 for steps, one in zip(BD3LM_STEPS, found, strict=True)]
-        points[f"BD3-LM, {block}"] = found
+        measured = [samples.measure(lab, name, Setting(steps)) for steps in BD3LM_STEPS]
+        rows += [[block, steps, *cells(RUNS[name].samples[steps], measures)]
+                 for steps, measures in zip(BD3LM_STEPS, measured, strict=True)]
+        points[f"BD3-LM, {block}"] = measured
     tables["Table 15: BD3-LM"] = Table(["L'", "T", *COLUMNS], rows)
     ar = samples.measure(lab, "owt/ar", Setting(None))
     points["AR"] = [ar]
@@ -49,20 +49,20 @@ def run(lab: Lab) -> None:
     lab.report("tables_13_to_15_quality", __doc__ or "", tables, notes(lab), samples.picture_of(points))
 
 
-def cells(papers: Sampled, ours: Found) -> list[Cell]:
+def cells(papers: Sampled, ours: Measures) -> list[Cell]:
     return [ours.steps, papers.nfe, ours.nfe, papers.seconds, ours.seconds, papers.gen_ppl, ours.gen_ppl,
             papers.entropy, ours.entropy, papers.mauve, ours.mauve, ours.repetition]
 
 
 def notes(lab: Lab) -> list[str]:
     count, batch = samples.COUNT[lab.scale], samples.BATCH[lab.scale]
-    found = [f"{count} samples in each setting, nucleus {samples.TOP_P}; seconds of a batch of {batch}, draws included,"
+    lines = [f"{count} samples in each setting, nucleus {samples.TOP_P}; seconds of a batch of {batch}, draws included,"
              f" compilation not, median of {samples.REPEATS}. Nothing is redrawn."]
     if lab.smoke:
-        found.append("Our T is the paper's in proportion to the length, at least 1; two of the paper's may come to the "
+        lines.append("Our T is the paper's in proportion to the length, at least 1; two of the paper's may come to the "
                      "same. Gen PPL and MAUVE are of our own AR model (its likelihood and its features): not the "
                      "paper's quantities. The AR model that samples last is that judge.")
-    return found
+    return lines
 
 
 if __name__ == "__main__":
