@@ -10,15 +10,12 @@ The fields of `family` are the family's own: each declares them in its file in e
 from __future__ import annotations
 
 import dataclasses
-import ast
 import difflib
-import functools
 import importlib
 import json
 import math
 import sys
 import textwrap
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from eso_jax.errors import EsoError, reason_of, require
 from eso_jax.files import local
+from eso_jax.values import check_types, parse, read, types_of
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": dict(width=256, layers=8, heads=8),
@@ -52,7 +50,7 @@ class ModelConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_types("model", self)
+        check_types("model", self)
         for name in ("length", "width", "layers", "heads"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(self.vocab_size >= 2, "model.vocab_size", self.vocab_size, "must hold a token and the mask, so >= 2")
@@ -87,7 +85,7 @@ class _ByName(type):
             return super().__call__(*args, **fields)
         name = args[0] if args else fields.pop("name", next(iter(SETTINGS)))
         kind = _settings_of(name)
-        own = _fields_of(kind).keys()
+        own = types_of(kind).keys()
         for field_name in fields.keys() - own:
             _check_foreign(name, field_name, fields[field_name])
         return kind(name=name, **{field_name: fields[field_name] for field_name in fields.keys() & own})
@@ -115,7 +113,7 @@ class FamilyConfig(metaclass=_ByName):
         def __getattr__(self, field_name: str) -> Any: ...
 
     def __post_init__(self) -> None:
-        _check_types("family", self)
+        check_types("family", self)
         require(_settings_of(self.name) is type(self), "family.name", self.name,
                 f"{type(self).__name__} is not its class; make it with FamilyConfig(name={self.name!r}, ...)")
         self.check()
@@ -158,7 +156,7 @@ def _settings_of(name: str) -> type[FamilyConfig]:
 
 def _owners(field_name: str) -> list[str]:
     """The families with a setting of that name."""
-    return [name for name, kind in SETTINGS.items() if field_name in _fields_of(kind)]
+    return [name for name, kind in SETTINGS.items() if field_name in types_of(kind)]
 
 
 def _check_foreign(name: str, field_name: str, value: Any) -> None:
@@ -181,7 +179,7 @@ class DataConfig:
     seed: int = 0  # of the shuffle
 
     def __post_init__(self) -> None:
-        _check_types("data", self)
+        check_types("data", self)
         for name in ("source", "tokenizer"):
             object.__setattr__(self, name, local(getattr(self, name), f"data.{name}"))
         require(0 <= self.seed < 2**32, "data.seed", self.seed, "must be in [0, 2**32)")
@@ -199,7 +197,7 @@ class MeshConfig:
     tensor: int = 1  # devices that share one copy's heads, hidden units, vocabulary and rows
 
     def __post_init__(self) -> None:
-        _check_types("mesh", self)
+        check_types("mesh", self)
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"mesh.{name}", value, "must be at least 1")
@@ -237,7 +235,7 @@ class TrainConfig:
     profile_steps: int = 0  # steps traced into W/profile, from the third of this process on
 
     def __post_init__(self) -> None:
-        _check_types("train", self)
+        check_types("train", self)
         require(self.start_from != "", "train.start_from", self.start_from, "give a work directory, or None")
         object.__setattr__(self, "start_from", self.start_from and local(self.start_from, "train.start_from"))
         require(0 <= self.seed < 2**32, "train.seed", self.seed, "must be in [0, 2**32)")
@@ -298,11 +296,11 @@ class Config:
             texts[section][name] = text.strip()
         family = texts["family"].get("name", self.family.name)
         kinds = {section: _kinds_in(section, family) for section in _SECTIONS}
-        given = {section: {name: _parse(f"{section}.{name}", text, kinds[section][name])
-                           for name, text in fields.items()} for section, fields in texts.items()}
-        sections = {section: dataclasses.replace(getattr(self, section), **given[section])
+        values = {section: {name: parse(f"{section}.{name}", text, kinds[section][name])
+                            for name, text in fields.items()} for section, fields in texts.items()}
+        sections = {section: dataclasses.replace(getattr(self, section), **values[section])
                     for section in _SECTIONS if section != "family"}
-        return Config(family=self.family.change(**given["family"]), **sections)
+        return Config(family=self.family.change(**values["family"]), **sections)
 
     def law(self) -> Config:
         """The sections `model` and `family` as they are, and defaults elsewhere. Scores are compiled by it, so that
@@ -318,31 +316,25 @@ _SECTIONS: dict[str, type] = {"model": ModelConfig, "family": FamilyConfig, "dat
                               "mesh": MeshConfig}
 
 
-@functools.cache  # Python would read the annotations anew every time
-def _fields_of(kind: type) -> dict[str, Any]:
-    """The fields of a section's class and their types."""
-    hints = typing.get_type_hints(kind)
-    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
-
-
 def _kinds_in(section: str, family: Any = None) -> dict[str, Any]:
-    """The fields of a section and their types; those of `family` are all families', with its own types for its own."""
+    """The fields of a section and their types. The section `family` has the fields of all families; where two have
+    fields of one name, the type is that of the family named."""
     if section != "family":
-        return _fields_of(_SECTIONS[section])
+        return types_of(_SECTIONS[section])
     kinds: dict[str, Any] = {}
     for settings in reversed(SETTINGS.values()):
-        kinds |= _fields_of(settings)
-    return kinds | (_fields_of(SETTINGS[family]) if family in list(SETTINGS) else {})
+        kinds |= types_of(settings)
+    return kinds | (types_of(SETTINGS[family]) if family in list(SETTINGS) else {})
 
 
 def family_fields() -> dict[str, list[str]]:
     """The settings of all families, and by each the names of the families that have it."""
-    return {name: _owners(name) for kind in SETTINGS.values() for name in _fields_of(kind) if name != "name"}
+    return {name: _owners(name) for kind in SETTINGS.values() for name in types_of(kind) if name != "name"}
 
 
 def fields() -> str:
     """The names of all fields, for people."""
-    lines = {section: ", ".join(_fields_of(kind)) for section, kind in _SECTIONS.items()}
+    lines = {section: ", ".join(types_of(kind)) for section, kind in _SECTIONS.items()}
     lines["family"] += "".join(f", {name} (of {', '.join(owners)})" for name, owners in family_fields().items())
     return "\n".join(["fields (what they mean: eso_jax/config.py; of a family: its file in eso_jax/families):", *(
         textwrap.fill(f"  {section}: {line}", 100, subsequent_indent="    ") for section, line in lines.items())])
@@ -362,10 +354,10 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
         for name, value in given.items():
             path = f"{section}.{name}"
             _check_field(path, section, name)
-            fields[name] = _read(path, value, kinds[name])
+            fields[name] = read(path, value, kinds[name])
         if section == "family":
             kind = _settings_of(fields.get("name", next(iter(SETTINGS))))
-            fields = {name: value for name, value in fields.items() if name in _fields_of(kind) or name in kind.only}
+            fields = {name: value for name, value in fields.items() if name in types_of(kind) or name in kind.only}
         sections[section] = _SECTIONS[section](**fields)
     return Config(**sections)
 
@@ -400,8 +392,8 @@ def from_file(experiment: str | Path) -> Config:
     if path.suffix == ".json":
         require(run is None, "config", name, f"{path} holds a single config; leave out ':{run}'")
         return _from_json(path)
-    found = _variables(path)
-    config, configs = found.get("config"), found.get("configs")
+    variables = _variables(path)
+    config, configs = variables.get("config"), variables.get("configs")
     if configs is None or isinstance(config, Config) and not isinstance(configs, dict):  # a module, say
         require(isinstance(config, Config), "config", name, "the file must define config = eso_jax.Config(...), or "
                 "several as configs = {'RUN': eso_jax.Config(...)}")
@@ -454,14 +446,6 @@ def _variables(path: Path) -> dict[str, Any]:
         sys.path.remove(folder)
 
 
-def _check_types(section: str, config: Any) -> None:
-    """Every field of a section holds its type, also when it was made in Python; whole numbers given for floats become
-    floats, lists tuples."""
-    for name, kind in _fields_of(config.__class__).items():
-        value = _read(f"{section}.{name}", getattr(config, name), kind)
-        object.__setattr__(config, name, value)  # the section is frozen, but still being made
-
-
 def _check_field(path: str, section: str, name: str) -> None:
     known = [f"{s}.{f}" for s in _SECTIONS for f in _kinds_in(s)]
     if section in _SECTIONS and path in known:
@@ -472,50 +456,3 @@ def _check_field(path: str, section: str, name: str) -> None:
         owners = family_fields().get(close[0].removeprefix("family."))
         hint = f"did you mean {close[0]}?" + (f" (of {', '.join(owners)})" if owners else "")
     raise EsoError(f"{path}: unknown config field; {hint}")
-
-
-def _kinds(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-
-
-def _type_name(kind: Any) -> str:
-    return " or ".join("None" if k is type(None) else getattr(k, "__name__", str(k)) for k in _kinds(kind))
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    for option in _kinds(kind):
-        if typing.get_origin(option) is tuple:
-            parts = typing.get_args(option)
-            if isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_fits, value, parts)):
-                return True
-        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return True
-        elif isinstance(value, option) and isinstance(value, bool) == (option is bool):
-            return True
-    return False
-
-
-def _read(path: str, value: Any, kind: Any) -> Any:
-    """A value of its field's type; raises an EsoError where it does not fit."""
-    require(_fits(value, kind), path, value, f"must be of type {_type_name(kind)}")
-    return _as_floats(value) if "float" in str(kind) else value
-
-
-def _as_floats(value: Any) -> Any:
-    """Whole numbers given for floats, as floats; lists as tuples."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_as_floats, value))
-    return None if value is None else float(value)
-
-
-def _parse(path: str, text: str, kind: Any) -> Any:
-    if str in _kinds(kind):
-        return None if text == "None" and type(None) in _kinds(kind) else text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = float(text) if text.lower() in ("nan", "inf", "infinity") else text
-    if int in _kinds(kind) and isinstance(value, float) and value.is_integer():
-        value = int(value)  # train.steps=1e6
-    require(_fits(value, kind), path, text, f"must be of type {_type_name(kind)}")
-    return _read(path, value, kind)
