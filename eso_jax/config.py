@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from eso_jax.errors import EsoError, reason_of, require
-from eso_jax.files import local
+from eso_jax.files import as_json, local
 from eso_jax.values import check_types, parse, read, types_of
 
 SIZES: dict[str, dict[str, int]] = {
@@ -309,7 +309,7 @@ class Config:
         return Config(self.model, self.family, train=TrainConfig(batch_size=self.family.group_size))
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        return as_json(dataclasses.asdict(self))
 
 
 _SECTIONS: dict[str, type] = {"model": ModelConfig, "family": FamilyConfig, "data": DataConfig, "train": TrainConfig,
