@@ -8,7 +8,8 @@ Trains on the source text of Python's own standard library (bytes, no download),
   2. the NELBO and the importance-weighted bound on the exact likelihood,
   3. generated text,
   4. the cached sampler against MDLM's, which has no cache, at the same number of forward passes.
-It leaves metrics, pictures and samples in the work directory. See docs/start.md for what it says, docs/measured.md for numbers.
+It leaves metrics, pictures and samples in the work directory. See docs/start.md for what it says, docs/measured.md for
+numbers.
 """
 
 from __future__ import annotations

@@ -201,13 +201,12 @@ def test_names_of_code_exist() -> None:
 
 
 def defines(file: Path, name: str) -> bool:
-    """Whether a file defines `name`, or `Class.name`."""
+    """Whether a file defines the function or class `name`, or `Class.name`."""
     import ast
 
     body = ast.parse(file.read_text("utf-8")).body
     for part in name.split("."):
-        inside = [node for node in body if getattr(node, "name", None) == part
-                  or part in {getattr(t, "id", None) for t in getattr(node, "targets", [getattr(node, "target", None)])}]
+        inside = [node for node in body if getattr(node, "name", None) == part]
         if not inside:
             return False
         body = getattr(inside[0], "body", [])
