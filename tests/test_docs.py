@@ -211,3 +211,34 @@ def defines(file: Path, name: str) -> bool:
             return False
         body = getattr(inside[0], "body", [])
     return True
+
+
+def test_the_interface_says_shapes_and_errors() -> None:
+    """Every public function from Python, of a model and of a family: a docstring; shapes in it or in
+    the types of its arrays; no argument in it that there is not."""
+    import inspect
+
+    import eso_jax
+    from eso_jax import families, likelihood
+    from eso_jax.families.base import Family
+
+    public = {name: getattr(eso_jax, name) for name in eso_jax.__all__}
+    for owner in (eso_jax.Model, Family, likelihood, families):
+        public |= {f"{owner.__name__}.{name}": member for name, member in vars(owner).items()
+                   if not name.startswith("_") and inspect.isfunction(inspect.unwrap(member))
+                   and member.__module__ == getattr(owner, "__module__", owner.__name__)}
+    assert len(public) > 35
+    for name, member in public.items():
+        text = inspect.getdoc(member) or ""
+        assert text, name
+        if inspect.isclass(member):
+            continue
+        signature = inspect.signature(inspect.unwrap(member))
+        plain = [p for p in (*signature.parameters.values(), signature.return_annotation) if p is not None
+                 and str(getattr(p, "annotation", p)) in ("np.ndarray", "Array")]
+        assert not plain or re.search(r"\[[A-Z]+(, [A-Z]+)*\]", text), f"{name}: arrays without shapes"
+        listed = re.search(r"^Args:\n((?:  .*\n?|\n)*)", text, re.MULTILINE)
+        named = re.findall(r"^  ((?:\w+, )*\w+): ", listed[1] if listed else "", re.MULTILINE)
+        assert {each for found in named for each in found.split(", ")} <= set(signature.parameters), name
+    for name in ("Model.sample", "eso_jax.likelihood.log_prob", "eso_jax.likelihood.conditionals", "load"):
+        assert "Raises:" in inspect.getdoc(public[name]), name

@@ -41,7 +41,7 @@ class MetricsLog:
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """Numbers and texts by name; those of a dict by a path. What is None is left out."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         parts = {f"{name}/{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value}
         found |= {part: x for part, x in parts.items() if x is not None}
