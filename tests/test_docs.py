@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import runpy
@@ -85,6 +86,21 @@ def test_every_block_runs(page: str, scratch: Path, run: Run, monkeypatch: pytes
         for name, *arguments in spoken(text, scratch):
             {"eso-jax": command, "python": script, "pip": install, "bash": launched,
              "sbatch": launched}[name](run, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_programs")
+def test_the_notebook_runs(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cell by cell, with a small model that is trained for two steps."""
+    notebook = json.loads((ROOT / "docs" / "tour.ipynb").read_text("utf-8"))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    small = [f"{name}={value}" for name, value in {**SMALL, "data.source": "my_texts"}.items()]
+    names: dict[str, object] = {"__name__": "notebook"}
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs"), "clear the outputs before a commit"
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("STEPS = 900", "STEPS = 2").replace(
+                '.override(f"train.steps={STEPS}")', f'.override(f"train.steps={{STEPS}}", *{small})'), names)
 
 
 def spoken(text: str, folder: Path) -> list[list[str]]:
