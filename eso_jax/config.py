@@ -34,6 +34,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 ATTENTION = ("auto", "cudnn", "splash", "plain")  # see eso_jax/model/attention.py
+LOGS = ("jsonl", "tensorboard", "wandb", "trackio")  # see eso_jax/run/metrics.py
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,8 @@ class TrainConfig:
     keep_every: int | None = None  # and those of every so many steps, for good
     hang_seconds: int = 1800  # a step that takes longer ends the process, for the launcher to start again; 0: never
     profile_steps: int = 0  # steps traced into W/profile, from the third of this process on
+    log: str = "jsonl"  # where metrics go beside W/metrics.jsonl: "jsonl" (nowhere), "tensorboard", "wandb", "trackio"
+    sample_every: int = 0  # steps between texts of the model, printed and logged; 0: none
 
     def __post_init__(self) -> None:
         check_types("train", self)
@@ -243,7 +246,7 @@ class TrainConfig:
                      "keep", "keep_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}", value, "must be at least 1")
-        for name in ("warmup", "weight_decay", "hang_seconds", "profile_steps"):
+        for name in ("warmup", "weight_decay", "hang_seconds", "profile_steps", "sample_every"):
             require(0 <= getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "must be >= 0")
         for name in ("learning_rate", "eps", "clip_norm"):
             require(0 < getattr(self, name) < math.inf, f"train.{name}", getattr(self, name),
@@ -256,7 +259,7 @@ class TrainConfig:
                 f"must be a multiple of train.save_every = {self.save_every}")
         for name, choices in (("schedule", ("constant", "cosine", "linear")), ("attention", ATTENTION),
                               ("compute_dtype", ("float32", "bfloat16")), ("remat", ("none", "dots", "full")),
-                              ("non_finite", ("stop", "skip"))):
+                              ("non_finite", ("stop", "skip")), ("log", LOGS)):
             value = getattr(self, name)
             require(value in choices, f"train.{name}", value, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
         require(self.schedule == "constant" or self.warmup < self.steps, "train.warmup", self.warmup,

@@ -96,7 +96,8 @@ class Conditionals(NamedTuple):
 
 
 def conditional(engine: Engine, tokens: np.ndarray, given: np.ndarray, wanted: np.ndarray) -> Float[np.ndarray, " B"]:
-    """log p(tokens that are wanted | tokens that are given) in nats: the sum over tokens of `conditionals`."""
+    """log p(tokens that are wanted | tokens that are given) in nats: the sum over tokens of `conditionals`, which says
+    what the arguments [B, L] are."""
     return conditionals(engine, tokens, given, wanted).logp.sum(axis=1, dtype=np.float32)
 
 

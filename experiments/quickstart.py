@@ -8,7 +8,8 @@ Trains on the source text of Python's own standard library (bytes, no download),
   2. the NELBO and the importance-weighted bound on the exact likelihood,
   3. generated text,
   4. the cached sampler against MDLM's, which has no cache, at the same number of forward passes.
-It leaves metrics, pictures and samples in the work directory. See the README for measured times and numbers.
+It leaves metrics, pictures and samples in the work directory. See docs/start.md for what it says, docs/measured.md for
+numbers.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def bounds(model: Model, validation: np.ndarray) -> dict[str, float | None]:
         f"+- {whole.standard_error * run.model.length * to_bits:.3f} ({_share(whole)})\n"
         f"   {len(some)} of them: NELBO {few.bits_per_byte:.3f}; decoded one by one, importance-weighted over orders: "
         + ", ".join(f"{bits:.3f} (K = {count})" for count, bits in iw.items())
-        + "\n   (two slightly different laws, so K = 1 may lie above the NELBO; see the README)")
+        + "\n   (two slightly different laws, so K = 1 may lie above the NELBO; see docs/choices.md)")
     return {"nelbo_bits_per_byte": whole.bits_per_byte, "nelbo_bits_per_byte_some": few.bits_per_byte,
             "iw_bits_per_byte_k1": iw[1], f"iw_bits_per_byte_k{ORDERS}": iw[ORDERS]}
 

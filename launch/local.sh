@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs into .venv and runs the quickstart: trains a small Eso-LM, evaluates it, samples from it.
 #   bash launch/local.sh [--dry-run] [section.field=value ...]
-# Hardware: a laptop (2 CPU cores, 4 GB) or a machine with an NVIDIA GPU, which it then uses. Time: see README.md.
+# Hardware: a laptop (2 CPU cores, 4 GB) or a machine with an NVIDIA GPU, which it then uses. Time: see docs/measured.md.
 # WORKDIR=DIR is where the run goes (runs/quickstart); the same command resumes it. --dry-run prints the commands.
 # VENV=DIR is the environment (.venv).
 set -euo pipefail

@@ -1,25 +1,32 @@
-"""What a run reports: JSON lines in `W/metrics.jsonl`, a trace, and a picture of the loss."""
+"""What a run reports: JSON lines in `W/metrics.jsonl` and wherever else `train.log` says, a trace, and a picture of the
+loss."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from eso_jax import files
+from eso_jax.config import Config
 from eso_jax.console import is_writer, say
+from eso_jax.errors import EsoError
 
 FILE = "metrics.jsonl"
+Send = Callable[[int, dict[str, Any]], None]  # takes numbers and texts of a step
 
 
 class MetricsLog:
-    """Appends JSON lines, each with its step; the writer's alone. Resuming at a step drops the lines a killed run wrote
-    beyond it."""
+    """Appends JSON lines, each with its step, and sends the same to another place; the writer's alone. Resuming at a
+    step drops the lines a killed run wrote beyond it."""
 
-    def __init__(self, workdir: Path, resume_step: int) -> None:
-        self.path = workdir / FILE
+    def __init__(self, workdir: Path, resume_step: int, send: Send | None = None) -> None:
+        self.path, self.send = workdir / FILE, send
         if not is_writer():
             return
         kept = [line for line in read(workdir) if line["step"] <= resume_step]
@@ -28,6 +35,55 @@ class MetricsLog:
     def write(self, step: int, **values: Any) -> None:
         if is_writer():
             files.append(self.path, json.dumps({"step": step, **values}) + "\n", "--workdir")
+            if self.send is not None:
+                self.send(step, _flat(values))
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers and texts by name; those of a dict by a path. What is None is left out."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        parts = {f"{name}/{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value}
+        found |= {part: x for part, x in parts.items() if x is not None}
+    return found
+
+
+@contextmanager
+def elsewhere(workdir: Path, config: Config) -> Iterator[Send | None]:
+    """Where the writer's metrics go beside the JSON lines, by `train.log`, for its block.
+
+    Raises:
+      EsoError: the library of that place is not installed, or refuses.
+    """
+    kind = config.train.log
+    if kind == "jsonl" or not is_writer():
+        yield None
+        return
+    try:
+        library: Any = importlib.import_module({"tensorboard": "tensorboardX"}.get(kind, kind))
+    except ImportError as error:
+        raise EsoError(f"train.log = {kind!r}: {error.name} is not installed; pip install 'eso-jax[{kind}]', or leave "
+                       "train.log out") from error
+    if kind == "tensorboard":
+        with library.SummaryWriter(str(workdir / "tensorboard")) as board:
+
+            def show(step: int, values: dict[str, Any]) -> None:
+                for name, value in values.items():
+                    (board.add_text if isinstance(value, str) else board.add_scalar)(name, value, step)
+                board.flush()
+
+            yield show
+        return
+    # One interface has both. A run that goes on is another one of them, in the group of its work directory.
+    try:
+        library.init(project=os.environ.get(f"{kind.upper()}_PROJECT", "eso-jax"), group=str(workdir.resolve()),
+                     config=dataclasses.asdict(config))
+    except Exception as error:  # each library has errors of its own
+        raise EsoError(f"train.log = {kind!r}: {str(error).splitlines()[0]}") from error
+    try:
+        yield lambda step, values: library.log(values, step=step)
+    finally:
+        library.finish()
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@
   W/metrics.jsonl   a line per `train.log_every` steps and per evaluation
   W/loss.png        drawn at the end
   W/profile/        a trace of `train.profile_steps` steps, for TensorBoard or Perfetto
+  W/tensorboard/    the metrics once more, if `train.log` says so
 
 The same command resumes from the last whole checkpoint, and N steps are the same N steps, bit for bit, however often
 the run was interrupted. (Logged losses are means since the line before, or since the resumed step.) The devices, the
@@ -36,13 +37,15 @@ from jaxtyping import Array, Float, Int
 from eso_jax import families, files, flops, sharding
 from eso_jax.config import Config
 from eso_jax.console import bar, is_terminal, is_writer, say
-from eso_jax.data import evenly_spaced, identity, tokenizer_of, windows_of
+from eso_jax.data import Tokenizer, evenly_spaced, identity, tokenizer_of, windows_of
 from eso_jax.engine import perplexity
+from eso_jax.engine.model import Model
 from eso_jax.engine.rows import Engine, catch_out_of_memory
 from eso_jax.errors import EsoError, RunAgain, require
 from eso_jax.families import Family
 from eso_jax.model import attention
-from eso_jax.model.params import Params, Weights, constrain_params, fold, with_shardings, weight_shardings
+from eso_jax.model.params import (Params, Weights, constrain_params, fold, for_inference, weight_shardings,
+                                  with_shardings)
 from eso_jax.noise import Draws
 from eso_jax.run import checkpoint, initial, metrics, multihost, stopping, workdir
 from eso_jax.run.optim import optimizer, update_ema
@@ -202,6 +205,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     multihost.check_alone()
     mesh = sharding.mesh(config.mesh)
     sharding.check(config, mesh)
+    require(not settings.sample_every or jax.process_count() == 1, "train.sample_every", settings.sample_every,
+            "samples come from the devices of one process; leave it 0 where there are several")
     tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
     windows = windows_of(config, "train", tokenizer=tokenizer)
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
@@ -225,6 +230,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
           jax.set_mesh(mesh), preemption.watch(), stopping.together(functools.partial(checkpoint.last, directory)),
           catch_out_of_memory(f"train.batch_size = {settings.batch_size}", REMEDY),
           checkpoint.Saver(checkpoints, directory, config.model) as saver,
+          metrics.elsewhere(directory, config) as send,
           stopping.Watchdog(settings.hang_seconds, saver.last) as watchdog):
         if bool(checkpoint.agreed_steps(directory)) != resumes:  # seen before the lock was ours
             raise RunAgain(f"--workdir = {str(directory)!r}: another run wrote there just now; repeat the command")
@@ -239,7 +245,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
             f"{settings.steps}, in {directory}; attention: {attention_of(config)}")
         if not resumes and (lines := metrics.read(directory)):
             say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step 0 again")
-        log = metrics.MetricsLog(directory, first)
+        log = metrics.MetricsLog(directory, first, send)
         meter = _Meter(config, log, saver.last)
         step_fn = jit_step(config, mesh)
         fold = jit_fold(config, mesh)
@@ -269,6 +275,12 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
                 say(f"step {step}: validation {found.nats_per_token:.4f} nats per token, {found.bits}")
                 meter.restart_clock()
+            if settings.sample_every and step % settings.sample_every == 0:
+                meter.flush()
+                text = _sample(config, state.ema, mesh, step, tokenizer)
+                log.write(step, sample=text)
+                say(f"step {step}: a sample\n{text}")
+                meter.restart_clock()
             if step % settings.save_every == 0 or ends or saver.is_due:
                 meter.flush()  # a state is saved only once it is known to be finite
                 (saver.finish if ends else saver.save)(step, _parts(state))
@@ -277,6 +289,14 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
             metrics.plot_loss(directory, baselines)
     multihost.barrier("end")
     return state
+
+
+def _sample(config: Config, params: Params, mesh: Mesh, step: int, tokenizer: Tokenizer) -> str:
+    """A text of the model, one token per pass."""
+    weights = for_inference(config.model, dict(params), jnp.float32, mesh)
+    model = Model(config, weights, mesh, 1, step=step, tokenizer=tokenizer)
+    samples = model.sample(1, steps=config.model.length, plan=families.get(config).policies[-1], seed=step)
+    return tokenizer.decode(samples.tokens[0])
 
 
 def _restore(checkpoints: Any, directory: Path, config: Config, mesh: Mesh) -> TrainState:

@@ -25,7 +25,7 @@ CONFIG = "config.json"
 LOCK = "run.lock"
 # What may differ when a run goes on: of train, and all of mesh. None of it changes what is computed, but for rounding.
 MAY_CHANGE = ("steps", "accumulate", "attention", "remat", "non_finite", "log_every", "eval_every", "eval_windows",
-              "save_every", "keep", "keep_every", "hang_seconds", "profile_steps")
+              "save_every", "keep", "keep_every", "hang_seconds", "profile_steps", "log", "sample_every")
 
 
 def claim(directory: Path, config: Config, tokenizer: Tokenizer | None = None) -> None:
