@@ -65,6 +65,22 @@ def append(path: Path, text: str, name: str) -> None:
         _retried(add)
 
 
+def reading(name: str, path: Any, action: Callable[[], Result]) -> Result:
+    """What an action reads from `path`, or from files below it. Storage that does not answer is asked again.
+
+    Raises:
+      EsoError: it cannot be read.
+      RunAgain: storage did not answer, three times.
+    """
+    try:
+        return _retried(action)
+    except Exception as error:
+        mistaken = isinstance(error, EsoError) and errno_of(error) in PASSING  # for one of the user's
+        if (told := trouble(error.__cause__ or error if mistaken else error, name, path, "read")) is None:
+            raise
+        raise told from error
+
+
 @contextlib.contextmanager
 def writing(name: str, path: Any) -> Iterator[None]:
     """Around what writes to `path` in another way: a full disk and the like become what `write_whole` raises."""
@@ -141,12 +157,14 @@ def errno_of(error: BaseException | None) -> int | None:
     return None
 
 
-def trouble(error: BaseException, name: str, path: Any) -> EsoError | RunAgain | None:
-    """What a failed write means for the user; None where no file system is behind it."""
+def trouble(error: BaseException, name: str, path: Any, done: str = "written") -> EsoError | RunAgain | None:
+    """What a failed write or read means for the user; None where no file system is behind it."""
     number = errno_of(error)
     if isinstance(error, EsoError | RunAgain) or number is None:
         return None
-    what = f"{name} = {str(path)!r}: cannot be written ({os.strerror(number)}); "
+    file = getattr(error, "filename", None)
+    which = f"{str(file)!r} cannot" if done == "read" and file else "cannot"
+    what = f"{name} = {str(path)!r}: {which} be {done} ({os.strerror(number)}); "
     if number in PASSING:
         return RunAgain(f"{what}tried {TRIES} times; mend the storage and repeat the command")
     return EsoError(what + ("make room and repeat the command" if number in FULL else "give another, or mend that"))
@@ -196,7 +214,7 @@ def _retried(action: Callable[[], Result]) -> Result:
         try:
             return action()
         except Exception as error:
-            if errno_of(error) not in PASSING:
+            if isinstance(error, RunAgain) or errno_of(error) not in PASSING:
                 raise
             time.sleep(PAUSE * attempt)
     return action()

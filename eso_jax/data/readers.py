@@ -14,7 +14,8 @@ from eso_jax.data import folders, rows, streams
 from eso_jax.data.catalog import TEXT8, Corpus
 from eso_jax.data.rows import Wish
 from eso_jax.data.streams import NotText, Opener
-from eso_jax.errors import EsoError, require
+from eso_jax.errors import EsoError, RunAgain, require
+from eso_jax.files import PASSING
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz")
 PIECE = 1_000_000  # characters of text8 in a document
@@ -79,6 +80,7 @@ def documents(corpus: Corpus, split: str, files: dict[str, Path], wish: Wish | N
 
     Raises:
       EsoError: a file cannot be read as what its corpus holds, or a row has no text.
+      RunAgain: storage did not answer.
     """
     wish = wish or Wish()
     patterns = corpus.splits[split]
@@ -98,7 +100,7 @@ def documents(corpus: Corpus, split: str, files: dict[str, Path], wish: Wish | N
         except OSError as error:
             if error.errno is None:  # of a decompressor
                 wish.bad_file(str(path), f"cannot be read ({type(error).__name__}: {_line(error)})")
-            elif wish.skip_files:
+            elif wish.skip_files and error.errno not in PASSING:
                 wish.bad_file(str(path), f"cannot be read ({error.strerror})")
             else:
                 raise _unreadable(error, path, wish) from error
@@ -127,9 +129,11 @@ def _may_be_text(path: Path) -> bool:
     return True
 
 
-def _unreadable(error: OSError, path: Path, wish: Wish) -> EsoError:
-    return EsoError(f"{wish.flag}: cannot read {str(error.filename or path)!r} ({error.strerror}); make it readable or "
-                    "remove it")
+def _unreadable(error: OSError, path: Path, wish: Wish) -> EsoError | RunAgain:
+    what = f"{wish.flag}: cannot read {str(error.filename or path)!r} ({error.strerror}); "
+    if error.errno in PASSING:
+        return RunAgain(what + "mend the storage and repeat the command")
+    return EsoError(what + "make it readable or remove it")
 
 
 def _line(error: Exception) -> str:
@@ -221,6 +225,8 @@ def _unpack(archive: Path, below: Path, wish: Wish) -> Path:
     except Exception as error:  # every library raises its own
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in PASSING:
+                raise _unreadable(error, archive, wish) from error
             raise EsoError(f"{wish.flag} = {str(archive)!r}: cannot be unpacked to {str(below)!r} ({error.strerror}); "
                            "make room, and repeat the command") from error
         raise EsoError(f"{wish.flag} = {str(archive)!r}: cannot be unpacked ({type(error).__name__}: {_line(error)}); "
