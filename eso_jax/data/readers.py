@@ -97,16 +97,14 @@ def documents(corpus: Corpus, split: str, files: dict[str, Path], wish: Wish | N
             if not wish.skip_files and len(chosen) > 1:
                 _refuse_all(path, error, chosen[number + 1:], wish)
             wish.bad_file(str(path), str(error))
-        except OSError as error:
-            if error.errno is None:  # of a decompressor
-                wish.bad_file(str(path), f"cannot be read ({type(error).__name__}: {_line(error)})")
+        except Exception as error:  # every library raises its own
+            if not isinstance(error, OSError) or error.errno is None:
+                wish.bad_file(str(path), f"cannot be read ({type(error).__name__}: {_line(error)}); it may be damaged "
+                              "or cut short")
             elif wish.skip_files and error.errno not in PASSING:
                 wish.bad_file(str(path), f"cannot be read ({error.strerror})")
             else:
                 raise _unreadable(error, path, wish) from error
-        except Exception as error:  # every library raises its own
-            wish.bad_file(str(path), f"cannot be read ({type(error).__name__}: {_line(error)}); it may be damaged or "
-                          "cut short")
 
 
 def _refuse_all(path: Path, error: NotText, others: list[Path], wish: Wish) -> None:
