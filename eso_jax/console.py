@@ -92,8 +92,9 @@ def _flush(stream: Any) -> int | None:
 
 def ending(error: BaseException) -> tuple[int, str]:
     """(exit code, last words) of a program that an error ends: 1 and its repr, unless it is the user's or storage's."""
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return (RunAgain.EXIT if error.errno in PASSING else 2), f"{error.filename!r}: {error.strerror}"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in PASSING):
+        named = "" if error.filename is None else f"{error.filename!r}: "
+        return (RunAgain.EXIT if error.errno in PASSING else 2), f"{named}{error.strerror}"
     code = next((code for kind, code in {RunAgain: RunAgain.EXIT, EsoError: 2, KeyboardInterrupt: 130}.items()
                  if isinstance(error, kind)), 1)
     return code, "interrupted" if code == 130 else str(error) if code != 1 else repr(error)

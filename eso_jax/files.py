@@ -65,6 +65,22 @@ def append(path: Path, text: str, name: str) -> None:
         _retry(add)
 
 
+def reading(name: str, path: Any, action: Callable[[], Result]) -> Result:
+    """What an action reads from `path`, or from files below it. Storage that does not answer is asked again.
+
+    Raises:
+      EsoError: it cannot be read.
+      RunAgain: storage did not answer, three times.
+    """
+    try:
+        return _retry(action)
+    except Exception as error:
+        mistaken = isinstance(error, EsoError) and errno_of(error) in PASSING  # for one of the user's
+        if (told := trouble(error.__cause__ or error if mistaken else error, name, path, "read")) is None:
+            raise
+        raise told from error
+
+
 @contextlib.contextmanager
 def writing(name: str, path: Any) -> Iterator[None]:
     """For a block that writes to `path` in another way: a full disk and the like raise there what they do in
@@ -142,12 +158,14 @@ def errno_of(error: BaseException | None) -> int | None:
     return None
 
 
-def trouble(error: BaseException, name: str, path: Any) -> EsoError | RunAgain | None:
-    """What a failed write means for the user; None where no file system is behind it."""
+def trouble(error: BaseException, name: str, path: Any, done: str = "written") -> EsoError | RunAgain | None:
+    """What a failed write or read means for the user; None where no file system is behind it."""
     number = errno_of(error)
     if isinstance(error, EsoError | RunAgain) or number is None:
         return None
-    failure = f"{name} = {str(path)!r}: cannot be written ({os.strerror(number)}); "
+    file = getattr(error, "filename", None)
+    which = f"{str(file)!r} cannot" if done == "read" and file else "cannot"
+    failure = f"{name} = {str(path)!r}: {which} be {done} ({os.strerror(number)}); "
     if number in PASSING:
         return RunAgain(f"{failure}tried {TRIES} times; mend the storage and repeat the command")
     return EsoError(failure + ("make room and repeat the command" if number in FULL else "give another, or mend that"))
@@ -198,7 +216,7 @@ def _retry(action: Callable[[], Result]) -> Result:
         try:
             return action()
         except Exception as error:
-            if errno_of(error) not in PASSING:
+            if isinstance(error, RunAgain) or errno_of(error) not in PASSING:
                 raise
             time.sleep(PAUSE * attempt)
     return action()

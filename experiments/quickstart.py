@@ -14,9 +14,10 @@ numbers.
 
 from __future__ import annotations
 
-import dataclasses
 import argparse
+import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def main() -> None:
     results |= race(model)
     write_whole(arguments.workdir / "results.json", as_json(results), "--workdir")
     say(f"\nIn {arguments.workdir}: loss.png, metrics.jsonl, samples.txt, results.json, and the model. Next, try\n"
-        f"  eso-jax sample --workdir {arguments.workdir} --num-samples 2 --steps 64 --alpha-0 0.25 --out samples.npz")
+        f"  {os.path.relpath(sys.executable)} -m eso_jax sample --workdir {arguments.workdir} --num-samples 2 --steps "
+        "64 --alpha-0 0.25 --out samples.npz")
 
 
 def bigram_bits_per_byte(run: Config, validation: np.ndarray) -> float:

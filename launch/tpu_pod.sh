@@ -20,11 +20,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/restart.sh
 source launch/restart.sh
-script=tpu_pod.sh keep='' spot=() where=(--quiet)
+script=tpu_pod.sh keep='' spot='' where=(--quiet)
 option() {
   case $1 in
     --keep) keep=1 ;;
-    --spot) spot=(--spot) ;;
+    --spot) spot=--spot ;;
     --project=?* | --zone=?*) where+=("$1") ;;
     *) return 1 ;;
   esac
@@ -65,7 +65,7 @@ on_all() {  # the keep-alive also ends the connection to a worker that is no mor
 }
 worker() { on_all bash eso-jax/launch/tpu_worker.sh "$@"; }
 create() {
-  queued create --node-id="$name" --accelerator-type="$accelerator" --runtime-version="$runtime" "${spot[@]}"
+  queued create --node-id="$name" --accelerator-type="$accelerator" --runtime-version="$runtime" ${spot:+"$spot"}
 }
 ready() {
   local now

@@ -1,10 +1,11 @@
 """Losses of 20 training steps on several meshes; run by tests/test_mesh.py in processes of its own.
 
-    python tests/mesh_losses.py OUT.json FAMILY MESH ...    MESH: data,fsdp,tensor of all devices, or 1 (the first)
+    python tests/mesh_losses.py OUT.json FAMILY,... MESH ...    MESH: data,fsdp,tensor of all devices, or 1 (the first)
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -58,14 +59,15 @@ def check_split(config: Config, state: train.TrainState) -> None:
 
 
 def main() -> None:
-    out, family, *meshes = sys.argv[1:]
+    out, names, *meshes = sys.argv[1:]
     if "JAX_NUM_PROCESSES" in os.environ:
         multihost.start(Path(out).with_suffix('.hosts'), 120)
-    found = {}
-    for mesh in meshes:
+    found: dict[str, dict[str, list[float]]] = {}
+    for family, mesh in itertools.product(names.split(","), meshes):
         alone = mesh == "1"
         axes = MeshConfig() if alone else MeshConfig(*(int(n) for n in mesh.split(",")))
-        found[mesh] = losses(config_of(family, axes), jax.devices()[:1] if alone else jax.devices())
+        devices = jax.devices()[:1] if alone else jax.devices()
+        found.setdefault(family, {})[mesh] = losses(config_of(family, axes), devices)
     if multihost.is_writer():
         with open(out, "w") as file:
             json.dump(found, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import io
@@ -18,10 +19,12 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from pyarrow import parquet
 
 import eso_jax
 from conftest import BASE
+from eso_jax import files
 from eso_jax.cli import main
 from eso_jax.config import Config, DataConfig, ModelConfig
 from eso_jax.data import (ByteTokenizer, Tokenizer, evenly_spaced, is_prepared, prepare, prepared_windows, tokenizer_of,
@@ -29,7 +32,7 @@ from eso_jax.data import (ByteTokenizer, Tokenizer, evenly_spaced, is_prepared, 
 from eso_jax.data.catalog import CORPORA, Corpus
 from eso_jax.data.pipeline import batches
 from eso_jax.data.prepared import PreparedWindows, check
-from eso_jax.errors import EsoError
+from eso_jax.errors import EsoError, RunAgain
 from eso_jax.run import train as training
 from vocabularies import BERT_WORDS, bert_like, gpt2_like
 
@@ -389,6 +392,39 @@ def test_a_damaged_shard_is_not_read(tmp_path: Path, many: Path) -> None:
     windows = windows_of(config, "train")
     with pytest.raises(EsoError, match=f"a shard cannot be read .* eso-jax data check {folder} says which"):
         windows[first:first + 3]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale", "b/c.txt"),
+                                   RuntimeError("pread() failed: Connection timed out at byte 16")])
+@pytest.mark.parametrize("what", ["raw text", "a manifest", "a shard"])
+def test_data_that_storage_does_not_give_is_asked_for_again(
+        tmp_path: Path, many: Path, error: Exception, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times; then a run ends with 75, and the launch scripts repeat it."""
+    monkeypatch.setattr(files, "PAUSE", 0.0)
+    source = many if what == "raw text" else made(many, tmp_path / "data")
+    config = config_of(source, BYTES, 16)
+    windows = windows_of(config, "train")
+    place, name = {"raw text": (Path, "read_bytes"), "a manifest": (Path, "read_text"),
+                   "a shard": (ArrayRecordDataSource, "__getitems__")}[what]
+    real, failures = getattr(place, name), [2]
+
+    def fail(*arguments: Any) -> Any:
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise error
+        return real(*arguments)
+
+    def read() -> Any:
+        return next(batches(windows, 4, 0)) if what == "a shard" else windows_of(config, "train")[:4]
+
+    expected = read()
+    monkeypatch.setattr(place, name, fail)
+    np.testing.assert_array_equal(read(), expected)
+    assert failures[0] < 0
+    failures[0] = 1000
+    with pytest.raises(RunAgain, match="data.source = .* be read .*; tried 3 times; mend the storage and repeat"):
+        read()
+    assert (1000 - failures[0]) % 3 == 0  # more than once, where grain reads ahead
 
 
 def test_processes_do_not_change_the_result(tmp_path: Path, many: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import errno
 import gzip
 import io
 import json
@@ -27,7 +28,7 @@ from eso_jax.data import documents as raw_documents
 from eso_jax.data import readers
 from eso_jax.data.catalog import CORPORA
 from eso_jax.data.rows import Reading
-from eso_jax.errors import EsoError
+from eso_jax.errors import EsoError, RunAgain
 from eso_jax.evaluation import texts
 
 
@@ -456,3 +457,20 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, which: str, monkeypatch: 
         files = readers.find_files([root], tmp_path / "unpacked", reading)
         assert len(list(readers.documents(CORPORA["text"], "train", files, reading))) == 2
         assert reading.files == [f"{root}/a.txt cannot be read (Permission denied)"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_storage_that_does_not_answer_leaves_nothing_out(tmp_path: Path, number: int,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is the file to blame, nor do --skip-bad-files and --skip-bad-rows leave it out."""
+    root, opened = linked(tmp_path), open
+
+    def fail(path: Any, *rest: Any, **more: Any) -> Any:
+        if str(path).endswith("a.txt"):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *rest, **more)
+
+    monkeypatch.setattr("builtins.open", fail)
+    for skip in (False, True):
+        with pytest.raises(RunAgain, match=f"cannot read '{root}/a.txt' .*mend the storage and repeat"):
+            read(tmp_path, root, skip_files=skip, skip_rows=skip)

@@ -30,21 +30,30 @@ pytestmark = pytest.mark.usefixtures("quick_programs")
 SCRIPT = Path(mesh_losses.__file__)
 
 
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
+    """Of 20 steps, by family and mesh. A process makes those of all families: to start one takes as long as a program.
+    """
+    folder, names = tmp_path_factory.mktemp("losses"), ",".join(families.BY_NAME)
+    one = [sys.executable, str(SCRIPT), str(folder / "one.json"), names, "1", "8,1,1", "1,8,1", "2,1,4"]
+    done = subprocess.run(one, capture_output=True, text=True, env=emulated(8))
+    assert done.returncode == 0, done.stderr
+    two = [sys.executable, str(SCRIPT), str(folder / "two.json"), names, "1,4,2"]
+    outputs = together([two] * 2, devices=4, limit=900)
+    assert "Involuntary" not in "".join([done.stderr, *outputs])  # XLA's word for gathering what should stay split
+    found = [json.loads((folder / name).read_text()) for name in ("one.json", "two.json")]
+    return {family: found[0][family] | found[1][family] for family in families.BY_NAME}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", list(families.BY_NAME))
-def test_losses_agree_on_every_mesh(family: str, tmp_path: Path) -> None:
+def test_losses_agree_on_every_mesh(family: str, losses: dict[str, dict[str, list[float]]]) -> None:
     """20 steps on one device, 8 along data, 8 along fsdp, 4 along tensor x 2 along data; and two processes of 4
     devices, whose parameters are split over both."""
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "one.json"), family, "1", "8,1,1", "1,8,1", "2,1,4"]
-    done = subprocess.run(command, capture_output=True, text=True, env=emulated(8))
-    assert done.returncode == 0 and "Involuntary" not in done.stderr, done.stderr
-    outputs = together([[sys.executable, str(SCRIPT), str(tmp_path / "two.json"), family, "1,4,2"]] * 2, devices=4)
-    assert "Involuntary" not in "".join(outputs)  # XLA's word for gathering what should stay split
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
-    reference = np.array(one["1"])
-    assert len(reference) == 20 and np.ptp(reference) > 0.2
-    for mesh, losses in (one | two).items():
-        np.testing.assert_allclose(losses, reference, rtol=1e-5, err_msg=f"mesh {mesh}")
+    reference = np.array(losses[family]["1"])
+    assert len(reference) == 20 and np.ptp(reference) > 0.2 and len(losses[family]) == 5
+    for mesh, values in losses[family].items():
+        np.testing.assert_allclose(values, reference, rtol=1e-5, err_msg=f"mesh {mesh}")
 
 
 def test_every_parameter_has_a_rule_and_no_rule_is_dead() -> None:

@@ -11,6 +11,7 @@ bigram         the baseline that every language model should beat
 
 from pathlib import Path
 
+from eso_jax import files
 from eso_jax.config import Config
 from eso_jax.data import prepared
 from eso_jax.data.bigram import Bigram
@@ -54,13 +55,16 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
     Raises:
       EsoError: there is none, or the prepared folder has another.
+      RunAgain: storage did not answer, three times.
     """
     source, name = config.data.source, config.data.tokenizer
-    if not is_prepared(source, config):
-        return get_tokenizer(name)
-    tokenizer = prepared_tokenizer(source)
-    # A name that differs may still be of the same tokenizer, such as a path to a copy of the file.
-    return tokenizer if tokenizer.name == name else get_tokenizer(name)
+
+    def read() -> Tokenizer:
+        tokenizer = prepared_tokenizer(source) if is_prepared(source, config) else None
+        # A name that differs may still be of the same tokenizer, such as a path to a copy of the file.
+        return get_tokenizer(name) if tokenizer is None or tokenizer.name != name else tokenizer
+
+    return files.reading("data.tokenizer", name, read)
 
 
 def windows_of(config: Config, split: str, source: str | None = None, tokenizer: Tokenizer | None = None) -> Windows:
@@ -75,8 +79,13 @@ def windows_of(config: Config, split: str, source: str | None = None, tokenizer:
 
     Raises:
       EsoError: the source cannot be read or is too short, or the tokenizer does not fit the model.
+      RunAgain: storage did not answer, three times.
     """
     source = config.data.source if source is None else source
+    return files.reading("data.source", source, lambda: _windows_of(config, split, source, tokenizer))
+
+
+def _windows_of(config: Config, split: str, source: str, tokenizer: Tokenizer | None) -> Windows:
     packed = is_prepared(source, config)
     if not packed:
         require_source(source)  # what is missing is said before what does not fit

@@ -22,7 +22,7 @@ from eso_jax.data import folders, readers
 from eso_jax.data.catalog import CORPORA
 from eso_jax.data.rows import Reading
 from eso_jax.errors import EsoError, reason_of, require
-from eso_jax.files import writing
+from eso_jax.files import PASSING, writing
 
 
 class Corpora(tfds.core.GeneratorBasedBuilder):
@@ -106,7 +106,9 @@ def _content(files: Sequence[str]) -> str:
         try:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError:  # reading it says why, or leaves it out
+        except OSError as error:  # reading it says why, or leaves it out
+            if error.errno in PASSING:
+                raise
             digest.update(b"unreadable")
         digest.update(os.fsencode(path.name) + b"\0")
     return digest.hexdigest()

@@ -17,11 +17,12 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from eso_jax import files
 from eso_jax.config import Config
 from eso_jax.data import tokenizers
 from eso_jax.data.catalog import CORPORA
 from eso_jax.data.tokenizers import LibraryTokenizer, Tokenizer, get_tokenizer
-from eso_jax.errors import EsoError, require
+from eso_jax.errors import EsoError, RunAgain, require
 
 MANIFEST = "manifest.json"
 UNFINISHED = MANIFEST + ".unfinished"
@@ -93,7 +94,10 @@ class PreparedWindows:
         if not ((numbers >= 0) & (numbers < len(self))).all():
             raise IndexError(f"window {index} of {len(self)}")
         try:
-            records = self._source.__getitems__(numbers.ravel().tolist()) if numbers.size else []
+            records = files.reading("data.source", self._folder, lambda: self._source.__getitems__(
+                numbers.ravel().tolist()) if numbers.size else [])
+        except RunAgain:
+            raise
         except Exception as error:  # ArrayRecord has checksums of its own; it raises what its C++ says
             raise EsoError(f"data.source = {str(self._folder)!r}: a shard cannot be read ({error}); eso-jax data check "
                            f"{self._folder} says which") from error
@@ -126,10 +130,11 @@ def is_prepared(source: str, config: Config | None = None) -> bool:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     require(path.is_file(), "data.source", str(folder), f"is no prepared folder: it has no {MANIFEST}")
+    contents = files.reading("data.source", folder, lambda: path.read_text("utf-8"))
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        manifest: dict[str, Any] = json.loads(contents)
         manifest["splits"], manifest["length"], manifest["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise EsoError(f"data.source = {str(folder)!r}: {MANIFEST} is not one of eso-jax data prepare "
                        f"({type(error).__name__}: {error})") from error
     return manifest

@@ -14,7 +14,8 @@ from eso_jax.data import folders, rows, streams
 from eso_jax.data.catalog import TEXT8, Corpus
 from eso_jax.data.rows import Reading
 from eso_jax.data.streams import NotText, Opener
-from eso_jax.errors import EsoError, require
+from eso_jax.errors import EsoError, RunAgain, require
+from eso_jax.files import PASSING
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz")
 PIECE = 1_000_000  # characters of text8 in a document
@@ -85,6 +86,7 @@ def documents(corpus: Corpus, split: str, files: dict[str, Path], reading: Readi
 
     Raises:
       EsoError: a file cannot be read as what its corpus holds, or a row has no text.
+      RunAgain: storage did not answer.
     """
     reading = reading or Reading()
     paths = [path for name, path in files.items() if _matches(name, corpus.splits[split])]
@@ -100,16 +102,13 @@ def documents(corpus: Corpus, split: str, files: dict[str, Path], reading: Readi
             if not reading.skip_files and len(paths) > 1:
                 _refuse_all(path, error, paths[number + 1:], reading)
             reading.bad_file(str(path), str(error))
-        except OSError as error:
-            if error.errno is None:  # of a decompressor
-                reading.bad_file(str(path), f"cannot be read ({_reason(error)})")
-            elif reading.skip_files:
+        except Exception as error:  # every library raises its own
+            if not isinstance(error, OSError) or error.errno is None:
+                reading.bad_file(str(path), f"cannot be read ({_reason(error)}); it may be damaged or cut short")
+            elif reading.skip_files and error.errno not in PASSING:
                 reading.bad_file(str(path), f"cannot be read ({error.strerror})")
             else:
                 raise _unreadable(error, path, reading) from error
-        except Exception as error:  # every library raises its own
-            reading.bad_file(str(path), f"cannot be read ({_reason(error)}); it may be damaged "
-                             "or cut short")
 
 
 def _refuse_all(path: Path, error: NotText, others: list[Path], reading: Reading) -> None:
@@ -135,9 +134,11 @@ def _may_be_text(path: Path) -> bool:
     return True
 
 
-def _unreadable(error: OSError, path: Path, reading: Reading) -> EsoError:
-    return EsoError(f"{reading.flag}: cannot read {str(error.filename or path)!r} ({error.strerror}); make it readable "
-                    "or remove it")
+def _unreadable(error: OSError, path: Path, reading: Reading) -> EsoError | RunAgain:
+    what = f"{reading.flag}: cannot read {str(error.filename or path)!r} ({error.strerror}); "
+    if error.errno in PASSING:
+        return RunAgain(what + "mend the storage and repeat the command")
+    return EsoError(what + "make it readable or remove it")
 
 
 def _reason(error: Exception) -> str:
@@ -229,6 +230,8 @@ def _unpack(archive: Path, below: Path, reading: Reading) -> Path:
     except Exception as error:  # every library raises its own
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in PASSING:
+                raise _unreadable(error, archive, reading) from error
             raise EsoError(f"{reading.flag} = {str(archive)!r}: cannot be unpacked to {str(below)!r} ({error.strerror})"
                            "; make room, and repeat the command") from error
         raise EsoError(f"{reading.flag} = {str(archive)!r}: cannot be unpacked ({_reason(error)})"

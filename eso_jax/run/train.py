@@ -248,6 +248,9 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         log = metrics.MetricsLog(directory, first, send)
         meter = _Meter(config, log, saver.last)
         step_fn = jit_step(config, mesh)
+        if jax.process_count() > 1:  # compiled before they meet in it: on CPU one waits only 30 s for the others
+            step_fn = lower_step(config, mesh).compile()
+            multihost.barrier("the first step")
         fold = jit_fold(config, mesh)
         traced = max(0, min(settings.profile_steps, settings.steps - first - 3))
         for step in bar(range(first + 1, settings.steps + 1), total=settings.steps, initial=first, desc="train",
