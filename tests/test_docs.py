@@ -27,7 +27,7 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md")
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"^# not run: \S", re.MULTILINE)
 # In place of each program: what bash makes of the line, word by word.
-NOTE = '#!/bin/sh\nprintf "%s\\0" "${0##*/}" "$@" >>"$CALLS"; printf "\\n" >>"$CALLS"\n'
+NOTE = '#!/bin/sh\nprintf "%s\\0" "${0##*/}" "$@" >>"$CALLS"; printf "\\001" >>"$CALLS"\n'
 PROGRAMS = ("eso-jax", "python", "pip", "bash", "sbatch")
 SMALL = {"model.length": "32", "model.width": "16", "model.layers": "1", "model.heads": "2", "model.cond_dim": "8",
          "train.batch_size": "8", "train.warmup": "2", "train.eval_windows": "8"}
@@ -73,6 +73,7 @@ def scratch(learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     plan.POLICIES.update(policies)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_every_block_runs(page: str, scratch: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +112,7 @@ def spoken(text: str, folder: Path) -> list[list[str]]:
     done = subprocess.run(["/bin/bash", "-euo", "pipefail", "-c", text], env={**os.environ, "PATH": path,
                           "CALLS": str(calls)}, capture_output=True, text=True)
     assert done.returncode == 0, f"{text}\n{done.stderr}"
-    return [line.split("\0")[:-1] for line in calls.read_text().split("\n")[:-1]]
+    return [call.split("\0")[:-1] for call in calls.read_text("utf-8").split("\1")[:-1]]
 
 
 def command(run: Run, arguments: list[str]) -> None:
@@ -129,7 +130,9 @@ def command(run: Run, arguments: list[str]) -> None:
 
 
 def script(run: Run, arguments: list[str]) -> None:
-    """One of our scripts, in this process."""
+    """One of our scripts, or a line of Python, in this process."""
+    if arguments[0] == "-c":
+        return exec(compile(arguments[1], "-c", "exec"), {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         patch.syspath_prepend(str(Path(arguments[0]).resolve().parent))

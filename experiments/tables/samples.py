@@ -119,6 +119,10 @@ def reference(lab: Lab, run: str) -> Texts:
     return texts.of_tokens(lab.test_windows(run, COUNT[lab.scale]), lab.model(run).tokenizer)
 
 
+AXES = {"seconds": "seconds per batch", "nfe": "NFE, passes", "entropy": "entropy of the tokens, nats",
+        "mauve": "MAUVE (more is better)", "gen_ppl": "Gen PPL (less is better)"}
+
+
 def picture_of(points: dict[str, list[Measures]]) -> Any:
     """A function that draws quality against seconds and passes, and Gen PPL against entropy, by series; lines are
     frontiers, the best so far."""
@@ -134,7 +138,9 @@ def picture_of(points: dict[str, list[Measures]]) -> Any:
                 axes.plot(*zip(*pairs, strict=True), "o", color=f"C{number}", alpha=0.4, markersize=4)
                 if x != "entropy":
                     axes.plot(*zip(*frontier(pairs, lower), strict=True), "-", color=f"C{number}", label=name)
-            axes.set(xlabel=x, ylabel=y, xscale="linear" if x == "entropy" else "log",
+                errors = [getattr(point, y).standard_error for point in points[name]]
+                axes.errorbar(*zip(*pairs, strict=True), errors, fmt="none", ecolor=f"C{number}", alpha=0.4)
+            axes.set(xlabel=AXES[x], ylabel=AXES[y], xscale="linear" if x == "entropy" else "log",
                      yscale="log" if lower else "linear")
             axes.grid(alpha=0.3)
         figure.axes[0].legend(fontsize=7)
