@@ -9,6 +9,7 @@ Everything is a function of *weights*, in which the modulation is folded; see es
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +82,7 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
                 out, cache = kv.attend(cache, layer, q, k, v, view, offset)
         x = x + drop(linear(out.reshape(-1, *out.shape[2:]), w.out, axes=2), layer, 0)
         hidden = linear(_layer_norm(x, w.norm2).astype(w.qkv.dtype), w.mlp_in.kernel)
-        hidden = nn.gelu(hidden + over(w.mlp_in.bias, hidden).astype(hidden.dtype), approximate=True)
+        hidden = gelu(hidden + over(w.mlp_in.bias, hidden).astype(hidden.dtype))
         x = x + drop(linear(hidden, w.mlp_out.kernel) + over(w.mlp_out.bias, x), layer, 1)
         return (sharding.constrain(x, sharding.BATCH), cache), None
 
@@ -169,6 +170,22 @@ def rotate(x: Float[Array, "B S 2 H K"], rotary: tuple[Array, Array]) -> Float[A
 
 rotate.defvjp(lambda x, rotary: (rotate(x, rotary), rotary),
               lambda rotary, gradient: (rotate(gradient, (rotary[0], -rotary[1])), None))
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """GELU by tanh. For its gradient x alone is kept: what that needs is made again, by a sigmoid, since XLA for CPUs
+    finds a second tanh and keeps the first."""
+    return nn.gelu(x, approximate=True)
+
+
+def _gelu_gradient(x: Float[Array, "*s"], gradient: Float[Array, "*s"]) -> tuple[Float[Array, "*s"]]:
+    wide, slope = x.astype(jnp.float32), 2 * math.sqrt(2 / math.pi)
+    s = nn.sigmoid(slope * (wide + 0.044715 * wide**3))  # (1 + tanh) / 2
+    return ((gradient * s * (1 + wide * (1 - s) * slope * (1 + 3 * 0.044715 * wide**2))).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
 
 
 def _layer_norm(x: Float[Array, "*rows D"], norm: Norm) -> Float[Array, "*rows D"]:
