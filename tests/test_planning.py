@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from conftest import Run
@@ -20,6 +21,7 @@ from eso_jax.aot.programs import _refused
 from eso_jax.cli import main
 from eso_jax.config import MeshConfig
 from eso_jax.errors import EsoError
+from eso_jax.model import splash
 from eso_jax.model.params import init_params
 from eso_jax.run import train
 from test_flops import FAMILIES, ident, wide
@@ -125,6 +127,38 @@ ENTRY %main (q: bf16[2,128,3,64], x: bf16[8,64], over: pred[]) -> bf16[2,128,3,6
   ROOT %out = bf16[2,3,128,64]{3,1,2,0} get-tuple-element(%back), index=0
 }
 """  # noqa: E501
+
+
+SPLASH = """HloModule jit_step
+
+ENTRY %main (q: bf16[3,128,64]) -> bf16[3,128,64] {
+  %q = bf16[3,128,64]{2,1,0} parameter(0)
+  %rows = s8[3,1,1]{2,1,0} constant({...})
+  %splash.1 = (f32[128,64]{1,0}, bf16[3,128,64]{2,1,0}) custom-call(%rows, %rows, %q, %q, %q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(train_step)/pairs16384/splash/splash_mha_fwd_residuals/pallas_call"}, backend_config={"custom_call_config":{"body":"TUzv"}}
+  %splash.2 = bf16[3,128,64]{2,1,0} custom-call(%rows, %rows, %q, %q, %q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(train_step)/pairs16384/splash/splash_mha_dkv_no_residuals/pallas_call"}
+  ROOT %out = bf16[3,128,64]{2,1,0} get-tuple-element(%splash.1), index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(train_step)/pairs16384/splash/splash_mha_fwd_residuals/pallas_call"}
+}
+"""  # noqa: E501
+
+
+def test_splash_counts_the_pairs_it_says() -> None:
+    """Forward and backward; its metadata stands on lines of its own."""
+    assert hlo.cost(SPLASH).flops == (4 + 10) * 3 * 128 * 128 * 64
+
+
+@pytest.mark.parametrize("block", [None, 1, 16, 256])
+def test_splash_computes_whole_tiles(block: int | None) -> None:
+    """1024 keys, 768 queries: tiles of 384 x 512, of which those count in which somebody sees somebody."""
+    query, key = np.arange(256, 1024)[:, None], np.arange(1024)[None]
+    seen = np.ones((768, 1024), bool) if block is None else query // block >= key // block
+    tiles = seen.reshape(2, 384, 2, 512).any((1, 3)).sum()
+    assert splash.computed_pairs(768, 1024, block) == tiles * 384 * 512
 
 
 def test_kernels_of_libraries_count_by_formula() -> None:

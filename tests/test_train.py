@@ -28,6 +28,7 @@ from eso_jax.errors import EsoError
 from eso_jax.model.params import PARAMETERS
 from eso_jax.run import metrics, train as training
 from eso_jax.run.optim import optimizer, update_ema
+from eso_jax.run.timing import in_words
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
@@ -296,3 +297,25 @@ def test_utilization_is_of_the_chips_peak(monkeypatch: pytest.MonkeyPatch) -> No
 def test_config_is_kept_as_text(base: Config, tmp_path: Path) -> None:
     training.train(base.override("train.steps=1"), tmp_path / "w")
     assert json.loads((tmp_path / "w" / "config.json").read_text())["model"]["width"] == 16
+
+
+@pytest.mark.parametrize("first, told", [(1, "about 11 minutes for the 89 steps"), (61, "about 4 minutes for the 29")])
+def test_it_says_how_long_it_will_take(first: int, told: str, base: Config, tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, by its first steps but the one that compiles; of a resumed run what is left. An evaluation counts."""
+    run = base.override("train.steps=100", "train.log_every=20", "train.eval_every=50", "train.save_every=50")
+    now = 0.0
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now)
+    meter = training._Meter(run, metrics.MetricsLog(tmp_path, first - 1), lambda: "", windows=160)
+    for step in range(first, 101):
+        meter.add(step, {"loss": jnp.float32(1.0), "finite": jnp.bool_(True)})
+        now += 100.0 if step == first else 6.0  # 89 + 20 and 29 + 10 steps of work
+    meter.flush()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "about" in line]
+    assert len(lines) == 1 and lines[0].startswith(told)
+
+
+@pytest.mark.parametrize("seconds, words", [(0.2, "2 seconds"), (89.0, "89 seconds"), (419.0, "7 minutes"),
+                                            (9000.0, "2.5 hours"), (300_000.0, "3.5 days"), (1e6, "12 days")])
+def test_durations_in_words(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words

@@ -30,6 +30,7 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "c64": 64, "c128": 128, "token": 0}
 _TYPE = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ")
+_METADATA = re.compile(r"=\{\n.*\n\}\}")  # of a Pallas kernel, on lines of its own
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+)\s?\(.*\{$")
 
 
@@ -170,7 +171,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     computations: dict[str, Computation] = {}
     entry = ""
     current = Computation()
-    for line in text.splitlines():
+    for line in _METADATA.sub("={}}", text).splitlines():
         if match := _INSTRUCTION.match(line):
             instruction = _parse_instruction(match[1], line[match.end():])
             current.instructions[instruction.name] = instruction
@@ -422,10 +423,15 @@ def _product(within: Computation, op: Instruction) -> int:
 
 
 def _kernel(within: Computation, op: Instruction) -> int:
-    """Operations of a library's kernel for GPUs: of cuBLAS's products; of cuDNN's attention, by formula: 4 K for each
-    pair of a query and a key (half of them, where it is causal), backward 10 K, since it makes the scores again."""
+    """Operations of a library's kernel: of cuBLAS's products; of attention by formula, 4 K for each pair of a query and
+    a key, backward 10 K, since it makes the scores again. Of cuDNN's half of the pairs count where it is causal; of
+    splash those that eso_jax/model/splash.py says it computes."""
     text = op.attributes.replace("\\", "")
     target = re.search(r'custom_call_target="([^"]*)"', text)
+    if target and (splash := re.search(r"/pairs(\d+)\b.*/splash_mha_(fwd|dkv)", text)):
+        *rows, _, size = next(source.shapes[0].dims for source in within.operands(op)
+                              if source.shapes[0].dtype in ("bf16", "f32"))
+        return (10 if splash[2] == "dkv" else 4) * math.prod(rows) * int(splash[1]) * size
     if target is None or not target[1].startswith(("__cublas$", "__cudnn$fmha")):
         return 0
     left = within.operands(op)[0].shapes[0].dims

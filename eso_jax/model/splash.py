@@ -71,9 +71,19 @@ class Splash(Fused):
             segments = splash.SegmentIds(jnp.zeros((batch, slots), jnp.int32),
                                          (jnp.arange(keys)[None] >= length[:, None]).astype(jnp.int32))
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
-        return jnp.swapaxes(jax.vmap(attend)(q, k, v, segments), 1, 2)
+        with jax.named_scope(f"pairs{computed_pairs(slots, keys, pattern.block)}"):  # for eso_jax/aot/hlo.py
+            return jnp.swapaxes(jax.vmap(attend)(q, k, v, segments), 1, 2)
 
 
 def tile_of(slots: int) -> int:
     """The largest tile that divides the slots."""
     return max(tile for tile in range(LANES, LARGEST_TILE + 1, LANES) if slots % tile == 0)
+
+
+def computed_pairs(slots: int, keys: int, block: int | None) -> int:
+    """Pairs of a query and a key whose scores the kernel makes, of the last `slots` of so many keys: those of the tiles
+    in which some query sees some key."""
+    queries, tile = tile_of(slots), tile_of(keys)
+    last = keys - slots + np.arange(queries, slots + 1, queries) - 1  # query of each row of tiles
+    seen = np.full_like(last, keys) if block is None else (last // block + 1) * block
+    return int(queries * tile * (-(-seen // tile)).sum())

@@ -1,4 +1,4 @@
-"""Wall time, with compilation apart."""
+"""Wall time, with compilation apart, and in words."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ class Stopwatch:
         if event in _COMPILE_EVENTS:
             now = time.perf_counter()
             self._compiling.append((now - duration_secs, now))
+
+
+def in_words(seconds: float) -> str:
+    """A duration, roughly: "40 seconds", "7 minutes", "2.5 hours", "3 days"."""
+    for unit, size in (("day", 86_400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 1.5 * size:
+            count = seconds / size
+            return f"{count:.{0 if unit == 'minute' or count >= 10 else 1}f} {unit}s"
+    return f"{max(2, round(seconds))} seconds"

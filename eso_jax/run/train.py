@@ -49,9 +49,11 @@ from eso_jax.model.params import (Params, Weights, constrain_params, fold, for_i
 from eso_jax.noise import Draws
 from eso_jax.run import checkpoint, initial, metrics, multihost, stopping, workdir
 from eso_jax.run.optim import optimizer, update_ema
+from eso_jax.run.timing import in_words
 
 REMEDY = ("raise train.accumulate (smaller micro-batches), set train.remat=full, or split the state over more devices "
           "by mesh.fsdp; eso-jax plan says what fits")
+TIMED = 10  # steps by which a run tells how long it will take
 SKIPS_IN_A_ROW = 100  # more steps that are not finite end the run, also where train.non_finite = "skip"
 
 
@@ -246,7 +248,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         if not resumes and (lines := metrics.read(directory)):
             say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step 0 again")
         log = metrics.MetricsLog(directory, first, send)
-        meter = _Meter(config, log, saver.last)
+        meter = _Meter(config, log, saver.last, len(validation))
         step_fn = jit_step(config, mesh)
         if jax.process_count() > 1:  # compiled before they meet in it: on CPU one waits only 30 s for the others
             step_fn = lower_step(config, mesh).compile()
@@ -315,10 +317,12 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
 
 class _Meter:
-    """Reads each step's metrics one step late, checks the loss, and logs means over `log_every` steps."""
+    """Reads each step's metrics one step late, checks the loss, and logs means over `log_every` steps. From the first
+    steps it says, once, how long the rest will take."""
 
-    def __init__(self, config: Config, log: metrics.MetricsLog, last: Callable[[], str]) -> None:
-        self.config, self.log, self.last = config, log, last
+    def __init__(self, config: Config, log: metrics.MetricsLog, last: Callable[[], str], windows: int) -> None:
+        self.config, self.log, self.last, self.windows = config, log, last, windows
+        self.told = False
         self.flops = sum(flops.training_step(config).values())
         self.pending: tuple[int, dict[str, Array]] | None = None
         self.seen: list[dict[str, float]] = []
@@ -349,6 +353,7 @@ class _Meter:
             self.restart_clock()
         else:
             self.clocked += 1
+            self.tell(step)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             rate = self.clocked / (time.perf_counter() - self.clock)  # steps per second
             tokens = self.config.train.batch_size * self.config.model.length
@@ -365,6 +370,18 @@ class _Meter:
                 say(f"step {step} of {self.config.train.steps}: {', '.join(parts)}")
             self.seen, self.skipped = [], 0
             self.restart_clock()
+
+    def tell(self, step: int) -> None:
+        """How long the steps behind this one will take, and the evaluations, at half a step for a batch of windows."""
+        settings = self.config.train
+        few = min(TIMED, settings.log_every, settings.eval_every, settings.save_every)
+        if self.told or self.clocked < few or step == settings.steps:
+            return
+        self.told, left = True, settings.steps - step
+        evaluations = -(-settings.steps // settings.eval_every) - step // settings.eval_every
+        work = left + evaluations * self.windows / settings.batch_size / 2
+        seconds = work * (time.perf_counter() - self.clock) / self.clocked
+        say(f"about {in_words(seconds)} for the {left:,} steps that are left, by the last {self.clocked}")
 
     def skip(self, step: int, now: dict[str, float]) -> None:
         """Counts a step that was not finite.

@@ -1,0 +1,58 @@
+"""The denoiser's parts that have gradients of their own, and what they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from jax import Array
+
+from eso_jax.config import ModelConfig
+from eso_jax.model import masks, transformer
+from eso_jax.model.params import fold, init_params
+
+POSITIONS = jnp.array([[3, 0, 7, 1], [2, 5, 5, 6]])
+QK = jax.random.normal(jax.random.key(0), (2, 4, 2, 3, 8))
+
+
+def as_complex(x: Array) -> Array:
+    """Rotation as it is defined: each pair (x_j, x_{j + K/2}) is a number of the plane, turned by position x 10^4
+    to the power -2j/K."""
+    angles = POSITIONS[:, :, None, None, None] * (1e4 ** (-jnp.arange(0, 8, 2) / 8))[None, None, None, None]
+    turned = jax.lax.complex(x[..., :4], x[..., 4:]) * jnp.exp(1j * angles)
+    return jnp.concatenate([turned.real, turned.imag], -1)
+
+
+def rotated(x: Array) -> Array:
+    return transformer.rotate(x, transformer.rotary_table(POSITIONS, 8))
+
+
+@pytest.mark.parametrize("ours, plain, x", [
+    (rotated, as_complex, QK), (transformer.gelu, nn.gelu, jnp.linspace(-6.0, 6.0, 99))], ids=["rotate", "gelu"])
+def test_gradients_are_those_of_the_definition(ours: Callable[[Array], Array], plain: Callable[[Array], Array],
+                                               x: Array) -> None:
+    gradient = jax.random.normal(jax.random.key(1), x.shape)
+    for got, wanted in zip(jax.tree.leaves([jax.vjp(ours, x)[0], jax.vjp(ours, x)[1](gradient)]),
+                           jax.tree.leaves([jax.vjp(plain, x)[0], jax.vjp(plain, x)[1](gradient)]), strict=True):
+        assert jnp.allclose(got, wanted, atol=2e-6)
+    assert jax.vjp(ours, x.astype(jnp.bfloat16))[1](gradient.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16
+
+
+def test_cpus_make_what_all_layers_share_once() -> None:
+    """Sines and cosines one time each, and tanh one time in a layer, forward and backward: no second one is fused into
+    what uses it, and no sigmoid of the backward pass stands for one that would be kept."""
+    config = ModelConfig(length=8, width=16, layers=2, heads=2, cond_dim=0, vocab_size=16, dropout=0.0)
+    tokens = jnp.zeros((2, 8), jnp.int32)
+
+    def loss(params: dict[str, Array]) -> Array:
+        training = transformer.Training(0.0, None, "none")
+        view = masks.View(masks.CAUSAL, None)
+        return transformer.trunk(fold(config, params), tokens, transformer.natural_positions(tokens), view,
+                                 training=training)[0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(init_params(config, jax.random.key(0))).compile().as_text()
+    assert text is not None
+    assert text.count(" cosine(") == text.count(" sine(") == 1 and text.count(" tanh(") == config.layers
