@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ class Model(Engine):
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, num_tries: int = 1,
-               min_entropy: float | None = None, keep: bool = False) -> Samples:
+               min_entropy: float | None = None, keep: bool = False, banned: Sequence[int] = ()) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
         Args:
@@ -90,6 +91,7 @@ class Model(Engine):
           plan: a policy of eso_jax/decoding/plan.py (None: the family's own), or a plan with an order per sample.
           num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
             along the same plan, until they have been drawn this often. 1: none is.
+          banned: ids that are never drawn (the mask never is).
           keep: an interrupt (Ctrl-C) ends the work and leaves the samples whose batches are done, if there are any.
 
         Raises:
@@ -104,7 +106,8 @@ class Model(Engine):
                 "goes with num_tries > 1: the nats below which a sample is drawn again")
         require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
         alpha_0 = families.alpha_0_of(self.config, alpha_0)
-        rule = Rule(temperature, top_p, min_p)
+        rule = Rule(temperature, top_p, min_p, tuple(banned))
+        rule.check_vocabulary(self.config.model.vocab_size, self.config.model.mask)
         plan_key, draw_key = jax.random.split(jax.random.key(seed))
         if not isinstance(plan, Plan):
             policy = {} if plan is None else {"policy": plan}
