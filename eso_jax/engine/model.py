@@ -26,6 +26,7 @@ from eso_jax.data.tokenizers import Tokenizer
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan
 from eso_jax.decoding.rejection import unigram_entropy
+from eso_jax.engine import choice
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
 from eso_jax.errors import require
 from eso_jax.model.params import Weights, for_inference
@@ -143,6 +144,10 @@ class Model(Engine):
         """log p of each token of [B, L] in nats, in the order, when decoded along the plan: the law of `sample` given
         its plan. One pass per step."""
         return likelihood.plan_log_prob(self, tokens, plan)
+
+    def choose(self, context: str | np.ndarray, options: Sequence[str | np.ndarray]) -> choice.Choice:
+        """How likely each of several continuations or infillings of a context is; see eso_jax/engine/choice.py."""
+        return choice.choose(self, context, options)
 
 
 def decode(engine: Engine, plan: Plan, key: Key[Array, ""], rule: Rule, rows: Int[np.ndarray, " R"],
