@@ -64,10 +64,11 @@ def test_mistakes() -> None:
     model = model_of(tiny_config(length=12, vocab_size=258))
     ids = dataclasses.replace(model, tokenizer=None)
     for one, context, options, message in (
-            (model, "a", [], "give at least one"), (model, "a", [""], r"options\[0\] = '': must be at least one token"),
+            (model, "a", [], "give at least one"), (model, "a", [""], r"options\[0\] = '': must be at least"),
             (model, "a[MASK]b[MASK]", ["c"], "several blanks"), (model, "a" * 12, ["b"], "is 13 tokens"),
             (model, np.array([1, 257] + [3] * 10), ["a", "bc"], r"options\[1\] = 'bc': is 2 tokens, .* room for 1"),
-            (ids, "a", [np.array([1])], "context = 'a.MASK:1.': .* no tokenizer"), (ids, np.array([1]), ["a"], "give ids"),
+            (ids, "a", [np.array([1])], "context = 'a.MASK:1.': .* no tokenizer"),
+            (ids, np.array([1]), ["a"], "give ids"),
             (model, np.array([1]), [np.array([257])], "ids must be in"), (model, np.array([999]), ["a"], "= 999: ids"),
             (model_of(tiny_config("ar", length=12, vocab_size=258)), "a[MASK]b", ["c"], "must be a prefix"),
             (model_of(tiny_config("mdlm", length=12, vocab_size=258)), "a", ["c"], "only an Eso-LM")):
