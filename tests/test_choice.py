@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
+import infilling
 from conftest import engine, random_weights, tiny_config
 from eso_jax import likelihood
 from eso_jax.config import Config
@@ -58,6 +59,18 @@ def test_texts_are_their_ids_and_a_blank_takes_an_option_of_any_length() -> None
     ar = model_of(tiny_config("ar", length=12, vocab_size=258))
     chain = [ar.choose("ab", ["x"]).logp[0], ar.choose("abx", ["y"]).logp[0]]
     assert ar.choose("ab", ["xy"]).logp[0] == pytest.approx(sum(chain), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_infilling_script_scores_conditionals() -> None:
+    """Of the left alone and of both sides; the shuffled order is another law of the same span."""
+    model = model_of(tiny_config(length=12, vocab_size=9))
+    tokens = np.random.default_rng(0).integers(0, 8, (3, 12))
+    wanted = np.tile((np.arange(12) >= 4) & (np.arange(12) < 8), (3, 1))
+    for given, known in (("the left", np.tile(np.arange(12) < 4, (3, 1))), ("both sides", ~wanted)):
+        found = infilling.span_nll(model, tokens, 4, given)
+        np.testing.assert_allclose(-4 * found, likelihood.conditional(model, tokens, known, wanted), rtol=1e-4)
+    assert (infilling.span_nll(model, tokens, 4, "both, shuffled") != found).all()
 
 
 def test_mistakes() -> None:
