@@ -53,16 +53,19 @@ def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rul
         return jnp.argmax(logits, axis=-1)
     scaled = logits / rule.temperature
     mass = jnp.exp(scaled - scaled.max(-1, keepdims=True))
-    kept = mass >= rule.min_p  # of the largest, which is 1
-    if rule.top_p < 1:
-        kept &= nucleus(mass, rule.top_p)
-    mass = jnp.where(kept, mass, 0)
+    mass = jnp.where(kept(mass, rule), mass, 0)
     size = max(1, math.isqrt(mass.shape[-1]))
     blocks = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -mass.shape[-1] % size)])
     blocks = blocks.reshape(*mass.shape[:-1], -1, size)
     block = _invert(blocks.sum(-1), uniforms[..., 0])
     chosen = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
     return block * size + _invert(chosen, uniforms[..., 1])
+
+
+def kept(mass: Float[Array, "*s V"], rule: Rule) -> Bool[Array, "*s V"]:
+    """Which tokens a rule keeps, by their masses at its temperature, of which the largest is 1."""
+    found = mass >= rule.min_p
+    return found & nucleus(mass, rule.top_p) if rule.top_p < 1 else found
 
 
 def _invert(mass: Float[Array, "*s M"], u: Float[Array, "*s"]) -> Int[Array, "*s"]:
