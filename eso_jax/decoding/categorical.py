@@ -57,16 +57,12 @@ class Rule:
 
 def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rule) -> Int[Array, "*s"]:
     """One token id per row of float32 logits, from two uniforms in [0, 1) per row."""
-    if rule.banned:
-        logits = jnp.where(_flags(rule.banned, logits), -jnp.inf, logits)
+    logits = without_banned(logits, rule)
     if rule.temperature == 0:
         return jnp.argmax(logits, axis=-1)
     scaled = logits / rule.temperature
     mass = jnp.exp(scaled - scaled.max(-1, keepdims=True))
-    kept = mass >= rule.min_p  # of the largest, which is 1
-    if rule.top_p < 1:
-        kept &= nucleus(mass, rule.top_p)
-    mass = jnp.where(kept, mass, 0)
+    mass = jnp.where(kept(mass, rule), mass, 0)
     size = max(1, math.isqrt(mass.shape[-1]))
     blocks = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -mass.shape[-1] % size)])
     blocks = blocks.reshape(*mass.shape[:-1], -1, size)
@@ -75,9 +71,18 @@ def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rul
     return block * size + _invert(chosen, uniforms[..., 1])
 
 
-def _flags(ids: tuple[int, ...], logits: Float[Array, "*s V"]) -> Bool[np.ndarray, "*#s V"]:
-    """Which columns are of these ids."""
-    return np.isin(np.arange(logits.shape[-1]), ids).reshape(*[1] * (logits.ndim - 1), -1)
+def without_banned(logits: Float[Array, "*s V"], rule: Rule) -> Float[Array, "*s V"]:
+    """Logits by which no banned token has any mass."""
+    if not rule.banned:
+        return logits
+    banned = np.isin(np.arange(logits.shape[-1]), rule.banned)
+    return jnp.where(banned.reshape(*[1] * (logits.ndim - 1), -1), -jnp.inf, logits)
+
+
+def kept(mass: Float[Array, "*s V"], rule: Rule) -> Bool[Array, "*s V"]:
+    """Which tokens a rule keeps, by their masses at its temperature, of which the largest is 1."""
+    found = mass >= rule.min_p
+    return found & nucleus(mass, rule.top_p) if rule.top_p < 1 else found
 
 
 def _invert(mass: Float[Array, "*s M"], u: Float[Array, "*s"]) -> Int[Array, "*s"]:

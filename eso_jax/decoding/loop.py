@@ -42,10 +42,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import sharding
 from eso_jax.config import ModelConfig
-from eso_jax.decoding import categorical
+from eso_jax.decoding import categorical, record as records
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import sort, unsort
 from eso_jax.decoding.plan import Plan
+from eso_jax.decoding.record import Facts
 from eso_jax.model import cache as kv, masks, transformer, vocabulary
 from eso_jax.model.masks import Pattern, View
 from eso_jax.model.params import Weights
@@ -107,12 +108,14 @@ class State:
       positions: int [B, L], the natural position of each slot (the order).
       logp: float32 [B, L], log p of the decoded tokens by slot where they are scored, else None.
       cache: the key-value cache, or None.
+      facts: of the decoded tokens by slot where they are kept, else None.
     """
 
     tokens: Int[Array, "B _"]
     positions: Int[Array, "B L"]
     logp: Float[Array, "B L"] | None
     cache: kv.KVCache | None
+    facts: Facts | None = None
 
 
 @struct.dataclass
@@ -156,8 +159,8 @@ Report = Callable[[int], None]
 
 def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, key: Key[Array, ""],
            rule: Rule = Rule(), rows: Int[Array, " B"] | None = None,
-           report: Report | None = None) -> Int[Array, "B L"]:
-    """Decodes a batch along the plan; returns tokens in natural order.
+           report: Report | None = None, record: bool = False) -> Int[Array, "B L"] | tuple[Int[Array, "B L"], Facts]:
+    """Decodes a batch along the plan; returns tokens in natural order, and on request what was known of them.
 
     The draws of row b are keyed by (key, rows[b], slot) and do not depend on the other rows.
 
@@ -165,11 +168,15 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
       weights: of params.fold, unstacked.
       rows: numbers of the rows, 0 to B - 1 by default.
       report: is told after each run how many tokens a row has got in it.
+      record: the facts of each token, [B, L] and [B, L, A], are returned with the tokens.
     """
     state = start(weights, config, sampler, plan.order)
     uniforms = draw_uniforms(key, jnp.arange(len(plan.order)) if rows is None else rows, plan.length)
-    tokens = _decode(weights, config, sampler, plan, state, Draw(uniforms, rule), report).tokens
-    return unsort(tokens[:, sampler.shift:], plan.order)
+    if record:
+        state = dataclasses.replace(state, facts=records.empty(len(plan.order), plan.length, config.vocab_size))
+    state = _decode(weights, config, sampler, plan, state, Draw(uniforms, rule), report)
+    tokens = unsort(state.tokens[:, sampler.shift:], plan.order)
+    return (tokens, jax.tree.map(lambda x: unsort(x, plan.order), state.facts)) if record else tokens
 
 
 def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan,
@@ -385,10 +392,12 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
     def logits_of(hidden: Array) -> Array:
         return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
 
-    def draw(hidden: Array, uniforms: Array) -> Array:
+    def draw(hidden: Array, uniforms: Array) -> tuple[Array, Facts | None]:
         assert isinstance(source, Draw)
         with jax.named_scope("draw"):
-            return categorical.draw(logits_of(hidden), uniforms, source.rule).astype(state.tokens.dtype)
+            logits = logits_of(hidden)
+            tokens = categorical.draw(logits, uniforms, source.rule).astype(state.tokens.dtype)
+            return tokens, None if state.facts is None else records.facts(logits, tokens, source.rule)
 
     def score(hidden: Array, tokens: Array) -> Array:
         return jnp.take_along_axis(jax.nn.log_softmax(logits_of(hidden)), tokens[..., None], axis=-1)[..., 0]
@@ -396,20 +405,23 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
     def own(x: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, begin, shape.width, axis=1)
 
-    logp = state.logp
+    logp, facts = state.logp, state.facts
     if isinstance(source, Draw):
-        chosen = vocabulary.in_chunks(draw, config.vocab_size, hidden, own(source.uniforms))
+        chosen, new = vocabulary.in_chunks(draw, config.vocab_size, hidden, own(source.uniforms))
+        facts = jax.tree.map(lambda old, new: _replace(old, begin, mine, new), facts, new)
     else:
         assert logp is not None
         chosen = own(source.tokens)
         logp = _replace(logp, begin, mine, vocabulary.in_chunks(score, config.vocab_size, hidden, chosen))
-    return dataclasses.replace(state, tokens=_replace(state.tokens, begin + sampler.shift, mine, chosen), logp=logp)
+    tokens = _replace(state.tokens, begin + sampler.shift, mine, chosen)
+    return dataclasses.replace(state, tokens=tokens, logp=logp, facts=facts)
 
 
 def _replace(x: Array, begin: Int[Array, ""], mine: Bool[Array, " W"], new: Array) -> Array:
-    """x [B, L] with new [B, W] from `begin` where `mine`."""
+    """x [B, L, ...] with new [B, W, ...] from `begin` where `mine`."""
     old = jax.lax.dynamic_slice_in_dim(x, begin, len(mine), axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(mine[None], new, old), begin, axis=1)
+    mine = mine.reshape(1, -1, *[1] * (x.ndim - 2))
+    return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(mine, new, old), begin, axis=1)
 
 
 def taken_from(step: Step, shape: Shape) -> Int[Array, ""]:

@@ -25,6 +25,7 @@ from eso_jax.config import ATTENTION
 from eso_jax.data.tokenizers import Tokenizer
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan
+from eso_jax.decoding.record import Facts, Record, empty, steps as steps_of
 from eso_jax.decoding.rejection import unigram_entropy
 from eso_jax.engine import choice
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
@@ -45,6 +46,7 @@ class Samples(NamedTuple):
       tries: int [N], how often each sample was drawn.
       seconds: wall time of decoding, compilation included.
       compile_seconds: of these, spent on tracing and compiling.
+      record: when each token was decoded and what was known of it, where that was asked for; see decoding/record.py.
     """
 
     tokens: np.ndarray
@@ -54,6 +56,7 @@ class Samples(NamedTuple):
     tries: np.ndarray
     seconds: float
     compile_seconds: float
+    record: Record | None = None
 
     @property
     def plan(self) -> Plan:
@@ -81,7 +84,8 @@ class Model(Engine):
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, num_tries: int = 1,
-               min_entropy: float | None = None, keep: bool = False, banned: Sequence[int] = ()) -> Samples:
+               min_entropy: float | None = None, keep: bool = False, record: bool = False,
+               banned: Sequence[int] = ()) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
         Args:
@@ -94,6 +98,7 @@ class Model(Engine):
             along the same plan, until they have been drawn this often. 1: none is.
           banned: ids that are never drawn (the mask never is).
           keep: an interrupt (Ctrl-C) ends the work and leaves the samples whose batches are done, if there are any.
+          record: of each token its step, its log p, the entropy and the likeliest tokens are kept.
 
         Raises:
           EsoError: an argument is out of range, the family cannot follow the plan, or the devices ran out of memory.
@@ -118,6 +123,8 @@ class Model(Engine):
 
         size = self.size(num_samples, batch_size)  # also for the few that are drawn again: no other compilation
         tokens = np.zeros(plan.order.shape, np.int32)
+        room = empty(num_samples, plan.length, self.config.model.vocab_size) if record else None
+        facts: Facts | None = jax.tree.map(np.array, room)
         tries = np.zeros(num_samples, np.int32)
         with Stopwatch() as watch:
             for attempt in range(num_tries):
@@ -126,15 +133,19 @@ class Model(Engine):
                     again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
                 if len(again):
                     key = jax.random.fold_in(draw_key, attempt)
-                    found = decode(self, plan, key, rule, again, size, keep)
+                    found, known = decode(self, plan, key, rule, again, size, keep, record)
                     done = again[:len(found)]
                     tokens[done] = found
+                    if facts is not None and known is not None:
+                        for whole, part in zip(facts, known, strict=True):
+                            whole[done] = part
                     tries[done] += 1
                     if len(done) < len(again):
                         break
         done = np.flatnonzero(tries)
+        kept = None if facts is None else Record(steps_of(plan)[done], *(fact[done] for fact in facts))
         return Samples(tokens[done], np.asarray(plan.order)[done], plan.tokens_per_step, plan.diffused, tries[done],
-                       watch.seconds, watch.compile_seconds)
+                       watch.seconds, watch.compile_seconds, kept)
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
@@ -151,9 +162,9 @@ class Model(Engine):
 
 
 def decode(engine: Engine, plan: Plan, key: Key[Array, ""], rule: Rule, rows: Int[np.ndarray, " R"],
-           size: int, keep: bool = False) -> Int[np.ndarray, "R L"]:
-    """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own number. A
-    terminal sees how far it is. `keep`: see Engine.rows."""
+           size: int, keep: bool = False, record: bool = False) -> tuple[Int[np.ndarray, "R L"], Facts | None]:
+    """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own number. With
+    them, on request, what was known of them. A terminal sees how far it is. `keep`: see Engine.rows."""
     from tqdm import tqdm
 
     order, terminal = np.asarray(plan.order), sys.stderr.isatty()
@@ -161,14 +172,15 @@ def decode(engine: Engine, plan: Plan, key: Key[Array, ""], rule: Rule, rows: In
     def report(count: int) -> None:
         bar.update(count * size)
 
-    def draw(weights: Weights, order: Array, rows: Array) -> Array:
-        return families.sample(weights, engine.config, dataclasses.replace(plan, order=order), key, rule, rows,
-                               report if terminal else None)
+    def draw(weights: Weights, order: Array, rows: Array) -> tuple[Array, Facts | None]:
+        found = families.sample(weights, engine.config, dataclasses.replace(plan, order=order), key, rule, rows,
+                                report if terminal else None, record)
+        return found if record else (found, None)
 
     with tqdm(total=-(-len(rows) // size) * size * plan.length, desc="sampling", unit="token", leave=False,
               disable=not terminal) as bar:
-        found: np.ndarray = engine.rows(draw, len(rows), lambda i: (order[rows[i]], rows[i].astype(np.int32)),
-                                        size=size, keep=keep)
+        found: tuple[np.ndarray, Facts | None] = engine.rows(
+            draw, len(rows), lambda i: (order[rows[i]], rows[i].astype(np.int32)), size=size, keep=keep)
     return found
 
 

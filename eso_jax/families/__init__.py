@@ -11,6 +11,7 @@ pass, with gradients.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,12 +65,13 @@ def alpha_0_of(config: Config, alpha_0: float | None) -> float:
 
 
 def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),
-           rows: Int[Array, " B"] | None = None, report: loop.Report | None = None) -> Int[Array, "B L"]:
+           rows: Int[Array, " B"] | None = None, report: loop.Report | None = None, record: bool = False) -> Any:
     """Decodes a batch along the plan; tokens in natural order. Row b draws as row number rows[b] (b by default), so
-    that a large sample can be decoded batch by batch. `report` is told now and then how many tokens a row got since."""
+    that a large sample can be decoded batch by batch. `report` is told now and then how many tokens a row got since.
+    `record`: the tokens and their record.Facts are returned."""
     get(config).check_plan(config, plan)
     return loop.sample(weights, config.model, get(config).sampler(config), plan, key, rule, rows,
-                       report)
+                       report, record)
 
 
 def plan_log_prob(weights: Weights, config: Config, plan: Plan, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
