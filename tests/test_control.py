@@ -154,8 +154,8 @@ def test_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> None:
     run(*sample, tmp_path / "s.jsonl", "--template", "c[MASK:2]d")
     lines = [json.loads(line)["text"] for line in (tmp_path / "s.jsonl").read_text("utf-8").splitlines()]
     assert lines == template["text"].tolist()
-    stopped = made("--stop", prompted["text"][0][-1], "--stop-at-separator", "--prompt", "~ab", "--ban", "x", "--ban-id",
-                   256)
+    stop = ["--stop", prompted["text"][0][-1], "--stop-at-separator"]
+    stopped = made(*stop, "--prompt", "~ab", "--ban", "x", "--ban-id", 256)
     assert str(prompted["text"][0]).startswith(str(stopped["text"][0]))
 
 
@@ -170,8 +170,8 @@ def test_mistakes_of_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> N
         (["--prompts", tmp_path / "no.jsonl"], "no such file"),
         (["--given", tmp_path / "x.npy"], "--given[0, 1] = 300: ids must be in [0, 258)"),
         (["--given", tmp_path / "long.npy"], "the model has length 16"),
-        (["--prompt", "a", "--template", "b[MASK]"], "--prompt, --template: give one of them"),
-        (["--stop", ""], "--stop = '': must not be empty"),
+        (["--prompt", "a", "--template", "b[MASK]"], "--prompt and --template: give one of them"),
+        (["--stop", ""], "stop = '': must not be empty"),
         (["--ban", "ab"], "--ban = 'ab': is 2 tokens of tokenizer 'bytes'"),
         (["--ban-id", 258], "banned = 258"),
         (["--max-tokens", 0], "--max-tokens = 0")]

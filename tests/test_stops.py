@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eso_jax.data import ByteTokenizer
-from eso_jax.data.stops import Stops, check
+from eso_jax.data.stops import Stops
 from eso_jax.errors import EsoError
 from vocabularies import gpt2_like
 
@@ -15,8 +15,8 @@ MASK, BYTES = 257, ByteTokenizer()
 
 def cut(text: str, given: int, *stops: str) -> tuple[str, str]:
     """What is left of tokens, decoded, and of the text; "▒" is a mask."""
-    ids = [MASK if character == "▒" else ord(character) for character in text]
-    tokens, said = Stops(stops, BYTES).cut(np.array(ids), np.arange(len(ids)) < given)
+    tokens = np.array([MASK if character == "▒" else ord(character) for character in text])
+    said = Stops(stops, BYTES).cut(tokens, np.arange(len(tokens)) < given)
     return BYTES.decode(tokens), said
 
 
@@ -43,23 +43,22 @@ def test_rows_are_done_each_by_its_own() -> None:
 def test_a_separator_and_a_character_of_several_bytes() -> None:
     tokens = np.array([*"né".encode(), 256, *"xy".encode(), 256])
     known = np.arange(7) < 1
-    found, text = Stops(("\n\f\n",), BYTES).cut(tokens, known)
-    assert found.tolist() == [110, 195, 169, MASK, MASK, MASK, MASK] and text == "né"
-    assert Stops(("é",), BYTES).cut(tokens, known)[1] == "n"
+    assert Stops(("\n\f\n",), BYTES).cut(tokens, known) == "né"
+    assert tokens.tolist() == [110, 195, 169, MASK, MASK, MASK, MASK]
+    assert Stops(("é",), BYTES).cut(tokens, known) == "n"
 
 
 def test_a_stop_within_a_token_cuts_the_text_there() -> None:
     tokenizer = gpt2_like()
     tokens = tokenizer.encode("a the cat").astype(int)
     assert len(tokens) == 5  # a, blank, the, " ca", t
-    found, text = Stops(("he",), tokenizer).cut(tokens, np.arange(len(tokens)) < 1)
-    assert text == "a t" and tokenizer.decode(found[found != tokenizer.mask_id]) == "a "
+    assert Stops(("he",), tokenizer).cut(tokens, np.arange(len(tokens)) < 1) == "a t"
+    assert tokenizer.decode(tokens[tokens != tokenizer.mask_id]) == "a "
 
 
 def test_mistakes() -> None:
-    check((), None)
-    check(("a",), BYTES)
+    assert Stops.of((), None) is None and Stops.of(("a",), BYTES) == Stops(("a",), BYTES)
     with pytest.raises(EsoError, match="stop = '': must not be empty"):
-        check(("a", ""), BYTES)
+        Stops.of(("a", ""), BYTES)
     with pytest.raises(EsoError, match="stop = 'a': the model has no tokenizer"):
-        check(("a",), None)
+        Stops.of(("a",), None)

@@ -35,15 +35,29 @@ class Stops:
         """Which rows, decoded so far but for the masks, have come to a stop."""
         return np.array([self._stop(row, own)[0] is not None for row, own in zip(tokens, known, strict=True)])
 
-    def cut(self, tokens: Int[np.ndarray, " L"], known: Bool[np.ndarray, " L"]) -> tuple[Int[np.ndarray, " L"], str]:
-        """A row with masks from its stop on, and its text; without a stop, all of both up to the last decoded token."""
+    @staticmethod
+    def of(texts: Sequence[str], tokenizer: Tokenizer | None) -> Stops | None:
+        """None without a tokenizer.
+
+        Raises:
+          EsoError: a text is empty, or there is no tokenizer by which a sample becomes a text.
+        """
+        for text in texts:
+            require(bool(text), "stop", text, "must not be empty")
+            if tokenizer is None:
+                raise EsoError(f"stop = {text!r}: the model has no tokenizer, so that there is no text to stop at")
+        return None if tokenizer is None else Stops(tuple(texts), tokenizer)
+
+    def cut(self, tokens: Int[np.ndarray, " L"], known: Bool[np.ndarray, " L"]) -> str:
+        """Puts masks into a row from its stop on; its text up to there, or to its last decoded token."""
         place, text, begin = self._stop(tokens, known)
         if place is None:
             decoded = np.flatnonzero(tokens != self.tokenizer.mask_id)
-            return tokens, self.tokenizer.decode(tokens[:decoded[-1] + 1 if len(decoded) else 0])
+            return self.tokenizer.decode(tokens[:decoded[-1] + 1 if len(decoded) else 0])
         sizes = range(len(tokens) + 1)
         kept = bisect.bisect_right(sizes, place, begin, key=lambda n: len(self.tokenizer.decode(tokens[:n]))) - 1
-        return np.where(np.arange(len(tokens)) < kept, tokens, self.tokenizer.mask_id), text[:place]
+        tokens[kept:] = self.tokenizer.mask_id
+        return text[:place]
 
     def _stop(self, tokens: np.ndarray, known: np.ndarray) -> tuple[int | None, str, int]:
         """The place of the first stop in the text of all tokens before the first mask; that text; and how many tokens
@@ -55,11 +69,3 @@ class Stops:
         text, before = self.tokenizer.decode(tokens[:end]), len(self.tokenizer.decode(tokens[:begin]))
         places = [place for stop in self.texts if (place := text.find(stop, before)) >= 0]
         return min(places, default=None), text, begin
-
-
-def check(texts: Sequence[str], tokenizer: Tokenizer | None, name: str = "stop") -> None:
-    """Raises an EsoError for stops that are empty, or that no text can be compared with."""
-    for text in texts:
-        require(bool(text), name, text, "must not be empty")
-        if tokenizer is None:
-            raise EsoError(f"{name} = {text!r}: the model has no tokenizer, so that there is no text to stop at")

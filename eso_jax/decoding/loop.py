@@ -76,10 +76,10 @@ class Step:
       diffused: slots before `first` that were given or decoded by diffusion, not sequentially.
     """
 
-    start: Int[Any, "*P"]
-    first: Int[Any, "*P"]
-    count: Int[Any, "*P"]
-    diffused: Int[Any, "*P"]
+    start: Int[Any, "..."]
+    first: Int[Any, "..."]
+    count: Int[Any, "..."]
+    diffused: Int[Any, "..."]
 
     def at(self, index: Any) -> Step:
         """Some of the passes."""
@@ -170,7 +170,7 @@ class Run(NamedTuple):
 
 
 Report = Callable[[int], None]
-Done = Callable[[Int[np.ndarray, "B L"]], Bool[np.ndarray, " B"]]
+Done = Callable[[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]], Bool[np.ndarray, " B"]]
 
 
 def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, keys: Key[Array, "..."],
@@ -186,9 +186,9 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
       given: the tokens that the plan takes for given, by natural position; others are not looked at.
       report: is told after each run how many tokens the rows have got in it.
       record: the facts of each token, [B, L] and [B, L, A], are returned with the tokens.
-      done: says of tokens, in natural order with masks, which rows need no more; the plan is left when all are done. It
-        is asked about a run while the next one is at work, which is all that can be in vain. A row keeps what it was
-        given meanwhile.
+      done: says of tokens, in natural order with masks, and of which were given, which rows need no more; the plan is
+        left when all are done or decoded. It is asked about a run while the next one is at work, which is all that can
+        be in vain. A row keeps what it was given meanwhile.
     """
     if keys.ndim == 0:
         keys = row_keys(keys, jnp.arange(len(plan.order)))
@@ -200,14 +200,18 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     def natural(state: State) -> Int[Array, "B L"]:
         return unsort(state.tokens[:, sampler.shift:], plan.order)
 
-    before = None
+    before, orders = None, sharding.fetch(plan.order)
+    known = np.take_along_axis(np.arange(plan.length) < np.broadcast_to(plan.given, len(orders))[:, None],
+                               orders.argsort(axis=1), axis=1)
     for state, run in planned(weights, config, sampler, plan, state, source):
         if report is not None:
             jax.block_until_ready(state.tokens)
             report(int(run.steps.count.sum()) * (len(plan.order) if run.steps.count.ndim == 1 else 1))
         if done is not None:
-            if before is not None and done(sharding.fetch(before)).all():
-                break
+            if before is not None:
+                tokens = sharding.fetch(before)
+                if (done(tokens, known) | ((tokens != config.mask).sum(1) >= plan.end)).all():
+                    break
             before = natural(state)
     tokens = natural(state)
     return (tokens, jax.tree.map(lambda x: unsort(x, plan.order), state.facts)) if record else tokens
@@ -278,7 +282,7 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5
     length, batch, cpu = plan.length, len(plan.order), sharding.platform() == "cpu"
     begin, stop = (np.array(x) for x in sampler.window(plan))
     if begin.ndim == 2:  # a row that is done needs no window
-        begin, stop = (np.where(plan.first == length, 0, x) for x in (begin, stop))
+        begin, stop = (np.where(plan.first == np.reshape(plan.end, (-1, 1)), 0, x) for x in (begin, stop))
     diffused = np.minimum(plan.first, np.asarray(plan.diffused)[..., None])
     steps = Step(begin.T, plan.first.T, plan.tokens_per_step.T, diffused.T)
     # On CPU a product with a single row takes half as long again as with two.
@@ -342,7 +346,7 @@ def _cut(steps: Step, stop: Int[np.ndarray, " S"], needed: Int[np.ndarray, " S"]
     of its run takes several passes, and the run needs no shape of its own for it.
     """
     window = np.minimum(_few(needed, free, 4, WORTH), length)
-    steps, window = _cut_windows(steps, steps.start, stop, window)
+    steps, window = _cut_windows(steps, steps.start, stop, window, length)
     inner = np.where(np.isin(steps.first + steps.count, stop), 0, steps.count)  # is not cut
     counts = np.maximum(steps.count, 1)
     width = _same(window, lambda of: np.clip(_few(counts[of], round((free + int(window[of][0])) / row)),
@@ -382,10 +386,10 @@ def _few(needed: Int[np.ndarray, " S"], free: int, parts: int = 1, worth: float 
 
 
 def _cut_windows(steps: Step, begin: Int[np.ndarray, " S"], stop: Int[np.ndarray, " S"],
-                 window: Int[np.ndarray, " S"]) -> tuple[Step, Int[np.ndarray, " _"]]:
+                 window: Int[np.ndarray, " S"], length: int) -> tuple[Step, Int[np.ndarray, " _"]]:
     """Passes of at most `window` slots. The last one of a step ends where the step does, and none begins before a slot
     that an earlier one has decoded, which would no longer be a mask."""
-    passes, length = -(-(stop - begin) // window), stop[-1]
+    passes = -(-(stop - begin) // window)
     number, (begin, stop, window, several, steps) = _repeat((begin, stop, window, passes > 1, steps), passes)
     start = np.where(several, np.minimum(begin + window * number, stop - window), np.minimum(begin, length - window))
     first = np.maximum(steps.first, np.where(number, start, 0))
