@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_precision(parser)
     options.of_devices(parser)
     parser.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
+    parser.add_argument("--record", action="store_true", help="the .npz says of each token when it was decoded, how "
+                        "likely it was and what else was (eso-jax view makes a page of it)")
+    parser.add_argument("--html", help="a page that plays the generation, as of eso-jax view")
     parser.add_argument("--out", required=True, help=".npz with tokens [N, L], order [N, L], tokens_per_step, text; or "
                                                      ".jsonl of the text alone")
 
@@ -43,11 +46,15 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax import load
 
     check_out(arguments.out)
+    if arguments.html:
+        check_out(arguments.html, "--html")
     model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor,
                  batch_size=arguments.batch_size, attention=arguments.attention)
     lines = arguments.out.endswith(".jsonl")
     if lines and model.tokenizer is None:
         raise EsoError(f"--out = {arguments.out!r}: the model has no tokenizer, so there is no text; give a .npz")
+    if lines and arguments.record:
+        raise EsoError(f"--out = {arguments.out!r}: holds text alone, and --record asks for more; give a .npz")
     plan = arguments.plan
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:
@@ -56,7 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     steps = 128 if arguments.steps is None else arguments.steps
     found = model.sample(arguments.num_samples, steps, arguments.alpha_0, arguments.top_p,
                          arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
-                         num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True)
+                         num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True,
+                         record=arguments.record or bool(arguments.html))
     text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
     if len(found.tokens) < arguments.num_samples:
         say(f"interrupted: the first {len(found.tokens)} of {arguments.num_samples} samples are kept")
@@ -64,9 +72,11 @@ def run(arguments: argparse.Namespace) -> None:
         write_whole(arguments.out, "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in text))
     else:
         extra: dict[str, Any] = {"text": np.array(text)} if text else {}
-        write_whole(arguments.out, npz(tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
-                                       diffusion=found.diffusion, tries=found.tries, **extra))
+        write_whole(arguments.out, npz(**found.arrays(), **extra))
     say(f"wrote {arguments.out}")
+    if arguments.html:
+        write_whole(arguments.html, found.show(), "--html")
+        say(f"wrote {arguments.html}")
     for index, sequence in enumerate(text[:arguments.show]):
         say(f"--- sample {index}\n{sequence}")
     if arguments.num_tries > 1:

@@ -31,6 +31,8 @@ from eso_jax.errors import require
 from eso_jax.model.params import Weights, for_inference
 from eso_jax.run import workdir
 from eso_jax.run.timing import Stopwatch
+from eso_jax.viewer.caption import Caption, caption
+from eso_jax.viewer.page import Page, page
 
 
 class Samples(NamedTuple):
@@ -45,6 +47,7 @@ class Samples(NamedTuple):
       seconds: wall time of decoding, compilation included.
       compile_seconds: of these, spent on tracing and compiling.
       record: when each token was decoded and what was known of it, where that was asked for; see decoding/record.py.
+      caption: with it, what else a page that plays the generation needs; see viewer/caption.py.
     """
 
     tokens: np.ndarray
@@ -55,6 +58,24 @@ class Samples(NamedTuple):
     seconds: float
     compile_seconds: float
     record: Record | None = None
+    caption: Caption | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the .npz of `eso-jax sample` holds, but for the text."""
+        found = {name: getattr(self, name) for name in ("tokens", "order", "tokens_per_step", "diffusion", "tries")}
+        if self.record is None or self.caption is None:
+            return found
+        seconds = np.array(self.seconds - self.compile_seconds)
+        return {**found, **self.record._asdict(), **self.caption._asdict(), "seconds": seconds}
+
+    def show(self) -> Page:
+        """The page that plays the generation: a string of HTML, which a notebook shows.
+
+        Raises:
+          EsoError: it was sampled without a record.
+        """
+        require(self.record is not None, "record", False, "a page needs one; sample with record=True")
+        return page({"": self.arrays()})
 
     @property
     def plan(self) -> Plan:
@@ -139,8 +160,9 @@ class Model(Engine):
                         break
         done = np.flatnonzero(tries)
         kept = None if facts is None else Record(steps_of(plan)[done], *(fact[done] for fact in facts))
+        told = None if kept is None else caption(self.config, plan, tokens[done], kept, self.tokenizer)
         return Samples(tokens[done], np.asarray(plan.order)[done], plan.tokens_per_step, plan.diffused, tries[done],
-                       watch.seconds, watch.compile_seconds, kept)
+                       watch.seconds, watch.compile_seconds, kept, told)
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
