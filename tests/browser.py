@@ -68,11 +68,11 @@ class Browser:
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self("Emulation.setEmulatedMedia", features=[
             {"name": name.replace("_", "-"), "value": value} for name, value in media.items()])
-        self("Page.navigate", url="about:blank")
-        self.events.clear()
-        self("Page.navigate", url=f"{path.as_uri()}{fragment}")
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._read())
+        for url in ("about:blank", f"{path.as_uri()}{fragment}"):  # anew, where only the fragment is another
+            self.events.clear()
+            self("Page.navigate", url=url)
+            while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+                self.events.append(self._read())
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from eso_jax.cli import options
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from eso_jax import load
+    from eso_jax.viewer.page import page
 
     check_out(arguments.out)
     if arguments.html:
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         write_whole(arguments.out, npz(**found.arrays(), **extra))
     say(f"wrote {arguments.out}")
     if arguments.html:
-        write_whole(arguments.html, found.show(), "--html")
+        write_whole(arguments.html, page({Path(arguments.out).stem: found.arrays()}), "--html")
         say(f"wrote {arguments.html}")
     for index, sequence in enumerate(text[:arguments.show]):
         say(f"--- sample {index}\n{sequence}")

@@ -240,7 +240,7 @@ $("panels").addEventListener("pointerover", event => {
   if (event.pointerType === "mouse") token ? tell(token) : focused() ? tell(focused()) : untell();
 });
 $("panels").addEventListener("pointerleave", () => focused() ? tell(focused()) : untell());
-$("panels").addEventListener("click", event => tokenOf(event.target)?.box.focus({preventScroll: true}));
+$("panels").addEventListener("click", event => tokenOf(event.target)?.box.focus());
 $("panels").addEventListener("focusin", event => { const token = tokenOf(event.target); if (token) tell(token); });
 $("panels").addEventListener("focusout", untell);
 addEventListener("scroll", () => { if (card.token) tell(card.token); }, {passive: true});
