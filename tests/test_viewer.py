@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from eso_jax.data.tokenizers import ByteTokenizer, LibraryTokenizer
 from eso_jax.decoding.record import Record
 from eso_jax.engine.model import Model, Samples
 from eso_jax.errors import EsoError
+from eso_jax.viewer import terminal
 from eso_jax.viewer.caption import Caption
 from eso_jax.viewer.page import named, page
 from vocabularies import bert_like, gpt2_like
@@ -241,3 +243,47 @@ def test_side_by_side_by_seconds(browser: Browser, file: Path) -> None:
     assert browser.run("panels.map(panel => panel.passes)") == [7, 11]
     browser.run("panels[1].chooser.value = 2, panels[1].chooser.onchange()")
     assert browser.run("panels[1].tokens[0].id") == 60 % len(NASTY)
+
+
+@pytest.mark.parametrize("name", ["esolm", "ar"])
+def test_a_watcher_sees_the_tokens_come(name: str) -> None:
+    config = tiny_config(name, 12, 9)
+    made = engine(config, random_weights(config.model), 2)
+    model = Model(config, made.weights, made.mesh, 2, step=0, tokenizer=None)
+    alpha_0 = 0.5 if name == "esolm" else None
+    seen: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: []}
+
+    def watch(rows: np.ndarray, tokens: np.ndarray) -> None:
+        for row, own in zip(rows.tolist(), tokens, strict=True):
+            seen[row].append(own)
+
+    samples = model.sample(3, 3, alpha_0, watch=watch)
+    np.testing.assert_array_equal(samples.tokens, model.sample(3, 3, alpha_0).tokens)
+    for row, told in seen.items():
+        assert len(told) >= 2 and (told[0] == config.model.mask).any()
+        for before, after in itertools.pairwise(told):
+            known = before != config.model.mask
+            np.testing.assert_array_equal(before[known], after[known])
+        np.testing.assert_array_equal(told[-1], samples.tokens[row])
+
+
+def test_a_terminal_is_drawn_over_and_a_pipe_gets_lines(monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = np.array([[ord("a"), 257, 10, 27]] * 2)
+
+    def show() -> str:
+        with terminal.watching(ByteTokenizer(), 1, True) as watch:
+            assert watch is not None
+            watch(np.array([0, 1]), tokens)
+            watch(np.array([0, 0]), np.where(tokens == 257, ord("b"), tokens))
+        return capsys.readouterr().err
+
+    assert show() == "sample 0: 3 of 4 tokens | a▒\\n\\x1B\nsample 0: 4 of 4 tokens | ab\\n\\x1B\n"
+    monkeypatch.setattr(terminal, "is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("LINES", "20")
+    assert show() == ("sample 0: 3 of 4 tokens\na▒\n\\x1B\n\x1b[3F\x1b[J"
+                      "sample 0: 4 of 4 tokens\nab\n\\x1B\n\x1b[3F\x1b[J")
+    with terminal.watching(ByteTokenizer(), 1, False) as watch:
+        assert watch is None
+    assert terminal.folded("日本語\nabc", 4) == ["日本", "語", "abc"]

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
     parser.add_argument("--record", action="store_true", help="the .npz says of each token when it was decoded, how "
                         "likely it was and what else was (eso-jax view makes a page of it)")
+    parser.add_argument("--watch", action="store_true", help="show the samples that --show prints while they come")
     parser.add_argument("--html", help="a page that plays the generation, as of eso-jax view")
     parser.add_argument("--out", required=True, help=".npz with tokens [N, L], order [N, L], tokens_per_step, text; or "
                                                      ".jsonl of the text alone")
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from eso_jax import load
     from eso_jax.viewer.page import page
+    from eso_jax.viewer.terminal import watching
 
     check_out(arguments.out)
     if arguments.html:
@@ -62,11 +64,14 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.steps is not None or arguments.alpha_0 is not None:
             raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
         plan = read_plan(plan)
+    if arguments.watch and model.tokenizer is None:
+        raise EsoError("--watch: the model has no tokenizer, so there is no text to see; leave it out")
     steps = 128 if arguments.steps is None else arguments.steps
-    found = model.sample(arguments.num_samples, steps, arguments.alpha_0, arguments.top_p,
-                         arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
-                         num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True,
-                         record=arguments.record or bool(arguments.html))
+    with watching(model.tokenizer, arguments.show, arguments.watch) as watch:
+        found = model.sample(arguments.num_samples, steps, arguments.alpha_0, arguments.top_p,
+                             arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
+                             num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True,
+                             record=arguments.record or bool(arguments.html), watch=watch)
     text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
     if len(found.tokens) < arguments.num_samples:
         say(f"interrupted: the first {len(found.tokens)} of {arguments.num_samples} samples are kept")

@@ -31,7 +31,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +54,7 @@ from eso_jax.model.params import Weights
 # A pass costs as much as its slots and so many more: it reads the weights, elsewhere for all rows of a batch at once.
 FREE, FREE_ELSEWHERE = 8, 256
 WORTH = 1 / 16  # of a plan's cost: what a window of another width must save
+PACE = 8  # passes after which a watcher is told what there is
 PARTS, PART = 8, 256  # wide windows, and the cache, grow by an eighth of the length; the cache at least by 256 slots
 
 
@@ -155,11 +156,13 @@ class Run(NamedTuple):
 
 
 Report = Callable[[int], None]
+Watch = Callable[[Int[np.ndarray, "B L"]], None]
 
 
 def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, key: Key[Array, ""],
            rule: Rule = Rule(), rows: Int[Array, " B"] | None = None,
-           report: Report | None = None, record: bool = False) -> Int[Array, "B L"] | tuple[Int[Array, "B L"], Facts]:
+           report: Report | None = None, record: bool = False,
+           watch: Watch | None = None) -> Int[Array, "B L"] | tuple[Int[Array, "B L"], Facts]:
     """Decodes a batch along the plan; returns tokens in natural order, and on request what was known of them.
 
     The draws of row b are keyed by (key, rows[b], slot) and do not depend on the other rows.
@@ -169,12 +172,13 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
       rows: numbers of the rows, 0 to B - 1 by default.
       report: is told after each run how many tokens a row has got in it.
       record: the facts of each token, [B, L] and [B, L, A], are returned with the tokens.
+      watch: is told every few passes what the tokens are, in natural order; masks where there is none yet.
     """
     state = start(weights, config, sampler, plan.order)
     uniforms = draw_uniforms(key, jnp.arange(len(plan.order)) if rows is None else rows, plan.length)
     if record:
         state = dataclasses.replace(state, facts=records.empty(len(plan.order), plan.length, config.vocab_size))
-    state = _decode(weights, config, sampler, plan, state, Draw(uniforms, rule), report)
+    state = _decode(weights, config, sampler, plan, state, Draw(uniforms, rule), report, watch)
     tokens = unsort(state.tokens[:, sampler.shift:], plan.order)
     return (tokens, jax.tree.map(lambda x: unsort(x, plan.order), state.facts)) if record else tokens
 
@@ -190,12 +194,15 @@ def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan
 
 
 def _decode(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, state: State,
-            source: Draw | Score, report: Report | None = None) -> State:
-    for run in schedule(plan, sampler, row=row_cost(config)):
+            source: Draw | Score, report: Report | None = None, watch: Watch | None = None) -> State:
+    runs = schedule(plan, sampler, row=row_cost(config))
+    for run in runs if watch is None else cut(runs, PACE):
         state = decode_run(weights, grow(state, run.shape), run.steps, source, config, sampler, run.shape)
         if report is not None:
             jax.block_until_ready(state.tokens)
             report(int(run.steps.count.sum()))
+        if watch is not None:
+            watch(sharding.fetch(unsort(state.tokens[:, sampler.shift:], plan.order)))
     return state
 
 
@@ -343,6 +350,16 @@ def _runs(steps: Step, window: Int[np.ndarray, " S"], width: Int[np.ndarray, " S
             live = max(live, min(length, -(-int(own.start.max() + window[low]) // part) * part))
             runs.append(Run(own, Shape(*shapes[low], live)))
     return runs
+
+
+def cut(runs: list[Run], passes: int) -> Iterator[Run]:
+    """The same in runs of so many passes."""
+    for steps, shape in runs:
+        for low in range(0, len(steps.count), passes):
+            index = np.arange(low, low + passes)
+            last = len(steps.count) - 1
+            own = jax.tree.map(lambda x, i=np.minimum(index, last): x[i], steps)
+            yield Run(dataclasses.replace(own, count=np.where(index <= last, own.count, 0)), shape)
 
 
 def _sizes(most: int, parts: int = 1) -> Int[np.ndarray, " _"]:

@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,9 @@ from eso_jax.run import workdir
 from eso_jax.run.timing import Stopwatch
 from eso_jax.viewer.caption import Caption, caption
 from eso_jax.viewer.page import Page, page
+
+
+Watch = Callable[[Int[np.ndarray, " B"], Int[np.ndarray, "B L"]], None]
 
 
 class Samples(NamedTuple):
@@ -103,7 +108,8 @@ class Model(Engine):
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, num_tries: int = 1,
-               min_entropy: float | None = None, keep: bool = False, record: bool = False) -> Samples:
+               min_entropy: float | None = None, keep: bool = False, record: bool = False,
+               watch: Watch | None = None) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
         Args:
@@ -115,6 +121,8 @@ class Model(Engine):
           num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
             along the same plan, until they have been drawn this often. 1: none is.
           keep: an interrupt (Ctrl-C) ends the work and leaves the samples whose batches are done, if there are any.
+          watch: is told every few passes which rows are at work, int [B], and their tokens so far, int [B, L]; masks
+            where there is none yet.
           record: of each token its step, its log p, the entropy and the likeliest tokens are kept.
 
         Raises:
@@ -142,14 +150,14 @@ class Model(Engine):
         room = empty(num_samples, plan.length, self.config.model.vocab_size) if record else None
         facts: Facts | None = jax.tree.map(np.array, room)
         tries = np.zeros(num_samples, np.int32)
-        with Stopwatch() as watch:
+        with Stopwatch() as clock:
             for attempt in range(num_tries):
                 again = np.arange(num_samples)
                 if min_entropy is not None and attempt:
                     again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
                 if len(again):
                     key = jax.random.fold_in(draw_key, attempt)
-                    found, known = decode(self, plan, key, rule, again, size, keep, record)
+                    found, known = decode(self, plan, key, rule, again, size, keep, record, watch)
                     done = again[:len(found)]
                     tokens[done] = found
                     if facts is not None and known is not None:
@@ -162,7 +170,7 @@ class Model(Engine):
         kept = None if facts is None else Record(steps_of(plan)[done], *(fact[done] for fact in facts))
         told = None if kept is None else caption(self.config, plan, tokens[done], kept, self.tokenizer)
         return Samples(tokens[done], np.asarray(plan.order)[done], plan.tokens_per_step, plan.diffused, tries[done],
-                       watch.seconds, watch.compile_seconds, kept, told)
+                       clock.seconds, clock.compile_seconds, kept, told)
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
@@ -175,19 +183,21 @@ class Model(Engine):
 
 
 def decode(engine: Engine, plan: Plan, key: Key[Array, ""], rule: Rule, rows: Int[np.ndarray, " R"],
-           size: int, keep: bool = False, record: bool = False) -> tuple[Int[np.ndarray, "R L"], Facts | None]:
+           size: int, keep: bool = False, record: bool = False,
+           watch: Watch | None = None) -> tuple[Int[np.ndarray, "R L"], Facts | None]:
     """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own number. With
     them, on request, what was known of them. A terminal sees how far it is. `keep`: see Engine.rows."""
     from tqdm import tqdm
 
-    order, terminal = np.asarray(plan.order), sys.stderr.isatty()
+    order, terminal = np.asarray(plan.order), sys.stderr.isatty() and watch is None
 
     def report(count: int) -> None:
         bar.update(count * size)
 
     def draw(weights: Weights, order: Array, rows: Array) -> tuple[Array, Facts | None]:
         found = families.sample(weights, engine.config, dataclasses.replace(plan, order=order), key, rule, rows,
-                                report if terminal else None, record)
+                                report if terminal else None, record,
+                                None if watch is None else functools.partial(watch, sharding.fetch(rows)))
         return found if record else (found, None)
 
     with tqdm(total=-(-len(rows) // size) * size * plan.length, desc="sampling", unit="token", leave=False,

@@ -65,13 +65,14 @@ def alpha_0_of(config: Config, alpha_0: float | None) -> float:
 
 
 def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),
-           rows: Int[Array, " B"] | None = None, report: loop.Report | None = None, record: bool = False) -> Any:
+           rows: Int[Array, " B"] | None = None, report: loop.Report | None = None, record: bool = False,
+           watch: loop.Watch | None = None) -> Any:
     """Decodes a batch along the plan; tokens in natural order. Row b draws as row number rows[b] (b by default), so
     that a large sample can be decoded batch by batch. `report` is told now and then how many tokens a row got since.
-    `record`: the tokens and their record.Facts are returned."""
+    `record`: the tokens and their record.Facts are returned. `watch` is told every few passes what there is."""
     get(config).check_plan(config, plan)
     return loop.sample(weights, config.model, get(config).sampler(config), plan, key, rule, rows,
-                       report, record)
+                       report, record, watch)
 
 
 def plan_log_prob(weights: Weights, config: Config, plan: Plan, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
