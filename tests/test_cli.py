@@ -102,6 +102,19 @@ def test_sample_writes_the_contract(tmp_path: Path, run: Run, trained: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_recorded_sample_and_its_page(tmp_path: Path, run: Run, trained: Path) -> None:
+    out, sample = tmp_path / "s.npz", ["sample", "--workdir", trained, "--num-samples", 2, "--steps", 4]
+    run(*sample, "--record", "--html", tmp_path / "s.html", "--out", out)
+    found = np.load(out)
+    assert found["step"].shape == found["logp"].shape == (2, BASE.model.length) == found["alternatives"].shape[:2]
+    assert found["step"].max() == len(found["tokens_per_step"]) - 1 and (found["entropy"] > 0).all()
+    run("view", out, "--out", tmp_path / "again.html")
+    made, again = ((tmp_path / name).read_text("utf-8") for name in ("s.html", "again.html"))
+    assert made == again
+    assert "give a .npz" in run(*sample, "--record", "--out", tmp_path / "s.jsonl", code=2)
+
+
+@pytest.mark.slow
 def test_a_plan_is_kept_replayed_and_scored(tmp_path: Path, run: Run, trained: Path) -> None:
     common = ["--workdir", trained, "--num-samples", 3, "--seed", 5]
     run("sample", *common, "--plan", "balanced", "--steps", 3, "--alpha-0", 0.5, "--min-p", 0.01,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eso_jax.cli import options
@@ -49,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_precision(parser)
     options.of_devices(parser)
     parser.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
+    parser.add_argument("--record", action="store_true", help="the .npz says of each token when it was decoded, how "
+                        "likely it was and what else was (eso-jax view makes a page of it)")
+    parser.add_argument("--watch", action="store_true", help="show the samples that --show prints while they come")
+    parser.add_argument("--html", help="a page that plays the generation, as of eso-jax view")
     parser.add_argument("--out", required=True, help=".npz with tokens [N, L], order [N, L], tokens_per_step, text; or "
                                                      ".jsonl of the text alone")
 
@@ -89,13 +94,19 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax import load
     from eso_jax.data.prompts import of_array
     from eso_jax.data.tokenizers import SHOWN_SEPARATOR
+    from eso_jax.viewer.page import page
+    from eso_jax.viewer.terminal import watching
 
     check_out(arguments.out)
+    if arguments.html:
+        check_out(arguments.html, "--html")
     model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor,
                  batch_size=arguments.batch_size, attention=arguments.attention)
     lines = arguments.out.endswith(".jsonl")
     if lines and model.tokenizer is None:
         raise EsoError(f"--out = {arguments.out!r}: the model has no tokenizer, so there is no text; give a .npz")
+    if lines and arguments.record:
+        raise EsoError(f"--out = {arguments.out!r}: holds text alone, and --record asks for more; give a .npz")
     plan, given, count = arguments.plan, given_of(arguments, model), arguments.num_samples
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:
@@ -108,12 +119,16 @@ def run(arguments: argparse.Namespace) -> None:
             require(count == len(tokens), "--num-samples", count,
                     f"tokens are given to the {len(tokens)} samples of the plan; give their number")
             count = 1
+    if arguments.watch and model.tokenizer is None:
+        raise EsoError("--watch: the model has no tokenizer, so there is no text to see; leave it out")
     steps = 128 if arguments.steps is None else arguments.steps
-    found = model.sample(count, steps, arguments.alpha_0, arguments.top_p,
-                         arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
-                         num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True,
-                         banned=banned_of(arguments, model), given=given, max_tokens=arguments.max_tokens,
-                         stop=[*arguments.stop, *[SHOWN_SEPARATOR] * arguments.stop_at_separator])
+    with watching(model.tokenizer, arguments.show, arguments.watch) as watch:
+        found = model.sample(count, steps, arguments.alpha_0, arguments.top_p,
+                             arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
+                             num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True,
+                             banned=banned_of(arguments, model), given=given, max_tokens=arguments.max_tokens,
+                             stop=[*arguments.stop, *[SHOWN_SEPARATOR] * arguments.stop_at_separator],
+                             record=arguments.record or bool(arguments.html), watch=watch)
     text, wanted = found.text, count * (1 if given is None else len(given.tokens))
     if len(found.tokens) < wanted:
         say(f"interrupted: the first {len(found.tokens)} of {wanted} samples are kept")
@@ -121,11 +136,11 @@ def run(arguments: argparse.Namespace) -> None:
         write_whole(arguments.out, "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in text))
     else:
         extra: dict[str, Any] = {"text": np.array(text)} if text else {}
-        if found.given.any():
-            extra["given"] = found.given.sum(1)
-        write_whole(arguments.out, npz(tokens=found.tokens, order=found.order, tokens_per_step=found.tokens_per_step,
-                                       diffusion=found.diffusion, tries=found.tries, **extra))
+        write_whole(arguments.out, npz(**found.arrays(), **extra))
     say(f"wrote {arguments.out}")
+    if arguments.html:
+        write_whole(arguments.html, page({Path(arguments.out).stem: found.arrays()}), "--html")
+        say(f"wrote {arguments.html}")
     for index, sequence in enumerate(text[:arguments.show]):
         say(f"--- sample {index}\n{sequence}")
     if arguments.num_tries > 1:

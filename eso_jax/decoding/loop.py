@@ -60,7 +60,7 @@ from eso_jax.model.params import Weights
 # A pass costs as much as its slots and so many more: it reads the weights, elsewhere for all rows of a batch at once.
 FREE, FREE_ELSEWHERE = 8, 256
 WORTH = 1 / 16  # of a plan's cost: what a window of another width must save
-SOON = 16  # passes of a run behind which somebody asks whether to go on
+PACE = 8  # passes after which a watcher is told what there is, and whoever ends rows is asked
 LEAST_GIVEN = 16  # slots of a pass over given tokens
 DIP = 16  # steps: so many that need a narrower window than those around them may have it
 PARTS, PART = 8, 256  # wide windows, and the cache, grow by an eighth of the length; the cache at least by 256 slots
@@ -171,12 +171,14 @@ class Run(NamedTuple):
 
 
 Report = Callable[[int], None]
+Watch = Callable[[Int[np.ndarray, "B L"]], None]
 Done = Callable[[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]], Bool[np.ndarray, " B"]]
 
 
 def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, keys: Key[Array, "..."],
            rule: Rule = Rule(), given: Int[Array, "B L"] | None = None, report: Report | None = None,
-           done: Done | None = None, record: bool = False) -> Int[Array, "B L"] | tuple[Int[Array, "B L"], Facts]:
+           done: Done | None = None, record: bool = False,
+           watch: Watch | None = None) -> Int[Array, "B L"] | tuple[Int[Array, "B L"], Facts]:
     """Decodes a batch along the plan; returns tokens in natural order, and on request what was known of them.
 
     The draws of a row are keyed by (its key, slot) and do not depend on the other rows.
@@ -190,6 +192,7 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
       done: says of tokens, in natural order with masks, and of which were given, which rows need no more; the plan is
         left when all are done or decoded. It is asked about a run while the next one is at work, which is all that can
         be in vain. A row keeps what it was given meanwhile.
+      watch: is told every few passes what the tokens are, in natural order; masks where there is none yet.
     """
     if keys.ndim == 0:
         keys = row_keys(keys, jnp.arange(len(plan.order)))
@@ -204,10 +207,12 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     before, orders = None, sharding.fetch(plan.order)
     known = np.take_along_axis(np.arange(plan.length) < np.broadcast_to(plan.given, len(orders))[:, None],
                                orders.argsort(axis=1), axis=1)
-    for state, run in planned(weights, config, sampler, plan, state, source, SOON if done else None):
+    for state, run in planned(weights, config, sampler, plan, state, source, PACE if done or watch else None):
         if report is not None:
             jax.block_until_ready(state.tokens)
             report(int(run.steps.count.sum()) * (len(plan.order) if run.steps.count.ndim == 1 else 1))
+        if watch is not None:
+            watch(sharding.fetch(natural(state)))
         if done is not None:
             if before is not None:
                 tokens = sharding.fetch(before)
@@ -231,10 +236,11 @@ def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan
 
 
 def planned(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, state: State,
-            source: Draw | Score, most: int | None = None) -> Iterator[tuple[State, Run]]:
-    """Decodes along the plan, run by run: the state after each. It is gone when the next one is asked for, which
-    updates it in place; what is made of it before that stays."""
-    for run in schedule(plan, sampler, row=row_cost(config), most=most):
+            source: Draw | Score, pace: int | None = None) -> Iterator[tuple[State, Run]]:
+    """Decodes along the plan, run by run (of `pace` passes, if that is said): the state after each. It is gone when the
+    next one is asked for, which updates it in place; what is made of it before that stays."""
+    runs = schedule(plan, sampler, row=row_cost(config))
+    for run in runs if pace is None else cut(runs, pace):
         state = decode_run(weights, grow(state, run.shape), run.steps, source, config, sampler, run.shape)
         yield state, run
 
@@ -271,14 +277,12 @@ def row_cost(config: ModelConfig) -> float:
     return config.vocab_size / (12 * config.layers * config.width)
 
 
-def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5,
-             most: int | None = None) -> list[Run]:
+def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5) -> list[Run]:
     """The runs of a plan: one over the given tokens, if the cache must hold them, and those of its steps.
 
     Args:
       exact: shapes fit every step (to measure what sharing them costs).
       row: the cost of a row of logits, `row_cost`; that of the paper's model is about the default.
-      most: passes of a run; None: as many as may be.
     """
     if plan.nfe == 0:
         return []
@@ -298,8 +302,7 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5
         steps, window, width = _cut(steps, stop, needed, length, free, row)
     else:
         steps, window, width = _round(steps, needed, length)
-    runs = _runs(steps, window, width, length, 1 if exact else max(PART, -(-length // PARTS)), bool(np.any(plan.given)),
-                 most or plan.nfe)
+    runs = _runs(steps, window, width, length, 1 if exact else max(PART, -(-length // PARTS)), bool(np.any(plan.given)))
     behind = int(begin[..., 0].max())
     return [_over_given(plan, behind, runs[0].shape.live), *runs] if sampler.cached and behind else runs
 
@@ -418,7 +421,7 @@ def _repeat(tree: Any, times: Int[np.ndarray, " S"]) -> tuple[Int[np.ndarray, " 
 
 
 def _runs(steps: Step, window: Int[np.ndarray, " S"], width: Int[np.ndarray, " S"], length: int,
-          part: int, few: bool, most: int) -> list[Run]:
+          part: int, few: bool) -> list[Run]:
     """Cut where the shape changes, and in between so often that the cache can grow with the plan. Runs of a window and
     a width have the same number of passes, filled up by the last one again, which then decodes nothing; `few`: one of
     the few numbers that plans behind any number of given tokens share."""
@@ -429,8 +432,7 @@ def _runs(steps: Step, window: Int[np.ndarray, " S"], width: Int[np.ndarray, " S
     for shape in set(shapes):
         low, high = np.array([stretch for stretch in stretches if shapes[stretch[0]] == shape]).T
         dispatches = max(1, round(2 * (stop[high - 1] - stop[low]).sum() / part))
-        longest = min((high - low).max(), -(-(high - low).sum() // dispatches), most)
-        options = _sizes(int(longest), 2 if few else 12)
+        options = _sizes(int(min((high - low).max(), -(-(high - low).sum() // dispatches))), 2 if few else 12)
         costs = ((options + 1) * -(-(high - low)[:, None] // options)).sum(0)  # that of a dispatch: a pass at most
         passes[shape] = int(options[costs.argmin() if few or len(low) > 1 else -1])
     runs, live = [], 0
@@ -442,6 +444,16 @@ def _runs(steps: Step, window: Int[np.ndarray, " S"], width: Int[np.ndarray, " S
             live = max(live, min(length, -(-int(own.start.max() + window[low]) // part) * part))
             runs.append(Run(own, Shape(*shapes[low], live)))
     return runs
+
+
+def cut(runs: list[Run], passes: int) -> Iterator[Run]:
+    """The same in runs of so many passes."""
+    for steps, shape in runs:
+        for low in range(0, len(steps.count), passes):
+            index = np.arange(low, low + passes)
+            last = len(steps.count) - 1
+            own = jax.tree.map(lambda x, i=np.minimum(index, last): x[i], steps)
+            yield Run(dataclasses.replace(own, count=np.where(index <= last, own.count.T, 0).T), shape)
 
 
 def _sizes(most: int, parts: int = 1) -> Int[np.ndarray, " _"]:

@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,11 @@ from eso_jax.errors import require
 from eso_jax.model.params import Weights, for_inference
 from eso_jax.run import workdir
 from eso_jax.run.timing import Stopwatch
+from eso_jax.viewer.caption import Caption, caption
+from eso_jax.viewer.page import Page, page
+
+
+Watch = Callable[[Int[np.ndarray, " B"], Int[np.ndarray, "B L"]], None]
 
 
 class Samples(NamedTuple):
@@ -53,6 +59,7 @@ class Samples(NamedTuple):
       seconds: wall time of decoding, compilation included.
       compile_seconds: of these, spent on tracing and compiling.
       record: when each token was decoded and what was known of it, where that was asked for; see decoding/record.py.
+      caption: with it, what else a page that plays the generation needs; see viewer/caption.py.
       text: what the tokens say, up to the first stop or the last decoded token; nothing without a tokenizer.
     """
 
@@ -65,7 +72,27 @@ class Samples(NamedTuple):
     seconds: float
     compile_seconds: float
     record: Record | None = None
+    caption: Caption | None = None
     text: Sequence[str] = ()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the .npz of `eso-jax sample` holds, but for the text."""
+        found = {name: getattr(self, name) for name in ("tokens", "order", "tokens_per_step", "diffusion", "tries")}
+        if self.given.any():
+            found["given"] = self.given.sum(1)
+        if self.record is None or self.caption is None:
+            return found
+        seconds = np.array(self.seconds - self.compile_seconds)
+        return {**found, **self.record._asdict(), **self.caption._asdict(), "seconds": seconds}
+
+    def show(self) -> Page:
+        """The page that plays the generation: a string of HTML, which a notebook shows.
+
+        Raises:
+          EsoError: it was sampled without a record.
+        """
+        require(self.record is not None, "record", False, "a page needs one; sample with record=True")
+        return page({"": self.arrays()})
 
     @property
     def plan(self) -> Plan:
@@ -95,7 +122,8 @@ class Model(Engine):
                plan: str | Plan | None = None, num_tries: int = 1,
                min_entropy: float | None = None, keep: bool = False, record: bool = False,
                banned: Sequence[int] = (), given: Int[Any, "M _"] | Given | None = None,
-               max_tokens: int | None = None, stop: Sequence[str] = (), done: loop.Done | None = None) -> Samples:
+               max_tokens: int | None = None, stop: Sequence[str] = (), done: loop.Done | None = None,
+               watch: Watch | None = None) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
         Where tokens are given, the others follow their exact conditional law under the decoding of the plan. A sample
@@ -112,6 +140,8 @@ class Model(Engine):
             along the same plan, until they have been drawn this often. 1: none is.
           banned: ids that are never drawn (the mask never is).
           keep: an interrupt (Ctrl-C) ends the work and leaves the samples whose batches are done, if there are any.
+          watch: is told every few passes which rows are at work, int [B], and their tokens so far, int [B, L]; masks
+            where there is none yet.
           record: of each token its step, its log p, the entropy and the likeliest tokens are kept.
           given: int [M, K <= L], tokens that are known by natural position; the mask id marks the others. Or what
             eso_jax.data.prompts makes of texts. See Family.check_known for what a family can be given.
@@ -164,7 +194,7 @@ class Model(Engine):
         room = empty(num_samples, plan.length, self.config.model.vocab_size) if record else None
         facts: Facts | None = jax.tree.map(np.array, room)
         tries = np.zeros(num_samples, np.int32)
-        with Stopwatch() as watch:
+        with Stopwatch() as clock:
             for attempt in range(num_tries):
                 again = np.arange(num_samples)
                 if min_entropy is not None and attempt:
@@ -172,8 +202,7 @@ class Model(Engine):
                 if len(again):
                     keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
                     found, new = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
-                                        stops.done if stops and stop else done,
-                                        record)
+                                        stops.done if stops and stop else done, record, watch)
                     ready = again[:len(found)]
                     tokens[ready] = found
                     if facts is not None and new is not None:
@@ -185,9 +214,10 @@ class Model(Engine):
         ready = np.flatnonzero(tries)
         plan = plan.rows(ready)
         text = [stops.cut(tokens[row], known[row]) for row in ready] if stops else []
+        kept = None if facts is None else Record(steps_of(plan), *(fact[ready] for fact in facts))
+        told = None if kept is None else caption(self.config, plan, tokens[ready], kept, self.tokenizer)
         return Samples(tokens[ready], np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given,
-                       known[ready], tries[ready], watch.seconds, watch.compile_seconds,
-                       None if facts is None else Record(steps_of(plan), *(fact[ready] for fact in facts)), text)
+                       known[ready], tries[ready], clock.seconds, clock.compile_seconds, kept, told, text)
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
@@ -234,13 +264,15 @@ def row_keys(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.
 
 def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows: Int[np.ndarray, " R"], size: int,
            keep: bool = False, given: Int[np.ndarray, "N L"] | None = None,
-           done: loop.Done | None = None, record: bool = False) -> tuple[Int[np.ndarray, "R L"], Facts | None]:
+           done: loop.Done | None = None, record: bool = False,
+           watch: Watch | None = None) -> tuple[Int[np.ndarray, "R L"], Facts | None]:
     """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own key. With them,
     on request, what was known of them. A terminal sees how far it is. `keep`: see Engine.rows; `given` and `done`:
     eso_jax.decoding.loop.sample."""
     from tqdm import tqdm
 
-    order, bits, terminal = np.asarray(plan.order), np.asarray(jax.random.key_data(keys)), sys.stderr.isatty()
+    order, bits = np.asarray(plan.order), np.asarray(jax.random.key_data(keys))
+    terminal = sys.stderr.isatty() and watch is None
     unknown = np.broadcast_to(plan.length - np.asarray(plan.given), len(order))[rows].mean()
 
     def read(index: np.ndarray) -> list[np.ndarray]:
@@ -251,7 +283,8 @@ def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows:
              given: Array | None = None) -> tuple[Array, Facts | None]:
         here = dataclasses.replace(plan.rows(sharding.fetch(index)), order=order)
         found = families.sample(weights, engine.config, here, jax.random.wrap_key_data(bits), rule, given,
-                               bar.update if terminal else None, done, record)
+                               bar.update if terminal else None, done, record,
+                               None if watch is None else functools.partial(watch, sharding.fetch(index)))
         return found if record else (found, None)
 
     with tqdm(total=round(-(-len(rows) // size) * size * unknown), desc="sampling", unit="token", leave=False,

@@ -66,17 +66,18 @@ def alpha_0_of(config: Config, alpha_0: float | None) -> float:
 
 def sample(weights: Weights, config: Config, plan: Plan, keys: Key[Array, "..."], rule: Rule = Rule(),
            given: Int[Array, "B L"] | None = None, report: loop.Report | None = None,
-           done: loop.Done | None = None, record: bool = False) -> Any:
+           done: loop.Done | None = None, record: bool = False,
+           watch: loop.Watch | None = None) -> Any:
     """Decodes a batch along the plan; tokens in natural order.
 
     Args:
       keys: one for each row, whose draws depend on nothing else; or one of which to make them, by its number.
       given: the tokens that the plan takes for given, by natural position; others are not looked at.
-      report, done, record: see eso_jax.decoding.loop.sample.
+      report, done, record, watch: see eso_jax.decoding.loop.sample.
     """
     get(config).check_plan(config, plan)
     return loop.sample(weights, config.model, get(config).sampler(config), plan, keys, rule, given, report, done,
-                       record)
+                       record, watch)
 
 
 def plan_log_prob(weights: Weights, config: Config, plan: Plan, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
