@@ -75,10 +75,10 @@ class Step:
       diffused: slots before `first` that were given or decoded by diffusion, not sequentially.
     """
 
-    start: Int[Any, "*P"]
-    first: Int[Any, "*P"]
-    count: Int[Any, "*P"]
-    diffused: Int[Any, "*P"]
+    start: Int[Any, "..."]
+    first: Int[Any, "..."]
+    count: Int[Any, "..."]
+    diffused: Int[Any, "..."]
 
     def at(self, index: Any) -> Step:
         """Some of the passes."""
