@@ -121,7 +121,7 @@ class Model(Engine):
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, num_tries: int = 1,
                min_entropy: float | None = None, keep: bool = False, record: bool = False,
-               banned: Sequence[int] = (), given: Int[Any, "M _"] | Given | None = None,
+               banned: Sequence[int] = (), given: np.ndarray | Given | None = None,
                max_tokens: int | None = None, stop: Sequence[str] = (), done: loop.Done | None = None,
                watch: Watch | None = None) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
