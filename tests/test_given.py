@@ -88,7 +88,8 @@ def test_a_row_is_the_same_in_any_company(name: str) -> None:
     backwards = model.sample(2, given=given[::-1], **rule, batch_size=3)
     np.testing.assert_array_equal(backwards.tokens.reshape(5, 2, LENGTH)[::-1].reshape(10, LENGTH), found.tokens)
     for row in (1, 4):
-        np.testing.assert_array_equal(model.sample(1, given=given[row:row + 1], **rule).tokens[0], found.tokens[2 * row])
+        alone = model.sample(1, given=given[row:row + 1], **rule)
+        np.testing.assert_array_equal(alone.tokens[0], found.tokens[2 * row])
     np.testing.assert_array_equal(model.sample(2, **rule).tokens, found.tokens[:2])  # given nothing: as without others
     assert (found.tokens[2] != found.tokens[3]).any()
     again = model.sample(1, given=np.where(found.given, found.tokens, MASK), plan=found.plan, **rule)
@@ -104,24 +105,21 @@ def test_what_is_drawn_by() -> None:
     assert len(np.unique(usual, axis=0)) > 4
 
 
-def programs_of(plan: Plan, name: str) -> set[Any]:
-    runs = loop.schedule(plan, families.get(CONFIGS[name]).sampler(CONFIGS[name]))
-    return {(run.shape, tuple(x.shape[:1] for x in jax.tree.leaves(run.steps))) for run in runs}
-
-
-@pytest.mark.parametrize(("name", "alpha_0"), [("ar", 0.0), ("esolm", 0.0), ("esolm", 1.0), ("esolm_a", 0.5)])
-def test_prompts_of_all_lengths_share_their_programs(name: str, alpha_0: float) -> None:
-    """Of a model of length 1024, T = 64; each length alone, one sample. (Without sharing, a pass over the prompt and
-    another loop for each of the 1024.)"""
-    found: set[Any] = set()
-    for length in range(0, 1025, 16):
-        key, known = jax.random.split(jax.random.key(0), 1), np.arange(1024)[None] < length
-        policy = {"ar": "left-to-right"}.get(name, "balanced")
-        config = CONFIGS[name].override("model.length=1024")
-        plan = families.get(config).plan(key, config, 1, 64, alpha_0, policy, known=known)
-        found |= programs_of(plan, name)
-    print(name, alpha_0, len(found))
-    assert len(found) <= 99
+@pytest.mark.parametrize(("name", "steps", "most"), [("ar", 0, 33), ("esolm", 0, 33), ("esolm", 64, 42),
+                                                         ("esolm_a", 64, 74)])
+def test_prompts_of_all_lengths_share_their_programs(name: str, steps: int, most: int) -> None:
+    """Of a model of length 1024, each prompt alone; half of what is left by diffusion. A pass over the prompt and loops
+    behind it for each of the lengths would be thousands. Passes that decode nothing are few."""
+    found, passes, needed = set[Any](), 0, 0
+    sampler = families.get(CONFIGS[name]).sampler(CONFIGS[name])
+    for given in range(0, 1025, 16):
+        left = 1024 - given
+        counts = np.diff(np.unique(np.arange(steps + 1) * (left // 2) // max(1, steps)))
+        plan = Plan(jnp.arange(1024)[None], np.append(counts, np.ones(left - counts.sum(), int)), int(counts.sum()), given)
+        runs = loop.schedule(plan, sampler)
+        found |= {(run.shape, len(run.steps.first)) for run in runs}
+        passes, needed = passes + sum(len(run.steps.first) for run in runs), needed + plan.nfe
+    assert len(found) <= most and passes <= 1.05 * needed
 
 
 @pytest.mark.parametrize("name", ["esolm", "ar"])
@@ -137,7 +135,7 @@ def test_every_length_of_a_prompt(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "known", "message"), [
     ("ar", [0, 2], "given = 'row 1': family.name = 'ar' can be given a prefix alone"),
-    ("bd3lm", [BLOCK], "given = 'row 1': family.name = 'bd3lm' decodes blocks of 4 left to right: a block must be given"),
+    ("bd3lm", [BLOCK], "given = 'row 1': family.name = 'bd3lm' decodes blocks of 4 left to right: a block must"),
     ("bd3lm", [0, 1, BLOCK], "a block must be given as a whole")])
 def test_what_a_family_cannot_be_given(name: str, known: list[int], message: str) -> None:
     given = np.full((2, LENGTH), MASK)
@@ -150,7 +148,7 @@ def test_what_a_family_cannot_be_given(name: str, known: list[int], message: str
     (np.zeros((1, LENGTH + 1), int), None, r"given = \(1, 13\): the model has length 12"),
     (np.zeros((1, LENGTH)), None, "given = 'float64"),
     (np.full((1, LENGTH), MASK + 1), None, r"given\[0, 0\] = 9: ids must be in \[0, 9\)"),
-    (np.full((1, LENGTH), MASK), Plan(left_to_right(1, LENGTH).order, np.full(2, 5), given=2), "other tokens for given"),
+    (np.full((1, LENGTH), MASK), Plan(left_to_right(1, LENGTH).order, np.full(2, 5), given=2), "takes other tokens"),
     (np.zeros((1, LENGTH), int), left_to_right(1, LENGTH), "given = 'row 0': the plan takes other tokens for given")])
 def test_what_nobody_can_be_given(given: np.ndarray, plan: Plan | None, message: str) -> None:
     with pytest.raises(EsoError, match=message):

@@ -432,7 +432,7 @@ def _runs(steps: Step, window: Int[np.ndarray, " S"], width: Int[np.ndarray, " S
     for shape in set(shapes):
         low, high = np.array([stretch for stretch in stretches if shapes[stretch[0]] == shape]).T
         dispatches = max(1, round(2 * (stop[high - 1] - stop[low]).sum() / part))
-        options = _sizes(int(min((high - low).max(), -(-(high - low).sum() // dispatches))), 2 if few else 12)
+        options = _sizes(int(min((high - low).max(), -(-(high - low).sum() // dispatches))), 1 if few else 12)
         costs = ((options + 1) * -(-(high - low)[:, None] // options)).sum(0)  # that of a dispatch: a pass at most
         passes[shape] = int(options[costs.argmin() if few or len(low) > 1 else -1])
     runs, live = [], 0
