@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,11 @@ def test_max_tokens_are_the_first_unknown_ones(family: str) -> None:
     assert (decoded == (np.arange(LENGTH) < np.array([4, 4, 9, 9])[:, None])).all()
     assert (np.asarray(found.given) == (np.arange(LENGTH) < np.array([0, 0, 5, 5])[:, None])).all()
     assert np.broadcast_to(found.tokens_per_step.sum(-1), 4).tolist() == [4] * 4
+    left = LENGTH - np.asarray(found.plan.end)  # decoded as well, behind the others: these stay as they are
+    counts = np.broadcast_to(found.tokens_per_step, (4, found.tokens_per_step.shape[-1]))
+    more = np.concatenate([counts, np.arange(8) < np.broadcast_to(left, 4)[:, None]], axis=1)
+    plan = dataclasses.replace(found.plan, tokens_per_step=more)
+    np.testing.assert_array_equal(model.sample(2, given=given, plan=plan).tokens[decoded], found.tokens[decoded])
     whole = model.sample(2, 3 if family != "bd3lm" else 6, given=given, max_tokens=100)
     assert (whole.tokens < MASK).all()
     with pytest.raises(EsoError, match="max_tokens = 0: must be at least 1"):
