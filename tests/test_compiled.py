@@ -30,9 +30,9 @@ def test_no_copy_the_size_of_the_cache(name: str) -> None:
     config = tiny_config(name, LENGTH, **({"block_size": 4} if name == "bd3lm" else {}))
     plan: Plan = left_to_right(BATCH, LENGTH)
     sampler = families.get(config).sampler(config)
-    uniforms = loop.draw_uniforms(jax.random.key(0), jnp.arange(BATCH), LENGTH)
+    uniforms = loop.draw_uniforms(loop.row_keys(jax.random.key(0), jnp.arange(BATCH)), LENGTH)
     run = max(loop.schedule(plan, sampler), key=lambda run: len(run.steps.first))
-    state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan.order), run.shape)
+    state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan), run.shape)
     lowered = loop.decode_run.lower(random_weights(config.model), state, run.steps, loop.Draw(uniforms),
                                     config.model, sampler, run.shape)
     compiled = lowered.compile()
@@ -73,9 +73,9 @@ def test_no_loop_whose_turns_are_data(name: str, monkeypatch: pytest.MonkeyPatch
     config = tiny_config(name, 12, vocab_size=11, **({"block_size": 4} if name == "bd3lm" else {}))
     family, weights = families.get(config), random_weights(config.model)
     plan = family.plan(jax.random.key(0), config, 2, 6)
-    sampler, key, rows = family.sampler(config), jax.random.key(0), jnp.arange(2)
-    state, uniforms = loop.start(weights, config.model, sampler, plan.order), loop.draw_uniforms(key, rows, 12)
-    programs = [loop.draw_uniforms.lower(key, rows, 12)]
+    sampler, keys = family.sampler(config), loop.row_keys(jax.random.key(0), jnp.arange(2))
+    state, uniforms = loop.start(weights, config.model, sampler, plan), loop.draw_uniforms(keys, 12)
+    programs = [loop.draw_uniforms.lower(keys, 12)]
     programs += [jax.jit(function).lower(plan.order, plan.order) for function in (sort, unsort)]
     run = max(loop.schedule(plan, sampler), key=lambda run: (len(run.steps.first), run.shape))
     state = loop.grow(state, run.shape)

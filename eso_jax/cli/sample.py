@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from eso_jax.cli import options
-from eso_jax.cli.files import read_plan
+from eso_jax.cli.files import read_given, read_plan
 from eso_jax.console import say
 from eso_jax.decoding.plan import POLICIES
-from eso_jax.errors import EsoError
+from eso_jax.errors import EsoError, require
 from eso_jax.files import check_out, npz, write_whole
 
 EXAMPLE = "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz"
@@ -59,19 +59,24 @@ def run(arguments: argparse.Namespace) -> None:
         raise EsoError(f"--out = {arguments.out!r}: the model has no tokenizer, so there is no text; give a .npz")
     if lines and arguments.record:
         raise EsoError(f"--out = {arguments.out!r}: holds text alone, and --record asks for more; give a .npz")
-    plan = arguments.plan
+    plan, given, count = arguments.plan, None, arguments.num_samples
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:
             raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
-        plan = read_plan(plan)
+        plan = read_plan(arguments.plan)
+        given = read_given(arguments.plan, plan, model.config.model.mask)
+        if given is not None:
+            require(count == len(given), "--num-samples", count,
+                    f"tokens are given to the {len(given)} samples of the plan; give their number")
+            count = 1
     if arguments.watch and model.tokenizer is None:
         raise EsoError("--watch: the model has no tokenizer, so there is no text to see; leave it out")
     steps = 128 if arguments.steps is None else arguments.steps
     with watching(model.tokenizer, arguments.show, arguments.watch) as watch:
-        found = model.sample(arguments.num_samples, steps, arguments.alpha_0, arguments.top_p,
+        found = model.sample(count, steps, arguments.alpha_0, arguments.top_p,
                              arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
                              num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True,
-                             record=arguments.record or bool(arguments.html), watch=watch)
+                             given=given, record=arguments.record or bool(arguments.html), watch=watch)
     text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
     if len(found.tokens) < arguments.num_samples:
         say(f"interrupted: the first {len(found.tokens)} of {arguments.num_samples} samples are kept")
@@ -89,6 +94,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.num_tries > 1:
         say(f"{(found.tries > 1).sum()} of {len(found.tries)} samples drawn again, {found.tries.sum()} draws in all")
     running = found.seconds - found.compile_seconds
-    say(f"NFE {len(found.tokens_per_step)} per batch; {found.tokens.size} tokens in {found.seconds:.2f} s: "
+    say(f"NFE {found.tokens_per_step.shape[-1]} per batch; {found.tokens.size} tokens in {found.seconds:.2f} s: "
         f"{found.tokens.size / found.seconds:.0f} tokens/s with compilation, "
         f"{found.tokens.size / running:.0f} without its {found.compile_seconds:.2f} s")

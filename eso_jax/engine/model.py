@@ -12,20 +12,23 @@ import dataclasses
 import functools
 import math
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from eso_jax import families, likelihood, sharding
-from eso_jax.config import ATTENTION
+from eso_jax.config import ATTENTION, Config
 from eso_jax.data.tokenizers import Tokenizer
+from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
-from eso_jax.decoding.plan import Plan
+from eso_jax.decoding.plan import Plan, join
 from eso_jax.decoding.record import Facts, Record, empty, steps as steps_of
 from eso_jax.decoding.rejection import unigram_entropy
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
@@ -44,10 +47,11 @@ class Samples(NamedTuple):
     """Generated sequences and how they came about.
 
     Attributes:
-      tokens: int32 [N, L].
+      tokens: int32 [N, L]; masks where `done` has ended a sample.
       order: int32 [N, L], each sample's decoding order.
-      tokens_per_step: int [steps], decoded in each step.
-      diffusion: tokens of the diffusion phase; with the two above it makes the plan.
+      tokens_per_step: int [steps], decoded in each step; [N, steps] where samples differ in it.
+      diffusion: tokens of the diffusion phase, or [N]; with the two above, and `given`, it makes the plan.
+      given: bool [N, L], the tokens that were given.
       tries: int [N], how often each sample was drawn.
       seconds: wall time of decoding, compilation included.
       compile_seconds: of these, spent on tracing and compiling.
@@ -58,7 +62,8 @@ class Samples(NamedTuple):
     tokens: np.ndarray
     order: np.ndarray
     tokens_per_step: np.ndarray
-    diffusion: int
+    diffusion: int | np.ndarray
+    given: np.ndarray
     tries: np.ndarray
     seconds: float
     compile_seconds: float
@@ -68,6 +73,8 @@ class Samples(NamedTuple):
     def arrays(self) -> dict[str, np.ndarray]:
         """What the .npz of `eso-jax sample` holds, but for the text."""
         found = {name: getattr(self, name) for name in ("tokens", "order", "tokens_per_step", "diffusion", "tries")}
+        if self.given.any():
+            found["given"] = self.given.sum(1)
         if self.record is None or self.caption is None:
             return found
         seconds = np.array(self.seconds - self.compile_seconds)
@@ -85,7 +92,7 @@ class Samples(NamedTuple):
     @property
     def plan(self) -> Plan:
         """The plan that the samples were decoded along."""
-        return Plan(jnp.asarray(self.order), self.tokens_per_step, self.diffusion)
+        return join([Plan(jnp.asarray(self.order), self.tokens_per_step, self.diffusion, self.given.sum(1))])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,11 +115,15 @@ class Model(Engine):
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, num_tries: int = 1,
-               min_entropy: float | None = None, keep: bool = False, record: bool = False,
-               watch: Watch | None = None) -> Samples:
+               min_entropy: float | None = None, keep: bool = False, given: Int[Any, "M L"] | None = None,
+               done: loop.Done | None = None, record: bool = False, watch: Watch | None = None) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
+        Where tokens are given, the others follow their exact conditional law under the decoding of the plan. A sample
+        then depends on the seed, on what it was given, and on how many samples before it were given the same.
+
         Args:
+          num_samples: N; with `given`, of each of its rows, next to each other, so that N = M num_samples.
           steps: T, diffusion steps (AR has none).
           alpha_0: expected share of tokens decoded by diffusion; None: the training value. Eso-LMs take any.
           top_p, temperature, min_p: how a token is drawn; see eso_jax.decoding.categorical.Rule.
@@ -121,12 +132,17 @@ class Model(Engine):
           num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
             along the same plan, until they have been drawn this often. 1: none is.
           keep: an interrupt (Ctrl-C) ends the work and leaves the samples whose batches are done, if there are any.
+          given: int [M, L], tokens that are known by natural position; the mask id marks the others. See
+            Family.check_known for what a family can be given.
+          done: asked now and then about the tokens of a batch so far, int [B, L] with masks; bool [B], which rows need
+            no more. A batch is left when all its rows are done. What a row has got by then depends on the others.
+          record: of each token its step, its log p, the entropy and the likeliest tokens are kept.
           watch: is told every few passes which rows are at work, int [B], and their tokens so far, int [B, L]; masks
             where there is none yet.
-          record: of each token its step, its log p, the entropy and the likeliest tokens are kept.
 
         Raises:
-          EsoError: an argument is out of range, the family cannot follow the plan, or the devices ran out of memory.
+          EsoError: an argument is out of range, the family cannot follow the plan or be given these tokens, or the
+            devices ran out of memory.
         """
         require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
         require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "must be at least 1")
@@ -139,15 +155,20 @@ class Model(Engine):
         alpha_0 = families.alpha_0_of(self.config, alpha_0)
         rule = Rule(temperature, top_p, min_p)
         plan_key, draw_key = jax.random.split(jax.random.key(seed))
+        model = self.config.model
+        given = np.full((1, model.length), model.mask) if given is None else np.asarray(given)
+        given = np.repeat(_check_given(given, self.config), num_samples, axis=0)
+        known, num_samples = given != model.mask, len(given)
         if not isinstance(plan, Plan):
-            policy = {} if plan is None else {"policy": plan}
-            plan = families.get(self.config).plan(plan_key, self.config, num_samples, steps, alpha_0, **policy)
-        require(plan.order.shape == (num_samples, self.config.model.length), "plan", plan.order.shape,
-                f"its order must have shape [{num_samples}, {self.config.model.length}]")
+            policy: Any = {} if plan is None else {"policy": plan}
+            plan = _plan(self.config, row_keys(plan_key, given, known), plan_key, known, steps, alpha_0, **policy)
+        require(plan.order.shape == given.shape, "plan", plan.order.shape,
+                f"its order must have shape [{num_samples}, {model.length}]")
+        plan.check_given(known)
 
         size = self.size(num_samples, batch_size)  # also for the few that are drawn again: no other compilation
         tokens = np.zeros(plan.order.shape, np.int32)
-        room = empty(num_samples, plan.length, self.config.model.vocab_size) if record else None
+        room = empty(num_samples, plan.length, model.vocab_size) if record else None
         facts: Facts | None = jax.tree.map(np.array, room)
         tries = np.zeros(num_samples, np.int32)
         with Stopwatch() as clock:
@@ -156,21 +177,23 @@ class Model(Engine):
                 if min_entropy is not None and attempt:
                     again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
                 if len(again):
-                    key = jax.random.fold_in(draw_key, attempt)
-                    found, known = decode(self, plan, key, rule, again, size, keep, record, watch)
-                    done = again[:len(found)]
-                    tokens[done] = found
-                    if facts is not None and known is not None:
-                        for whole, part in zip(facts, known, strict=True):
-                            whole[done] = part
-                    tries[done] += 1
-                    if len(done) < len(again):
+                    keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
+                    found, told = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
+                                         done, record, watch)
+                    ready = again[:len(found)]
+                    tokens[ready] = found
+                    if facts is not None and told is not None:
+                        for whole, part in zip(facts, told, strict=True):
+                            whole[ready] = part
+                    tries[ready] += 1
+                    if len(ready) < len(again):
                         break
-        done = np.flatnonzero(tries)
-        kept = None if facts is None else Record(steps_of(plan)[done], *(fact[done] for fact in facts))
-        told = None if kept is None else caption(self.config, plan, tokens[done], kept, self.tokenizer)
-        return Samples(tokens[done], np.asarray(plan.order)[done], plan.tokens_per_step, plan.diffused, tries[done],
-                       clock.seconds, clock.compile_seconds, kept, told)
+        ready = np.flatnonzero(tries)
+        plan = plan.rows(ready)
+        kept = None if facts is None else Record(steps_of(plan), *(fact[ready] for fact in facts))
+        words = None if kept is None else caption(self.config, plan, tokens[ready], kept, self.tokenizer)
+        return Samples(tokens[ready], np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given,
+                       known[ready], tries[ready], clock.seconds, clock.compile_seconds, kept, words)
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
@@ -182,28 +205,76 @@ class Model(Engine):
         return likelihood.plan_log_prob(self, tokens, plan)
 
 
-def decode(engine: Engine, plan: Plan, key: Key[Array, ""], rule: Rule, rows: Int[np.ndarray, " R"],
-           size: int, keep: bool = False, record: bool = False,
+def _check_given(given: np.ndarray, config: Config) -> Int[np.ndarray, "M L"]:
+    """Raises an EsoError for tokens that the model cannot be given."""
+    model = config.model
+    require(np.issubdtype(given.dtype, np.integer) and given.ndim == 2 and given.shape[1] == model.length
+            and len(given) >= 1, "given", f"{given.dtype} {given.shape}", f"must be integers [M, {model.length}], the "
+            f"mask {model.mask} where a token is not known")
+    bad = (given < 0) | (given >= model.vocab_size)
+    require(not bool(bad.any()), "given", given[bad][:1].tolist(), f"ids must be in [0, {model.vocab_size})")
+    families.get(config).check_known(config, given != model.mask)
+    return given.astype(np.int32)
+
+
+def _plan(config: Config, keys: Key[Array, " N"], key: Key[Array, ""], known: Bool[np.ndarray, "N L"], steps: int,
+          alpha_0: float, **policy: Any) -> Plan:
+    """The family's plan: of rows to which something is given, each by its own key; the others share one by `key`, as if
+    they were all."""
+    family, free = families.get(config), ~known.any(axis=1)
+    parts = [family.plan(key, config, int(free.sum()), steps, alpha_0, **policy)] if free.any() else []
+    if free.all():
+        return parts[0]
+    there = np.flatnonzero(~free)
+    parts.append(family.plan(keys[there], config, len(there), steps, alpha_0, **policy, known=known[there]))
+    return join(parts).rows(np.argsort(np.argsort(~free, kind="stable")))
+
+
+def row_keys(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.ndarray, "N L"]) -> Key[Array, " N"]:
+    """A key for each row: of what it is given, and its number among the rows that are given the same."""
+    names = [row.astype("<i4").tobytes() for row in given]
+    seen = Counter[bytes]()
+    numbers = np.zeros(len(names), np.int32)
+    for index, name in enumerate(names):
+        numbers[index] = seen[name]
+        seen[name] += 1
+    plain = loop.row_keys(key, numbers)
+    if not known.any():
+        return plain
+    prompts = loop.row_keys(key, np.array([zlib.crc32(name) for name in names], np.uint32))
+    own = jax.vmap(jax.random.fold_in)(prompts, numbers)
+    return jnp.where(known.any(axis=1), own, plain)
+
+
+def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows: Int[np.ndarray, " R"], size: int,
+           keep: bool = False, given: Int[np.ndarray, "N L"] | None = None,
+           done: loop.Done | None = None, record: bool = False,
            watch: Watch | None = None) -> tuple[Int[np.ndarray, "R L"], Facts | None]:
-    """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own number. With
-    them, on request, what was known of them. A terminal sees how far it is. `keep`: see Engine.rows."""
+    """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own key. With them,
+    on request, what was known of them. A terminal sees how far it is. `keep`: see Engine.rows; `given`, `done`:
+    eso_jax.decoding.loop.sample; `watch`: Model.sample."""
     from tqdm import tqdm
 
-    order, terminal = np.asarray(plan.order), sys.stderr.isatty() and watch is None
+    order, bits = np.asarray(plan.order), np.asarray(jax.random.key_data(keys))
+    terminal = sys.stderr.isatty() and watch is None
+    unknown = np.broadcast_to(plan.length - np.asarray(plan.given), len(order))[rows].mean()
 
-    def report(count: int) -> None:
-        bar.update(count * size)
+    def read(index: np.ndarray) -> list[np.ndarray]:
+        return [array[rows[index]] for array in (order, np.arange(len(order), dtype=np.int32), bits, given)
+                if array is not None]
 
-    def draw(weights: Weights, order: Array, rows: Array) -> tuple[Array, Facts | None]:
-        found = families.sample(weights, engine.config, dataclasses.replace(plan, order=order), key, rule, rows,
-                                report if terminal else None, record,
-                                None if watch is None else functools.partial(watch, sharding.fetch(rows)))
+    def draw(weights: Weights, order: Array, index: Array, bits: Array,
+             given: Array | None = None) -> tuple[Array, Facts | None]:
+        numbers = sharding.fetch(index)
+        here = dataclasses.replace(plan.rows(numbers), order=order)
+        found = families.sample(weights, engine.config, here, jax.random.wrap_key_data(bits), rule, given,
+                                bar.update if terminal else None, done, record,
+                                None if watch is None else functools.partial(watch, numbers))
         return found if record else (found, None)
 
-    with tqdm(total=-(-len(rows) // size) * size * plan.length, desc="sampling", unit="token", leave=False,
+    with tqdm(total=round(-(-len(rows) // size) * size * unknown), desc="sampling", unit="token", leave=False,
               disable=not terminal) as bar:
-        found: tuple[np.ndarray, Facts | None] = engine.rows(
-            draw, len(rows), lambda i: (order[rows[i]], rows[i].astype(np.int32)), size=size, keep=keep)
+        found: tuple[np.ndarray, Facts | None] = engine.rows(draw, len(rows), read, size=size, keep=keep)
     return found
 
 
