@@ -201,6 +201,10 @@ def test_keys_play_step_and_move(browser: Browser, file: Path) -> None:
     for key, passes in (("ArrowRight", 5), (".", 6), ("ArrowLeft", 5), (",", 4)):
         browser.press(key)
         assert browser.run("panels[0].passes") == passes, key
+    browser.run("$('time').focus()")
+    browser.press("ArrowRight")
+    assert browser.run("panels[0].passes") == 5
+    browser.run("$('time').blur()")
     browser.press(" ")
     assert browser.run("state.playing && $('play').ariaLabel") == "Pause"
     assert browser.run("new Promise(done => setTimeout(() => done(state.time > 4), 400))")
