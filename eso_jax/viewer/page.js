@@ -155,6 +155,7 @@ function draw() {
   for (const panel of panels) panel.draw(passesOf(panel.run));
   const end = ends[state.by];
   $("time").max = end;
+  $("time").step = state.by === "pass" ? 1 : "any";
   $("time").value = state.time;
   $("clock").textContent = state.by === "pass" ? `pass ${Math.floor(state.time)} of ${end}`
     : `${state.time.toFixed(2)} of ${end.toFixed(2)} s`;
