@@ -77,10 +77,10 @@ class Step:
       diffused: slots before `first` that were given or decoded by diffusion, not sequentially.
     """
 
-    start: Int[Any, "*P"]
-    first: Int[Any, "*P"]
-    count: Int[Any, "*P"]
-    diffused: Int[Any, "*P"]
+    start: Int[Any, "..."]
+    first: Int[Any, "..."]
+    count: Int[Any, "..."]
+    diffused: Int[Any, "..."]
 
     def at(self, index: Any) -> Step:
         """Some of the passes."""
@@ -429,7 +429,7 @@ def _runs(steps: Step, window: Int[np.ndarray, " S"], width: Int[np.ndarray, " S
     for shape in set(shapes):
         low, high = np.array([stretch for stretch in stretches if shapes[stretch[0]] == shape]).T
         dispatches = max(1, round(2 * (stop[high - 1] - stop[low]).sum() / part))
-        options = _sizes(int(min((high - low).max(), -(-(high - low).sum() // dispatches))), 2 if few else 12)
+        options = _sizes(int(min((high - low).max(), -(-(high - low).sum() // dispatches))), 1 if few else 12)
         costs = ((options + 1) * -(-(high - low)[:, None] // options)).sum(0)  # that of a dispatch: a pass at most
         passes[shape] = int(options[costs.argmin() if few or len(low) > 1 else -1])
     runs, live = [], 0

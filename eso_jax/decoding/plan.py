@@ -31,8 +31,8 @@ from jaxtyping import Array, Bool, Int, Key
 from eso_jax.decoding import order
 from eso_jax.errors import EsoError, require
 
-Counts = Int[np.ndarray, " S"] | Int[np.ndarray, "B S"]
-Each = int | Int[np.ndarray, " B"]  # one number for all rows, or one for each
+Counts = Int[np.ndarray, "... S"]  # shared by the batch, or with an axis B before it
+Each = int | Int[np.ndarray, "..."]  # one number for all rows, or [B], one for each
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class Plan:
         def own(x: Any, shared: int = 0) -> Any:
             return x if x is None or np.ndim(x) == shared else x[index]
 
-        return Plan(self.order[index], own(self.tokens_per_step, 1), own(self.diffusion), own(self.given))
+        counts = own(self.tokens_per_step, 1)
+        counts = counts[..., np.atleast_2d(counts).any(0)]  # without the steps of other rows
+        return Plan(self.order[index], counts, own(self.diffusion), own(self.given))
 
     @property
     def length(self) -> int:

@@ -115,7 +115,7 @@ class Model(Engine):
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, num_tries: int = 1,
-               min_entropy: float | None = None, keep: bool = False, given: Int[Any, "M L"] | None = None,
+               min_entropy: float | None = None, keep: bool = False, given: np.ndarray | None = None,
                done: loop.Done | None = None, record: bool = False, watch: Watch | None = None) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
@@ -241,7 +241,7 @@ def row_keys(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.
     plain = loop.row_keys(key, numbers)
     if not known.any():
         return plain
-    prompts = loop.row_keys(key, np.array([zlib.crc32(name) for name in names], np.uint32))
+    prompts = loop.row_keys(key, np.array([zlib.crc32(name) for name in names], np.uint32).view(np.int32))
     own = jax.vmap(jax.random.fold_in)(prompts, numbers)
     return jnp.where(known.any(axis=1), own, plain)
 
