@@ -135,6 +135,33 @@ def test_a_plan_is_kept_replayed_and_scored(tmp_path: Path, run: Run, trained: P
 
 
 @pytest.mark.slow
+def test_a_plan_behind_given_tokens_is_replayed_and_scored(tmp_path: Path, run: Run, trained: Path) -> None:
+    """Rows that are given two and five tokens, of a plan in the .npz that `sample` writes."""
+    tokens = np.random.default_rng(0).integers(0, 250, (2, 16))
+    order = np.argsort(np.random.default_rng(1).random((2, 16)), axis=1)
+    known, counts = np.array([2, 5]), np.array([[3, 11, 0], [4, 4, 3]])
+    np.savez(tmp_path / "plan.npz", order=order, tokens_per_step=counts, given=known, tokens=tokens)
+    sample = ["sample", "--workdir", trained, "--plan", tmp_path / "plan.npz", "--out", tmp_path / "a.npz"]
+    assert "--num-samples = 1: tokens are given to the 2 samples" in run(*sample, code=2)
+    assert "NFE 3 per batch" in run(*sample, "--num-samples", 2)
+    found = np.load(tmp_path / "a.npz")
+    assert found["given"].tolist() == [2, 5] and found["diffusion"].tolist() == [14, 11]
+    np.testing.assert_array_equal(found["tokens_per_step"], counts)
+    first = np.arange(16) < known[:, None]
+    ours, theirs = (np.take_along_axis(x, order, axis=1) for x in (found["tokens"], tokens))
+    assert (ours[first] == theirs[first]).all() and (ours[~first] != theirs[~first]).any()
+    run("sample", "--workdir", trained, "--plan", tmp_path / "a.npz", "--num-samples", 2, "--out", tmp_path / "b.npz")
+    np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "b.npz")["tokens"])
+    run("score", "--workdir", trained, "--tokens", tmp_path / "a.npz", "--plan", tmp_path / "a.npz",
+        "--out", tmp_path / "s.npz")
+    scores = np.load(tmp_path / "s.npz")["logp_in_order"]
+    assert (scores[first] == 0).all() and (scores[~first] < 0).all()
+    np.savez(tmp_path / "bare.npz", order=order, tokens_per_step=counts, given=known)
+    assert "not a readable .npy file, nor a .npz with 'tokens'" in run(*sample[:4], tmp_path / "bare.npz", *sample[5:],
+                                                                       "--num-samples", 2, code=2)
+
+
+@pytest.mark.slow
 def test_low_entropy_is_drawn_again_only_when_asked_and_counted(tmp_path: Path, run: Run, trained: Path) -> None:
     sample = ["sample", "--workdir", trained, "--num-samples", 6, "--out", tmp_path / "s.npz"]
     run(*sample)
