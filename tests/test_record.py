@@ -44,6 +44,20 @@ def test_a_record_is_the_law_of_its_plan(name: str) -> None:
     assert (found.logp_rule <= 0).all() and (found.logp_rule != found.logp).any()
 
 
+def test_given_tokens_have_no_step() -> None:
+    config = tiny_config("ar", LENGTH, VOCABULARY)
+    made = engine(config, random_weights(config.model))
+    model = Model(config, made.weights, made.mesh, 2, step=0, tokenizer=None)
+    given = np.full((2, LENGTH), config.model.mask)
+    given[0, :3] = 1, 2, 3
+    samples = model.sample(1, given=given, record=True)
+    assert samples.record is not None and ((samples.record.step == -1) == (given != config.model.mask)).all()
+    expected = likelihood.plan_log_prob(model, samples.tokens, samples.plan)  # 0 for given ones
+    np.testing.assert_allclose(np.take_along_axis(samples.record.logp, samples.order, axis=1), expected, atol=1e-5)
+    text = samples.show()
+    assert '"phase":[0,0,0,2,2,2,2,2]' in text and '"phase":[2,2,2,2,2,2,2,2]' in text
+
+
 @pytest.mark.parametrize("rule", [Rule(), Rule(temperature=0.5, top_p=0.7), Rule(min_p=0.2), Rule(temperature=0.0)])
 def test_facts_of_logits(rule: Rule) -> None:
     logits = np.random.default_rng(0).normal(0, 2, (4, 3, 7)).astype(np.float32)

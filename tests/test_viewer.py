@@ -123,7 +123,7 @@ def test_from_a_model_to_a_page(tmp_path: Path, run: Run) -> None:
     np.savez(out, **samples.arrays())
     run("view", out, "--out", tmp_path / "page.html")
     shown = samples.show()._repr_html_()
-    assert shown.startswith("<iframe srcdoc=")
+    assert shown.startswith("<iframe srcdoc=") and len(repr(samples.show())) < 80
     for text in ((tmp_path / "page.html").read_text(), html.unescape(shown)):
         found, = data_of(text)
         assert found["label"] == "MDLM" and not found["cached"]
@@ -201,6 +201,10 @@ def test_keys_play_step_and_move(browser: Browser, file: Path) -> None:
     for key, passes in (("ArrowRight", 5), (".", 6), ("ArrowLeft", 5), (",", 4)):
         browser.press(key)
         assert browser.run("panels[0].passes") == passes, key
+    browser.run("$('time').focus()")
+    browser.press("ArrowRight")
+    assert browser.run("panels[0].passes") == 5
+    browser.run("$('time').blur()")
     browser.press(" ")
     assert browser.run("state.playing && $('play').ariaLabel") == "Pause"
     assert browser.run("new Promise(done => setTimeout(() => done(state.time > 4), 400))")

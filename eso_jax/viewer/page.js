@@ -155,6 +155,7 @@ function draw() {
   for (const panel of panels) panel.draw(passesOf(panel.run));
   const end = ends[state.by];
   $("time").max = end;
+  $("time").step = state.by === "pass" ? 1 : "any";
   $("time").value = state.time;
   $("clock").textContent = state.by === "pass" ? `pass ${Math.floor(state.time)} of ${end}`
     : `${state.time.toFixed(2)} of ${end.toFixed(2)} s`;
@@ -200,7 +201,7 @@ function tell(token) {
     box.replaceChildren(make("h3", {}, "masked"), make("p", {}, `position ${token.at} \u00b7 until pass ${token.step + 1} of ${run.passes}`));
   } else {
     box.replaceChildren(make("h3", {}, ...piece(token.id)),
-      make("p", {}, `position ${token.at} \u00b7 ${when(token)} \u00b7 ${run.label}`));
+      make("p", {}, `position ${token.at} \u00b7 ${when(token)}`));
     if (token.step >= 0) box.append(facts(token), table(token, piece));
   }
   box.hidden = false;

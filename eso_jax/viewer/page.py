@@ -33,6 +33,9 @@ Generation = Mapping[str, np.ndarray]
 class Page(str):
     """The page as a string; a notebook shows it."""
 
+    def __repr__(self) -> str:
+        return f"Page of {len(self)} characters of HTML"
+
     def _repr_html_(self) -> str:
         return (f'<iframe srcdoc="{html.escape(self)}" sandbox="allow-scripts" title="{TITLE}" width="100%" '
                 f'height="{HEIGHT}" style="border: 0"></iframe>')
