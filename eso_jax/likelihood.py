@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from eso_jax import families
+from eso_jax import families, sharding
 from eso_jax.config import Config
 from eso_jax.decoding.order import check_permutations, sort, unsort
 from eso_jax.decoding.plan import Plan
@@ -70,16 +70,18 @@ def _log_prob_in_order(weights: Weights, config: Config, tokens: Int[Array, "B L
 
 
 def plan_log_prob(engine: Engine, tokens: np.ndarray, plan: Plan) -> Float[np.ndarray, "B L"]:
-    """log p of each token in nats, in the order, when tokens [B, L] are decoded along the plan. One pass per step."""
+    """log p of each token in nats, in the order, when tokens [B, L] are decoded along the plan; 0 for given ones. One
+    pass per step."""
     tokens, order = np.asarray(tokens), np.asarray(plan.order)
     check_tokens(tokens, engine.config)
     require(order.shape == tokens.shape, "plan", order.shape, f"its order must have shape {tokens.shape}")
 
-    def score(weights: Weights, tokens: Array, order: Array) -> Array:
-        return families.plan_log_prob(weights, engine.config, dataclasses.replace(plan, order=order), tokens)
+    def score(weights: Weights, tokens: Array, order: Array, rows: Array) -> Array:
+        here = dataclasses.replace(plan.rows(sharding.fetch(rows)), order=order)
+        return families.plan_log_prob(weights, engine.config, here, tokens)
 
-    found: np.ndarray = engine.rows(score, len(tokens), lambda rows: (tokens[rows].astype(np.int32), order[rows]),
-                                    "scoring")
+    found: np.ndarray = engine.rows(score, len(tokens), lambda rows: (tokens[rows].astype(np.int32), order[rows],
+                                                                      rows.astype(np.int32)), "scoring")
     return found
 
 

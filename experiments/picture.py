@@ -18,7 +18,7 @@ import numpy as np
 from eso_jax.cli import exit_code_of, read_plan
 from eso_jax.console import say
 from eso_jax.decoding.order import random_then_ascending
-from eso_jax.decoding.plan import Plan
+from eso_jax.decoding.plan import Plan, join
 from eso_jax.files import write_whole
 from eso_jax.model import masks
 
@@ -56,7 +56,7 @@ def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:
 
 def draw_plan(path: Path) -> None:
     """The plan of a .npz of eso-jax sample, its first row."""
-    plan = read_plan(str(path))
+    plan = join([read_plan(str(path)).rows(np.arange(1))])
     figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
     decoding(axes, plan)
     _write(figure, path.with_suffix(".png"))

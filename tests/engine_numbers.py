@@ -71,6 +71,7 @@ def numbers(model: Model) -> dict[str, Callable[[], Any]]:
         "judge": lambda: judges.ModelJudge(model).score(text).nats,
         "features": lambda: mauve.ModelFeatures(model).of(text),
         "sample": lambda: model.sample(ROWS, steps=4, seed=1).tokens,
+        "given": lambda: model.sample(1, steps=4, seed=1, given=np.where(given, TOKENS, CONFIG.model.mask)).tokens,
     }
 
 

@@ -17,7 +17,7 @@ import pytest
 import eso_jax
 from conftest import BASE, GOLDENS, Run, emulated, random_params, renamed, tiny_config
 from eso_jax import config as configs
-from eso_jax import families
+from eso_jax import families, likelihood
 from eso_jax.cli import COMMANDS, main
 from eso_jax.decoding import check
 from eso_jax.decoding.plan import Plan
@@ -102,6 +102,19 @@ def test_sample_writes_the_contract(tmp_path: Path, run: Run, trained: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_recorded_sample_and_its_page(tmp_path: Path, run: Run, trained: Path) -> None:
+    out, sample = tmp_path / "s.npz", ["sample", "--workdir", trained, "--num-samples", 2, "--steps", 4]
+    run(*sample, "--record", "--html", tmp_path / "s.html", "--out", out)
+    found = np.load(out)
+    assert found["step"].shape == found["logp"].shape == (2, BASE.model.length) == found["alternatives"].shape[:2]
+    assert found["step"].max() == len(found["tokens_per_step"]) - 1 and (found["entropy"] > 0).all()
+    run("view", out, "--out", tmp_path / "again.html")
+    made, again = ((tmp_path / name).read_text("utf-8") for name in ("s.html", "again.html"))
+    assert made == again
+    assert "give a .npz" in run(*sample, "--record", "--out", tmp_path / "s.jsonl", code=2)
+
+
+@pytest.mark.slow
 def test_a_plan_is_kept_replayed_and_scored(tmp_path: Path, run: Run, trained: Path) -> None:
     common = ["--workdir", trained, "--num-samples", 3, "--seed", 5]
     run("sample", *common, "--plan", "balanced", "--steps", 3, "--alpha-0", 0.5, "--min-p", 0.01,
@@ -119,6 +132,33 @@ def test_a_plan_is_kept_replayed_and_scored(tmp_path: Path, run: Run, trained: P
     np.savez(tmp_path / "bare.npz", order=first["order"], tokens_per_step=first["tokens_per_step"])
     run("sample", *common, "--plan", tmp_path / "bare.npz", "--min-p", 0.01, "--out", tmp_path / "c.npz")
     np.testing.assert_array_equal(first["tokens"], np.load(tmp_path / "c.npz")["tokens"])
+
+
+@pytest.mark.slow
+def test_a_plan_behind_given_tokens_is_replayed_and_scored(tmp_path: Path, run: Run, trained: Path) -> None:
+    """Rows that are given two and five tokens, of a plan in the .npz that `sample` writes."""
+    tokens = np.random.default_rng(0).integers(0, 250, (2, 16))
+    order = np.argsort(np.random.default_rng(1).random((2, 16)), axis=1)
+    known, counts = np.array([2, 5]), np.array([[3, 11, 0], [4, 4, 3]])
+    np.savez(tmp_path / "plan.npz", order=order, tokens_per_step=counts, given=known, tokens=tokens)
+    sample = ["sample", "--workdir", trained, "--plan", tmp_path / "plan.npz", "--out", tmp_path / "a.npz"]
+    assert "--num-samples = 1: tokens are given to the 2 samples" in run(*sample, code=2)
+    assert "NFE 3 per batch" in run(*sample, "--num-samples", 2)
+    found = np.load(tmp_path / "a.npz")
+    assert found["given"].tolist() == [2, 5] and found["diffusion"].tolist() == [14, 11]
+    np.testing.assert_array_equal(found["tokens_per_step"], counts)
+    first = np.arange(16) < known[:, None]
+    ours, theirs = (np.take_along_axis(x, order, axis=1) for x in (found["tokens"], tokens))
+    assert (ours[first] == theirs[first]).all() and (ours[~first] != theirs[~first]).any()
+    run("sample", "--workdir", trained, "--plan", tmp_path / "a.npz", "--num-samples", 2, "--out", tmp_path / "b.npz")
+    np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "b.npz")["tokens"])
+    run("score", "--workdir", trained, "--tokens", tmp_path / "a.npz", "--plan", tmp_path / "a.npz",
+        "--out", tmp_path / "s.npz")
+    scores = np.load(tmp_path / "s.npz")["logp_in_order"]
+    assert (scores[first] == 0).all() and (scores[~first] < 0).all()
+    np.savez(tmp_path / "bare.npz", order=order, tokens_per_step=counts, given=known)
+    assert "not a readable .npy file, nor a .npz with 'tokens'" in run(*sample[:4], tmp_path / "bare.npz", *sample[5:],
+                                                                       "--num-samples", 2, code=2)
 
 
 @pytest.mark.slow
@@ -244,6 +284,30 @@ def test_import_then_score_gives_the_golden_bound(tmp_path: Path, run: Run, impo
     run("score", "--workdir", imported, "--tokens", tmp_path / "x.npy", "--num-orders", 3, "--alpha-0", 0.25,
         "--out", out)
     assert np.load(out)["logp_per_order"].shape == (3, 4)
+
+
+@pytest.mark.slow
+def test_score_of_what_is_not_given(tmp_path: Path, run: Run, imported: Path) -> None:
+    """Flags and rows with masks say the same; mistakes."""
+    tokens = np.load(GOLDENS / "cases.npz")["x0"]
+    known = np.arange(16) % 3 > 0
+    arrays = {"x": tokens, "flags": np.broadcast_to(known, tokens.shape), "ids": np.where(known, tokens, 32),
+              "short": tokens[:, :8], "all": np.ones(tokens.shape, bool), "others": (tokens + 1) % 32,
+              "float": tokens.astype(float)}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    score = ["score", "--workdir", imported, "--out", tmp_path / "s.npz", "--tokens", tmp_path / "x.npy", "--given"]
+    model = eso_jax.load(imported)
+    expected = likelihood.conditional(model, tokens, arrays["flags"], ~arrays["flags"])
+    for name in ("flags", "ids"):
+        assert "62.5% of their tokens given" in run(*score, tmp_path / f"{name}.npy")
+        found = np.load(tmp_path / "s.npz")
+        np.testing.assert_allclose(found["logp"], expected, rtol=1e-5)
+        assert not found["logp_by_position"][:, known].any() and (found["logp_by_position"][:, ~known] < 0).all()
+    for name, message in (("short", "must be bool or integers (4, 16)"), ("float", "must be bool or integers"),
+                          ("all", "leave some to score"), ("others", "it must be as --tokens"), ("no", "no such file")):
+        assert message in run(*score, tmp_path / f"{name}.npy", code=2)
+    assert "only one of them" in run(*score, tmp_path / "ids.npy", "--num-orders", 2, code=2)
 
 
 @pytest.mark.slow

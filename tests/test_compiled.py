@@ -24,15 +24,25 @@ from eso_jax.run import train as training
 BATCH, LENGTH = 3, 40
 
 
+def behind_prompts(order: jax.Array) -> Plan:
+    """One token per step, behind 1, 2, ... given ones."""
+    given = 1 + np.arange(len(order))
+    return Plan(order, (np.arange(order.shape[1] - 1) < order.shape[1] - given[:, None]).astype(int), given * 0, given)
+
+
 @pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("by_row", [False, True], ids=["shared", "by-row"])
 @pytest.mark.parametrize("name", ["esolm", "esolm_a", "ar", "bd3lm"])
-def test_no_copy_the_size_of_the_cache(name: str) -> None:
+def test_no_copy_the_size_of_the_cache(name: str, by_row: bool) -> None:
+    """Of steps that rows share, or each has its own."""
     config = tiny_config(name, LENGTH, **({"block_size": 4} if name == "bd3lm" else {}))
     plan: Plan = left_to_right(BATCH, LENGTH)
+    if by_row:
+        plan = behind_prompts(plan.order)
     sampler = families.get(config).sampler(config)
-    uniforms = loop.draw_uniforms(jax.random.key(0), jnp.arange(BATCH), LENGTH)
+    uniforms = loop.draw_uniforms(loop.row_keys(jax.random.key(0), jnp.arange(BATCH)), LENGTH)
     run = max(loop.schedule(plan, sampler), key=lambda run: len(run.steps.first))
-    state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan.order), run.shape)
+    state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan), run.shape)
     lowered = loop.decode_run.lower(random_weights(config.model), state, run.steps, loop.Draw(uniforms),
                                     config.model, sampler, run.shape)
     compiled = lowered.compile()
@@ -73,14 +83,17 @@ def test_no_loop_whose_turns_are_data(name: str, monkeypatch: pytest.MonkeyPatch
     config = tiny_config(name, 12, vocab_size=11, **({"block_size": 4} if name == "bd3lm" else {}))
     family, weights = families.get(config), random_weights(config.model)
     plan = family.plan(jax.random.key(0), config, 2, 6)
-    sampler, key, rows = family.sampler(config), jax.random.key(0), jnp.arange(2)
-    state, uniforms = loop.start(weights, config.model, sampler, plan.order), loop.draw_uniforms(key, rows, 12)
-    programs = [loop.draw_uniforms.lower(key, rows, 12)]
+    by_row = behind_prompts(left_to_right(2, 12).order)
+    sampler, keys = family.sampler(config), loop.row_keys(jax.random.key(0), jnp.arange(2))
+    uniforms = loop.draw_uniforms(keys, 12)
+    programs = [loop.draw_uniforms.lower(keys, 12)]
     programs += [jax.jit(function).lower(plan.order, plan.order) for function in (sort, unsort)]
-    run = max(loop.schedule(plan, sampler), key=lambda run: (len(run.steps.first), run.shape))
-    state = loop.grow(state, run.shape)
-    scored = dataclasses.replace(state, logp=uniforms[..., 0])
-    for begin, source in ((state, loop.Draw(uniforms, Rule(top_p=0.9, min_p=0.01))), (scored, loop.Score(plan.order))):
-        programs.append(loop.decode_run.lower(weights, begin, run.steps, source, config.model, sampler, run.shape))
+    for plan in (plan, by_row):
+        run = max(loop.schedule(plan, sampler), key=lambda run: (len(run.steps.first), run.shape))
+        state = loop.grow(loop.start(weights, config.model, sampler, plan), run.shape)
+        scored = dataclasses.replace(state, logp=uniforms[..., 0])
+        for begin, source in ((state, loop.Draw(uniforms, Rule(top_p=0.9, min_p=0.01))),
+                              (scored, loop.Score(plan.order))):
+            programs.append(loop.decode_run.lower(weights, begin, run.steps, source, config.model, sampler, run.shape))
     whiles = [line for program in programs for line in program.compile().as_text().splitlines() if " while(" in line]
     assert len(whiles) >= 3 and all("known_trip_count" in line for line in whiles)

@@ -41,7 +41,7 @@ def test_numbers_depend_on_neither_devices_nor_batch_size(found: dict[str, Any])
     """One device takes all eight rows at once, four devices two each, and two copies on four devices each three rows
     (of four) after three."""
     one = found["1x1x1"]["numbers"]
-    assert set(one) == {"eval", "score", "plan", "conditionals", "judge", "features", "sample"}
+    assert set(one) == {"eval", "score", "plan", "conditionals", "judge", "features", "sample", "given"}
     for mesh in ("4x1x1", "2x1x4"):
         for name, value in found[mesh]["numbers"].items():
             jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(

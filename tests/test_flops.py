@@ -129,7 +129,7 @@ def test_a_sampling_step_is_what_xla_counts(name: str) -> None:
     run = loop.schedule(plan, sampler)[-1]
     weights = jax.eval_shape(lambda: unstack(fold(config.model, init_params(
         config.model, jax.random.key(0)))))
-    state = jax.eval_shape(lambda: loop.grow(loop.start(weights, config.model, sampler, plan.order), run.shape))
+    state = jax.eval_shape(lambda: loop.grow(loop.start(weights, config.model, sampler, plan), run.shape))
     uniforms = jax.ShapeDtypeStruct((batch, config.model.length, 2), jnp.float32)
     lowered = loop.decode_run.lower(weights, state, run.steps, loop.Draw(uniforms, Rule(temperature=0.0)),
                                     config.model, sampler, run.shape)

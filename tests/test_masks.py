@@ -57,7 +57,7 @@ def test_mask_is_the_table_in_its_docstring(name: str) -> None:
 
 def test_own_steps_are_the_table_in_their_docstring() -> None:
     view = View(masks.OwnSteps(length=3), jnp.array([[0, 1, 1, 0, 1, 1]]))
-    [table] = view.table(view.pattern, jnp.arange(6), jnp.arange(6))
+    [table] = view.table(view.pattern, jnp.arange(6)[None], jnp.arange(6))
     np.testing.assert_array_equal(table, np.array(docstring_tables(masks.OwnSteps)[0], bool))
 
 

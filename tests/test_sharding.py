@@ -36,7 +36,7 @@ for tensor in (1, 4):
     x = sort(jnp.asarray(np.arange(6 * 16).reshape(6, 16) % 32), samples.plan.order)
     with jax.set_mesh(model.mesh):
         eight = samples.plan.rows(np.arange(8) % 6)
-        state = loop.start(model.weights, model.config.model, sampler, eight.order)
+        state = loop.start(model.weights, model.config.model, sampler, eight)
         state = loop.grow(state, loop.schedule(eight, sampler)[0].shape)
         if jax.device_count() > 1:
             shares = {(model.mesh.shape["data"], model.mesh.shape["tensor"])}

@@ -114,8 +114,9 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     plan = family.plan(jax.random.key(0), config, 1, model.length, families.alpha_0_of(config, None),
                        family.policies[-1])
     sampler = family.sampler(config)
+    plan = plan.rows(np.zeros(batch, int))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # shapes depend on the platform and on the batch
-        run = loop.schedule(plan.rows(np.zeros(batch, int)), sampler, row=loop.row_cost(model))[-1]
+        run = loop.schedule(plan, sampler, row=loop.row_cost(model))[-1]
     shape = run.shape
 
     def everywhere(x: Any) -> jax.ShapeDtypeStruct:
@@ -128,9 +129,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, kv.spec(axes)))
 
     weights = abstract_weights(model, dtype, mesh)
-    order = jax.ShapeDtypeStruct((batch, model.length), jnp.int32)
-    state = jax.eval_shape(lambda weights, order: loop.grow(loop.start(weights, model, sampler, order), shape),
-                           weights, order)
+    state = jax.eval_shape(lambda weights: loop.grow(loop.start(weights, model, sampler, plan), shape), weights)
     state = dataclasses.replace(state, tokens=rows(state.tokens), positions=rows(state.positions),
                                 cache=state.cache and state.cache.map(split))
     uniforms: Any = rows(jax.ShapeDtypeStruct((batch, model.length, 2), jnp.float32))

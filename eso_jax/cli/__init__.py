@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax
 
 from eso_jax import __version__
-from eso_jax.cli import bench, check_cache, data, evaluate, export, import_, plan, quality, sample, score, train
+from eso_jax.cli import bench, check_cache, data, evaluate, export, import_, plan, quality, sample, score, train, view
 from eso_jax.cli.files import read_plan
 from eso_jax.config import fields
 from eso_jax.console import ending, streams, tell
@@ -31,7 +31,7 @@ __all__ = ["exit_code_of", "keep_compilations", "main", "read_plan"]
 GOES_ON = ("interrupted; by the same command, training goes on from its last checkpoint, scoring from its last orders "
            "and preparing from its last shard")
 COMMANDS: dict[str, ModuleType] = {
-    "train": train, "eval": evaluate, "score": score, "sample": sample, "quality": quality,
+    "train": train, "eval": evaluate, "score": score, "sample": sample, "view": view, "quality": quality,
     "check-cache": check_cache, "bench": bench, "plan": plan, "data": data, "import": import_, "export": export}
 
 

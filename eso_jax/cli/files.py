@@ -32,14 +32,30 @@ def read_plan(path: str) -> Plan:
     import jax.numpy as jnp
     import numpy as np
 
-    from eso_jax.decoding.plan import Plan
+    from eso_jax.decoding.plan import Plan, join
 
     order, counts = (read_array(path, "--plan", key) for key in ("order", "tokens_per_step"))
     integers = all(np.issubdtype(array.dtype, np.integer) for array in (order, counts))
-    require(order.ndim == 2 and counts.ndim == 1 and integers, "--plan", path,
-            "must hold order, int [N, L], and tokens_per_step, int [steps]")
+    require(order.ndim == 2 and counts.ndim in (1, 2) and integers, "--plan", path,
+            "must hold order, int [N, L], and tokens_per_step, int [steps] or [N, steps]")
+    numbers = {}
     with np.load(path) as arrays:
-        diffusion = arrays["diffusion"] if "diffusion" in arrays else None
-    require(diffusion is None or diffusion.shape == () and np.issubdtype(diffusion.dtype, np.integer), "--plan", path,
-            "its diffusion must be one integer")
-    return Plan(jnp.asarray(order, jnp.int32), counts, None if diffusion is None else int(diffusion))
+        for name in {"diffusion", "given"} & set(arrays):
+            value = arrays[name]
+            require(value.ndim <= 1 and np.issubdtype(value.dtype, np.integer), "--plan", path,
+                    f"its {name} must be one integer, or [N]")
+            numbers[name] = value if value.ndim else int(value)
+    return join([Plan(jnp.asarray(order, jnp.int32), counts, **numbers)])
+
+
+def read_given(path: str, plan: Plan, mask: int) -> Any:
+    """The tokens that the plan in the .npz of eso-jax sample takes for given, int [N, L], the mask elsewhere; None
+    where there are none."""
+    import numpy as np
+
+    if not np.any(plan.given):
+        return None
+    tokens, order = read_array(path, "--plan", "tokens"), np.asarray(plan.order)
+    require(tokens.shape == order.shape, "--plan", path, f"its tokens, some of which are given, must be {order.shape}")
+    known = np.argsort(order, axis=1) < np.reshape(plan.given, (-1, 1))
+    return np.where(known, tokens, mask)

@@ -76,7 +76,7 @@ def texts(name: str, opener: Opener, reading: Reading) -> Iterator[str]:
       NotText: the file has no such field, or is not what its name says.
     """
     field = reading.field
-    for place, row in _rows(name, opener, reading):
+    for place, row in each(name, opener, reading):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -131,8 +131,9 @@ def _kind(value: Any) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
 
 
-def _rows(name: str, opener: Opener, reading: Reading) -> Iterator[tuple[str, Any]]:
-    """(where it is, the row) of each row; a BadRow in place of one that cannot be parsed."""
+def each(name: str, opener: Opener, reading: Reading) -> Iterator[tuple[str, Any]]:
+    """(where it is, the row) of each row of one file; a BadRow in place of one that cannot be parsed. Raises NotText as
+    `texts` does."""
     plain = streams.inner_name(name)
     if plain.endswith(COLUMNS) or streams.head(opener).startswith(b"PAR1"):
         reader = _npz if plain.endswith(".npz") else _arrow if plain.endswith((".arrow", ".feather")) else _parquet

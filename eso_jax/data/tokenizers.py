@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -59,6 +60,9 @@ class Tokenizer(Protocol):
           EsoError: an id is out of range.
         """
 
+    def piece(self, id: int) -> bytes:
+        """The text of one id within a text; empty for separators and masks."""
+
     def num_bytes(self, tokens: np.ndarray) -> int | None:
         """Bytes of text that `tokens`, integers of any shape, stand for: separators and masks count as none. None
         where it cannot be known, as of an unknown word."""
@@ -67,6 +71,11 @@ class Tokenizer(Protocol):
 def dtype_of(tokenizer: Tokenizer) -> type[np.uint16] | type[np.uint32]:
     """The smallest type that its ids are kept in."""
     return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+
+def encode_shown(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of a text as `decode` shows it, separators included."""
+    return tokenizer.join(text.split(SHOWN_SEPARATOR), separate=True)[:-1]
 
 
 def sha256(tokenizer: Tokenizer) -> str:
@@ -96,6 +105,9 @@ class ByteTokenizer:
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         shown = [bytes([byte]) for byte in self.alphabet] + [SHOWN_SEPARATOR.encode(), _SHOWN_MASK.encode()]
         return b"".join(shown[i] for i in _in_vocabulary(ids, self)).decode("utf-8", errors="replace")
+
+    def piece(self, id: int) -> bytes:
+        return self.alphabet[id:id + 1]
 
     def num_bytes(self, tokens: np.ndarray) -> int:
         return int(np.count_nonzero(np.asarray(tokens) < self.separator_id))
@@ -163,6 +175,7 @@ class LibraryTokenizer:
         self.separator_id = separators[0]
         settings = json.loads(self._library.to_str())
         self._reader = _reader(settings, {self.mask_id, self.separator_id})
+        self._bytes_of_characters = _byte_level() if "ByteLevel" in json.dumps(settings["decoder"]) else {}
         self._bytes, self.bytes_of = lengths.of_ids(self._library, self._reader, settings, self.vocab_size,
                                                     {self.mask_id, self.separator_id})
 
@@ -190,9 +203,32 @@ class LibraryTokenizer:
         return "".join("".join(map(shown.__getitem__, run)) if are_shown
                        else self._library.decode(list(run), skip_special_tokens=False) for are_shown, run in runs)
 
+    def piece(self, id: int) -> bytes:
+        if id in (self.separator_id, self.mask_id):
+            return b""
+        entry = self._library.id_to_token(id) or ""
+        if self._bytes_of_characters and set(entry) <= self._bytes_of_characters.keys():
+            return bytes(self._bytes_of_characters[character] for character in entry)
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", entry):
+            return bytes.fromhex(found[1])
+        # A decoder treats the first id of a text in its own way, so the second is looked at.
+        once, twice = (self._library.decode([id] * times, skip_special_tokens=False) for times in (1, 2))
+        return str(twice.removeprefix(once)).encode()
+
     def num_bytes(self, tokens: np.ndarray) -> int | None:
         sizes = self._bytes[np.asarray(tokens)]
         return None if (sizes == lengths.UNKNOWN).any() else int(sizes.sum())
+
+
+def _byte_level() -> dict[str, int]:
+    """The bytes that a byte-level vocabulary spells by characters: their own, or where that cannot be seen the next
+    free one from 256 on."""
+    from tokenizers import pre_tokenizers
+
+    seen = set(pre_tokenizers.ByteLevel.alphabet())
+    unseen = [byte for byte in range(256) if chr(byte) not in seen]
+    return ({chr(byte): byte for byte in range(256) if chr(byte) in seen}
+            | {chr(256 + number): byte for number, byte in enumerate(unseen)})
 
 
 def _reader(settings: dict[str, Any], kept: set[int]) -> Any:

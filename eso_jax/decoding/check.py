@@ -19,51 +19,57 @@ from jaxtyping import Array, Float, Int
 from eso_jax import sharding
 from eso_jax.config import ModelConfig
 from eso_jax.decoding import loop
-from eso_jax.decoding.loop import Sampler, Step
+from eso_jax.decoding.loop import Sampler, Shape, State, Step
+from eso_jax.decoding.order import unsort
 from eso_jax.decoding.plan import Plan
 from eso_jax.engine.rows import Engine
-from eso_jax.model import transformer
+from eso_jax.model import slots, transformer
 from eso_jax.model.params import Weights
 
 
 def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan,
                   x: Int[Array, "B L"]) -> Iterator[Float[Array, "B _ V"]]:
-    """The logits that each step's tokens would be drawn from, if every token drawn were that of `x` (by slot).
+    """The logits that each step's tokens would be drawn from, if every token drawn were that of `x` (by slot); zeros
+    where a row has fewer tokens in the step than another.
 
     Runs the sampler's own steps, one by one, to compare them with `uncached_logits`.
     """
-    state, counts = loop.start(weights, config, sampler, plan.order), iter(plan.tokens_per_step.tolist())
-    left, parts = next(counts), {}  # a step may take several passes, not always in the order of its slots
+    state, index = loop.start(weights, config, sampler, plan, unsort(x, plan.order)), 0
+    last = jnp.zeros((*x.shape, weights.head.kernel.shape[0]), weights.head.kernel.dtype)  # hidden states by slot
+    # A step may take several passes, not always in the order of its slots.
+    left = np.atleast_2d(plan.tokens_per_step).sum(0)
     for run in loop.schedule(plan, sampler):
         state = loop.grow(state, run.shape)
-        for index in range(len(run.steps.first)):
-            step = _at(run.steps, index)
-            hidden, cache = _hidden_of(weights, state, step, sampler, run.shape)
-            first, count, skip = int(step.first), int(step.count), int(step.first - loop.taken_from(step, run.shape))
-            target = slice(first + sampler.shift, first + count + sampler.shift)
-            tokens = state.tokens.at[:, target].set(x[:, first:first + count])
-            state = dataclasses.replace(state, tokens=tokens, cache=cache)
-            if count:
-                parts[first] = _head(weights, hidden, config.mask)[:, skip:skip + count]
-                left -= count
-                if left == 0:
-                    yield jnp.concatenate([parts[first] for first in sorted(parts)], axis=1)
-                    left, parts = next(counts, 0), {}
+        for number in range(len(run.steps.count)):
+            step = jax.tree.map(jnp.asarray, run.steps.at(number))
+            state, last = _forced_pass(weights, state, last, step, x, sampler, run.shape)
+            if step.count.any():
+                left[index] -= int(step.count.sum())
+                if left[index] == 0:
+                    yield _logits(weights, config, plan, index, last)
+                    index += 1
 
 
 def uncached_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, x: Int[Array, "B L"],
                     indices: Sequence[int] | None = None) -> Iterator[Float[Array, "B _ V"]]:
     """What `forced_logits` must equal: each step (or those of `indices`) by one pass over the whole sequence, without a
     cache."""
-    begin = loop.start(weights, config, sampler, plan.order)
+    begin = loop.start(weights, config, sampler, plan, unsort(x, plan.order))
     inputs = jnp.concatenate([begin.tokens[:, :sampler.shift], x], axis=1)[:, :x.shape[1]]
-    steps = Step(np.zeros_like(plan.first), plan.first, plan.tokens_per_step, np.minimum(plan.first, plan.diffused))
     for index in range(plan.nfe) if indices is None else indices:
-        step = _at(steps, index)
-        known = (jnp.arange(x.shape[1]) < step.first + sampler.shift)[None]
+        first = jnp.asarray(plan.first[..., index])
+        diffused = jnp.asarray(np.minimum(plan.first[..., index], plan.diffused))
+        known = jnp.arange(x.shape[1])[None] < first.reshape(-1, 1) + sampler.shift
+        step = Step(jnp.zeros_like(first), first, jnp.asarray(plan.tokens_per_step[..., index]), diffused)
         hidden = _pass(weights, jnp.where(known, inputs, config.mask), plan.order, step, sampler)
-        slots = slice(int(step.first), int(step.first + step.count))
-        yield _head(weights, hidden[:, slots], config.mask)
+        yield _logits(weights, config, plan, index, hidden)
+
+
+def _logits(weights: Weights, config: ModelConfig, plan: Plan, index: int,
+            hidden: Float[Array, "B L D"]) -> Float[Array, "B _ V"]:
+    """Those of a step's slots."""
+    first, count = (jnp.asarray(x[..., index]).reshape(-1, 1) for x in (plan.first, plan.tokens_per_step))
+    return _head(weights, hidden, first, count, int(count.max()), config.mask)
 
 
 class Difference(NamedTuple):
@@ -120,22 +126,29 @@ def _filled(engine: Engine, sampler: Sampler, plan: Plan,
             x: np.ndarray) -> tuple[Weights, ModelConfig, Sampler, Plan, Array]:
     """The arguments of `forced_logits`, with rows repeated until they divide over the devices, and put there."""
     size = engine.size(len(x), len(x))
-    rows = np.resize(np.arange(len(x)), size)[sharding.rows_of_process(engine.mesh, size)]
-    order, tokens = (sharding.put_rows(np.asarray(array, np.int32)[rows], engine.mesh, size)
+    rows = np.resize(np.arange(len(x)), size)
+    own = rows[sharding.rows_of_process(engine.mesh, size)]
+    order, tokens = (sharding.put_rows(np.asarray(array, np.int32)[own], engine.mesh, size)
                      for array in (plan.order, x))
-    return engine.weights, engine.config.model, sampler, dataclasses.replace(plan, order=order), tokens
+    return engine.weights, engine.config.model, sampler, dataclasses.replace(plan.rows(rows), order=order), tokens
 
 
-def _at(steps: Step, index: int) -> Step:
-    return jax.tree.map(lambda field: jnp.asarray(field[index]), steps)
+@functools.partial(jax.jit, static_argnames=("most", "mask_id"))
+def _head(weights: Weights, hidden: Float[Array, "B L D"], first: Int[Array, "#B 1"], count: Int[Array, "#B 1"],
+          most: int, mask_id: int) -> Float[Array, "B S V"]:
+    number = jnp.arange(most)[None]
+    own = jnp.broadcast_to(jnp.minimum(first + number, hidden.shape[1] - 1), (len(hidden), most))
+    logits = transformer.head(weights, jnp.take_along_axis(hidden, own[..., None], axis=1), mask_id)
+    return sharding.constrain(jnp.where((number < count)[..., None], logits, 0), sharding.BATCH)
 
 
-@functools.partial(jax.jit, static_argnames="mask_id")
-def _head(weights: Weights, hidden: Float[Array, "B S D"], mask_id: int) -> Float[Array, "B S V"]:
-    return sharding.constrain(transformer.head(weights, hidden, mask_id), sharding.BATCH)
-
-
-_hidden_of = jax.jit(loop.hidden_of, static_argnames=("sampler", "shape"))
+@functools.partial(jax.jit, static_argnames=("sampler", "shape"))
+def _forced_pass(weights: Weights, state: State, last: Float[Array, "B L D"], step: Step, x: Int[Array, "B L"],
+                 sampler: Sampler, shape: Shape) -> tuple[State, Float[Array, "B L D"]]:
+    hidden, cache = loop.hidden_of(weights, state, step, sampler, shape)
+    tokens = loop.replace(state.tokens, step, shape, slots.take(x, loop.taken_from(step, shape), shape.width),
+                          sampler.shift)
+    return dataclasses.replace(state, tokens=tokens, cache=cache), loop.replace(last, step, shape, hidden)
 
 
 @functools.partial(jax.jit, static_argnames="sampler")

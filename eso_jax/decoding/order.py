@@ -57,9 +57,10 @@ def sort(x: Shaped[Array, "B L"], order: Int[Array, "B L"]) -> Shaped[Array, "B 
     return jnp.take_along_axis(x, order, axis=1)
 
 
-def unsort(x: Shaped[Array, "B L"], order: Int[Array, "B L"]) -> Shaped[Array, "B L"]:
+def unsort(x: Shaped[Array, "B L *s"], order: Int[Array, "B L"]) -> Shaped[Array, "B L *s"]:
     """The inverse of `sort`: out[b, order[b, i]] = x[b, i]."""
-    return jnp.take_along_axis(x, jnp.argsort(order, axis=1), axis=1)
+    index = jnp.argsort(order, axis=1)
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def check_permutations(orders: np.ndarray, length: int) -> None:

@@ -11,23 +11,28 @@ One plan drives every sampler, and the scorer that asks how likely given tokens 
   strided-row     ..., shuffled for each row                         L / T, a group
   left-to-right   ascending                                          one
 
-A plan can also be given: `Plan(order, tokens_per_step)`.
+A plan can also be given: `Plan(order, tokens_per_step)`. Where some tokens are known beforehand, they come first in the
+order of their row, ascending, and the policy plans the rest, for each row by itself.
 
 Axes: B batch, L length, S steps, J blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from eso_jax.decoding import order
 from eso_jax.errors import EsoError, require
+
+Counts = Int[np.ndarray, "... S"]  # shared by the batch, or with an axis B before it
+Each = int | Int[np.ndarray, "..."]  # one number for all rows, or [B], one for each
 
 
 @dataclass(frozen=True)
@@ -36,54 +41,125 @@ class Plan:
 
     Attributes:
       order: int [B, L], each row's own order, a permutation of 0..L-1.
-      tokens_per_step: int [S], shared by the batch; at least 1 each, L in all.
-      diffusion: how many tokens the diffusion phase decodes; the rest come one per step. None: all of them. Only
-        Eso-LM (A), whose diffused tokens see each other, needs to know.
+      tokens_per_step: int [S], shared by the batch, at least 1 each; or [B, S], where a row may decode nothing in a
+        step in which another does. L - given in all; or fewer, and the last tokens of the order are not decoded.
+      diffusion: how many tokens the diffusion phase decodes (given ones do not count); the rest come one per step.
+        None: all of them. Only Eso-LM (A), whose diffused tokens see each other, needs to know.
+      given: so many tokens, the first of the order, are known beforehand.
     """
 
     order: Int[Array, "B L"]
-    tokens_per_step: Int[np.ndarray, " S"]
-    diffusion: int | None = None
+    tokens_per_step: Counts
+    diffusion: Each | None = None
+    given: Each = 0
 
     def __post_init__(self) -> None:
-        counts = self.tokens_per_step
-        order.check_permutations(np.asarray(self.order), self.length)
-        if (counts < 1).any() or counts.sum() != self.length:
-            raise EsoError(f"tokens_per_step: must be positive and sum to {self.length}, got {counts}")
-        require(0 <= self.diffused <= self.length, "diffusion", self.diffusion, f"must be in [0, {self.length}]")
-        sequential = counts[self.first >= self.diffused]
-        require(len(sequential) == self.length - self.diffused, "diffusion", self.diffusion,
-                "the tokens after it must come one per step")
+        counts, length, batch = self.tokens_per_step, self.length, len(self.order)
+        order.check_permutations(np.asarray(self.order), length)
+        require(counts.shape[:-1] in ((), (batch,)), "tokens_per_step", counts.shape,
+                f"must be of shape [steps], or [{batch}, steps], for each row of the order")
+        for name in ("given", "diffusion"):
+            require(np.shape(getattr(self, name)) in ((), (batch,)), name, getattr(self, name),
+                    f"must be one number, or {batch}, one for each row of the order")
+        given, diffused = np.asarray(self.given), np.asarray(self.diffused)
+        require(bool(((given >= 0) & (given <= length)).all()), "given", self.given, f"must be in [0, {length}]")
+        if ((counts < 0).any() or (np.atleast_2d(counts).max(0) < 1).any()
+                or (np.asarray(self.end) > length).any()):
+            raise EsoError(f"tokens_per_step: must be positive and sum to at most {length}"
+                           f"{' less what is given' if given.any() else ''}, got {counts}")
+        require(bool(((diffused >= given) & (diffused <= self.end)).all()), "diffusion", self.diffusion,
+                f"must be in [0, {length}]{' less what is given' if given.any() else ''}")
+        sequential = np.where(self.first >= diffused[..., None], counts, 0)
+        require(bool((sequential <= 1).all() and (sequential.sum(-1) == self.end - diffused).all()), "diffusion",
+                self.diffusion, "the tokens after it must come one per step")
 
     def rows(self, index: Int[np.ndarray, " _"]) -> Plan:
         """The plan of some of the rows."""
-        return Plan(self.order[index], self.tokens_per_step, self.diffusion)
+        def own(x: Any, shared: int = 0) -> Any:
+            return x if x is None or np.ndim(x) == shared else x[index]
+
+        counts = own(self.tokens_per_step, 1)
+        counts = counts[..., np.atleast_2d(counts).any(0)]  # without the steps of other rows
+        return Plan(self.order[index], counts, own(self.diffusion), own(self.given))
 
     @property
     def length(self) -> int:
         return self.order.shape[1]
 
     @property
-    def diffused(self) -> int:
-        """Tokens of the diffusion phase."""
-        return self.length if self.diffusion is None else self.diffusion
+    def diffused(self) -> Each:
+        """The first tokens of the order: those that are given, and those that the diffusion phase decodes."""
+        return self.end if self.diffusion is None else self.given + self.diffusion
 
     @property
-    def first(self) -> Int[np.ndarray, " S"]:
+    def end(self) -> Each:
+        """The first tokens of the order: those that are given, and those that are decoded."""
+        decoded = self.tokens_per_step.sum(-1)
+        return self.given + (decoded if decoded.ndim else int(decoded))
+
+    @property
+    def first(self) -> Counts:
         """The slot (index along the order) at which each step begins."""
-        return np.cumsum(self.tokens_per_step) - self.tokens_per_step
+        return np.asarray(self.given)[..., None] + np.cumsum(self.tokens_per_step, -1) - self.tokens_per_step
+
+    @property
+    def step_begins(self) -> Int[np.ndarray, "_ L"]:
+        """The first slot of each slot's step, a given one's own slot; a row for each, or one for all."""
+        first = np.atleast_2d(self.first)
+        counts, given = np.broadcast_to(self.tokens_per_step, first.shape), np.broadcast_to(self.given, len(first))
+        return np.stack([np.concatenate([np.arange(g), np.repeat(f, c), np.arange(g + c.sum(), self.length)])
+                         for g, f, c in zip(given, first, counts, strict=True)])
 
     @property
     def nfe(self) -> int:
-        """Number of function evaluations: forward passes of the denoiser."""
-        return len(self.tokens_per_step)
+        """Number of function evaluations: forward passes of the denoiser, but for the one over the given tokens."""
+        return self.tokens_per_step.shape[-1]
+
+    def check_given(self, known: Bool[np.ndarray, "B L"]) -> None:
+        """Raises an EsoError unless just these tokens, by natural position, are what the plan takes for given."""
+        first = np.arange(self.length) < np.reshape(self.given, (-1, 1))
+        wrong = (np.take_along_axis(known, np.asarray(self.order), axis=1) != first).any(axis=1)
+        require(not bool(wrong.any()), "given", f"row {wrong.argmax()}", "the plan takes other tokens for given: the "
+                "first of its order must be those that are known")
 
 
-Policy = Callable[[Key[Array, ""], int, int, int, float], Plan]
+def join(plans: Sequence[Plan]) -> Plan:
+    """The rows of several plans in one. What all rows have in common they share."""
+    steps, sizes = max(plan.nfe for plan in plans), [len(plan.order) for plan in plans]
+
+    def shared(parts: list[np.ndarray], axes: int) -> Any:
+        rows = np.concatenate([np.broadcast_to(x, (size, *x.shape[x.ndim - axes:]))
+                               for x, size in zip(parts, sizes, strict=True)])
+        if (rows != rows[:1]).any():
+            return rows
+        return rows[0] if axes else int(rows[0])
+
+    counts = shared([np.pad(plan.tokens_per_step, [(0, 0)] * (plan.tokens_per_step.ndim - 1) + [(0, steps - plan.nfe)])
+                     for plan in plans], 1)
+    diffused, given = (shared([np.asarray(x) for x in each], 0) for each in (
+        [plan.diffused for plan in plans], [plan.given for plan in plans]))
+    return Plan(jnp.concatenate([plan.order for plan in plans]), counts, diffused - given, given)
 
 
-def draw(policy: str, key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float) -> Plan:
+def leave(plan: Plan, known: Bool[np.ndarray, "B L"], asked: Bool[np.ndarray, "B L"]) -> Plan:
+    """A plan that decodes what is asked for and leaves the rest of what is not known. It is made of one that takes all
+    that is not asked for as known."""
+    rank, orders = np.where(known, 0, np.where(asked, 1, 2)), np.asarray(plan.order)
+    along = np.argsort(np.take_along_axis(rank, orders, axis=1), axis=1, kind="stable")
+    return join([Plan(jnp.asarray(np.take_along_axis(orders, along, axis=1)), plan.tokens_per_step,
+                      plan.diffused - plan.given, known.sum(1))])
+
+
+Policy = Callable[[Key[Array, ""], int, int, int, float, int], Plan]
+
+
+def draw(policy: str, key: Key[Array, "..."], batch: int, length: int, steps: int, alpha_0: float,
+         known: Bool[np.ndarray, "B L"] | None = None) -> Plan:
     """A plan of the named policy, of T = `steps` where it has a T.
+
+    Args:
+      key: of the plan; with `known`, one for each row, whose plan depends on nothing else.
+      known: tokens that are known beforehand, by natural position. The policy plans the others, as if they were all.
 
     Raises:
       EsoError: for an unknown policy, or values that it cannot take.
@@ -91,10 +167,32 @@ def draw(policy: str, key: Key[Array, ""], batch: int, length: int, steps: int, 
     require(policy in POLICIES, "plan", policy, f"choose one of {', '.join(POLICIES)}")
     require(1 <= steps < 2**31, "steps", steps, "T must be at least 1, and less than 2**31")
     require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
-    return POLICIES[policy](key, batch, length, steps, alpha_0)
+    if known is None:
+        return POLICIES[policy](key, batch, length, steps, alpha_0, length)
+
+    def one(key: Key[Array, ""], known: Bool[np.ndarray, " L"]) -> Plan:
+        unknown = np.flatnonzero(~known)
+        if not len(unknown):
+            return complete(known)
+        found = POLICIES[policy](key, 1, len(unknown), steps, alpha_0, length)
+        return after_known(known, unknown[np.asarray(found.order[0])], found.tokens_per_step, found.diffused)
+
+    return join([one(*row) for row in zip(key, known, strict=True)])
 
 
-def binomial(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float) -> Plan:
+def after_known(known: Bool[np.ndarray, " L"], rest: Int[np.ndarray, " _"], counts: Int[np.ndarray, " S"],
+                diffusion: Each | None = None) -> Plan:
+    """The plan of one row: the known positions, ascending, then the rest in an order and by steps of its own."""
+    orders = np.concatenate([np.flatnonzero(known), rest])[None]
+    return Plan(jnp.asarray(orders, jnp.int32), counts, diffusion, int(known.sum()))
+
+
+def complete(known: Bool[np.ndarray, " L"]) -> Plan:
+    """The plan of a row in which all is known: there is nothing to do."""
+    return after_known(known, np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
+
+
+def binomial(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float, most: int | None = None) -> Plan:
     """The paper's plan (Algorithm 2): T diffusion steps over about alpha_0 L tokens, then one token per step.
 
     Going from t to s = t - 1/T, each token still masked is decoded with probability
@@ -103,33 +201,41 @@ def binomial(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: 
     of L tokens goes to the diffusion phase with probability alpha_0, and to one of its T steps uniformly. Rows
     share the counts; each has its own random positions, followed by the rest in ascending order.
     E[NFE] = (1 - alpha_0) L + T (1 - (1 - alpha_0 / T)^L), see `expected_nfe`.
+
+    Args:
+      most: random numbers are drawn for so many tokens, of which there are `length`: one program for all lengths.
     """
     phase_key, step_key, order_key = jax.random.split(key, 3)
-    in_diffusion = np.asarray(jax.random.uniform(phase_key, (length,))) < alpha_0
-    step = np.asarray(jax.random.randint(step_key, (length,), 0, steps))[in_diffusion]
+    most = most or length
+    in_diffusion = np.asarray(jax.random.uniform(phase_key, (most,)))[:length] < alpha_0
+    step = np.asarray(jax.random.randint(step_key, (most,), 0, steps))[:length][in_diffusion]
     _, counts = np.unique(step, return_counts=True)
-    return _then_ascending(order_key, batch, length, counts)
+    return _then_ascending(order_key, batch, length, counts, most)
 
 
-def balanced(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float) -> Plan:
+def balanced(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float, most: int | None = None) -> Plan:
     """alpha_0 L tokens (rounded) in T steps that differ by at most one token, then one token per step."""
-    return _then_ascending(key, batch, length, _equal_parts(round(alpha_0 * length), steps))
+    return _then_ascending(key, batch, length, _equal_parts(round(alpha_0 * length), steps), most or length)
 
 
-def one_by_one(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float) -> Plan:
+def one_by_one(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float,
+               most: int | None = None) -> Plan:
     """The binomial plan as T goes to infinity, and the first-hitting sampler of a model that is not told the time: each
     token goes to the diffusion phase with probability alpha_0, which then decodes one per step in random order."""
     count_key, order_key = jax.random.split(key)
-    count = int((jax.random.uniform(count_key, (length,)) < alpha_0).sum())
-    return _then_ascending(order_key, batch, length, np.ones(count, np.int64))
+    most = most or length
+    count = int((np.asarray(jax.random.uniform(count_key, (most,)))[:length] < alpha_0).sum())
+    return _then_ascending(order_key, batch, length, np.ones(count, np.int64), most)
 
 
-def _then_ascending(key: Key[Array, ""], batch: int, length: int, counts: Int[np.ndarray, " S"]) -> Plan:
+def _then_ascending(key: Key[Array, ""], batch: int, length: int, counts: Int[np.ndarray, " S"], most: int) -> Plan:
     """Random positions by `counts`, each row its own, then the rest one by one in ascending order."""
     diffusion = int(counts.sum())
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    orders = jax.vmap(lambda k: order.random_then_ascending(k, length, diffusion))(keys)
-    return Plan(orders, np.concatenate([counts, np.ones(length - diffusion, np.int64)]), diffusion)
+    shuffled = np.asarray(jax.vmap(lambda k: jax.random.permutation(k, most))(keys))
+    shuffled = shuffled[shuffled < length].reshape(batch, length)
+    orders = np.concatenate([shuffled[:, :diffusion], np.sort(shuffled[:, diffusion:])], axis=1)
+    return Plan(jnp.asarray(orders), np.concatenate([counts, np.ones(length - diffusion, np.int64)]), diffusion)
 
 
 def left_to_right(batch: int, length: int) -> Plan:
@@ -160,6 +266,23 @@ def within_blocks(key: Key[Array, ""], batch: int, length: int, block: int, poli
       policy: of each block: "binomial" (T' = `steps` steps, as in `binomial` at alpha_0 = 1), "balanced", or
         "one-by-one" (first hitting, for any batch size: rows share the steps, not the positions).
     """
+    inside, counts = _blocks(key, batch, length, block, policy, steps, np.full(length // block, block))
+    return Plan(jnp.asarray(inside.reshape(batch, length), jnp.int32), counts)
+
+
+def blocks_after_known(key: Key[Array, ""], known: Bool[np.ndarray, " L"], block: int, policy: str, steps: int) -> Plan:
+    """The same for one row, some of whose tokens are known: the policy plans the others of each block."""
+    left = (~known).reshape(-1, block).sum(1)
+    if not left.any():
+        return complete(known)
+    inside, counts = _blocks(key, 1, len(known), block, policy, steps, left)
+    rest = inside.reshape(-1)
+    return after_known(known, rest[~known[rest]], counts)
+
+
+def _blocks(key: Key[Array, ""], batch: int, length: int, block: int, policy: str, steps: int,
+            left: Int[np.ndarray, " J"]) -> tuple[Int[np.ndarray, "B J _"], Int[np.ndarray, " S"]]:
+    """Each block's positions at random, and the steps that decode `left` of them."""
     policies = ("binomial", "balanced", "one-by-one")
     require(policy in policies, "plan", policy, f"BD3-LM's plans are {', '.join(policies)}")
     blocks = length // block
@@ -167,13 +290,12 @@ def within_blocks(key: Key[Array, ""], batch: int, length: int, block: int, poli
     keys = jax.vmap(jax.random.fold_in, (None, 0))(order_key, jnp.arange(batch))
     inside = jax.vmap(lambda k: jax.random.permutation(k, jnp.tile(jnp.arange(block), (blocks, 1)), axis=1,
                                                        independent=True))(keys)
-    orders = (inside + block * jnp.arange(blocks)[None, :, None]).reshape(batch, length)
     if policy == "binomial":
         step = np.asarray(jax.random.randint(step_key, (blocks, block), 0, steps))
-        counts = np.concatenate([np.unique(row, return_counts=True)[1] for row in step])
+        counts = [np.unique(row[:some], return_counts=True)[1] for row, some in zip(step, left, strict=True)]
     else:
-        counts = np.tile(_equal_parts(block, steps if policy == "balanced" else block), blocks)
-    return Plan(orders, counts)
+        counts = [_equal_parts(some, steps if policy == "balanced" else block) for some in left.tolist()]
+    return np.asarray(inside) + block * np.arange(blocks)[None, :, None], np.concatenate(counts)
 
 
 def _equal_parts(total: int, parts: int) -> Int[np.ndarray, " S"]:
@@ -188,7 +310,7 @@ def expected_nfe(length: int, steps: int, alpha_0: float) -> float:
 
 
 def _strided(shuffle: str) -> Policy:
-    def policy(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float) -> Plan:
+    def policy(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float, most: int) -> Plan:
         require(alpha_0 == 1, "alpha_0", alpha_0, "a strided plan decodes all tokens by diffusion; give 1")
         return strided(key, batch, length, steps, shuffle)
 
@@ -198,5 +320,5 @@ def _strided(shuffle: str) -> Policy:
 POLICIES: dict[str, Policy] = {
     "binomial": binomial, "balanced": balanced, "one-by-one": one_by_one,
     "strided": _strided("none"), "strided-shared": _strided("shared"), "strided-row": _strided("row"),
-    "left-to-right": lambda key, batch, length, steps, alpha_0: left_to_right(batch, length),
+    "left-to-right": lambda key, batch, length, steps, alpha_0, most: left_to_right(batch, length),
 }

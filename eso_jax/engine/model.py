@@ -9,54 +9,95 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from eso_jax import families, likelihood, sharding
-from eso_jax.config import ATTENTION
+from eso_jax.config import ATTENTION, Config
+from eso_jax.data.prompts import Given, of_array
+from eso_jax.data.stops import Stops
 from eso_jax.data.tokenizers import Tokenizer
+from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
-from eso_jax.decoding.plan import Plan
+from eso_jax.decoding.plan import Plan, join, leave
+from eso_jax.decoding.record import Facts, Record, empty, steps as steps_of
 from eso_jax.decoding.rejection import unigram_entropy
+from eso_jax.engine import choice
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
 from eso_jax.errors import require
 from eso_jax.model.params import Weights, for_inference
 from eso_jax.run import workdir
 from eso_jax.run.timing import Stopwatch
+from eso_jax.viewer.caption import Caption, caption
+from eso_jax.viewer.page import Page, page
+
+
+Watch = Callable[[Int[np.ndarray, " B"], Int[np.ndarray, "B L"]], None]
 
 
 class Samples(NamedTuple):
     """Generated sequences and how they came about.
 
     Attributes:
-      tokens: int32 [N, L].
+      tokens: int32 [N, L]; masks where nothing was asked for, or a sample has ended.
       order: int32 [N, L], each sample's decoding order.
-      tokens_per_step: int [steps], decoded in each step.
-      diffusion: tokens of the diffusion phase; with the two above it makes the plan.
+      tokens_per_step: int [steps], decoded in each step; [N, steps] where samples differ in it.
+      diffusion: tokens of the diffusion phase, or [N]; with the two above, and `given`, it makes the plan.
+      given: bool [N, L], the tokens that were given.
       tries: int [N], how often each sample was drawn.
       seconds: wall time of decoding, compilation included.
       compile_seconds: of these, spent on tracing and compiling.
+      record: when each token was decoded and what was known of it, where that was asked for; see decoding/record.py.
+      caption: with it, what else a page that plays the generation needs; see viewer/caption.py.
+      text: what the tokens say, up to the first stop or the last decoded token; nothing without a tokenizer.
     """
 
     tokens: np.ndarray
     order: np.ndarray
     tokens_per_step: np.ndarray
-    diffusion: int
+    diffusion: int | np.ndarray
+    given: np.ndarray
     tries: np.ndarray
     seconds: float
     compile_seconds: float
+    record: Record | None = None
+    caption: Caption | None = None
+    text: Sequence[str] = ()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the .npz of `eso-jax sample` holds, but for the text."""
+        found = {name: getattr(self, name) for name in ("tokens", "order", "tokens_per_step", "diffusion", "tries")}
+        if self.given.any():
+            found["given"] = self.given.sum(1)
+        if self.record is None or self.caption is None:
+            return found
+        seconds = np.array(self.seconds - self.compile_seconds)
+        return {**found, **self.record._asdict(), **self.caption._asdict(), "seconds": seconds}
+
+    def show(self) -> Page:
+        """The page that plays the generation: a string of HTML, which a notebook shows.
+
+        Raises:
+          EsoError: it was sampled without a record.
+        """
+        require(self.record is not None, "record", False, "a page needs one; sample with record=True")
+        return page({"": self.arrays()})
 
     @property
     def plan(self) -> Plan:
         """The plan that the samples were decoded along."""
-        return Plan(jnp.asarray(self.order), self.tokens_per_step, self.diffusion)
+        return join([Plan(jnp.asarray(self.order), self.tokens_per_step, self.diffusion, self.given.sum(1))])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,10 +120,17 @@ class Model(Engine):
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, num_tries: int = 1,
-               min_entropy: float | None = None, keep: bool = False) -> Samples:
+               min_entropy: float | None = None, keep: bool = False, record: bool = False,
+               banned: Sequence[int] = (), given: np.ndarray | Given | None = None,
+               max_tokens: int | None = None, stop: Sequence[str] = (), done: loop.Done | None = None,
+               watch: Watch | None = None) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
+        Where tokens are given, the others follow their exact conditional law under the decoding of the plan. A sample
+        then depends on the seed, on what it was given, and on how many samples before it were given the same.
+
         Args:
+          num_samples: N; with `given`, of each of its rows, next to each other, so that N = M num_samples.
           steps: T, diffusion steps (AR has none).
           alpha_0: expected share of tokens decoded by diffusion; None: the training value. Eso-LMs take any.
           top_p, temperature, min_p: how a token is drawn; see eso_jax.decoding.categorical.Rule.
@@ -90,10 +138,23 @@ class Model(Engine):
           plan: a policy of eso_jax/decoding/plan.py (None: the family's own), or a plan with an order per sample.
           num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
             along the same plan, until they have been drawn this often. 1: none is.
+          banned: ids that are never drawn (the mask never is).
           keep: an interrupt (Ctrl-C) ends the work and leaves the samples whose batches are done, if there are any.
+          watch: is told every few passes which rows are at work, int [B], and their tokens so far, int [B, L]; masks
+            where there is none yet.
+          record: of each token its step, its log p, the entropy and the likeliest tokens are kept.
+          given: int [M, K <= L], tokens that are known by natural position; the mask id marks the others. Or what
+            eso_jax.data.prompts makes of texts. See Family.check_known for what a family can be given.
+          max_tokens: the first so many unknown tokens of each row are decoded, by a plan of these alone. Those behind
+            them, and those that `given` does not ask for, stay masks, for no pass.
+          stop: texts at which a sample ends, see eso_jax/data/stops.py; tokens from there on are masks.
+          done: asked now and then about the tokens of a batch so far, int [B, L] with masks, and which of them were
+            given, bool [B, L]; says which rows need no more, bool [B]. A batch is left when all its rows are done or
+            decoded. What a row has got by then depends on the others. (`stop` is one, with what is behind it cut.)
 
         Raises:
-          EsoError: an argument is out of range, the family cannot follow the plan, or the devices ran out of memory.
+          EsoError: an argument is out of range, the family cannot follow the plan or be given these tokens, or the
+            devices ran out of memory.
         """
         require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
         require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "must be at least 1")
@@ -104,33 +165,59 @@ class Model(Engine):
                 "goes with num_tries > 1: the nats below which a sample is drawn again")
         require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
         alpha_0 = families.alpha_0_of(self.config, alpha_0)
-        rule = Rule(temperature, top_p, min_p)
+        rule = Rule(temperature, top_p, min_p, tuple(banned))
+        rule.check_vocabulary(self.config.model.vocab_size, self.config.model.mask)
         plan_key, draw_key = jax.random.split(jax.random.key(seed))
+        model = self.config.model
+        rows = given if isinstance(given, Given) else of_array(
+            np.zeros((1, 0), int) if given is None else np.asarray(given), model)
+        families.get(self.config).check_known(self.config, rows.tokens != model.mask)
+        given, end = (np.repeat(each, num_samples, axis=0) for each in rows)
+        known, num_samples = given != model.mask, len(given)
+        require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
+        asked = ~known & (np.arange(model.length) < end[:, None])
+        asked &= asked.cumsum(1) <= (max_tokens or model.length)
+        stops = Stops.of(stop, self.tokenizer)
+        require(done is None or not stop, "stop", list(stop), "give this or done, not both")
         if not isinstance(plan, Plan):
-            policy = {} if plan is None else {"policy": plan}
-            plan = families.get(self.config).plan(plan_key, self.config, num_samples, steps, alpha_0, **policy)
-        require(plan.order.shape == (num_samples, self.config.model.length), "plan", plan.order.shape,
-                f"its order must have shape [{num_samples}, {self.config.model.length}]")
+            policy: Any = {} if plan is None else {"policy": plan}
+            plan = _plan(self.config, row_keys(plan_key, given, known), plan_key, ~asked, steps, alpha_0, **policy)
+            plan = plan if (known | asked).all() else leave(plan, known, asked)
+        else:
+            require(max_tokens is None, "max_tokens", max_tokens, "a plan that is given says what is decoded")
+        require(plan.order.shape == given.shape, "plan", plan.order.shape,
+                f"its order must have shape [{num_samples}, {model.length}]")
+        plan.check_given(known)
 
         size = self.size(num_samples, batch_size)  # also for the few that are drawn again: no other compilation
         tokens = np.zeros(plan.order.shape, np.int32)
+        room = empty(num_samples, plan.length, model.vocab_size) if record else None
+        facts: Facts | None = jax.tree.map(np.array, room)
         tries = np.zeros(num_samples, np.int32)
-        with Stopwatch() as watch:
+        with Stopwatch() as clock:
             for attempt in range(num_tries):
                 again = np.arange(num_samples)
                 if min_entropy is not None and attempt:
                     again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
                 if len(again):
-                    key = jax.random.fold_in(draw_key, attempt)
-                    found = decode(self, plan, key, rule, again, size, keep)
-                    done = again[:len(found)]
-                    tokens[done] = found
-                    tries[done] += 1
-                    if len(done) < len(again):
+                    keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
+                    found, new = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
+                                        stops.done if stops and stop else done, record, watch)
+                    ready = again[:len(found)]
+                    tokens[ready] = found
+                    if facts is not None and new is not None:
+                        for whole, part in zip(facts, new, strict=True):
+                            whole[ready] = part
+                    tries[ready] += 1
+                    if len(ready) < len(again):
                         break
-        done = np.flatnonzero(tries)
-        return Samples(tokens[done], np.asarray(plan.order)[done], plan.tokens_per_step, plan.diffused, tries[done],
-                       watch.seconds, watch.compile_seconds)
+        ready = np.flatnonzero(tries)
+        plan = plan.rows(ready)
+        text = [stops.cut(tokens[row], known[row]) for row in ready] if stops else []
+        kept = None if facts is None else Record(steps_of(plan), *(fact[ready] for fact in facts))
+        told = None if kept is None else caption(self.config, plan, tokens[ready], kept, self.tokenizer)
+        return Samples(tokens[ready], np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given,
+                       known[ready], tries[ready], clock.seconds, clock.compile_seconds, kept, told, text)
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
@@ -141,26 +228,68 @@ class Model(Engine):
         its plan. One pass per step."""
         return likelihood.plan_log_prob(self, tokens, plan)
 
+    def choose(self, context: str | np.ndarray, options: Sequence[str | np.ndarray]) -> choice.Choice:
+        """How likely each of several continuations or infillings of a context is; see eso_jax/engine/choice.py."""
+        return choice.choose(self, context, options)
 
-def decode(engine: Engine, plan: Plan, key: Key[Array, ""], rule: Rule, rows: Int[np.ndarray, " R"],
-           size: int, keep: bool = False) -> Int[np.ndarray, "R L"]:
-    """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own number. A
-    terminal sees how far it is. `keep`: see Engine.rows."""
+
+def _plan(config: Config, keys: Key[Array, " N"], key: Key[Array, ""], known: Bool[np.ndarray, "N L"], steps: int,
+          alpha_0: float, **policy: Any) -> Plan:
+    """The family's plan: of rows to which something is given, each by its own key; the others share one by `key`, as if
+    they were all."""
+    family, free = families.get(config), ~known.any(axis=1)
+    parts = [family.plan(key, config, int(free.sum()), steps, alpha_0, **policy)] if free.any() else []
+    if free.all():
+        return parts[0]
+    there = np.flatnonzero(~free)
+    parts.append(family.plan(keys[there], config, len(there), steps, alpha_0, **policy, known=known[there]))
+    return join(parts).rows(np.argsort(np.argsort(~free, kind="stable")))
+
+
+def row_keys(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.ndarray, "N L"]) -> Key[Array, " N"]:
+    """A key for each row: of what it is given, and its number among the rows that are given the same."""
+    names = [row.astype("<i4").tobytes() for row in given]
+    seen = Counter[bytes]()
+    numbers = np.zeros(len(names), np.int32)
+    for index, name in enumerate(names):
+        numbers[index] = seen[name]
+        seen[name] += 1
+    plain = loop.row_keys(key, numbers)
+    if not known.any():
+        return plain
+    prompts = loop.row_keys(key, np.array([zlib.crc32(name) for name in names], np.uint32).view(np.int32))
+    own = jax.vmap(jax.random.fold_in)(prompts, numbers)
+    return jnp.where(known.any(axis=1), own, plain)
+
+
+def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows: Int[np.ndarray, " R"], size: int,
+           keep: bool = False, given: Int[np.ndarray, "N L"] | None = None,
+           done: loop.Done | None = None, record: bool = False,
+           watch: Watch | None = None) -> tuple[Int[np.ndarray, "R L"], Facts | None]:
+    """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own key. With them,
+    on request, what was known of them. A terminal sees how far it is. `keep`: see Engine.rows; `given` and `done`:
+    eso_jax.decoding.loop.sample."""
     from tqdm import tqdm
 
-    order, terminal = np.asarray(plan.order), sys.stderr.isatty()
+    order, bits = np.asarray(plan.order), np.asarray(jax.random.key_data(keys))
+    terminal = sys.stderr.isatty() and watch is None
+    unknown = np.broadcast_to(plan.length - np.asarray(plan.given), len(order))[rows].mean()
 
-    def report(count: int) -> None:
-        bar.update(count * size)
+    def read(index: np.ndarray) -> list[np.ndarray]:
+        return [array[rows[index]] for array in (order, np.arange(len(order), dtype=np.int32), bits, given)
+                if array is not None]
 
-    def draw(weights: Weights, order: Array, rows: Array) -> Array:
-        return families.sample(weights, engine.config, dataclasses.replace(plan, order=order), key, rule, rows,
-                               report if terminal else None)
+    def draw(weights: Weights, order: Array, index: Array, bits: Array,
+             given: Array | None = None) -> tuple[Array, Facts | None]:
+        here = dataclasses.replace(plan.rows(sharding.fetch(index)), order=order)
+        found = families.sample(weights, engine.config, here, jax.random.wrap_key_data(bits), rule, given,
+                               bar.update if terminal else None, done, record,
+                               None if watch is None else functools.partial(watch, sharding.fetch(index)))
+        return found if record else (found, None)
 
-    with tqdm(total=-(-len(rows) // size) * size * plan.length, desc="sampling", unit="token", leave=False,
+    with tqdm(total=round(-(-len(rows) // size) * size * unknown), desc="sampling", unit="token", leave=False,
               disable=not terminal) as bar:
-        found: np.ndarray = engine.rows(draw, len(rows), lambda i: (order[rows[i]], rows[i].astype(np.int32)),
-                                        size=size, keep=keep)
+        found: tuple[np.ndarray, Facts | None] = engine.rows(draw, len(rows), read, size=size, keep=keep)
     return found
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from eso_jax.data import rows, streams
 from eso_jax.data.rows import Reading
-from eso_jax.data.tokenizers import SHOWN_SEPARATOR
+from eso_jax.data.tokenizers import encode_shown
 from eso_jax.errors import EsoError, require
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ class Texts:
             raise EsoError(f"{user}: its vocabulary of {config.vocab_size} is not that of the tokens, and "
                            + ("there is no text to encode" if self.strings is None else "it has no tokenizer")
                            + "; use a model of the same vocabulary")
-        return [tokenizer.join(string.split(SHOWN_SEPARATOR), separate=True)[:-1].astype(np.int64)
-                for string in self.strings]
+        return [encode_shown(tokenizer, string).astype(np.int64) for string in self.strings]
 
     def padded_for(self, model: Model, user: str) -> tuple[Int[np.ndarray, "N L"], Int[np.ndarray, " N"]]:
         """(tokens, lengths): the same as an int32 array, cut to the model's length or padded by zeros; and how many

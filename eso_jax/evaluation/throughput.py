@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key
 
 from eso_jax import families, sharding
 from eso_jax.console import bar, say
@@ -212,7 +212,7 @@ class Timed:
             with jax.set_mesh(self.mesh):
                 return _seconds(self.one_pass) * self.plan.nfe
         batch = len(self.plan.order)
-        return _seconds(lambda: decode(self.engine, self.plan, jax.random.key(1), self.rule, np.arange(batch), batch))
+        return _seconds(lambda: decode(self.engine, self.plan, _keys(self.plan), self.rule, np.arange(batch), batch))
 
     def row(self, machine: Machine, repeats: int) -> dict[str, Any]:
         """The row of the table: seconds for a batch, and what they are made of."""
@@ -243,8 +243,8 @@ def _fastest(candidates: list[Timed]) -> Timed:
 def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
     """Decodes along the plan once, so that all its programs are there."""
     model, sampler = config.model, families.get(config).sampler(config)
-    source = loop.Draw(loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length), rule)
-    state, lowered = loop.start(weights, model, sampler, plan.order), {}
+    source = loop.Draw(loop.draw_uniforms(_keys(plan), plan.length), rule)
+    state, lowered = loop.start(weights, model, sampler, plan), {}
     for run in loop.schedule(plan, sampler, row=loop.row_cost(model)):
         state, program = loop.grow(state, run.shape), (run.shape, len(run.steps.first))
         if program not in lowered:
@@ -252,6 +252,10 @@ def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles side by side what Python can only trace in turn
         list(pool.map(lambda program: program.compile(), lowered.values()))
     families.sample(weights, config, plan, jax.random.key(1), rule).block_until_ready()
+
+
+def _keys(plan: Plan) -> Key[Array, " B"]:
+    return loop.row_keys(jax.random.key(1), jnp.arange(len(plan.order)))
 
 
 def _from_sections(weights: Weights, config: Config, plan: Plan, floors: Float[np.ndarray, " S"],
@@ -278,12 +282,12 @@ def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule,
             steps: int) -> Callable[[], None]:
     """Does the step `index` so many times whenever it is called, in the variant's shape; compiled already."""
     model, sampler = config.model, families.get(config).sampler(config)
-    source = loop.Draw(loop.draw_uniforms(jax.random.key(1), jnp.arange(len(plan.order)), plan.length), rule)
+    source = loop.Draw(loop.draw_uniforms(_keys(plan), plan.length), rule)
     slot = plan.first[index]
     run, of = next((run, of) for run in loop.schedule(
         plan, sampler, name == "exact", loop.row_cost(model)) for of in
                    np.flatnonzero((run.steps.first <= slot) & (slot < run.steps.first + run.steps.count)))
-    state = loop.grow(loop.start(weights, model, sampler, plan.order), run.shape)
+    state = loop.grow(loop.start(weights, model, sampler, plan), run.shape)
     table = jax.tree.map(lambda field: np.full(steps, field[of]), run.steps)  # again and again
 
     def go() -> None:

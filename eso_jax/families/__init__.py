@@ -11,6 +11,7 @@ pass, with gradients.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,18 +64,25 @@ def alpha_0_of(config: Config, alpha_0: float | None) -> float:
     return float(config.family.alpha_0) if alpha_0 is None else alpha_0
 
 
-def sample(weights: Weights, config: Config, plan: Plan, key: Key[Array, ""], rule: Rule = Rule(),
-           rows: Int[Array, " B"] | None = None, report: loop.Report | None = None) -> Int[Array, "B L"]:
-    """Decodes a batch along the plan; tokens in natural order. Row b draws as row number rows[b] (b by default), so
-    that a large sample can be decoded batch by batch. `report` is told now and then how many tokens a row got since."""
+def sample(weights: Weights, config: Config, plan: Plan, keys: Key[Array, "..."], rule: Rule = Rule(),
+           given: Int[Array, "B L"] | None = None, report: loop.Report | None = None,
+           done: loop.Done | None = None, record: bool = False,
+           watch: loop.Watch | None = None) -> Any:
+    """Decodes a batch along the plan; tokens in natural order.
+
+    Args:
+      keys: one for each row, whose draws depend on nothing else; or one of which to make them, by its number.
+      given: the tokens that the plan takes for given, by natural position; others are not looked at.
+      report, done, record, watch: see eso_jax.decoding.loop.sample.
+    """
     get(config).check_plan(config, plan)
-    return loop.sample(weights, config.model, get(config).sampler(config), plan, key, rule, rows,
-                       report)
+    return loop.sample(weights, config.model, get(config).sampler(config), plan, keys, rule, given, report, done,
+                       record, watch)
 
 
 def plan_log_prob(weights: Weights, config: Config, plan: Plan, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
     """log p of each token, in the order, when `tokens` are decoded along the plan: exact for the sampler that follows
-    the plan, at a pass per step. Their sum is the law of a sample given its plan."""
+    the plan, at a pass per step; 0 for given ones. Their sum is the law of a sample given its plan."""
     get(config).check_plan(config, plan)
     return loop.log_prob(weights, config.model, get(config).sampler(config), plan, tokens)
 
@@ -87,8 +95,9 @@ def plan_log_likelihood(weights: Weights, config: Config, plan: Plan, tokens: In
       EsoError: a plan that the family cannot follow, or a family that is neither AR nor Eso-LM (B).
     """
     get(config).check_plan(config, plan)
-    first = np.repeat(plan.first, plan.tokens_per_step)[None].astype(np.int32)
-    return _plan_log_likelihood(weights, config, tokens, jnp.asarray(plan.order, jnp.int32), jnp.asarray(first))
+    first = jnp.asarray(plan.step_begins, jnp.int32)
+    logp = _plan_log_likelihood(weights, config, tokens, jnp.asarray(plan.order, jnp.int32), first)
+    return jnp.where(np.arange(plan.length) < np.reshape(plan.given, (-1, 1)), 0, logp) if np.any(plan.given) else logp
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -13,11 +13,11 @@ from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding.loop import Sampler
-from eso_jax.decoding.plan import Plan, left_to_right
+from eso_jax.decoding.plan import Counts, Plan, draw
 from eso_jax.errors import EsoError, require
 from eso_jax.families.base import Family, Pass, only_natural
 from eso_jax.model import masks, transformer, vocabulary
@@ -86,15 +86,21 @@ class AR(Family):
             raise EsoError(f"family.name = {self.name!r}: the given tokens must be a prefix, and the wanted ones what "
                            "follows it")
 
-    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
-             policy: str = "left-to-right") -> Plan:
+    def plan(self, key: Key[Array, "..."], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+             policy: str = "left-to-right", known: Bool[np.ndarray, "B L"] | None = None) -> Plan:
         """Left to right, one token per step: AR has no choice, and `steps` and `alpha_0` are ignored."""
         require(policy == "left-to-right", "plan", policy, "AR decodes left to right; leave it out")
-        return left_to_right(batch, config.model.length)
+        return draw(policy, key, batch, config.model.length, 1, 0.0, known)
+
+    def check_known(self, config: Config, known: Bool[np.ndarray, "B L"]) -> None:
+        wrong = (np.diff(known.astype(int), axis=1) > 0).any(axis=1)
+        require(not bool(wrong.any()), "given", f"row {wrong.argmax()}", f"family.name = {self.name!r} can be given a "
+                "prefix alone: nothing behind an unknown token")
 
     def check_plan(self, config: Config, plan: Plan) -> None:
-        require(plan.nfe == plan.length and bool((np.asarray(plan.order) == np.arange(plan.length)).all()), "plan",
-                f"{plan.nfe} steps", "AR decodes one token per step, left to right")
+        natural = (np.asarray(plan.order) == np.arange(plan.length)).all()
+        require(bool(natural and plan.tokens_per_step.max(initial=0) <= 1), "plan", f"{plan.nfe} steps",
+                "AR decodes one token per step, left to right")
 
     def sampler(self, config: Config) -> Sampler:
         return Sampler(_window, masks.CAUSAL, start_id=start_id(config))
@@ -124,6 +130,6 @@ def start_id(config: Config) -> int:
     return config.model.mask if config.family.start_id is None else config.family.start_id
 
 
-def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+def _window(plan: Plan) -> tuple[Counts, Counts]:
     """The token decoded last: in AR's input it stands in this step's slot."""
     return plan.first, plan.first + 1

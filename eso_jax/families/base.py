@@ -155,9 +155,17 @@ class Family(ABC):
     # Decoding.
 
     @abstractmethod
-    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
-             policy: str = "binomial") -> Plan:
-        """A plan that the family can follow; see eso_jax/decoding/plan.py."""
+    def plan(self, key: Key[Array, "..."], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+             policy: str = "binomial", known: Bool[np.ndarray, "B L"] | None = None) -> Plan:
+        """A plan that the family can follow; see eso_jax/decoding/plan.py.
+
+        Args:
+          key: of the plan; with `known`, one for each row, whose plan depends on nothing else.
+          known: tokens that are known beforehand, by natural position, which `check_known` accepts.
+        """
+
+    def check_known(self, config: Config, known: Bool[np.ndarray, "B L"]) -> None:
+        """Raises an EsoError for tokens known beforehand after which the family cannot follow a plan exactly."""
 
     def check_plan(self, config: Config, plan: Plan) -> None:
         """Raises an EsoError for a plan that the family cannot follow."""

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from eso_jax import noise
 from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding.loop import Sampler
-from eso_jax.decoding.plan import Plan, within_blocks
+from eso_jax.decoding.plan import Counts, Plan, blocks_after_known, join, within_blocks
 from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass
 from eso_jax.model import loss, transformer
@@ -71,19 +71,30 @@ class BD3LM(Family):
     def block(self, config: Config) -> int | None:
         return config.family.block_size
 
-    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
-             policy: str = "binomial") -> Plan:
+    def plan(self, key: Key[Array, "..."], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+             policy: str = "binomial", known: Bool[np.ndarray, "B L"] | None = None) -> Plan:
         """T = `steps` in all, T / J for each of the J blocks; "one-by-one" is the first-hitting sampler."""
         self.check_alpha_0(alpha_0)
         length, block = config.model.length, config.family.block_size
         blocks = length // block
         require(policy == "one-by-one" or steps % blocks == 0 and steps > 0, "steps", steps,
                 f"T is shared by {blocks} blocks; give a multiple of {blocks}")
-        return within_blocks(key, batch, length, block, policy, steps // blocks)
+        if known is None:
+            return within_blocks(key, batch, length, block, policy, steps // blocks)
+        return join([blocks_after_known(*row, block, policy, steps // blocks) for row in zip(key, known, strict=True)])
+
+    def check_known(self, config: Config, known: Bool[np.ndarray, "B L"]) -> None:
+        """Later tokens than those of the block at hand are not seen as it is decoded."""
+        in_block = known.reshape(len(known), -1, config.family.block_size)
+        some, whole = np.any(in_block, axis=2), np.all(in_block, axis=2)
+        wrong = (some[:, 1:] & ~whole[:, :-1]).any(axis=1)
+        require(not bool(wrong.any()), "given", f"row {wrong.argmax()}", f"family.name = {self.name!r} decodes blocks "
+                f"of {config.family.block_size} left to right: a block must be given as a whole where a later one has "
+                "a given token")
 
     def check_plan(self, config: Config, plan: Plan) -> None:
         block = config.family.block_size
-        ends = plan.first + plan.tokens_per_step - 1
+        ends = plan.first + np.maximum(plan.tokens_per_step, 1) - 1
         require(bool((np.asarray(plan.order) // block == np.arange(plan.length) // block).all())
                 and bool((plan.first // block == ends // block).all()), "plan", f"{plan.nfe} steps",
                 f"BD3-LM decodes blocks of {block} left to right; no step and no order may leave its block")
@@ -129,7 +140,7 @@ def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], mask
 
 @functools.cache
 def _sampler(block: int) -> Sampler:
-    def window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+    def window(plan: Plan) -> tuple[Counts, Counts]:
         """This block. In its first step the block before as well, whose last token is only now decoded: no pass is
         spent on writing the cache alone."""
         begin = plan.first // block * block

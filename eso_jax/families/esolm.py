@@ -22,7 +22,7 @@ from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding import plan as plans
 from eso_jax.decoding.loop import Sampler
 from eso_jax.decoding.order import clean_first, sort
-from eso_jax.decoding.plan import Plan
+from eso_jax.decoding.plan import Counts, Plan
 from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass, check_loss_weight, only_natural
 from eso_jax.model import loss, masks, transformer, vocabulary
@@ -203,9 +203,9 @@ class EsoLM(Family):
         if self.prefix:
             super().check_conditionals()
 
-    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
-             policy: str = "binomial") -> Plan:
-        return plans.draw(policy, key, batch, config.model.length, steps, alpha_0)
+    def plan(self, key: Key[Array, "..."], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+             policy: str = "binomial", known: Bool[np.ndarray, "B L"] | None = None) -> Plan:
+        return plans.draw(policy, key, batch, config.model.length, steps, alpha_0, known)
 
     def sampler(self, config: Config) -> Sampler:
         """(B) caches in both phases; (A) recomputes the tokens decoded by diffusion in each step of that phase, since
@@ -231,16 +231,16 @@ def _masked_at_0(draws: Draws, alpha_0: float, length: int) -> Bool[Array, "B L"
     return noise.draw_masked(draws.per_example(noise.MASK_0), keep, length)
 
 
-def _window(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+def _window(plan: Plan) -> tuple[Counts, Counts]:
     """The tokens decoded last, whose keys and values are still those of masks, then this step's."""
     first = plan.first
-    return np.concatenate([[0], first[:-1]]), first + plan.tokens_per_step
+    return np.concatenate([first[..., :1], first[..., :-1]], axis=-1), first + plan.tokens_per_step
 
 
-def _window_a(plan: Plan) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
-    """All tokens from the first, up to and including the first sequential step; then as (B)."""
+def _window_a(plan: Plan) -> tuple[Counts, Counts]:
+    """All tokens from the first, given ones too, up to and including the first sequential step; then as (B)."""
     start, stop = _window(plan)
-    return np.where(plan.first <= plan.diffused, 0, start), stop
+    return np.where(plan.first <= np.asarray(plan.diffused)[..., None], 0, start), stop
 
 
 def diffusion_rank(index: Int[Array, " B"], kappa: Fraction) -> Int[Array, " B"]:

@@ -57,11 +57,11 @@ class MDLM(Family):
     def passes(self, config: Config) -> list[Pass]:
         return [Pass(Fraction(1), self.pattern(config), noise.masked_share(1.0))]
 
-    def plan(self, key: Key[Array, ""], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
-             policy: str = "binomial") -> Plan:
+    def plan(self, key: Key[Array, "..."], config: Config, batch: int, steps: int, alpha_0: float = 1.0,
+             policy: str = "binomial", known: Bool[np.ndarray, "B L"] | None = None) -> Plan:
         """The binomial plan is the ancestral sampler, "one-by-one" its first-hitting form."""
         self.check_alpha_0(alpha_0)
-        return plans.draw(policy, key, batch, config.model.length, steps, 1.0)
+        return plans.draw(policy, key, batch, config.model.length, steps, 1.0, known)
 
     def sampler(self, config: Config) -> Sampler:
         """The ancestral sampler, factored: which tokens are decoded at each step is the plan's (the ancestral law,

@@ -17,16 +17,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from eso_jax import sharding
 from eso_jax.config import ModelConfig
-from eso_jax.model.plain import Plain, arrange
+from eso_jax.model import slots as windows
 from eso_jax.model.masks import View
+from eso_jax.model.plain import Plain, arrange
 
 
 @struct.dataclass
@@ -79,14 +79,13 @@ def grown(cache: KVCache, slots: int) -> KVCache:
 
 
 def attend(cache: KVCache, layer: int, q: Float[Array, "B S H K"], k: Float[Array, "B S H K"],
-           v: Float[Array, "B S H K"], view: View,
-           offset: Int[Array, ""] | int) -> tuple[Float[Array, "B S H K"], KVCache]:
+           v: Float[Array, "B S H K"], view: View, offset: windows.Place) -> tuple[Float[Array, "B S H K"], KVCache]:
     """Attention of the slots offset, ..., offset + S - 1, which must fit, over a layer of the cache.
 
-    Writes the S keys and values at `offset` first.
+    Writes the S keys and values at `offset` first, which is one for all rows or one for each.
     """
     def write(old: Array, new: Array, axes: str) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, arrange(new, axes).astype(old.dtype), offset, axes.index("L"))
+        return windows.put(old, arrange(new, axes).astype(old.dtype), offset, axes.index("L"), axes.index("B"))
 
     backend = cache.backend
     keys = write(cache.keys[layer], k, backend.key_axes)

@@ -105,11 +105,11 @@ class View:
     clean: Int[Array, "..."] | None = None  # [B], but for a moment where attention is tiled
     length: Int[Array, "..."] | None = None
 
-    def table(self, pattern: Pattern, queries: Int[Array, " S"], keys: Int[Array, " L"]) -> Bool[Array, "_ S L"]:
+    def table(self, pattern: Pattern, queries: Int[Array, "#B S"], keys: Int[Array, " L"]) -> Bool[Array, "_ S L"]:
         """The truth tables of a pattern: one for each row of the view, or one for all of them."""
-        query, key, clean = queries[None, :, None], keys[None, None], self.clean
+        query, key, clean = queries[:, :, None], keys[None, None], self.clean
         if clean is not None:
-            clean = clean[:, None, None] if clean.ndim == 1 else clean[:, queries, None]
+            clean = clean[:, None, None] if clean.ndim == 1 else clean[:, queries[0], None]
         sees = pattern(query, key, 0 if clean is None else clean)
         return sees if self.length is None else sees & (key < self.length[:, None, None])
 

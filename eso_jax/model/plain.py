@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from eso_jax import sharding
+from eso_jax.model import slots as windows
 from eso_jax.model.backend import Backend, Task
 from eso_jax.model.masks import Pattern, TwoStreams, View
 
@@ -53,8 +54,9 @@ class Plain(Backend):
         return self.cached(q, arrange(k, self.key_axes), arrange(v, self.value_axes), view, 0)
 
     def cached(self, q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
-               view: View, offset: Int[Array, ""] | int) -> Float[Array, "B S H K"]:
-        """Attention of the slots offset, ..., offset + S - 1 over keys and values in the layout of the cache."""
+               view: View, offset: windows.Place) -> Float[Array, "B S H K"]:
+        """Attention of the slots offset, ..., offset + S - 1 (of each row, where there is an offset for each) over
+        keys and values in the layout of the cache."""
         assert isinstance(view.pattern, Pattern)
         return dense(q, k, v, view, view.pattern, offset)
 
@@ -70,7 +72,7 @@ class Plain(Backend):
 
 
 def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"], view: View,
-          pattern: Pattern, offset: Int[Array, ""] | int = 0, noisy: tuple[Array, Array] | None = None,
+          pattern: Pattern, offset: windows.Place = 0, noisy: tuple[Array, Array] | None = None,
           block: int = 1) -> Float[Array, "B S H K"]:
     """Softmax attention of the slots offset, ..., offset + S - 1 under a pattern of a view. Every query must see some
     key.
@@ -84,24 +86,26 @@ def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array
     keys = jnp.arange(k.shape[-1])
     most = TILE.get(sharding.platform(), TILE_ELSEWHERE) // (heads * k.shape[-1])  # queries in a tile
     if batch * slots <= most or slots <= FEW_QUERIES:
-        return _dense(mine, k, v, view.table(pattern, offset + jnp.arange(slots), keys), block)
+        return _dense(mine, k, v, view.table(pattern, windows.numbers(offset, slots), keys), block)
     s = block * _divisor(slots // block, most // block)
     b = _divisor(batch, most // s)
 
-    def rows(xs: tuple[tuple[Array, ...], Array, Array, View]) -> Array:
+    def rows(xs: tuple[tuple[Array, ...], Array, Array, View, tuple[Array, ...]]) -> Array:
         """b rows, s queries at a time."""
-        mine, k, v, view = xs
+        mine, k, v, view, own = xs
+        begin = own[0] if own else offset
 
         def tile(xs: tuple[tuple[Array, ...], Array]) -> Array:
             mine, first = xs
-            return _dense(mine, k, v, view.table(pattern, offset + first + jnp.arange(s), keys), block)
+            return _dense(mine, k, v, view.table(pattern, windows.numbers(begin + first, s), keys), block)
 
         tiles = tuple(jnp.moveaxis(x.reshape(b, heads, -1, s, size), 2, 0) for x in mine)
         out = jax.lax.map(jax.checkpoint(tile), (tiles, jnp.arange(0, slots, s)))
         return jnp.moveaxis(out, 0, 1).reshape(b, slots, heads, size)
 
     view = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), view)
-    xs = jax.tree.map(lambda x: x.reshape(-1, b, *x.shape[1:]), (mine, k, v, view))
+    own = () if jnp.ndim(offset) == 0 else (offset,)
+    xs = jax.tree.map(lambda x: x.reshape(-1, b, *x.shape[1:]), (mine, k, v, view, own))
     return jax.lax.map(rows, xs).reshape(q.shape)
 
 

@@ -23,6 +23,7 @@ from eso_jax.config import Config
 from eso_jax.model import attention, cache as kv
 from eso_jax.model.masks import View
 from eso_jax.model.params import Block, Norm, Weights, embedding_split, head_split
+from eso_jax.model.slots import Place
 
 MASK_LOGIT = -1e6
 UNROLLED = 12  # layers in one turn of the scan, on CPU and GPU
@@ -43,7 +44,7 @@ class Training(NamedTuple):
 
 
 def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], view: View,
-          cache: kv.KVCache | None = None, offset: Int[Array, ""] | int = 0,
+          cache: kv.KVCache | None = None, offset: Place = 0,
           training: Training | None = None) -> tuple[Float[Array, "B S D"], kv.KVCache | None]:
     """Everything but the head.
 
@@ -52,7 +53,8 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
       tokens: ids in [0, V).
       positions: natural positions in [0, L), for the rotary embedding.
       view: who sees whom.
-      cache: the tokens are then its slots from `offset` on (needs unstacked weights).
+      cache: the tokens are then its slots from `offset` on, one number for all rows or one for each (needs unstacked
+        weights).
       training: dropout and rematerialization of a training pass.
 
     Returns:

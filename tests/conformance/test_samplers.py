@@ -17,6 +17,8 @@ Axes: B batch, L length, O orders, X tokens.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -197,6 +199,101 @@ def test_only_parallel_steps_leave_the_joint(case: Case) -> None:
         np.testing.assert_allclose(laws, joint, rtol=1e-12)
     else:
         assert p_value(ROWS / len(laws) * joint, laws) < CERTAIN
+
+
+GIVEN = [
+    Case("esolm", "binomial", alpha_0=0.5),
+    Case("esolm", "balanced"),
+    Case("esolm", "one-by-one", alpha_0=0.0),
+    Case("esolm", "left-to-right", shape=LONG),
+    Case("esolm_a", "binomial"),
+    Case("esolm_a", "one-by-one", alpha_0=0.0),
+    Case("ar", "left-to-right"),
+    Case("ar", "left-to-right", options={"start_id": 0}),
+    Case("mdlm", "binomial"),
+    Case("bd3lm", "binomial", steps=6, options={"block_size": 2}),
+    Case("bd3lm", "one-by-one", options={"block_size": 3}),
+    Case("bd3lm", "one-by-one", options={"block_size": 3}, shape=LONG),
+]
+
+
+def given_of(case: Case) -> tuple[np.ndarray, Plan]:
+    """What O rows are given (a different number of tokens each, the mask where none is), and their plan."""
+    config, (tokens, length) = config_of(case), case.shape
+    rng = np.random.default_rng(2)
+    known = rng.permuted(np.arange(length) < np.array([0, 1, 2, length - 2])[:, None], axis=1)
+    if case.family == "ar":
+        known = np.sort(known, axis=1)[:, ::-1]
+    if case.family == "bd3lm":  # whole blocks, then one of the tokens of the next
+        block = case.options["block_size"]
+        known = np.arange(length) < np.array([0, 0, block, length - block])[:, None]
+        known[[1, 3], [1, length - 1]] = True
+    keys = jax.random.split(jax.random.key(3), ORDERS)
+    plan = families.get(config).plan(keys, config, ORDERS, case.steps, case.alpha_0, case.policy, known=known)
+    return np.where(known, rng.integers(tokens, size=known.shape), config.model.mask), plan
+
+
+def p_value_given(case: Case, order: jax.Array | None = None) -> float:
+    """That of samples with tokens given, under the conditional law of the others; 0 if what was given has changed.
+
+    Args:
+      order: to decode in, if not the plan's.
+    """
+    given, plan = given_of(case)
+    if order is not None:
+        plan = dataclasses.replace(plan, order=order)
+    config, many = config_of(case), np.arange(ROWS) % ORDERS
+    key = jax.random.key(zlib.crc32(str(case).encode()))
+    x = np.asarray(families.sample(weights_of(case), config, plan.rows(many), key, given=jnp.asarray(given[many])))
+    laws, counts, p = [], [], oracle.joint(*case.shape)
+    for row, (own, steps, number) in enumerate(zip(given, plan.tokens_per_step, plan.given, strict=True)):
+        known, mine = own != config.model.mask, x[many == row]
+        if (mine[:, known] != own[known]).any() or (mine == config.model.mask).any():
+            return 0.0
+        factors = oracle.law_by_slot(p, given_of(case)[1].order[row], np.concatenate([[number], steps[steps > 0]]))
+        at = tuple(int(token) if clean else slice(None) for token, clean in zip(own, known, strict=True))
+        law = np.broadcast_to(functools.reduce(np.multiply, factors[number:]), p.shape)[at]
+        seen = np.zeros(law.shape, int)
+        np.add.at(seen, tuple(mine[:, ~known].T), 1)
+        laws.append(law)
+        counts.append(seen)
+    values = [p_value(seen[None], law[None]) for seen, law in zip(counts, laws, strict=True)]
+    return min(1.0, len(values) * min(values))
+
+
+@pytest.mark.parametrize("case", GIVEN, ids=str)
+def test_samples_follow_the_conditional_law(case: Case) -> None:
+    assert p_value_given(case) > ALARM
+
+
+@pytest.mark.parametrize("case", GIVEN, ids=str)
+def test_scores_are_the_conditional_law(case: Case) -> None:
+    given, plan = given_of(case)
+    p, rng = oracle.joint(*case.shape), np.random.default_rng(1)
+    x = np.where(given == config_of(case).model.mask, rng.integers(len(p), size=given.shape), given)
+    scores = families.plan_log_prob(weights_of(case), config_of(case), plan, jnp.asarray(x, jnp.int32))
+    for row, (steps, number) in enumerate(zip(plan.tokens_per_step, plan.given, strict=True)):
+        factors = oracle.law_by_slot(p, plan.order[row], np.concatenate([[number], steps[steps > 0]]))
+        law = [np.broadcast_to(factor, p.shape)[tuple(x[row])] for factor in factors[number:]]
+        np.testing.assert_allclose(scores[row], np.log([1] * number + law), atol=1e-5, rtol=0)
+
+
+def test_given_tokens_that_do_not_pass_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over them that ends a slot too early, at the length where it is not rounded up."""
+    real = loop._over_given
+
+    def short(plan: Plan, stop: int, live: int) -> loop.Run:
+        run = real(plan, stop, live)
+        return run._replace(shape=run.shape._replace(window=stop - 1))
+
+    monkeypatch.setattr(loop, "_over_given", short)
+    assert p_value_given(Case("esolm", "one-by-one", alpha_0=0.0)) < CERTAIN
+    assert p_value_given(Case("ar", "left-to-right")) < CERTAIN
+
+
+def test_given_tokens_that_do_not_come_first_are_noticed() -> None:
+    case = Case("esolm", "one-by-one", alpha_0=0.0)
+    assert p_value_given(case, given_of(case)[1].order[:, ::-1]) < CERTAIN
 
 
 class Blind(masks.Pattern):

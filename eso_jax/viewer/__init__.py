@@ -1,0 +1,1 @@
+"""Watching a generation: a page that plays it (page.py), a terminal that shows it as it comes (terminal.py)."""

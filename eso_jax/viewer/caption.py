@@ -1,0 +1,47 @@
+"""What a page needs to know of a generation beside its tokens and its record, so that no model is needed any more.
+
+Axes: S steps, M different tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from eso_jax import families
+from eso_jax.config import Config
+from eso_jax.decoding.plan import Plan
+
+if TYPE_CHECKING:
+    from eso_jax.data.tokenizers import Tokenizer
+    from eso_jax.decoding.record import Record
+
+
+class Caption(NamedTuple):
+    """Arrays as they are in the .npz of `eso-jax sample --record`.
+
+    Attributes:
+      label: str, the family's.
+      window: int [S, 2], the slots that each step's pass runs, from and to; those before come from the cache.
+      piece_ids: int [M], every token drawn and every alternative.
+      piece_ends: int [M], where the text of each ends in `piece_bytes`; that of a separator is empty.
+      piece_bytes: uint8, their text end to end; nothing where there is no tokenizer.
+      separator: int, the token between documents; -1 where there is no tokenizer.
+    """
+
+    label: Any
+    window: Any
+    piece_ids: Any
+    piece_ends: Any
+    piece_bytes: Any
+    separator: Any
+
+
+def caption(config: Config, plan: Plan, tokens: np.ndarray, record: Record, tokenizer: Tokenizer | None) -> Caption:
+    """The caption of a sample."""
+    family, ids = families.get(config), np.unique(np.concatenate([tokens.ravel(), record.alternatives.ravel()]))
+    pieces = [b"" if tokenizer is None else tokenizer.piece(i) for i in ids.tolist()]
+    return Caption(np.array(family.label), np.stack(family.sampler(config).window(plan), axis=-1), ids,
+                   np.cumsum([len(piece) for piece in pieces]), np.frombuffer(b"".join(pieces), np.uint8),
+                   np.array(-1 if tokenizer is None else tokenizer.separator_id))
