@@ -61,7 +61,7 @@ def parts_of_plans(draw: st.DrawFn, name: str) -> tuple[list[Plan], list[int]]:
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("name", NAMES)
 def test_given_tokens_are_as_good_as_decoded_ones(name: str, data: st.DataObject) -> None:
@@ -105,18 +105,18 @@ def test_what_is_drawn_by() -> None:
     assert len(np.unique(usual, axis=0)) > 4
 
 
-@pytest.mark.parametrize(("name", "steps", "most"), [("ar", 0, 33), ("esolm", 0, 33), ("esolm", 64, 42),
+@pytest.mark.parametrize(("name", "steps", "most"), [("ar", 0, 33), ("esolm", 0, 33), ("esolm", 64, 50),
                                                          ("esolm_a", 64, 74)])
 def test_prompts_of_all_lengths_share_their_programs(name: str, steps: int, most: int) -> None:
     """Of a model of length 1024, each prompt alone; half of what is left by diffusion. A pass over the prompt and loops
     behind it for each of the lengths would be thousands. Passes that decode nothing are few."""
     found, passes, needed = set[Any](), 0, 0
     sampler = families.get(CONFIGS[name]).sampler(CONFIGS[name])
-    for known in range(0, 1025, 16):
-        left = 1024 - known
+    for length in range(0, 1025, 16):
+        left = 1024 - length
         counts = np.diff(np.unique(np.arange(steps + 1) * (left // 2) // max(1, steps)))
-        counts, diffused = np.append(counts, np.ones(left - counts.sum(), int)), int(counts.sum())
-        plan = Plan(jnp.arange(1024)[None], counts, diffused, known)
+        steps_of = np.append(counts, np.ones(left - counts.sum(), int))
+        plan = Plan(jnp.arange(1024)[None], steps_of, int(counts.sum()), length)
         runs = loop.schedule(plan, sampler)
         found |= {(run.shape, len(run.steps.first)) for run in runs}
         passes, needed = passes + sum(len(run.steps.first) for run in runs), needed + plan.nfe
@@ -146,9 +146,9 @@ def test_what_a_family_cannot_be_given(name: str, known: list[int], message: str
 
 
 @pytest.mark.parametrize(("given", "plan", "message"), [
-    (np.zeros((1, LENGTH + 1), int), None, r"given = \(1, 13\): the model has length 12"),
+    (np.zeros((1, LENGTH - 1), int), None, r"given = 'int64 \(1, 11\)': must be integers \[M, 12\]"),
     (np.zeros((1, LENGTH)), None, "given = 'float64"),
-    (np.full((1, LENGTH), MASK + 1), None, r"given\[0, 0\] = 9: ids must be in \[0, 9\)"),
+    (np.full((1, LENGTH), MASK + 1), None, r"given = \[9\]: ids must be in \[0, 9\)"),
     (np.full((1, LENGTH), MASK), Plan(left_to_right(1, LENGTH).order, np.full(2, 5), given=2), "takes other tokens"),
     (np.zeros((1, LENGTH), int), left_to_right(1, LENGTH), "given = 'row 0': the plan takes other tokens for given")])
 def test_what_nobody_can_be_given(given: np.ndarray, plan: Plan | None, message: str) -> None:
@@ -157,7 +157,7 @@ def test_what_nobody_can_be_given(given: np.ndarray, plan: Plan | None, message:
 
 
 @pytest.mark.parametrize(("counts", "numbers", "message"), [
-    ([[2, 1], [2, 2]], {"given": np.array([1, 1])}, "must be positive and sum to at most 4 less what"),
+    ([[2, 1], [2, 2]], {"given": np.array([1, 1])}, "must be positive and sum to 4 less what is given"),
     ([[2, 0, 1], [3, 0, 0]], {"given": 1}, "must be positive"),
     ([[2, 1]], {"given": 1}, r"tokens_per_step = \(1, 2\): must be of shape \[steps\], or \[2, steps\]"),
     ([3], {"given": np.ones(3, int)}, "given = .*: must be one number, or 2"),
@@ -188,7 +188,7 @@ def test_a_loop_ends_when_all_rows_are_done(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(loop, "PARTS", 8)
     plan, key, asked = left_to_right(3, LENGTH), jax.random.key(0), list[np.ndarray]()
 
-    def done(tokens: np.ndarray, known: np.ndarray) -> np.ndarray:
+    def done(tokens: np.ndarray) -> np.ndarray:
         asked.append(tokens)
         return (tokens[:, :4] != MASK).all(axis=1)
 
@@ -201,6 +201,6 @@ def test_a_loop_ends_when_all_rows_are_done(monkeypatch: pytest.MonkeyPatch) -> 
     assert [int((tokens[0] != MASK).sum()) for tokens in asked] == ends[:last + 1]
     known = np.arange(LENGTH) < ends[last + 1]
     np.testing.assert_array_equal(found, np.where(known, whole, MASK))
-    never = families.sample(WEIGHTS, CONFIG, plan, key, Rule(), done=lambda *_: np.zeros(3, bool))
+    never = families.sample(WEIGHTS, CONFIG, plan, key, Rule(), done=lambda tokens: np.zeros(3, bool))
     np.testing.assert_array_equal(never, whole)
-    assert model_of("esolm").sample(3, alpha_0=0.0, done=lambda *_: np.ones(3, bool)).tokens.max() == MASK
+    assert model_of("esolm").sample(3, alpha_0=0.0, done=lambda tokens: np.ones(3, bool)).tokens.max() == MASK
