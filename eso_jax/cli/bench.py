@@ -20,7 +20,8 @@ model_flops     products of a step, forward and twice that backward, as the code
 needed_flops    the same of what the loss depends on: pairs of a query and a key that it sees, logits of tokens with a
                 loss, no z_0 copy of a clean token; expected over the draws
 executed_flops  products in the compiled program, a loop's as often as it runs, of a conditional the smaller branch;
-                cuDNN's attention by 4 K, backward 10 K, for each pair (eso_jax/aot/hlo.py); all devices together
+                attention of cuDNN and splash by 4 K, backward 10 K, for each pair (eso_jax/aot/hlo.py); all devices
+                together
 mfu             model_flops / step_seconds / (the chips' bfloat16 peak, eso_jax/chips.py); null where none is known
 peak_bytes      of one device: what goes in (it is reused for what comes out) and temporaries, by the compiler
 attention       the backends that compute it
