@@ -242,7 +242,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         log = metrics.MetricsLog(directory, first)
         meter = _Meter(config, log, saver.last)
         step_fn = jit_step(config, mesh)
-        if jax.process_count() > 1:  # compiled before they meet in it, where (on CPU) one waits only 30 s for the others
+        if jax.process_count() > 1:  # compiled before they meet in it: on CPU, one waits only 30 s for others
             step_fn = lower_step(config, mesh).compile()
             multihost.barrier("the first step")
         fold = jit_fold(config, mesh)
