@@ -61,13 +61,15 @@ def measure(lab: Lab, model: Model, path: Path) -> dict[str, Any]:
 
 
 def draw(figure: Any, rows: list[list[Cell]]) -> None:
-    for axes, offset, what in zip(figure.subplots(1, 3), (1, 3, 5), ("Gen PPL", "entropy", "seconds"), strict=True):
-        at = np.arange(len(rows))
+    at, names = np.arange(len(rows)), [str(row[0]).replace(", ", ",\n") for row in rows]
+    for axes, offset, what in zip(figure.subplots(1, 3), (1, 3, 5), (
+            "Gen PPL (less is better)", "entropy of the tokens, nats", "seconds per sequence"), strict=True):
         for shift, whose in ((0, "paper"), (1, "ours")):
-            axes.bar(at + 0.4 * shift, [samples.value_of(row[offset + shift]) for row in rows], 0.4, label=whose)
-        axes.set(title=what, xticks=at + 0.2, yscale="log" if what == "seconds" else "linear")
-        axes.set_xticklabels([str(row[0]) for row in rows], fontsize=8)
-        axes.legend()
+            cells = [row[offset + shift] for row in rows]
+            errors = [cell.standard_error if isinstance(cell, Estimate) else 0 for cell in cells]
+            axes.bar(at + 0.4 * shift, [samples.value_of(cell) for cell in cells], 0.4, yerr=errors, label=whose)
+        axes.set(ylabel=what, xticks=at + 0.2, xticklabels=names, yscale="log" if offset == 5 else "linear")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 if __name__ == "__main__":
