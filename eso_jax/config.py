@@ -211,6 +211,7 @@ class TrainConfig:
 
     start_from: str | None = None  # a work directory whose model the run begins from, not from random parameters
     steps: int = 1_000_000
+    random_length: float = 0.0  # share of steps on the beginnings of rows: see eso_jax/run/train.py, length_of_step
     batch_size: int = 512  # global, over all devices
     accumulate: int = 1  # micro-batches per step
     learning_rate: float = 3e-4
@@ -250,6 +251,7 @@ class TrainConfig:
         for name in ("learning_rate", "eps", "clip_norm"):
             require(0 < getattr(self, name) < math.inf, f"train.{name}", getattr(self, name),
                     "must be positive and finite")
+        require(0 <= self.random_length <= 1, "train.random_length", self.random_length, "must be in [0, 1]")
         for name in ("beta1", "beta2", "ema"):
             require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "must be in [0, 1)")
         require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate,

@@ -236,3 +236,18 @@ def test_min_p_keeps_what_is_likely_enough_at_the_temperature() -> None:
         tokens = np.asarray(many(jax.random.key(0), jnp.log(p), 60_000, rule))
         scaled = np.where(np.isin(np.arange(5), kept), p.astype(np.float64) ** (1 / rule.temperature), 0)
         check_frequencies(tokens, scaled / scaled.sum())
+
+
+def test_banned_ids_are_never_drawn_and_the_others_keep_their_law() -> None:
+    """Before the temperature, the nucleus and min_p are taken, and by greedy draws too."""
+    p = np.array([0.5, 0.2, 0.15, 0.1, 0.05], np.float32)
+    for rule, kept in ((Rule(banned=(0,)), [1, 2, 3, 4]), (Rule(0.7, banned=(0, 3)), [1, 2, 4]),
+                       (Rule(top_p=0.5, banned=(0,)), [1, 2]), (Rule(min_p=0.5, banned=(0,)), [1, 2, 3])):
+        tokens = np.asarray(many(jax.random.key(0), jnp.log(p), 60_000, rule))
+        scaled = np.where(np.isin(np.arange(5), kept), p.astype(np.float64) ** (1 / rule.temperature), 0)
+        check_frequencies(tokens, scaled / scaled.sum())
+    assert int(draw(jnp.log(p), jnp.zeros(2), Rule(0.0, banned=(0, 1)))) == 2
+    Rule(banned=(0, 1)).check_vocabulary(4, 3)
+    for banned, message in (((4,), "banned = 4: ids are in"), ((-1,), "banned = -1"), ((2, 1, 0), "leave a token")):
+        with pytest.raises(EsoError, match=message):
+            Rule(banned=banned).check_vocabulary(4, 3)

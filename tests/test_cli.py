@@ -17,7 +17,7 @@ import pytest
 import eso_jax
 from conftest import BASE, GOLDENS, Run, emulated, random_params, renamed, tiny_config
 from eso_jax import config as configs
-from eso_jax import families
+from eso_jax import families, likelihood
 from eso_jax.cli import COMMANDS, main
 from eso_jax.decoding import check
 from eso_jax.decoding.plan import Plan
@@ -284,6 +284,30 @@ def test_import_then_score_gives_the_golden_bound(tmp_path: Path, run: Run, impo
     run("score", "--workdir", imported, "--tokens", tmp_path / "x.npy", "--num-orders", 3, "--alpha-0", 0.25,
         "--out", out)
     assert np.load(out)["logp_per_order"].shape == (3, 4)
+
+
+@pytest.mark.slow
+def test_score_of_what_is_not_given(tmp_path: Path, run: Run, imported: Path) -> None:
+    """Flags and rows with masks say the same; mistakes."""
+    tokens = np.load(GOLDENS / "cases.npz")["x0"]
+    known = np.arange(16) % 3 > 0
+    arrays = {"x": tokens, "flags": np.broadcast_to(known, tokens.shape), "ids": np.where(known, tokens, 32),
+              "short": tokens[:, :8], "all": np.ones(tokens.shape, bool), "others": (tokens + 1) % 32,
+              "float": tokens.astype(float)}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    score = ["score", "--workdir", imported, "--out", tmp_path / "s.npz", "--tokens", tmp_path / "x.npy", "--given"]
+    model = eso_jax.load(imported)
+    expected = likelihood.conditional(model, tokens, arrays["flags"], ~arrays["flags"])
+    for name in ("flags", "ids"):
+        assert "62.5% of their tokens given" in run(*score, tmp_path / f"{name}.npy")
+        found = np.load(tmp_path / "s.npz")
+        np.testing.assert_allclose(found["logp"], expected, rtol=1e-5)
+        assert not found["logp_by_position"][:, known].any() and (found["logp_by_position"][:, ~known] < 0).all()
+    for name, message in (("short", "must be bool or integers (4, 16)"), ("float", "must be bool or integers"),
+                          ("all", "leave some to score"), ("others", "it must be as --tokens"), ("no", "no such file")):
+        assert message in run(*score, tmp_path / f"{name}.npy", code=2)
+    assert "only one of them" in run(*score, tmp_path / "ids.npy", "--num-orders", 2, code=2)
 
 
 @pytest.mark.slow

@@ -93,6 +93,25 @@ def test_rolling_scores_every_token_once(harness: HarnessModel) -> None:
     assert found[1] == pytest.approx(plain(harness, [256], ids("short")), abs=1e-3)
 
 
+def test_generated_texts(harness: HarnessModel) -> None:
+    """Each as if it were alone, whatever the others' settings; a long context loses its left end; without one
+    there is a separator; the text ends before the first stop."""
+    settings = {"until": ["\n"], "max_gen_toks": 6, "do_sample": True}
+    asked = [("the cat", settings), ("a" * 40, {"max_gen_toks": 20}), ("the dog", settings), ("", {"max_gen_toks": 4})]
+    found = harness.generate_until(requests("generate_until", *asked), disable_tqdm=True)
+    assert found == [harness.generate_until(requests("generate_until", one))[0] for one in asked]
+    for index, context, count in ((1, [97] * 4, 20), (3, [256], 4)):
+        given = np.full((1, LENGTH), 257)
+        given[0, :len(context)] = context
+        tokens = harness.model.sample(1, temperature=0.0, given=given, max_tokens=count).tokens[0]
+        text = ByteTokenizer().decode(tokens[len(context):len(context) + count]).split("\n\f\n")[0]
+        assert found[index] == text
+    free = harness.generate_until(requests("generate_until", ("the cat", {"max_gen_toks": 6, "do_sample": True})))[0]
+    stop = free[2]
+    cut = harness.generate_until(requests("generate_until", ("the cat", {**settings, "until": stop})))[0]
+    assert cut == free[:free.index(stop)]
+
+
 def test_subwords_are_split_where_the_context_ends(tmp_path: Path) -> None:
     """The context and the whole are encoded; what the whole has more of is the continuation, a blank moved to it."""
     harness = HarnessModel(str(subwords(tmp_path)))
@@ -103,8 +122,8 @@ def test_subwords_are_split_where_the_context_ends(tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_do_it_says(harness: HarnessModel, tmp_path: Path) -> None:
-    with pytest.raises(EsoError, match="takes no prompts yet"):
-        harness.generate_until(requests("generate_until", ("a", "b")))
+    with pytest.raises(EsoError, match="max_gen_toks = 256: must leave room for a context"):
+        harness.generate_until(requests("generate_until", ("a", {"until": ["b"]})))
     with pytest.raises(EsoError, match="only an Eso-LM"):
         HarnessModel(str(made(tmp_path / "mdlm", "mdlm")))
     with pytest.raises(EsoError, match="no tokenizer fits its vocabulary of 9"):

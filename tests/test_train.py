@@ -22,8 +22,10 @@ import pytest
 
 import eso_jax
 from conftest import BASE, as_family, emulated, params_of, random_tokens, together
-from eso_jax import families, flops
+from eso_jax import families, flops, sharding
 from eso_jax.config import Config
+from eso_jax.data import windows_of
+from eso_jax.data.pipeline import batches
 from eso_jax.errors import EsoError
 from eso_jax.model.params import PARAMETERS
 from eso_jax.run import metrics, train as training
@@ -36,6 +38,38 @@ def step_lines(workdir: Path) -> list[dict[str, float]]:
     lines = [line for line in metrics.read(workdir) if "loss" in line]
     speeds = ("tokens_per_second", "tflops_per_second")
     return [{name: value for name, value in line.items() if name not in speeds} for line in lines]
+
+
+def test_the_share_of_short_steps_and_their_lengths() -> None:
+    config = BASE.override("train.random_length=0.25")
+    lengths = np.array([training.length_of_step(config, step) for step in range(4000)])
+    assert set(lengths) == set(range(2, 17, 2))
+    counts = np.bincount(lengths // 2)[1:] / 4000
+    np.testing.assert_allclose(counts, [1 / 32] * 7 + [0.75 + 1 / 32], atol=0.03)
+    assert (lengths == [training.length_of_step(config, step) for step in range(4000)]).all()
+    other = config.override("train.seed=5")
+    assert (lengths != [training.length_of_step(other, step) for step in range(4000)]).any()
+    for override, expected in (("train.random_length=0", {16}), ("model.length=4", {1, 2, 3, 4})):
+        assert {training.length_of_step(config.override(override), step) for step in range(200)} == expected
+    blocks = BASE.override("train.random_length=1", "family.name=bd3lm", "family.block_size=8")
+    assert {training.length_of_step(blocks, step) for step in range(50)} == {8, 16}
+    with pytest.raises(EsoError, match="train.random_length = 1.5: must be in"):
+        BASE.override("train.random_length=1.5")
+
+
+@pytest.mark.slow
+def test_a_short_step_has_the_loss_of_the_short_rows_alone(base: Config, tmp_path: Path) -> None:
+    """By a model of their length that never saw the rest; and the run goes on."""
+    run = base.override("train.random_length=1", "train.steps=2")
+    run = next(other for seed in range(99) if training.length_of_step(
+        other := run.override(f"train.seed={seed}"), 1) == 8)
+    training.train(run, tmp_path / "w")
+    rows = next(batches(windows_of(run, "train"), 8, run.data.seed))[:, :8]
+    short, mesh = run.override("model.length=8"), sharding.mesh(run.mesh)
+    with jax.set_mesh(mesh):
+        _, values = training.jit_step(short, mesh)(training.begin(short, mesh), sharding.put_rows(rows, mesh, 8))
+    assert step_lines(tmp_path / "w")[0]["loss"] == float(values["loss"])
+    assert step_lines(tmp_path / "w")[1]["step"] == 2
 
 
 @pytest.mark.slow

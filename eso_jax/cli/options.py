@@ -30,6 +30,11 @@ def of_precision(parser: argparse.ArgumentParser) -> None:
                         help="what computes it in passes without a cache (%(default)s); fused kernels take bfloat16")
 
 
+def text(given: str) -> str:
+    """The type of an option that is text, not a path."""
+    return given
+
+
 def seed(text: str) -> int:
     if not 0 <= int(text) < 2**32:
         raise argparse.ArgumentTypeError(f"{text}: must be in [0, 2**32)")

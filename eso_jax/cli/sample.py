@@ -5,21 +5,37 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eso_jax.cli import options
-from eso_jax.cli.files import read_given, read_plan
+from eso_jax.cli.files import read_array, read_given, read_plan
 from eso_jax.console import say
 from eso_jax.decoding.plan import POLICIES
 from eso_jax.errors import EsoError, require
 from eso_jax.files import check_out, npz, write_whole
+
+if TYPE_CHECKING:
+    from eso_jax.data.prompts import Given
+    from eso_jax.engine.model import Model
 
 EXAMPLE = "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_model(parser)
-    parser.add_argument("--num-samples", type=int, default=1, help="sequences (%(default)s)")
+    parser.add_argument("--num-samples", type=int, default=1, help="sequences, of each prompt (%(default)s)")
+    parser.add_argument("--prompt", type=options.text, metavar="TEXT", help="what the samples begin with")
+    parser.add_argument("--template", type=options.text, metavar="TEXT", help="text with blanks to fill: [MASK:40] of "
+                        "40 tokens, [MASK] of one; no escapes are read")
+    parser.add_argument("--prompts", metavar="FILE", help='rows of {"prompt": ...}, {"template": ...} or {"text": ...}')
+    parser.add_argument("--given", help=".npy, int [N, K <= L], ids, with the mask where a token is not given")
+    parser.add_argument("--max-tokens", type=int, help="tokens to decode of each sample (all that are not given)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a sample; several times for "
+                        "several texts")
+    parser.add_argument("--stop-at-separator", action="store_true", help="the end of a document ends a sample")
+    parser.add_argument("--ban", action="append", default=[], metavar="TEXT", help="a token that is never drawn; "
+                        "several times for several")
+    parser.add_argument("--ban-id", action="append", default=[], type=int, metavar="ID", help="the same, by its id")
     parser.add_argument("--steps", type=int, help="T, diffusion steps (128); plans of one token per step have none")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; 1 keeps all (%(default)s)")
     parser.add_argument("--min-p", type=float, default=0.0,
@@ -42,10 +58,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                                      ".jsonl of the text alone")
 
 
+def given_of(arguments: argparse.Namespace, model: Model) -> Given | None:
+    """What the options give of the samples."""
+    from eso_jax.data import prompts
+
+    readers = {"prompt": prompts.of_prompt, "template": prompts.of_template, "prompts": prompts.of_rows}
+    names = [name for name in (*readers, "given") if getattr(arguments, name) is not None]
+    if len(names) > 1:
+        raise EsoError(f"{' and '.join(f'--{name}' for name in names)}: give one of them")
+    for name in set(names) & set(readers):
+        return readers[name](getattr(arguments, name), model.tokenizer, model.config.model, f"--{name}")
+    if not names:
+        return None
+    return prompts.of_array(read_array(arguments.given, "--given", "given"), model.config.model, "--given")
+
+
+def banned_of(arguments: argparse.Namespace, model: Model) -> list[int]:
+    """The ids that the options ban."""
+    from eso_jax.data.tokenizers import encode_shown
+
+    banned = list(arguments.ban_id)
+    for text in arguments.ban:
+        if model.tokenizer is None:
+            raise EsoError(f"--ban = {text!r}: the model has no tokenizer; give ids by --ban-id")
+        ids = encode_shown(model.tokenizer, text).tolist()
+        require(len(ids) == 1, "--ban", text, f"is {len(ids)} tokens of tokenizer {model.tokenizer.name!r}, and one is "
+                "banned at a time; see --ban-id")
+        banned += ids
+    return banned
+
+
 def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from eso_jax import load
+    from eso_jax.data.prompts import of_array
+    from eso_jax.data.tokenizers import SHOWN_SEPARATOR
     from eso_jax.viewer.page import page
     from eso_jax.viewer.terminal import watching
 
@@ -59,15 +107,17 @@ def run(arguments: argparse.Namespace) -> None:
         raise EsoError(f"--out = {arguments.out!r}: the model has no tokenizer, so there is no text; give a .npz")
     if lines and arguments.record:
         raise EsoError(f"--out = {arguments.out!r}: holds text alone, and --record asks for more; give a .npz")
-    plan, given, count = arguments.plan, None, arguments.num_samples
+    plan, given, count = arguments.plan, given_of(arguments, model), arguments.num_samples
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:
             raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
         plan = read_plan(arguments.plan)
-        given = read_given(arguments.plan, plan, model.config.model.mask)
-        if given is not None:
-            require(count == len(given), "--num-samples", count,
-                    f"tokens are given to the {len(given)} samples of the plan; give their number")
+        require(given is None, "--plan", arguments.plan, "says what is given; leave out --prompt and the like")
+        tokens = read_given(arguments.plan, plan, model.config.model.mask)
+        if tokens is not None:
+            given = of_array(tokens, model.config.model)
+            require(count == len(tokens), "--num-samples", count,
+                    f"tokens are given to the {len(tokens)} samples of the plan; give their number")
             count = 1
     if arguments.watch and model.tokenizer is None:
         raise EsoError("--watch: the model has no tokenizer, so there is no text to see; leave it out")
@@ -76,10 +126,12 @@ def run(arguments: argparse.Namespace) -> None:
         found = model.sample(count, steps, arguments.alpha_0, arguments.top_p,
                              arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
                              num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True,
-                             given=given, record=arguments.record or bool(arguments.html), watch=watch)
-    text = [model.tokenizer.decode(row) for row in found.tokens] if model.tokenizer else []
-    if len(found.tokens) < arguments.num_samples:
-        say(f"interrupted: the first {len(found.tokens)} of {arguments.num_samples} samples are kept")
+                             banned=banned_of(arguments, model), given=given, max_tokens=arguments.max_tokens,
+                             stop=[*arguments.stop, *[SHOWN_SEPARATOR] * arguments.stop_at_separator],
+                             record=arguments.record or bool(arguments.html), watch=watch)
+    text, wanted = found.text, count * (1 if given is None else len(given.tokens))
+    if len(found.tokens) < wanted:
+        say(f"interrupted: the first {len(found.tokens)} of {wanted} samples are kept")
     if lines:
         write_whole(arguments.out, "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in text))
     else:

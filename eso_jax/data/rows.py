@@ -76,7 +76,7 @@ def texts(name: str, opener: Opener, wish: Wish) -> Iterator[str]:
       NotText: the file has no such field, or is not what its name says.
     """
     field = wish.field
-    for place, row in _rows(name, opener, wish):
+    for place, row in each(name, opener, wish):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -131,8 +131,8 @@ def _kind(value: Any) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
 
 
-def _rows(name: str, opener: Opener, wish: Wish) -> Iterator[tuple[str, Any]]:
-    """Each row, or a BadRow, and where it is."""
+def each(name: str, opener: Opener, wish: Wish) -> Iterator[tuple[str, Any]]:
+    """Each row of one file, or a BadRow, and where it is; raises NotText as `texts` does."""
     plain = streams.inner_name(name)
     if plain.endswith(COLUMNS) or streams.head(opener).startswith(b"PAR1"):
         reader = _npz if plain.endswith(".npz") else _arrow if plain.endswith((".arrow", ".feather")) else _parquet

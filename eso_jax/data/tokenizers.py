@@ -72,6 +72,11 @@ def dtype_of(tokenizer: Tokenizer) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
 
+def encode_shown(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of a text as `decode` shows it, separators included."""
+    return tokenizer.join(text.split(SHOWN_SEPARATOR), separate=True)[:-1]
+
+
 def sha256(tokenizer: Tokenizer) -> str:
     """Equal for equal tokenizers, whatever they are called."""
     return hashlib.sha256((tokenizer.name if tokenizer.json is None else tokenizer.json).encode()).hexdigest()

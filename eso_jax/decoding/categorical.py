@@ -34,11 +34,13 @@ class Rule:
       temperature: logits are divided by it; 0 takes the most likely token.
       top_p: nucleus mass in (0, 1]; 1 keeps every token.
       min_p: tokens less likely than min_p times the most likely one are dropped; 0 keeps every token.
+      banned: ids that are never drawn: the law is that of the others, before all of the above.
     """
 
     temperature: float = struct.field(pytree_node=False, default=1.0)
     top_p: float = struct.field(pytree_node=False, default=1.0)
     min_p: float = struct.field(pytree_node=False, default=0.0)
+    banned: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     def __post_init__(self) -> None:
         require(self.temperature == 0 or 1e-4 <= self.temperature <= 100, "temperature", self.temperature,
@@ -46,9 +48,16 @@ class Rule:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]; 1 turns the nucleus off")
         require(0 <= self.min_p < 1, "min_p", self.min_p, "must be in [0, 1); 0 turns it off")
 
+    def check_vocabulary(self, size: int, mask: int) -> None:
+        """Raises an EsoError for banned ids that are none of a vocabulary, or all of it."""
+        for token in self.banned:
+            require(0 <= token < size, "banned", token, f"ids are in [0, {size})")
+        require(len({*self.banned, mask}) < size, "banned", f"{len(self.banned)} ids", "leave a token to be drawn")
+
 
 def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rule) -> Int[Array, "*s"]:
     """One token id per row of float32 logits, from two uniforms in [0, 1) per row."""
+    logits = without_banned(logits, rule)
     if rule.temperature == 0:
         return jnp.argmax(logits, axis=-1)
     scaled = logits / rule.temperature
@@ -60,6 +69,14 @@ def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rul
     block = _invert(blocks.sum(-1), uniforms[..., 0])
     chosen = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
     return block * size + _invert(chosen, uniforms[..., 1])
+
+
+def without_banned(logits: Float[Array, "*s V"], rule: Rule) -> Float[Array, "*s V"]:
+    """Logits by which no banned token has any mass."""
+    if not rule.banned:
+        return logits
+    banned = np.isin(np.arange(logits.shape[-1]), rule.banned)
+    return jnp.where(banned.reshape(*[1] * (logits.ndim - 1), -1), -jnp.inf, logits)
 
 
 def kept(mass: Float[Array, "*s V"], rule: Rule) -> Bool[Array, "*s V"]:

@@ -60,9 +60,9 @@ from eso_jax.model.params import Weights
 # A pass costs as much as its slots and so many more: it reads the weights, elsewhere for all rows of a batch at once.
 FREE, FREE_ELSEWHERE = 8, 256
 WORTH = 1 / 16  # of a plan's cost: what a window of another width must save
+PACE = 8  # passes after which a watcher is told what there is, and whoever ends rows is asked
 LEAST_GIVEN = 16  # slots of a pass over given tokens
 DIP = 16  # steps: so many that need a narrower window than those around them may have it
-PACE = 8  # passes after which a watcher is told what there is
 PARTS, PART = 8, 256  # wide windows, and the cache, grow by an eighth of the length; the cache at least by 256 slots
 
 
@@ -171,8 +171,8 @@ class Run(NamedTuple):
 
 
 Report = Callable[[int], None]
-Done = Callable[[Int[np.ndarray, "B L"]], Bool[np.ndarray, " B"]]
 Watch = Callable[[Int[np.ndarray, "B L"]], None]
+Done = Callable[[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]], Bool[np.ndarray, " B"]]
 
 
 def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, keys: Key[Array, "..."],
@@ -188,10 +188,10 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
       keys: one for each row; or one, of which row b's is fold_in(key, b).
       given: the tokens that the plan takes for given, by natural position; others are not looked at.
       report: is told after each run how many tokens the rows have got in it.
-      done: says of tokens, in natural order with masks, which rows need no more; the plan is left when all are done. It
-        is asked about a run while the next one is at work, which is all that can be in vain. A row keeps what it was
-        given meanwhile.
       record: the facts of each token, [B, L] and [B, L, A], are returned with the tokens.
+      done: says of tokens, in natural order with masks, and of which were given, which rows need no more; the plan is
+        left when all are done or decoded. It is asked about a run while the next one is at work, which is all that can
+        be in vain. A row keeps what it was given meanwhile.
       watch: is told every few passes what the tokens are, in natural order; masks where there is none yet.
     """
     if keys.ndim == 0:
@@ -204,20 +204,23 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     def natural(state: State) -> Int[Array, "B L"]:
         return unsort(state.tokens[:, sampler.shift:], plan.order)
 
-    before = None
-    for state, run in planned(weights, config, sampler, plan, state, source, None if watch is None else PACE):
-        if watch is not None:
-            watch(sharding.fetch(natural(state)))
+    before, orders = None, sharding.fetch(plan.order)
+    known = np.take_along_axis(np.arange(plan.length) < np.broadcast_to(plan.given, len(orders))[:, None],
+                               orders.argsort(axis=1), axis=1)
+    for state, run in planned(weights, config, sampler, plan, state, source, PACE if done or watch else None):
         if report is not None:
             jax.block_until_ready(state.tokens)
             report(int(run.steps.count.sum()) * (len(plan.order) if run.steps.count.ndim == 1 else 1))
+        if watch is not None:
+            watch(sharding.fetch(natural(state)))
         if done is not None:
-            if before is not None and done(sharding.fetch(before)).all():
-                break
+            if before is not None:
+                tokens = sharding.fetch(before)
+                if (done(tokens, known) | ((tokens != config.mask).sum(1) >= plan.end)).all():
+                    break
             before = natural(state)
-    if record:
-        return natural(state), jax.tree.map(lambda x: unsort(x, plan.order), state.facts)
-    return natural(state)
+    tokens = natural(state)
+    return (tokens, jax.tree.map(lambda x: unsort(x, plan.order), state.facts)) if record else tokens
 
 
 def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan,
@@ -233,11 +236,11 @@ def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan
 
 
 def planned(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, state: State,
-            source: Draw | Score, passes: int | None = None) -> Iterator[tuple[State, Run]]:
-    """Decodes along the plan, run by run: the state after each. It is gone when the next one is asked for, which
-    updates it in place; what is made of it before that stays. `passes`: the most in a run, if not as many as may be."""
+            source: Draw | Score, pace: int | None = None) -> Iterator[tuple[State, Run]]:
+    """Decodes along the plan, run by run (of `pace` passes, if that is said): the state after each. It is gone when the
+    next one is asked for, which updates it in place; what is made of it before that stays."""
     runs = schedule(plan, sampler, row=row_cost(config))
-    for run in runs if passes is None else cut(runs, passes):
+    for run in runs if pace is None else cut(runs, pace):
         state = decode_run(weights, grow(state, run.shape), run.steps, source, config, sampler, run.shape)
         yield state, run
 
@@ -286,7 +289,7 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5
     length, batch, cpu = plan.length, len(plan.order), sharding.platform() == "cpu"
     begin, stop = (np.array(x) for x in sampler.window(plan))
     if begin.ndim == 2:  # a row that is done needs no window
-        begin, stop = (np.where(plan.first == length, 0, x) for x in (begin, stop))
+        begin, stop = (np.where(plan.first == np.reshape(plan.end, (-1, 1)), 0, x) for x in (begin, stop))
     diffused = np.minimum(plan.first, np.asarray(plan.diffused)[..., None])
     steps = Step(begin.T, plan.first.T, plan.tokens_per_step.T, diffused.T)
     # On CPU a product with a single row takes half as long again as with two.
@@ -350,7 +353,7 @@ def _cut(steps: Step, stop: Int[np.ndarray, " S"], needed: Int[np.ndarray, " S"]
     of its run takes several passes, and the run needs no shape of its own for it.
     """
     window = np.minimum(_few(needed, free, 4, WORTH), length)
-    steps, window = _cut_windows(steps, steps.start, stop, window)
+    steps, window = _cut_windows(steps, steps.start, stop, window, length)
     inner = np.where(np.isin(steps.first + steps.count, stop), 0, steps.count)  # is not cut
     counts = np.maximum(steps.count, 1)
     width = _same(window, lambda of: np.clip(_few(counts[of], round((free + int(window[of][0])) / row)),
@@ -390,10 +393,10 @@ def _few(needed: Int[np.ndarray, " S"], free: int, parts: int = 1, worth: float 
 
 
 def _cut_windows(steps: Step, begin: Int[np.ndarray, " S"], stop: Int[np.ndarray, " S"],
-                 window: Int[np.ndarray, " S"]) -> tuple[Step, Int[np.ndarray, " _"]]:
+                 window: Int[np.ndarray, " S"], length: int) -> tuple[Step, Int[np.ndarray, " _"]]:
     """Passes of at most `window` slots. The last one of a step ends where the step does, and none begins before a slot
     that an earlier one has decoded, which would no longer be a mask."""
-    passes, length = -(-(stop - begin) // window), stop[-1]
+    passes = -(-(stop - begin) // window)
     number, (begin, stop, window, several, steps) = _repeat((begin, stop, window, passes > 1, steps), passes)
     start = np.where(several, np.minimum(begin + window * number, stop - window), np.minimum(begin, length - window))
     first = np.maximum(steps.first, np.where(number, start, 0))
@@ -510,8 +513,8 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
 
     logp, facts = state.logp, state.facts
     if isinstance(source, Draw):
-        uniforms = slots.take(source.uniforms, begin, shape.width)
-        chosen, new = vocabulary.in_chunks(draw, config.vocab_size, hidden, uniforms)
+        chosen, new = vocabulary.in_chunks(draw, config.vocab_size, hidden,
+                                           slots.take(source.uniforms, begin, shape.width))
         facts = jax.tree.map(lambda old, new: replace(old, step, shape, new), facts, new)
     else:
         assert logp is not None

@@ -42,7 +42,7 @@ class Plan:
     Attributes:
       order: int [B, L], each row's own order, a permutation of 0..L-1.
       tokens_per_step: int [S], shared by the batch, at least 1 each; or [B, S], where a row may decode nothing in a
-        step in which another does. L - given in all.
+        step in which another does. L - given in all; or fewer, and the last tokens of the order are not decoded.
       diffusion: how many tokens the diffusion phase decodes (given ones do not count); the rest come one per step.
         None: all of them. Only Eso-LM (A), whose diffused tokens see each other, needs to know.
       given: so many tokens, the first of the order, are known beforehand.
@@ -64,13 +64,13 @@ class Plan:
         given, diffused = np.asarray(self.given), np.asarray(self.diffused)
         require(bool(((given >= 0) & (given <= length)).all()), "given", self.given, f"must be in [0, {length}]")
         if ((counts < 0).any() or (np.atleast_2d(counts).max(0) < 1).any()
-                or (counts.sum(-1) != length - given).any()):
-            raise EsoError(f"tokens_per_step: must be positive and sum to {length}"
+                or (np.asarray(self.end) > length).any()):
+            raise EsoError(f"tokens_per_step: must be positive and sum to at most {length}"
                            f"{' less what is given' if given.any() else ''}, got {counts}")
-        require(bool(((diffused >= given) & (diffused <= length)).all()), "diffusion", self.diffusion,
+        require(bool(((diffused >= given) & (diffused <= self.end)).all()), "diffusion", self.diffusion,
                 f"must be in [0, {length}]{' less what is given' if given.any() else ''}")
         sequential = np.where(self.first >= diffused[..., None], counts, 0)
-        require(bool((sequential <= 1).all() and (sequential.sum(-1) == length - diffused).all()), "diffusion",
+        require(bool((sequential <= 1).all() and (sequential.sum(-1) == self.end - diffused).all()), "diffusion",
                 self.diffusion, "the tokens after it must come one per step")
 
     def rows(self, index: Int[np.ndarray, " _"]) -> Plan:
@@ -89,7 +89,13 @@ class Plan:
     @property
     def diffused(self) -> Each:
         """The first tokens of the order: those that are given, and those that the diffusion phase decodes."""
-        return self.length if self.diffusion is None else self.given + self.diffusion
+        return self.end if self.diffusion is None else self.given + self.diffusion
+
+    @property
+    def end(self) -> Each:
+        """The first tokens of the order: those that are given, and those that are decoded."""
+        decoded = self.tokens_per_step.sum(-1)
+        return self.given + (decoded if decoded.ndim else int(decoded))
 
     @property
     def first(self) -> Counts:
@@ -101,7 +107,7 @@ class Plan:
         """The first slot of each slot's step, a given one's own slot; a row for each, or one for all."""
         first = np.atleast_2d(self.first)
         counts, given = np.broadcast_to(self.tokens_per_step, first.shape), np.broadcast_to(self.given, len(first))
-        return np.stack([np.concatenate([np.arange(g), np.repeat(f, c)])
+        return np.stack([np.concatenate([np.arange(g), np.repeat(f, c), np.arange(g + c.sum(), self.length)])
                          for g, f, c in zip(given, first, counts, strict=True)])
 
     @property
@@ -133,6 +139,15 @@ def join(plans: Sequence[Plan]) -> Plan:
     diffused, given = (shared([np.asarray(x) for x in each], 0) for each in (
         [plan.diffused for plan in plans], [plan.given for plan in plans]))
     return Plan(jnp.concatenate([plan.order for plan in plans]), counts, diffused - given, given)
+
+
+def leave(plan: Plan, known: Bool[np.ndarray, "B L"], asked: Bool[np.ndarray, "B L"]) -> Plan:
+    """A plan that decodes what is asked for and leaves the rest of what is not known. It is made of one that takes all
+    that is not asked for as known."""
+    rank, orders = np.where(known, 0, np.where(asked, 1, 2)), np.asarray(plan.order)
+    along = np.argsort(np.take_along_axis(rank, orders, axis=1), axis=1, kind="stable")
+    return join([Plan(jnp.asarray(np.take_along_axis(orders, along, axis=1)), plan.tokens_per_step,
+                      plan.diffused - plan.given, known.sum(1))])
 
 
 Policy = Callable[[Key[Array, ""], int, int, int, float, int], Plan]

@@ -73,7 +73,7 @@ def facts(logits: Float[Array, "*s V"], tokens: Int[Array, "*s"], rule: Rule) ->
     if rule.temperature == 0:
         by_rule = jnp.zeros_like(logp)
     else:
-        scaled = logits / rule.temperature
+        scaled = categorical.without_banned(logits, rule) / rule.temperature
         kept = categorical.kept(jnp.exp(scaled - scaled.max(-1, keepdims=True)), rule)
         by_rule = of_token(scaled) - jax.nn.logsumexp(scaled, axis=-1, where=kept)
     return Facts(logp, by_rule, -(jnp.exp(logs) * logs).sum(-1), ids.astype(jnp.int32), likeliest)
@@ -83,7 +83,7 @@ def steps(plan: Plan) -> Int[np.ndarray, "B L"]:
     """The step that decodes each natural position, int32; -1 where no step does."""
     order = np.asarray(plan.order)
     counts = np.broadcast_to(plan.tokens_per_step, (len(order), np.shape(plan.tokens_per_step)[-1]))
-    found = np.empty(order.shape, np.int32)
-    for row, numbers, count in zip(found, order, counts, strict=True):
-        row[numbers] = np.repeat(np.arange(-1, len(count)), [len(numbers) - count.sum(), *count])
+    found = np.full(order.shape, -1, np.int32)
+    for row, numbers, count, given in zip(found, order, counts, np.broadcast_to(plan.given, len(order)), strict=True):
+        row[numbers[given:given + count.sum()]] = np.repeat(np.arange(len(count)), count)
     return found

@@ -14,7 +14,7 @@ import math
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,15 @@ from jaxtyping import Array, Bool, Int, Key
 
 from eso_jax import families, likelihood, sharding
 from eso_jax.config import ATTENTION, Config
+from eso_jax.data.prompts import Given, of_array
+from eso_jax.data.stops import Stops
 from eso_jax.data.tokenizers import Tokenizer
 from eso_jax.decoding import loop
 from eso_jax.decoding.categorical import Rule
-from eso_jax.decoding.plan import Plan, join
+from eso_jax.decoding.plan import Plan, join, leave
 from eso_jax.decoding.record import Facts, Record, empty, steps as steps_of
 from eso_jax.decoding.rejection import unigram_entropy
+from eso_jax.engine import choice
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
 from eso_jax.errors import require
 from eso_jax.model.params import Weights, for_inference
@@ -47,7 +50,7 @@ class Samples(NamedTuple):
     """Generated sequences and how they came about.
 
     Attributes:
-      tokens: int32 [N, L]; masks where `done` has ended a sample.
+      tokens: int32 [N, L]; masks where nothing was asked for, or a sample has ended.
       order: int32 [N, L], each sample's decoding order.
       tokens_per_step: int [steps], decoded in each step; [N, steps] where samples differ in it.
       diffusion: tokens of the diffusion phase, or [N]; with the two above, and `given`, it makes the plan.
@@ -57,6 +60,7 @@ class Samples(NamedTuple):
       compile_seconds: of these, spent on tracing and compiling.
       record: when each token was decoded and what was known of it, where that was asked for; see decoding/record.py.
       caption: with it, what else a page that plays the generation needs; see viewer/caption.py.
+      text: what the tokens say, up to the first stop or the last decoded token; nothing without a tokenizer.
     """
 
     tokens: np.ndarray
@@ -69,6 +73,7 @@ class Samples(NamedTuple):
     compile_seconds: float
     record: Record | None = None
     caption: Caption | None = None
+    text: Sequence[str] = ()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What the .npz of `eso-jax sample` holds, but for the text."""
@@ -115,8 +120,10 @@ class Model(Engine):
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, num_tries: int = 1,
-               min_entropy: float | None = None, keep: bool = False, given: np.ndarray | None = None,
-               done: loop.Done | None = None, record: bool = False, watch: Watch | None = None) -> Samples:
+               min_entropy: float | None = None, keep: bool = False, record: bool = False,
+               banned: Sequence[int] = (), given: np.ndarray | Given | None = None,
+               max_tokens: int | None = None, stop: Sequence[str] = (), done: loop.Done | None = None,
+               watch: Watch | None = None) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
         Where tokens are given, the others follow their exact conditional law under the decoding of the plan. A sample
@@ -131,14 +138,19 @@ class Model(Engine):
           plan: a policy of eso_jax/decoding/plan.py (None: the family's own), or a plan with an order per sample.
           num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
             along the same plan, until they have been drawn this often. 1: none is.
+          banned: ids that are never drawn (the mask never is).
           keep: an interrupt (Ctrl-C) ends the work and leaves the samples whose batches are done, if there are any.
-          given: int [M, L], tokens that are known by natural position; the mask id marks the others. See
-            Family.check_known for what a family can be given.
-          done: asked now and then about the tokens of a batch so far, int [B, L] with masks; bool [B], which rows need
-            no more. A batch is left when all its rows are done. What a row has got by then depends on the others.
-          record: of each token its step, its log p, the entropy and the likeliest tokens are kept.
           watch: is told every few passes which rows are at work, int [B], and their tokens so far, int [B, L]; masks
             where there is none yet.
+          record: of each token its step, its log p, the entropy and the likeliest tokens are kept.
+          given: int [M, K <= L], tokens that are known by natural position; the mask id marks the others. Or what
+            eso_jax.data.prompts makes of texts. See Family.check_known for what a family can be given.
+          max_tokens: the first so many unknown tokens of each row are decoded, by a plan of these alone. Those behind
+            them, and those that `given` does not ask for, stay masks, for no pass.
+          stop: texts at which a sample ends, see eso_jax/data/stops.py; tokens from there on are masks.
+          done: asked now and then about the tokens of a batch so far, int [B, L] with masks, and which of them were
+            given, bool [B, L]; says which rows need no more, bool [B]. A batch is left when all its rows are done or
+            decoded. What a row has got by then depends on the others. (`stop` is one, with what is behind it cut.)
 
         Raises:
           EsoError: an argument is out of range, the family cannot follow the plan or be given these tokens, or the
@@ -153,22 +165,33 @@ class Model(Engine):
                 "goes with num_tries > 1: the nats below which a sample is drawn again")
         require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
         alpha_0 = families.alpha_0_of(self.config, alpha_0)
-        rule = Rule(temperature, top_p, min_p)
+        rule = Rule(temperature, top_p, min_p, tuple(banned))
+        rule.check_vocabulary(self.config.model.vocab_size, self.config.model.mask)
         plan_key, draw_key = jax.random.split(jax.random.key(seed))
         model = self.config.model
-        given = np.full((1, model.length), model.mask) if given is None else np.asarray(given)
-        given = np.repeat(_check_given(given, self.config), num_samples, axis=0)
+        rows = given if isinstance(given, Given) else of_array(
+            np.zeros((1, 0), int) if given is None else np.asarray(given), model)
+        families.get(self.config).check_known(self.config, rows.tokens != model.mask)
+        given, end = (np.repeat(each, num_samples, axis=0) for each in rows)
         known, num_samples = given != model.mask, len(given)
+        require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
+        asked = ~known & (np.arange(model.length) < end[:, None])
+        asked &= asked.cumsum(1) <= (max_tokens or model.length)
+        stops = Stops.of(stop, self.tokenizer)
+        require(done is None or not stop, "stop", list(stop), "give this or done, not both")
         if not isinstance(plan, Plan):
             policy: Any = {} if plan is None else {"policy": plan}
-            plan = _plan(self.config, row_keys(plan_key, given, known), plan_key, known, steps, alpha_0, **policy)
+            plan = _plan(self.config, row_keys(plan_key, given, known), plan_key, ~asked, steps, alpha_0, **policy)
+            plan = plan if (known | asked).all() else leave(plan, known, asked)
+        else:
+            require(max_tokens is None, "max_tokens", max_tokens, "a plan that is given says what is decoded")
         require(plan.order.shape == given.shape, "plan", plan.order.shape,
                 f"its order must have shape [{num_samples}, {model.length}]")
         plan.check_given(known)
 
         size = self.size(num_samples, batch_size)  # also for the few that are drawn again: no other compilation
         tokens = np.zeros(plan.order.shape, np.int32)
-        room = empty(num_samples, plan.length, model.vocab_size) if record else None
+        room = empty(num_samples, plan.length, self.config.model.vocab_size) if record else None
         facts: Facts | None = jax.tree.map(np.array, room)
         tries = np.zeros(num_samples, np.int32)
         with Stopwatch() as clock:
@@ -178,22 +201,23 @@ class Model(Engine):
                     again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
                 if len(again):
                     keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
-                    found, told = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
-                                         done, record, watch)
+                    found, new = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
+                                        stops.done if stops and stop else done, record, watch)
                     ready = again[:len(found)]
                     tokens[ready] = found
-                    if facts is not None and told is not None:
-                        for whole, part in zip(facts, told, strict=True):
+                    if facts is not None and new is not None:
+                        for whole, part in zip(facts, new, strict=True):
                             whole[ready] = part
                     tries[ready] += 1
                     if len(ready) < len(again):
                         break
         ready = np.flatnonzero(tries)
         plan = plan.rows(ready)
+        text = [stops.cut(tokens[row], known[row]) for row in ready] if stops else []
         kept = None if facts is None else Record(steps_of(plan), *(fact[ready] for fact in facts))
-        words = None if kept is None else caption(self.config, plan, tokens[ready], kept, self.tokenizer)
+        told = None if kept is None else caption(self.config, plan, tokens[ready], kept, self.tokenizer)
         return Samples(tokens[ready], np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given,
-                       known[ready], tries[ready], clock.seconds, clock.compile_seconds, kept, words)
+                       known[ready], tries[ready], clock.seconds, clock.compile_seconds, kept, told, text)
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""
@@ -204,17 +228,9 @@ class Model(Engine):
         its plan. One pass per step."""
         return likelihood.plan_log_prob(self, tokens, plan)
 
-
-def _check_given(given: np.ndarray, config: Config) -> Int[np.ndarray, "M L"]:
-    """Raises an EsoError for tokens that the model cannot be given."""
-    model = config.model
-    require(np.issubdtype(given.dtype, np.integer) and given.ndim == 2 and given.shape[1] == model.length
-            and len(given) >= 1, "given", f"{given.dtype} {given.shape}", f"must be integers [M, {model.length}], the "
-            f"mask {model.mask} where a token is not known")
-    bad = (given < 0) | (given >= model.vocab_size)
-    require(not bool(bad.any()), "given", given[bad][:1].tolist(), f"ids must be in [0, {model.vocab_size})")
-    families.get(config).check_known(config, given != model.mask)
-    return given.astype(np.int32)
+    def choose(self, context: str | np.ndarray, options: Sequence[str | np.ndarray]) -> choice.Choice:
+        """How likely each of several continuations or infillings of a context is; see eso_jax/engine/choice.py."""
+        return choice.choose(self, context, options)
 
 
 def _plan(config: Config, keys: Key[Array, " N"], key: Key[Array, ""], known: Bool[np.ndarray, "N L"], steps: int,
@@ -251,8 +267,8 @@ def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows:
            done: loop.Done | None = None, record: bool = False,
            watch: Watch | None = None) -> tuple[Int[np.ndarray, "R L"], Facts | None]:
     """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own key. With them,
-    on request, what was known of them. A terminal sees how far it is. `keep`: see Engine.rows; `given`, `done`:
-    eso_jax.decoding.loop.sample; `watch`: Model.sample."""
+    on request, what was known of them. A terminal sees how far it is. `keep`: see Engine.rows; `given` and `done`:
+    eso_jax.decoding.loop.sample."""
     from tqdm import tqdm
 
     order, bits = np.asarray(plan.order), np.asarray(jax.random.key_data(keys))
@@ -265,11 +281,10 @@ def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows:
 
     def draw(weights: Weights, order: Array, index: Array, bits: Array,
              given: Array | None = None) -> tuple[Array, Facts | None]:
-        numbers = sharding.fetch(index)
-        here = dataclasses.replace(plan.rows(numbers), order=order)
+        here = dataclasses.replace(plan.rows(sharding.fetch(index)), order=order)
         found = families.sample(weights, engine.config, here, jax.random.wrap_key_data(bits), rule, given,
-                                bar.update if terminal else None, done, record,
-                                None if watch is None else functools.partial(watch, numbers))
+                               bar.update if terminal else None, done, record,
+                               None if watch is None else functools.partial(watch, sharding.fetch(index)))
         return found if record else (found, None)
 
     with tqdm(total=round(-(-len(rows) // size) * size * unknown), desc="sampling", unit="token", leave=False,

@@ -5,8 +5,8 @@
 
 takes the harness's own options (its batch size is 1 unless given). Requests for a log-likelihood are scored exactly, in
 one pass for many: the context comes first in the order, the continuation after it, and the padding last, where nothing
-sees it. AR and Eso-LM (B) have such conditionals; the others raise an EsoError. Texts are generated without a prompt so
-far, so generate_until raises one as well.
+sees it. AR and Eso-LM (B) have such conditionals; the others raise an EsoError. Texts are generated behind their
+contexts by the sampler, an Eso-LM's at model_args' alpha_0 and steps.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from eso_jax import families, likelihood
 from eso_jax.console import say, tell
+from eso_jax.data.tokenizers import SHOWN_SEPARATOR
 from eso_jax.engine.model import load
 from eso_jax.errors import EsoError, require
 
@@ -35,6 +36,7 @@ except ImportError as error:
     raise EsoError(MISSING) from error
 
 Ids = Sequence[int]
+MOST = 256  # tokens of a generated text, where a task does not say
 
 
 @register_model("eso_jax")
@@ -46,6 +48,7 @@ class HarnessModel(TemplateLM):
       ema: use the averaged parameters.
       batch_size: rows that pass together, over all devices.
       tensor: devices to a copy of the model.
+      alpha_0, steps: of generated texts, see Model.sample.
       others: what the harness passes to every model (device and the like), without a meaning here.
 
     Raises:
@@ -53,7 +56,7 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(self, workdir: str, ema: bool = True, batch_size: int | str = 64, tensor: int = 1,
-                 **others: Any) -> None:
+                 alpha_0: float | None = None, steps: int = 128, **others: Any) -> None:
         super().__init__()
         require(str(batch_size).isdigit() and int(batch_size) >= 1, "batch_size", batch_size, "must be at least 1")
         self.model = load(workdir, ema=ema, tensor=tensor, batch_size=int(batch_size))
@@ -62,7 +65,8 @@ class HarnessModel(TemplateLM):
         if tokenizer is None:
             raise EsoError(f"workdir = {workdir!r}: no tokenizer fits its vocabulary of "
                            f"{self.model.config.model.vocab_size}, and the harness gives text")
-        self.encode, self.separator = tokenizer.encode, tokenizer.separator_id
+        self.encode, self.decode, self.separator = tokenizer.encode, tokenizer.decode, tokenizer.separator_id
+        self.alpha_0, self.steps = alpha_0, int(steps)
         self._said_cut = False
 
     @property
@@ -124,7 +128,31 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        raise EsoError("generate_until: the sampler takes no prompts yet; choose tasks that ask for log-likelihoods")
+        """What follows each (context, settings), up to the first of the texts `until`, a separator, or `max_gen_toks`
+        tokens; greedy unless the settings say do_sample or a temperature. A context that leaves no room for these is
+        cut from the left."""
+        answers: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+        for group in groups.values():
+            settings = requests[group[0]].args[1]
+            most = int(settings.get("max_gen_toks", MOST))
+            require(1 <= most < self.max_length, "max_gen_toks", most, f"must leave room for a context in the model's "
+                    f"length {self.max_length}; give another by --gen_kwargs max_gen_toks=...")
+            until = settings.get("until") or []
+            stop = [text for text in ([until] if isinstance(until, str) else until) if text]
+            temperature = float(settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0))
+            given = np.full((len(group), self.max_length), self.model.config.model.mask, np.int32)
+            for row, index in zip(given, group, strict=True):
+                context = (self.tok_encode(requests[index].args[0]) or [self.separator])[most - self.max_length:]
+                row[:len(context)] = context
+            found = self.model.sample(1, self.steps, self.alpha_0, float(settings.get("top_p", 1.0)), temperature,
+                                      given=given, max_tokens=most, stop=[*stop, SHOWN_SEPARATOR])
+            for index, row, known, text in zip(group, found.tokens, found.given, found.text, strict=True):
+                answers[index] = text[len(self.decode(row[known])):]
+                self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
+        return [answers[index] for index in range(len(requests))]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from eso_jax.data import rows, streams
 from eso_jax.data.rows import Wish
-from eso_jax.data.tokenizers import SHOWN_SEPARATOR
+from eso_jax.data.tokenizers import encode_shown
 from eso_jax.errors import EsoError, require
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ class Texts:
             raise EsoError(f"{user}: its vocabulary of {config.vocab_size} is not that of the tokens, and "
                            + ("there is no text to encode" if self.strings is None else "it has no tokenizer")
                            + "; use a model of the same vocabulary")
-        return [tokenizer.join(string.split(SHOWN_SEPARATOR), separate=True)[:-1].astype(np.int64)
-                for string in self.strings]
+        return [encode_shown(tokenizer, string).astype(np.int64) for string in self.strings]
 
     def units(self) -> tuple[str, list[Int[np.ndarray, " _"]]]:
         """What diversity is counted in, and each text in it: "words", between white space, numbered; or "tokens"."""

@@ -66,8 +66,9 @@ def alpha_0_of(config: Config, alpha_0: float | None) -> float:
 
 def sample(weights: Weights, config: Config, plan: Plan, keys: Key[Array, "..."], rule: Rule = Rule(),
            given: Int[Array, "B L"] | None = None, report: loop.Report | None = None,
-           done: loop.Done | None = None, record: bool = False, watch: loop.Watch | None = None) -> Any:
-    """Decodes a batch along the plan; tokens in natural order, int [B, L], with `record` and their facts.
+           done: loop.Done | None = None, record: bool = False,
+           watch: loop.Watch | None = None) -> Any:
+    """Decodes a batch along the plan; tokens in natural order.
 
     Args:
       keys: one for each row, whose draws depend on nothing else; or one of which to make them, by its number.

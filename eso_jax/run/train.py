@@ -99,6 +99,18 @@ def jit_step(config: Config, mesh: Mesh) -> Any:
                    out_shardings=(shardings(config, mesh), NamedSharding(mesh, P())))
 
 
+def length_of_step(config: Config, step: int) -> int:
+    """How many tokens of each row a step is on: all of them; of the share train.random_length of the steps, drawn by
+    (train.seed, step), the first 1, 2, ... or 8 eighths, each as likely (BD3-LM: whole blocks). The loss is the mean
+    over these tokens, as if the rows and the model were so short: nothing beyond is seen. Each length is a program of
+    its own, compiled when it first comes up; hence so few."""
+    length, part = config.model.length, families.get(config).block(config) or 1
+    short, eighths = np.random.default_rng([config.train.seed, step]).random(2)
+    if short >= config.train.random_length:
+        return length
+    return min(length, -(-length * (1 + int(8 * eighths)) // (8 * part)) * part)
+
+
 def compute_weights(config: Config, params: Params) -> Weights:
     """What a training pass computes with."""
     return fold(config.model, params, jnp.dtype(config.train.compute_dtype), config.train.attention)
@@ -241,18 +253,24 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
             say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step 0 again")
         log = metrics.MetricsLog(directory, first)
         meter = _Meter(config, log, saver.last)
-        step_fn = jit_step(config, mesh)
+        programs = dict[int, Any]()
         fold = jit_fold(config, mesh)
         traced = max(0, min(settings.profile_steps, settings.steps - first - 3))
         for step in bar(range(first + 1, settings.steps + 1), total=settings.steps, initial=first, desc="train",
                         unit="step"):
-            if step > first + 1:  # the first compiles
+            length = length_of_step(config, step)
+            if length in programs:
                 watchdog.begin()
+            else:  # it compiles
+                short = dataclasses.replace(config, model=dataclasses.replace(config.model, length=length))
+                programs[length] = jit_step(short, mesh)
             # Nothing goes between host and devices in a step but what is sent and asked for here.
             with (metrics.profiled(directory, step - first, traced), jax.transfer_guard("disallow"),
                   jax.profiler.StepTraceAnnotation("train", step_num=step)):
-                state, values = step_fn(state, sharding.put_rows(next(iterator), mesh, settings.batch_size))
-                meter.add(step, values)  # reads the step before this one, so that the device is never idle
+                tokens = sharding.put_rows(next(iterator)[:, :length], mesh, settings.batch_size)
+                state, values = programs[length](state, tokens)
+                # Reads the step before this one, so that the device is never idle.
+                meter.add(step, values, length / config.model.length)
             watchdog.rest()
             saver.check()
             ends, stops = step == settings.steps, preemption.asked(step)
@@ -297,7 +315,7 @@ class _Meter:
     def __init__(self, config: Config, log: metrics.MetricsLog, last: Callable[[], str]) -> None:
         self.config, self.log, self.last = config, log, last
         self.flops = sum(flops.training_step(config).values())
-        self.pending: tuple[int, dict[str, Array]] | None = None
+        self.pending: tuple[int, dict[str, Array], float] | None = None
         self.seen: list[dict[str, float]] = []
         self.skipped = self.skipped_in_a_row = 0
         self.started = False
@@ -305,16 +323,17 @@ class _Meter:
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last step (an evaluation, a save) out of tokens/s."""
-        self.clock, self.clocked = time.perf_counter(), 0
+        self.clock, self.clocked = time.perf_counter(), 0.0
 
-    def add(self, step: int, values: dict[str, Array]) -> None:
+    def add(self, step: int, values: dict[str, Array], share: float) -> None:
+        """`share` of the model's length is what the step was on."""
         self.flush()
-        self.pending = step, values
+        self.pending = step, values, share
 
     def flush(self) -> None:
         if self.pending is None:
             return
-        (step, values), self.pending = self.pending, None
+        (step, values, share), self.pending = self.pending, None
         now = {name: float(value) for name, value in jax.device_get(values).items()}
         if now.pop("finite"):
             self.seen.append(now)
@@ -325,9 +344,9 @@ class _Meter:
             self.started = True
             self.restart_clock()
         else:
-            self.clocked += 1
+            self.clocked += share
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
-            rate = self.clocked / (time.perf_counter() - self.clock)  # steps per second
+            rate = self.clocked / (time.perf_counter() - self.clock)  # steps per second, on whole rows
             tokens = self.config.train.batch_size * self.config.model.length
             names = self.seen[0] if self.seen else ()
             means = {name: float(np.mean([s[name] for s in self.seen])) for name in names}

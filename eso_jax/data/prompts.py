@@ -1,0 +1,152 @@
+"""What is given of a sample: prompts, templates and arrays, to rows of a model's length. The mask marks the unknown.
+
+A prompt is the beginning of a row. A template is text with blanks, [MASK:n] for n tokens and [MASK] for one; nothing is
+asked for behind its end. Each piece of it is encoded alone, so that a blank has just as many tokens as it says. No
+escapes are read. A separator is written as decoded text shows it: a form feed on a line of its own.
+
+Axes: N rows, L length, K tokens of a shorter row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from eso_jax.config import ModelConfig
+from eso_jax.data import rows, streams
+from eso_jax.data.tokenizers import Tokenizer, encode_shown
+from eso_jax.errors import EsoError, require
+
+BLANK = re.compile(r"\[MASK(?::(\d+))?\]")
+FIELDS = ("prompt", "template", *rows.FIELDS)  # of a row of a file; the first there is
+
+
+class Given(NamedTuple):
+    """Rows to be completed.
+
+    Attributes:
+      tokens: int32 [N, L], the mask where nothing is given.
+      end: int [N], positions from here on are not asked for.
+    """
+
+    tokens: Int[np.ndarray, "N L"]
+    end: Int[np.ndarray, " N"]
+
+
+def of_prompt(text: str, tokenizer: Tokenizer | None, model: ModelConfig, name: str = "prompt") -> Given:
+    """One row that begins with a text.
+
+    Raises:
+      EsoError: there is no tokenizer, it has no ids for the text, or they are more than the model's length.
+    """
+    return _of_one({"prompt": text}, name, text, tokenizer, model)
+
+
+def of_template(text: str, tokenizer: Tokenizer | None, model: ModelConfig, name: str = "template") -> Given:
+    """One row with blanks.
+
+    Raises:
+      EsoError: as of a prompt; or there is no blank, or one of no token.
+    """
+    return _of_one({"template": text}, name, text, tokenizer, model)
+
+
+def of_rows(path: str, tokenizer: Tokenizer | None, model: ModelConfig, name: str = "prompts") -> Given:
+    """A row for each of a file's, such as JSON lines of {"prompt": ...}, {"template": ...} or {"text": ...}, a prompt.
+
+    Raises:
+      EsoError: there is no row, or one that is none of these or raises as `of_prompt` and `of_template` do.
+    """
+    tokenizer = _checked(tokenizer, name, path)
+    found = []
+    try:
+        for place, row in rows.each(path, streams.inside(streams.of_file(Path(path))), rows.Wish(flag=name)):
+            try:
+                found.append(_row(row, tokenizer, model))
+            except (rows.BadRow, EsoError) as error:
+                raise EsoError(f"{name} = {path!r}: {place} {error}") from error
+    except (OSError, rows.NotText) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise EsoError(f"{name} = {path!r}: {reason}") from error
+    require(bool(found), name, path, 'holds no rows; write one {"prompt": ...} a line')
+    return _stacked(found, model)
+
+
+def of_array(tokens: np.ndarray, model: ModelConfig, name: str = "given") -> Given:
+    """Rows of ids, int [N, K] with K <= L; what lacks behind them is unknown.
+
+    Raises:
+      EsoError: they are no such rows.
+    """
+    tokens = np.asarray(tokens)
+    require(tokens.ndim == 2 and np.issubdtype(tokens.dtype, np.integer) and len(tokens) > 0, name,
+            f"{tokens.dtype} {tokens.shape}", f"must be integers [N, L], with the mask {model.mask} for the unknown")
+    require(tokens.shape[1] <= model.length, name, tokens.shape, f"the model has length {model.length}")
+    bad = (tokens < 0) | (tokens >= model.vocab_size)
+    if bad.any():
+        row, column = np.argwhere(bad)[0].tolist()
+        raise EsoError(f"{name}[{row}, {column}] = {tokens[row, column]}: ids must be in [0, {model.vocab_size})")
+    return _stacked([(row, model.length) for row in tokens], model)
+
+
+def _of_one(row: dict[str, str], name: str, text: str, tokenizer: Tokenizer | None, model: ModelConfig) -> Given:
+    tokenizer = _checked(tokenizer, name, text)
+    try:
+        return _stacked([_row(row, tokenizer, model)], model)
+    except rows.BadRow as error:
+        raise EsoError(f"{name} = {_short(text)!r}: {error}") from error
+
+
+def _row(row: Any, tokenizer: Tokenizer, model: ModelConfig) -> tuple[np.ndarray, int]:
+    """The ids of a row of a file, masks included, and where it ends.
+
+    Raises:
+      BadRow: it has no text, or one that does not do.
+    """
+    if isinstance(row, rows.BadRow):
+        raise row
+    field = next((known for known in FIELDS if isinstance(row, dict) and known in row), None)
+    text = rows.text_of(row, field or "prompt")
+    pieces = list(_pieces(text, model.mask)) if field == "template" else [text]
+    ids = np.concatenate([np.empty(0, np.int64), *(encode_shown(tokenizer, piece) if isinstance(piece, str) else piece
+                                                   for piece in pieces)])
+    if len(ids) > model.length:
+        raise rows.BadRow(f"is {len(ids)} tokens, and the model has length {model.length}; shorten it")
+    return ids, len(ids) if field == "template" else model.length
+
+
+def _pieces(text: str, mask: int) -> Any:
+    """Texts, and arrays of masks."""
+    found = BLANK.split(text)  # text, number or None, text, ...
+    if len(found) == 1:
+        raise rows.BadRow("has no blank; write [MASK:n] for n unknown tokens, or give it as a prompt")
+    for at, piece in enumerate(found):
+        if at % 2 == 0:
+            yield piece
+        elif piece is not None and int(piece) == 0:
+            raise rows.BadRow("has a blank [MASK:0] of no token; leave it out")
+        else:
+            yield np.full(min(int(piece or 1), 2**20), mask)  # a huge number is refused by its length, not by memory
+
+
+def _stacked(found: Sequence[tuple[np.ndarray, int]], model: ModelConfig) -> Given:
+    tokens = np.full((len(found), model.length), model.mask, np.int32)
+    for row, (ids, _) in zip(tokens, found, strict=True):
+        row[:len(ids)] = ids
+    return Given(tokens, np.array([end for _, end in found]))
+
+
+def _checked(tokenizer: Tokenizer | None, name: str, text: str) -> Tokenizer:
+    if tokenizer is None:
+        raise EsoError(f"{name} = {_short(text)!r}: the model has no tokenizer, so that text has no ids; give ids by "
+                       "--given")
+    return tokenizer
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."

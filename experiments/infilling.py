@@ -1,0 +1,115 @@
+"""Does it help to know what follows? Exact perplexity of held-out spans, given both sides of them, or the left alone.
+
+Command:   python experiments/infilling.py runs/quickstart [MORE ...] --out runs/infilling.json
+           (a picture beside it; a minute on two CPU cores per model of the quickstart's size)
+
+A span of n tokens in the middle of each held-out window is scored from left to right, one token at a time, by
+conditionals of an Eso-LM (B). What is given comes first in the order, ascending as in likelihood.conditionals and in
+`sample`, or shuffled, as the clean tokens of training are.
+
+Axes: B windows, L length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+
+from eso_jax import families, load
+from eso_jax.cli import guarded, keep_compilations
+from eso_jax.config import Config
+from eso_jax.console import say
+from eso_jax.data import evenly_spaced, windows_of
+from eso_jax.engine.model import Model
+from eso_jax.errors import require
+from eso_jax.files import as_json, check_out, write_whole
+from eso_jax.model.params import Weights
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+SPANS = (1, 2, 4, 8, 16, 32)
+GIVEN = ("the left", "both sides", "both, shuffled")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(config: Config, weights: Weights, tokens: jax.Array, order: jax.Array) -> jax.Array:
+    return families.get(config).log_likelihood(weights, config, tokens, order)
+
+
+def span_nll(model: Model, windows: np.ndarray, span: int, given: str) -> np.ndarray:
+    """-log p of the tokens of the middle span in nats per token, [B]."""
+    length = windows.shape[1]
+    first = (length - span) // 2
+    place = np.arange(length)
+    wanted = (place >= first) & (place < first + span)
+    rank = np.where(wanted, length, place.astype(float))
+    rank[first + span:] += 2 * length * (given == "the left")  # then behind the span, where nothing sees it
+    rank = np.tile(rank, (len(windows), 1))
+    if given == "both, shuffled":
+        rank[:, ~wanted] = np.random.default_rng(0).random((len(windows), length - span))
+    order = np.argsort(rank, axis=1, kind="stable").astype(np.int32)
+    by_slot = model.rows(functools.partial(score, model.config.law()), len(windows),
+                         lambda rows: (windows[rows].astype(np.int32), order[rows]))
+    known = first if given == "the left" else length - span
+    return -by_slot[:, known:known + span].mean(axis=1)
+
+
+def measure(workdir: str, count: int) -> dict[str, Any]:
+    model = load(workdir)
+    families.get(model.config).check_conditionals()
+    held_out = windows_of(model.config, "validation", tokenizer=model.tokenizer)
+    windows = np.asarray(evenly_spaced(held_out, count)[:])
+    spans = [span for span in SPANS if span <= windows.shape[1] // 2]
+    found: dict[str, Any] = {"workdir": workdir, "family": model.config.family.name, "windows": len(windows),
+                             "trained_at_alpha_0": families.alpha_0_of(model.config, None), "spans": spans}
+    for given in GIVEN[:1] if model.config.family.name == "ar" else GIVEN:
+        nll = np.stack([span_nll(model, windows, span, given) for span in spans])
+        found[given] = {"nats_per_token": nll.mean(1).tolist(), "perplexity": np.exp(nll.mean(1)).tolist(),
+                        "standard_error": (nll.std(1, ddof=1) / np.sqrt(len(windows))).tolist()}
+        say(f"{workdir}, given {given}: perplexity of spans of {spans}: "
+            + ", ".join(f"{value:.2f}" for value in found[given]["perplexity"]))
+    return found
+
+
+def draw(path: Path, results: list[dict[str, Any]]) -> None:
+    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 3.6), sharey=True, squeeze=False,
+                                layout="constrained")
+    for one, result in zip(axes[0], results, strict=True):
+        for given, colour in zip(GIVEN, ("#9fc5e8", "#2a9d8f", "#f4a261"), strict=True):
+            if given in result:
+                one.errorbar(result["spans"], result[given]["nats_per_token"], result[given]["standard_error"],
+                             color=colour, label=f"given {given}", marker="o", capsize=3)
+        one.set(xscale="log", xticks=result["spans"], xticklabels=result["spans"], xlabel="tokens of the span",
+                title=f"{result['family']}, trained at alpha_0 = {result['trained_at_alpha_0']:g}")
+        one.minorticks_off()
+        one.title.set_fontsize(9)
+    axes[0, 0].set_ylabel("nats per token")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdirs", nargs="+", help="work directories of Eso-LMs (B)")
+    parser.add_argument("--windows", type=int, default=512, help="held-out windows (%(default)s)")
+    parser.add_argument("--out", required=True, help=".json")
+    arguments = parser.parse_args()
+    check_out(arguments.out)
+    require(arguments.out.endswith(".json"), "--out", arguments.out, "must end in .json")
+    results = [measure(workdir, arguments.windows) for workdir in arguments.workdirs]
+    write_whole(arguments.out, as_json(results))
+    draw(Path(arguments.out).with_suffix(".png"), results)
+    say(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    keep_compilations()
+    raise SystemExit(guarded(main))

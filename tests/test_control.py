@@ -1,0 +1,187 @@
+"""What a user asks of samples: what is given, what is banned, where they end; of every family."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Run, engine, random_params, random_weights, tiny_config
+from eso_jax import families
+from eso_jax.data import ByteTokenizer, prompts
+from eso_jax.decoding import loop
+from eso_jax.engine.model import Model
+from eso_jax.errors import EsoError
+from eso_jax.run import workdir
+
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
+LENGTH, MASK = 12, 8
+
+
+def model_of(family: str, length: int = LENGTH, vocab_size: int = MASK + 1, **fields: object) -> Model:
+    config = tiny_config(family, length, vocab_size, **({"block_size": 4} if family == "bd3lm" else {}), **fields)
+    one = engine(config, random_weights(config.model))
+    tokenizer = ByteTokenizer() if vocab_size == 258 else None
+    return Model(config, one.weights, one.mesh, 8, step=0, tokenizer=tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.BY_NAME)
+def test_rule_seed_and_ban_reach_every_sampler(family: str) -> None:
+    """What leaves but the likeliest token draws as temperature 0 does, whatever the seed of the draws."""
+    model = model_of(family)
+
+    def draw(**fields: Any) -> np.ndarray:
+        return model.sample(4, 3 if family != "bd3lm" else 6, **fields).tokens
+
+    greedy, plain = draw(temperature=0.0), draw()
+    for fields in ({"top_p": 1e-6}, {"min_p": 0.99999}, {"temperature": 1e-4}):
+        np.testing.assert_array_equal(draw(**fields), greedy)
+    assert (draw(seed=1) != plain).any() and (plain != greedy).any()
+    likely = int(np.bincount(greedy.ravel()).argmax())
+    for rule in ({}, {"temperature": 0.0}):
+        found = draw(banned=(likely, 3), **rule)
+        assert not np.isin(found, (likely, 3, MASK)).any() and (found < MASK).all()
+    with pytest.raises(EsoError, match="banned = '8 ids': leave a token to be drawn"):
+        draw(banned=range(8))
+
+
+@pytest.mark.parametrize("family", ["esolm", pytest.param("ar", marks=pytest.mark.slow)])
+def test_a_prompt_of_any_length_comes_back(family: str) -> None:
+    model, tokens = model_of(family), np.random.default_rng(0).integers(0, MASK, (LENGTH + 1, LENGTH))
+    known = np.arange(LENGTH) < np.arange(LENGTH + 1)[:, None]
+    found = model.sample(1, 3, given=np.where(known, tokens, MASK))
+    np.testing.assert_array_equal(found.tokens[known], tokens[known])
+    np.testing.assert_array_equal(found.given, known)
+    assert (found.tokens < MASK).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["esolm", "esolm_a", "mdlm"])
+def test_infilling_keeps_both_sides_and_ends_where_the_template_does(family: str) -> None:
+    model = model_of(family, 16, 258)
+    given = prompts.of_template("ab[MASK:5]cd", model.tokenizer, model.config.model)
+    found = model.sample(3, 3, given=given)
+    assert (found.tokens[:, :2] == [97, 98]).all() and (found.tokens[:, 7:9] == [99, 100]).all()
+    assert (found.tokens[:, :9] != 257).all() and (found.tokens[:, 9:] == 257).all()
+    assert [text for text in found.text] == [model.tokenizer.decode(row[:9]) for row in found.tokens]
+    assert (found.tokens_per_step.sum(-1) == 5).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.BY_NAME)
+def test_max_tokens_are_the_first_unknown_ones(family: str) -> None:
+    """As if the rest were not there; of MDLM, which sees all masks, this is the law of the whole row's beginning."""
+    model = model_of(family)
+    given = np.full((2, LENGTH), MASK)
+    given[1, :5] = 1
+    found = model.sample(2, 3 if family != "bd3lm" else 6, given=given, max_tokens=4)
+    decoded = found.tokens != MASK
+    assert (decoded == (np.arange(LENGTH) < np.array([4, 4, 9, 9])[:, None])).all()
+    assert (np.asarray(found.given) == (np.arange(LENGTH) < np.array([0, 0, 5, 5])[:, None])).all()
+    assert np.broadcast_to(found.tokens_per_step.sum(-1), 4).tolist() == [4] * 4
+    left = LENGTH - np.asarray(found.plan.end)  # decoded as well, behind the others: these stay as they are
+    counts = np.broadcast_to(found.tokens_per_step, (4, found.tokens_per_step.shape[-1]))
+    more = np.concatenate([counts, np.arange(8) < np.broadcast_to(left, 4)[:, None]], axis=1)
+    plan = dataclasses.replace(found.plan, tokens_per_step=more)
+    np.testing.assert_array_equal(model.sample(2, given=given, plan=plan).tokens[decoded], found.tokens[decoded])
+    whole = model.sample(2, 3 if family != "bd3lm" else 6, given=given, max_tokens=100)
+    assert (whole.tokens < MASK).all()
+    with pytest.raises(EsoError, match="max_tokens = 0: must be at least 1"):
+        model.sample(1, given=given, max_tokens=0)
+    with pytest.raises(EsoError, match="max_tokens = 3: a plan that is given says what is decoded"):
+        model.sample(2, given=given, max_tokens=3, plan=whole.plan)
+
+
+@pytest.mark.slow
+def test_stops_cut_and_save_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens and texts as without saving, and fewer passes; a stop in the prompt is none."""
+    model = model_of("esolm", 256, 258)
+    given = prompts.of_prompt("a.b", model.tokenizer, model.config.model)
+    passes = []
+    inner = loop.decode_run
+
+    def counted(weights: Any, state: Any, steps: Any, *arguments: Any) -> Any:
+        passes.append(np.asarray(steps.count).sum())
+        return inner(weights, state, steps, *arguments)
+
+    monkeypatch.setattr(loop, "decode_run", counted)
+    whole = model.sample(3, alpha_0=0.0, given=given)
+    every = sum(passes)
+    stop = model.tokenizer.decode(whole.tokens[0, 20:21])  # a byte that comes up
+    passes.clear()
+    stops = [stop, *(model.tokenizer.decode(row[24:25]) for row in whole.tokens)]
+    found = model.sample(3, alpha_0=0.0, given=given, stop=stops)
+    assert sum(passes) < every / 2
+    for row, text, full in zip(found.tokens, found.text, whole.tokens, strict=True):
+        said = model.tokenizer.decode(full)
+        end = min(place for stop in stops if (place := said.find(stop, 3)) >= 0)
+        assert text == said[:end] and text.startswith("a.b")
+        kept = row != 257
+        assert (row[kept] == full[kept]).all() and kept[:kept.sum()].all()
+    dots = model.sample(1, alpha_0=0.0, given=given, stop=["a.b"])
+    np.testing.assert_array_equal(dots.tokens[0], whole.tokens[0])
+
+
+@pytest.fixture(scope="module")
+def bytes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config(length=16, vocab_size=258)
+    out = tmp_path_factory.mktemp("bytes") / "w"
+    workdir.create(out, config, random_params(config.model), ByteTokenizer())
+    return out
+
+
+@pytest.mark.slow
+def test_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> None:
+    sample = ["sample", "--workdir", bytes_run, "--steps", 2, "--num-samples", 2, "--out"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n{"template": "c[MASK:2]d"}\n')
+    np.save(tmp_path / "x.npy", np.array([[1, 257, 3]]))
+
+    def made(*arguments: object) -> Any:
+        run(*sample, tmp_path / "s.npz", *arguments)
+        return np.load(tmp_path / "s.npz")
+
+    prompted = made("--prompt", "~ab", "--ban", "x", "--ban-id", 256)
+    assert (prompted["tokens"][:, :3] == list(b"~ab")).all() and prompted["text"].shape == (2,)
+    assert not np.isin(prompted["tokens"], (ord("x"), 256, 257)).any()
+    several = made("--prompts", tmp_path / "p.jsonl", "--max-tokens", 4)
+    assert several["tokens"].shape == (4, 16) and (several["tokens"][:2, :2] == list(b"ab")).all()
+    assert (several["tokens"][2:, [0, 3]] == list(b"cd")).all()
+    assert ((several["tokens"] != 257).sum(1) == [6, 6, 4, 4]).all()
+    template = made("--template", "c[MASK:2]d")
+    np.testing.assert_array_equal(template["tokens"], several["tokens"][2:])  # alone as beside others
+    assert (made("--given", tmp_path / "x.npy")["tokens"][:, [0, 2]] == [1, 3]).all()
+    run(*sample, tmp_path / "s.jsonl", "--template", "c[MASK:2]d")
+    lines = [json.loads(line)["text"] for line in (tmp_path / "s.jsonl").read_text("utf-8").splitlines()]
+    assert lines == template["text"].tolist()
+    stop = ["--stop", prompted["text"][0][-1], "--stop-at-separator"]
+    stopped = made(*stop, "--prompt", "~ab", "--ban", "x", "--ban-id", 256)
+    assert str(prompted["text"][0]).startswith(str(stopped["text"][0]))
+
+
+def test_mistakes_of_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    np.save(tmp_path / "x.npy", np.array([[1, 300]]))
+    np.save(tmp_path / "long.npy", np.zeros((1, 17), int))
+    cases: list[tuple[Callable[[], list[object]] | list[object], str]] = [
+        (["--prompt", "a" * 17], "--prompt = 'aaaaaaaaaaaaaaaaa': is 17 tokens, and the model has length 16"),
+        (["--template", "abc"], "--template = 'abc': has no blank"),
+        (["--prompts", tmp_path / "empty.jsonl"], "holds no rows"),
+        (["--prompts", tmp_path / "no.jsonl"], "no such file"),
+        (["--given", tmp_path / "x.npy"], "--given[0, 1] = 300: ids must be in [0, 258)"),
+        (["--given", tmp_path / "long.npy"], "the model has length 16"),
+        (["--prompt", "a", "--template", "b[MASK]"], "--prompt and --template: give one of them"),
+        (["--stop", ""], "stop = '': must not be empty"),
+        (["--ban", "ab"], "--ban = 'ab': is 2 tokens of tokenizer 'bytes'"),
+        (["--ban-id", 258], "banned = 258"),
+        (["--max-tokens", 0], "--max-tokens = 0")]
+    for arguments, message in cases:
+        said = run("sample", "--workdir", bytes_run, "--out", tmp_path / "s.npz", *arguments, code=2)
+        assert message in said, said
+    assert not (tmp_path / "s.npz").exists()
