@@ -81,7 +81,7 @@ def test_arrays_of_ids() -> None:
     assert given.tokens.tolist() == [row(1, MASK, 2), row()] and given.end.tolist() == [8, 8]
     assert given.tokens.dtype == np.int32
     for array, message in ((np.zeros((1, 9), int), "the model has length 8"), (np.zeros(8, int), "must be integers"),
-                           (np.zeros((1, 8)), "must be integers"), (np.zeros((0, 8), int), "N rows"),
+                           (np.zeros((1, 8)), "must be integers"), (np.zeros((0, 8), int), "N >= 1"),
                            (np.full((1, 2), 258), r"given\[0, 0\] = 258: ids must be in \[0, 258\)"),
                            (np.array([[0, -1]]), r"given\[0, 1\] = -1")):
         with pytest.raises(EsoError, match=message):

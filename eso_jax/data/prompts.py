@@ -85,7 +85,7 @@ def of_array(tokens: np.ndarray, model: ModelConfig, name: str = "given") -> Giv
     """
     tokens = np.asarray(tokens)
     require(tokens.ndim == 2 and np.issubdtype(tokens.dtype, np.integer) and len(tokens) > 0, name,
-            f"{tokens.dtype} {tokens.shape}", f"must be integers [N, L], with the mask {model.mask} for the unknown")
+            f"{tokens.dtype} {tokens.shape}", f"must be integers [N >= 1, L], the mask {model.mask} for the unknown")
     require(tokens.shape[1] <= model.length, name, tokens.shape, f"the model has length {model.length}")
     bad = (tokens < 0) | (tokens >= model.vocab_size)
     if bad.any():
