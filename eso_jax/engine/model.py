@@ -191,7 +191,7 @@ class Model(Engine):
 
         size = self.size(num_samples, batch_size)  # also for the few that are drawn again: no other compilation
         tokens = np.zeros(plan.order.shape, np.int32)
-        room = empty(num_samples, plan.length, model.vocab_size) if record else None
+        room = empty(num_samples, plan.length, self.config.model.vocab_size) if record else None
         facts: Facts | None = jax.tree.map(np.array, room)
         tries = np.zeros(num_samples, np.int32)
         with Stopwatch() as clock:
