@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"--- sample {index}\n{sequence}")
     if arguments.num_tries > 1:
         say(f"{(found.tries > 1).sum()} of {len(found.tries)} samples drawn again, {found.tries.sum()} draws in all")
-    running = found.seconds - found.compile_seconds
-    say(f"NFE {found.tokens_per_step.shape[-1]} per batch; {found.tokens.size} tokens in {found.seconds:.2f} s: "
-        f"{found.tokens.size / found.seconds:.0f} tokens/s with compilation, "
-        f"{found.tokens.size / running:.0f} without its {found.compile_seconds:.2f} s")
+    running, count = found.seconds - found.compile_seconds, int((found.plan.end - found.given.sum(1)).sum())
+    say(f"NFE {found.tokens_per_step.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
+        f"{count / found.seconds:.0f} tokens/s with compilation, {count / running:.0f} without its "
+        f"{found.compile_seconds:.2f} s")
