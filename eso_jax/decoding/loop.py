@@ -417,7 +417,7 @@ def _cut_counts(steps: Step, window: Int[np.ndarray, " S"],
 def _repeat(tree: Any, times: Int[np.ndarray, " S"]) -> tuple[Int[np.ndarray, " _"], Any]:
     """Each entry of the arrays so many times, and the numbers 0, 1, ... of its copies."""
     number = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
-    return number, jax.tree.map(lambda x: np.repeat(x, times), tree)
+    return number, jax.tree.map(lambda x: np.repeat(x, times, axis=0), tree)
 
 
 def _runs(steps: Step, window: Int[np.ndarray, " S"], width: Int[np.ndarray, " S"], length: int,
