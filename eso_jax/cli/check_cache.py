@@ -58,23 +58,37 @@ def run(arguments: argparse.Namespace) -> None:
     block = family.block(model.config) or config.length
     steps = config.length // block * max(1, round(alpha_0 * block) // 4)
 
-    def compare(policy: str) -> None:
-        plan = family.plan(jax.random.key(arguments.seed), model.config, rows, steps, alpha_0, policy)
-        tokens = model.sample(rows, plan=plan, seed=arguments.seed).tokens
+    def compare(policy: str, given: np.ndarray | None = None) -> np.ndarray:
+        key = jax.random.key(arguments.seed)
+        if given is None:
+            given = np.full((rows, config.length), config.mask)
+            plan = family.plan(key, model.config, rows, steps, alpha_0, policy)
+        else:
+            plan = family.plan(jax.random.split(key, rows), model.config, rows, steps, alpha_0, policy,
+                               known=given != config.mask)
+
+        def draw(size: int) -> np.ndarray:
+            return model.sample(1, given=given[:size], plan=plan.rows(np.arange(size)), seed=arguments.seed).tokens
+
+        tokens = draw(rows)
         x = np.take_along_axis(tokens, np.asarray(plan.order), axis=1)
-        say(f"{policy} plan, {plan.nfe} passes, on samples of its own")
+        say(f"{policy} plan, {plan.nfe} passes, on samples of its own"
+            + (", each row behind tokens that are given" if np.any(plan.given) else ""))
         report("cached against uncached", check.cache_error(model, sampler, plan, x))
         # On many devices a few rows may be filled up to as many as all: nothing to compare.
         for size in sorted(size for size in {1, rows // 2} if model.size(size, size) < model.size(rows, rows)):
             report(f"batch of {size} against batch of {rows}", check.batch_error(model, sampler, plan, x, size))
-            few = model.sample(size, plan=plan.rows(np.arange(size)), seed=arguments.seed).tokens
-            say(f"  {'  the same tokens drawn':<44} {100 * (few == tokens[:size]).mean():.2f}%")
+            say(f"  {'  the same tokens drawn':<44} {100 * (draw(size) == tokens[:size]).mean():.2f}%")
         if exact is not model:
             report(f"{arguments.dtype} against float32, both cached",
                    check.precision_error(model, exact, sampler, plan, x), None)
+        return tokens
+
     with catch_out_of_memory(f"--batch-size = {rows}", REMEDY):
         for policy in family.policies:
-            compare(policy)
+            tokens = compare(policy)
+        lengths = (1 + np.arange(rows)) * config.length // (1 + rows)
+        compare(policy, np.where(np.arange(config.length) < lengths[:, None], tokens, config.mask))
     if failures:
         raise EsoError(f"{failures} of the differences are more than rounding: the cache is not exact on this machine; "
                        "please report it with this output")
