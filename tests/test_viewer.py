@@ -50,7 +50,8 @@ def generation(pieces: list[str | bytes], rows: int, length: int, seed: int = 0)
     stop = 2 + np.cumsum(counts)
     text = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
     caption = Caption(np.array("Eso-LM (B)"), np.stack([stop - counts, stop], -1), np.arange(count),
-                      np.cumsum([len(piece) for piece in text]), np.frombuffer(b"".join(text), np.uint8), np.array(-1))
+                      np.cumsum([len(piece) for piece in text]), np.frombuffer(b"".join(text), np.uint8), np.array(-1),
+                      np.array(count))
     return {"tokens": tokens, "order": order, "tokens_per_step": counts, "diffusion": np.array(length // 3),
             "seconds": np.array(0.25), **record._asdict(), **caption._asdict()}
 
@@ -193,6 +194,19 @@ def test_text_is_shown_as_what_it_is(browser: Browser, file: Path) -> None:
                                   "&lt;", "\\xA0", "🐕", "{data}"]
     assert browser.run("getComputedStyle(panels[0].tokens[7].box).unicodeBidi") == "isolate"
     assert browser.run("panels[0].text.querySelectorAll('script').length") == 0
+
+
+@needs_browser
+def test_what_was_not_decoded_stays_masked(browser: Browser, tmp_path: Path) -> None:
+    made = generation(NASTY, 1, 20)
+    made["tokens"][0, 7:9] = len(NASTY)
+    made["step"][0, 8] = -1
+    assert data_of(page({"a": made}))[0]["samples"][0]["phase"][7:9] == [3, 3]
+    (tmp_path / "page.html").write_text(page({"a": made}))
+    browser.open(tmp_path / "page.html", "#at=0.8")
+    masked = browser.run("panels[0].tokens.filter(token => token.box.matches('.masked')).map(token => token.at)")
+    assert masked == [7, 8]
+    assert "left out" in browser.run("$('card').textContent")
 
 
 @needs_browser

@@ -28,6 +28,7 @@ class Caption(NamedTuple):
       piece_ends: int [M], where the text of each ends in `piece_bytes`; that of a separator is empty.
       piece_bytes: uint8, their text end to end; nothing where there is no tokenizer.
       separator: int, the token between documents; -1 where there is no tokenizer.
+      mask: int, the token of a position that was not decoded.
     """
 
     label: Any
@@ -36,6 +37,7 @@ class Caption(NamedTuple):
     piece_ends: Any
     piece_bytes: Any
     separator: Any
+    mask: Any
 
 
 def caption(config: Config, plan: Plan, tokens: np.ndarray, record: Record, tokenizer: Tokenizer | None) -> Caption:
@@ -44,4 +46,4 @@ def caption(config: Config, plan: Plan, tokens: np.ndarray, record: Record, toke
     pieces = [b"" if tokenizer is None else tokenizer.piece(i) for i in ids.tolist()]
     return Caption(np.array(family.label), np.stack(family.sampler(config).window(plan), axis=-1), ids,
                    np.cumsum([len(piece) for piece in pieces]), np.frombuffer(b"".join(pieces), np.uint8),
-                   np.array(-1 if tokenizer is None else tokenizer.separator_id))
+                   np.array(-1 if tokenizer is None else tokenizer.separator_id), np.array(config.model.mask))

@@ -2,7 +2,7 @@
 // What has been decoded is a function of the time alone: `draw` may be called with any time after any other.
 const runs = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
-const PHASES = ["given", "diffusion", "sequential"], SAID = ["given", "by diffusion", "in sequence"];
+const PHASES = ["given", "diffusion", "sequential", "left"], LEFT = 3, SAID = ["given", "by diffusion", "in sequence"];
 const SHADES = ["0%", "9%", "18%", "28%", "40%", "54%"];
 const SCALES = {
   logp: {ends: [0.9, 0.5, 0.2, 0.05, 0.01], of: x => x.p, label: ["> 90%", "> 50%", "> 20%", "> 5%", "> 1%", "less"]},
@@ -93,7 +93,7 @@ class Panel {
     this.plan.setAttribute("aria-label", `Tokens decoded by each of ${run.passes} passes, at most ${most}`);
     this.computed = [0];
     for (const [low, high] of of.window) this.computed.push(this.computed.at(-1) + high - low);
-    this.done = [of.step.filter(step => step < 0).length];
+    this.done = [of.phase.filter(phase => phase === 0).length];
     for (const count of counts) this.done.push(this.done.at(-1) + count);
     this.window = of.window;
     this.passes = null;
@@ -104,8 +104,9 @@ class Panel {
     if (passes === before) return;
     this.passes = passes;
     for (const token of this.tokens) {
-      const {box, step} = token, masked = step >= passes, fresh = step === passes - 1 && step >= 0;
-      if (before !== null && masked === (step >= before) && fresh === (step === before - 1 && step >= 0)) continue;
+      const {box, step} = token, left = token.phase === LEFT;
+      const masked = step >= passes || left, fresh = step === passes - 1 && step >= 0 && !left;
+      if (before !== null && (left || masked === (step >= before) && fresh === (step === before - 1 && step >= 0))) continue;
       box.className = `t ${PHASES[token.phase]}${masked ? " masked" : ""}${fresh ? " new" : ""}`;
       box.setAttribute("aria-label", masked ? `position ${token.at}, masked` : spoken(token));
       paint(token);
@@ -144,7 +145,7 @@ $("panels").append(...panels.map(panel => panel.root));
 const ends = {pass: Math.max(...runs.map(run => run.passes)), seconds: Math.max(...runs.map(run => run.seconds))};
 const state = {by: "pass", time: ends.pass, playing: false, last: 0};
 if (!runs.every(run => run.seconds > 0)) $("by").hidden = true;
-if (!runs.some(run => run.samples.some(sample => sample.step.some(step => step < 0))))
+if (!runs.some(run => run.samples.some(sample => sample.phase.includes(0))))
   document.querySelector(".given-key").hidden = true;
 
 const passesOf = run => Math.min(run.passes, Math.floor(state.by === "pass" ? state.time
@@ -197,8 +198,9 @@ const card = {token: null};
 function tell(token) {
   card.token = token;
   const {run} = token, box = $("card"), piece = id => written(run.pieces[id], id);
-  if (token.step >= token.panel.passes) {
-    box.replaceChildren(make("h3", {}, "masked"), make("p", {}, `position ${token.at} \u00b7 until pass ${token.step + 1} of ${run.passes}`));
+  if (token.phase === LEFT || token.step >= token.panel.passes) {
+    const until = token.phase === LEFT ? "left out" : `until pass ${token.step + 1} of ${run.passes}`;
+    box.replaceChildren(make("h3", {}, "masked"), make("p", {}, `position ${token.at} \u00b7 ${until}`));
   } else {
     box.replaceChildren(make("h3", {}, ...piece(token.id)),
       make("p", {}, `position ${token.at} \u00b7 ${when(token)}`));

@@ -23,7 +23,7 @@ from eso_jax.errors import EsoError, require
 from eso_jax.viewer.caption import Caption
 
 TITLE = "A generation, pass by pass"
-GIVEN, DIFFUSION, SEQUENTIAL = range(3)
+GIVEN, DIFFUSION, SEQUENTIAL, LEFT = range(4)
 HEIGHT = 760  # of the frame in a notebook, in pixels
 NEEDED = ("tokens", "order", "tokens_per_step", "diffusion", "seconds", *Record._fields, *Caption._fields)
 
@@ -92,10 +92,12 @@ def _run(name: str, arrays: Generation) -> dict[str, Any]:
     rows, length = order.shape
     counts = np.broadcast_to(arrays["tokens_per_step"], (rows, passes))
     windows = np.broadcast_to(window, (rows, passes, 2))
-    given = (record.step < 0).sum(1)
+    left = arrays["tokens"] == arrays["mask"]  # no pass has decoded it, or it lies behind a stop
+    given = ((record.step < 0) & ~left).sum(1)
     diffused = given + arrays["diffusion"]
     slot = np.argsort(order, axis=1)
     phase = np.where(record.step < 0, GIVEN, np.where(slot < diffused[:, None], DIFFUSION, SEQUENTIAL))
+    phase = np.where(left, LEFT, phase)
     first = given[:, None] + np.cumsum(counts, axis=1) - counts
     phases = np.where(first < diffused[:, None], DIFFUSION, SEQUENTIAL)
     samples = [{"tokens": arrays["tokens"][row].tolist(), "phase": phase[row].tolist(), "counts": counts[row].tolist(),
