@@ -5,6 +5,7 @@ tokenizers     text to token ids and back; lengths: how many bytes of text each 
 packing        documents to windows of equal length
 catalog        the published corpora; readers, rows, streams (archives), detokenizers, builder (TFDS): their documents
 prepare        published corpora to prepared folders, which `prepared` reads
+prompts        what is given of a sample; stops: where its text ends
 pipeline       windows to shuffled, resumable training batches (the only file that needs grain, so not imported here)
 bigram         the baseline that every language model should beat
 """
