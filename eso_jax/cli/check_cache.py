@@ -88,8 +88,13 @@ def run(arguments: argparse.Namespace) -> None:
     with catch_out_of_memory(f"--batch-size = {rows}", REMEDY):
         for policy in family.policies:
             tokens = compare(policy)
-        lengths = (1 + np.arange(rows)) * config.length // (1 + rows)
-        compare(policy, np.where(np.arange(config.length) < lengths[:, None], tokens, config.mask))
+        known = np.arange(config.length) < (1 + np.arange(rows))[:, None] * config.length // (1 + rows)
+        try:
+            family.check_known(model.config, known)
+        except EsoError:
+            say("it cannot be given a prompt, so that nothing is compared behind one")
+        else:
+            compare(policy, np.where(known, tokens, config.mask))
     if failures:
         raise EsoError(f"{failures} of the differences are more than rounding: the cache is not exact on this machine; "
                        "please report it with this output")

@@ -165,7 +165,9 @@ class Family(ABC):
         """
 
     def check_known(self, config: Config, known: Bool[np.ndarray, "B L"]) -> None:
-        """Raises an EsoError for tokens known beforehand after which the family cannot follow a plan exactly."""
+        """Raises an EsoError for tokens known beforehand after which the family cannot follow a plan exactly; a family
+        that does not say so cannot be given any."""
+        require(not known.any(), "given", f"{known.sum()} tokens", f"family.name = {self.name!r} cannot be given any")
 
     def check_plan(self, config: Config, plan: Plan) -> None:
         """Raises an EsoError for a plan that the family cannot follow."""

@@ -207,6 +207,9 @@ class EsoLM(Family):
              policy: str = "binomial", known: Bool[np.ndarray, "B L"] | None = None) -> Plan:
         return plans.draw(policy, key, batch, config.model.length, steps, alpha_0, known)
 
+    def check_known(self, config: Config, known: Bool[np.ndarray, "B L"]) -> None:
+        """Anything can be given: it comes first in the order."""
+
     def sampler(self, config: Config) -> Sampler:
         """(B) caches in both phases; (A) recomputes the tokens decoded by diffusion in each step of that phase, since
         they see each other, and caches in the sequential phase (the paper describes it; its code does not have it)."""

@@ -63,6 +63,9 @@ class MDLM(Family):
         self.check_alpha_0(alpha_0)
         return plans.draw(policy, key, batch, config.model.length, steps, 1.0, known)
 
+    def check_known(self, config: Config, known: Bool[np.ndarray, "B L"]) -> None:
+        """Anything can be given: it comes first in the order."""
+
     def sampler(self, config: Config) -> Sampler:
         """The ancestral sampler, factored: which tokens are decoded at each step is the plan's (the ancestral law,
         with steps that decode nothing dropped, as they change nothing), and then each takes its token from p(x | z_t).
