@@ -170,5 +170,7 @@ def check_tokens(tokens: np.ndarray, config: Config) -> None:
     bad = (tokens < 0) | (tokens >= model.vocab_size) | (tokens == model.mask)
     if bad.any():
         row, column = np.argwhere(bad)[0].tolist()
-        raise EsoError(f"tokens[{row}, {column}] = {tokens[row, column]}: ids must be in [0, {model.vocab_size}) and "
-                       f"not the mask {model.mask}")
+        where, found = f"tokens[{row}, {column}]", int(tokens[row, column])
+        require(found != model.mask, where, found, "is the mask, so this text was not decoded to its end (--template, "
+                "--max-tokens, --stop); only whole texts are scored")
+        raise EsoError(f"{where} = {found}: ids must be in [0, {model.vocab_size})")

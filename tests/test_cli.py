@@ -91,7 +91,7 @@ def test_sample_writes_the_contract(tmp_path: Path, run: Run, trained: Path) -> 
     assert found["text"].shape == (5,)
     run("score", "--workdir", trained, "--tokens", out, "--num-orders", 2, "--out", tmp_path / "scores.npz")
     assert np.load(tmp_path / "scores.npz")["logp_per_order"].shape == (2, 5)
-    assert f"NFE {len(found['tokens_per_step'])} per batch; {5 * length} tokens" in text and "without its" in text
+    assert f"NFE {len(found['tokens_per_step'])} per batch; {5 * length} tokens" in text and "s of compilation" in text
     run("sample", "--workdir", trained, "--num-samples", 5, "--steps", 4, "--alpha-0", 0.5, "--top-p", 0.9,
         "--seed", 3, "--out", tmp_path / "again.npz")
     np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "again.npz")["tokens"])
@@ -420,7 +420,7 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
     (tmp_path / "text.npy").write_text("not an array")
     score = ["score", "--workdir", imported, "--out", tmp_path / "s.npz", "--tokens"]
     for name, message in (("short", "the model has length 16"), ("range", "= 99: ids must be in [0, 33)"),
-                          ("mask", "= 32: ids must be"), ("float", "must be integers"),
+                          ("mask", "= 32: is the mask"), ("float", "must be integers"),
                           ("absent", "no such file"), ("text", "not a readable .npy")):
         assert message in run(*score, tmp_path / f"{name}.npy", code=2)
     for name, message in (("twice", "orders[0, 0]: not a permutation of 0..15"), ("few", "must have shape [K, 4, 16]")):

@@ -17,15 +17,15 @@ def of_model(parser: argparse.ArgumentParser) -> None:
 
 def of_devices(parser: argparse.ArgumentParser, default: int | None = 64, *aliases: str) -> None:
     """How a model and its rows are laid over the devices; not what comes out."""
-    parser.add_argument("--tensor", type=int, default=1, help="devices to a copy of the model; the others hold further "
-                        "copies (%(default)s)")
-    parser.add_argument("--batch-size", *aliases, type=int, default=default, help="sequences that pass together, over "
-                        "all devices (" + ("%(default)s" if default else "the judge's own") + ")")
+    parser.add_argument("--tensor", type=int, default=1, help="how many devices share one copy of the model; the "
+                        "other devices hold further copies (%(default)s)")
+    parser.add_argument("--batch-size", *aliases, type=int, default=default, help="sequences in one pass, over all "
+                        "devices (" + ("%(default)s" if default else "the judge's own") + ")")
 
 
 def of_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
-                        help="of weights, products and cache (%(default)s)")
+                        help="of the weights, of matrix products and of the cache (%(default)s)")
     parser.add_argument("--attention", choices=ATTENTION, default="auto",
                         help="what computes it in passes without a cache (%(default)s); fused kernels take bfloat16")
 

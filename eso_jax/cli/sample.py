@@ -25,14 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_model(parser)
     parser.add_argument("--num-samples", type=int, default=1, help="sequences, of each prompt (%(default)s)")
     parser.add_argument("--prompt", type=options.text, metavar="TEXT", help="what the samples begin with")
-    parser.add_argument("--template", type=options.text, metavar="TEXT", help="text with blanks to fill: [MASK:40] of "
-                        "40 tokens, [MASK] of one; no escapes are read")
+    parser.add_argument("--template", type=options.text, metavar="TEXT", help="text with gaps to fill: [MASK:40] of 40 "
+                        "tokens, [MASK] of one; escapes such as \\n are not read")
     parser.add_argument("--prompts", metavar="FILE", help='rows of {"prompt": ...}, {"template": ...} or {"text": ...}')
     parser.add_argument("--given", help=".npy, int [N, K <= L], ids, with the mask where a token is not given")
-    parser.add_argument("--max-tokens", type=int, help="tokens to decode of each sample (all that are not given)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a sample; several times for "
-                        "several texts")
-    parser.add_argument("--stop-at-separator", action="store_true", help="the end of a document ends a sample")
+    parser.add_argument("--max-tokens", type=int, help="how many tokens to decode of each sample, besides the "
+                        "given ones (all of them)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a text at which a "
+                        "sample ends, and is cut; several times for several")
+    parser.add_argument("--stop-at-separator", action="store_true", help="a sample ends where its document ends")
     parser.add_argument("--ban", action="append", default=[], metavar="TEXT", help="a token that is never drawn; "
                         "several times for several")
     parser.add_argument("--ban-id", action="append", default=[], type=int, metavar="ID", help="the same, by its id")
@@ -52,10 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
     parser.add_argument("--record", action="store_true", help="the .npz says of each token when it was decoded, how "
                         "likely it was and what else was (eso-jax view makes a page of it)")
-    parser.add_argument("--watch", action="store_true", help="show the samples that --show prints while they come")
-    parser.add_argument("--html", help="a page that plays the generation, as of eso-jax view")
-    parser.add_argument("--out", required=True, help=".npz with tokens [N, L], order [N, L], tokens_per_step, text; or "
-                                                     ".jsonl of the text alone")
+    parser.add_argument("--watch", action="store_true", help="show the samples in the terminal while they are "
+                        "decoded, as many as --show says")
+    parser.add_argument("--html", help="also write a page that plays the generation, as eso-jax view does")
+    parser.add_argument("--out", required=True, help="FILE.npz: tokens [N, L], order [N, L], tokens_per_step, text; or "
+                                                     "FILE.jsonl: the text alone")
 
 
 def given_of(arguments: argparse.Namespace, model: Model) -> Given | None:
@@ -98,6 +100,9 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax.viewer.terminal import watching
 
     check_out(arguments.out)
+    require(Path(arguments.out).suffix in ("", ".npz", ".jsonl"), "--out", arguments.out, "must end in .npz or .jsonl")
+    for stop in arguments.stop:
+        require(bool(stop), "--stop", stop, "must not be empty")
     if arguments.html:
         check_out(arguments.html, "--html")
     model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor,
@@ -147,5 +152,5 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"{(found.tries > 1).sum()} of {len(found.tries)} samples drawn again, {found.tries.sum()} draws in all")
     running, count = found.seconds - found.compile_seconds, int((found.plan.end - found.given.sum(1)).sum())
     say(f"NFE {found.tokens_per_step.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
-        f"{count / found.seconds:.0f} tokens/s with compilation, {count / running:.0f} without its "
-        f"{found.compile_seconds:.2f} s")
+        f"{count / found.seconds:.0f} tokens/s; {count / running:.0f} without the {found.compile_seconds:.2f} s of "
+        "compilation")

@@ -91,7 +91,7 @@ class Panel {
     this.plan.replaceChildren(make("path", {class: "diffusion", d: bars(1)}), make("path", {class: "sequential", d: bars(2)}),
       this.ahead);
     this.plan.setAttribute("aria-label", `Tokens decoded by each of ${run.passes} passes, at most ${most}`);
-    this.computed = [0];
+    this.computed = [of.window.length ? of.window[0][0] : 0];  // the pass over the given tokens
     for (const [low, high] of of.window) this.computed.push(this.computed.at(-1) + high - low);
     this.done = [of.phase.filter(phase => phase === 0).length];
     for (const count of counts) this.done.push(this.done.at(-1) + count);
