@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from conftest import engine, random_tokens
 from eso_jax import families
-from eso_jax.decoding import loop
+from eso_jax.decoding import passes as passes_of_plans
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import sort
+from eso_jax.decoding.passes import schedule
 from eso_jax.decoding.plan import Plan, join, left_to_right
 from eso_jax.engine.model import Model
 from eso_jax.errors import EsoError
@@ -117,7 +118,7 @@ def test_prompts_of_all_lengths_share_their_programs(name: str, steps: int, most
         counts = np.diff(np.unique(np.arange(steps + 1) * (left // 2) // max(1, steps)))
         steps_of = np.append(counts, np.ones(left - counts.sum(), int))
         plan = Plan(jnp.arange(1024)[None], steps_of, int(counts.sum()), length)
-        runs = loop.schedule(plan, sampler)
+        runs = schedule(plan, sampler)
         found |= {(run.shape, len(run.steps.first)) for run in runs}
         passes, needed = passes + sum(len(run.steps.first) for run in runs), needed + plan.nfe
     assert len(found) <= most and passes <= 1.05 * needed
@@ -184,8 +185,8 @@ def test_a_plan_behind_given_tokens_is_scored_in_one_pass(name: str) -> None:
 
 def test_a_loop_ends_when_all_rows_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host is asked about a run while the next one is at work, and that one is all that is in vain."""
-    monkeypatch.setattr(loop, "PART", 2)  # many runs
-    monkeypatch.setattr(loop, "PARTS", 8)
+    monkeypatch.setattr(passes_of_plans, "PART", 2)  # many runs
+    monkeypatch.setattr(passes_of_plans, "PARTS", 8)
     plan, key, asked = left_to_right(3, LENGTH), jax.random.key(0), list[np.ndarray]()
 
     def done(tokens: np.ndarray) -> np.ndarray:
@@ -195,7 +196,7 @@ def test_a_loop_ends_when_all_rows_are_done(monkeypatch: pytest.MonkeyPatch) -> 
     whole = families.sample(WEIGHTS, CONFIG, plan, key)
     found = np.asarray(families.sample(WEIGHTS, CONFIG, plan, key, done=done))
     sampler = families.get(CONFIG).sampler(CONFIG)
-    ends = np.cumsum([int(run.steps.count.sum()) for run in loop.schedule(plan, sampler)]).tolist()
+    ends = np.cumsum([int(run.steps.count.sum()) for run in schedule(plan, sampler)]).tolist()
     assert len(ends) > 4
     last = next(at for at, end in enumerate(ends) if end >= 4)
     assert [int((tokens[0] != MASK).sum()) for tokens in asked] == ends[:last + 1]
