@@ -237,7 +237,8 @@ def test_schedule_covers_every_step(name: str, cuts: list[bool], alpha_0: float,
     passed = np.full(LENGTH, -1)  # which slots have passed: 0 as masks, 1 as tokens
     with pytest.MonkeyPatch.context() as patch:
         if size is not None:  # windows of any size, and single rows of logits
-            patch.setattr(loop, "_few", lambda needed, _, *window: np.full(len(needed), size if window else 1))
+            patch.setattr(passes_of_plans, "_cheapest_sizes",
+                          lambda needed, _, *window: np.full(len(needed), size if window else 1))
         runs = schedule(plan, sampler)
     for run in runs:
         assert live <= run.shape.live <= LENGTH

@@ -32,7 +32,7 @@ from scipy.stats import chi2
 import oracle
 from eso_jax import families
 from eso_jax.config import Config, FamilyConfig
-from eso_jax.decoding import loop, passes
+from eso_jax.decoding import passes
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan
 from eso_jax.model import masks, transformer
@@ -111,7 +111,7 @@ def _oracle() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "trunk", oracle.trunk)
         patch.setattr(transformer, "head", oracle.head)
-        patch.setattr(loop, "PART", 8)
+        patch.setattr(passes, "PART", 8)
         jax.config.update("jax_disable_most_optimizations", True)
         jax.clear_caches()
         yield
