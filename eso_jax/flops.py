@@ -94,7 +94,7 @@ def sampling_step(model: ModelConfig, batch: int, window: int, width: int, live:
 
     Args:
       window, width, live: slots of the pass, those whose logits are taken, and keys that each slot scores, as in
-        eso_jax.decoding.loop.Shape.
+        eso_jax.decoding.passes.Shape.
     """
     return {**layers(model, batch * window), "attention": attention(model, batch * window, live),
             "head": head(model, batch * width)}

@@ -14,7 +14,7 @@ import pytest
 
 from conftest import random_tokens, random_weights, tiny_config
 from eso_jax import families
-from eso_jax.decoding import loop
+from eso_jax.decoding import loop, passes
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import sort, unsort
 from eso_jax.decoding.plan import Plan, left_to_right
@@ -41,7 +41,7 @@ def test_no_copy_the_size_of_the_cache(name: str, by_row: bool) -> None:
         plan = behind_prompts(plan.order)
     sampler = families.get(config).sampler(config)
     uniforms = loop.draw_uniforms(loop.row_keys(jax.random.key(0), jnp.arange(BATCH)), LENGTH)
-    run = max(loop.schedule(plan, sampler), key=lambda run: len(run.steps.first))
+    run = max(passes.schedule(plan, sampler), key=lambda run: len(run.steps.first))
     state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan), run.shape)
     lowered = loop.decode_run.lower(random_weights(config.model), state, run.steps, loop.Draw(uniforms),
                                     config.model, sampler, run.shape)
@@ -89,7 +89,7 @@ def test_no_loop_whose_turns_are_data(name: str, monkeypatch: pytest.MonkeyPatch
     programs = [loop.draw_uniforms.lower(keys, 12)]
     programs += [jax.jit(function).lower(plan.order, plan.order) for function in (sort, unsort)]
     for plan in (plan, by_row):
-        run = max(loop.schedule(plan, sampler), key=lambda run: (len(run.steps.first), run.shape))
+        run = max(passes.schedule(plan, sampler), key=lambda run: (len(run.steps.first), run.shape))
         state = loop.grow(loop.start(weights, config.model, sampler, plan), run.shape)
         scored = dataclasses.replace(state, logp=uniforms[..., 0])
         for begin, source in ((state, loop.Draw(uniforms, Rule(top_p=0.9, min_p=0.01))),

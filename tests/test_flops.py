@@ -13,7 +13,7 @@ import pytest
 
 from eso_jax import families, flops
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
-from eso_jax.decoding import loop
+from eso_jax.decoding import loop, passes
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import left_to_right
 from eso_jax.families.esolm import EsoLM
@@ -126,7 +126,7 @@ def test_a_sampling_step_is_what_xla_counts(name: str) -> None:
     config, batch = wide(name=name), 8
     plan = left_to_right(batch, config.model.length)
     sampler = families.get(config).sampler(config)
-    run = loop.schedule(plan, sampler)[-1]
+    run = passes.schedule(plan, sampler)[-1]
     weights = jax.eval_shape(lambda: unstack(fold(config.model, init_params(
         config.model, jax.random.key(0)))))
     state = jax.eval_shape(lambda: loop.grow(loop.start(weights, config.model, sampler, plan), run.shape))

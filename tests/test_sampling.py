@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from conftest import engine, random_tokens, random_weights, tiny_config
 from eso_jax import families
 from eso_jax.config import Config
-from eso_jax.decoding import categorical, check, loop
+from eso_jax.decoding import categorical, check, loop, passes as passes_of_plans
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import random_then_ascending, sort, unsort
+from eso_jax.decoding.passes import schedule
 from eso_jax.decoding.plan import Plan, binomial, left_to_right, within_blocks
 from eso_jax.errors import EsoError
 from eso_jax.families import ar, bd3lm, mdlm
@@ -83,8 +84,9 @@ def test_a_step_of_several_passes(size: int, monkeypatch: pytest.MonkeyPatch) ->
     plan = Plan(plan_of("esolm", 0, 2, CUTS).order, np.array([1, 6, 1, 4]))
     x = sort(random_tokens(CONFIG, 2), plan.order)
     before = families.plan_log_prob(WEIGHTS, CONFIG, plan, unsort(x, plan.order))
-    monkeypatch.setattr(loop, "_few", lambda needed, _, *window: np.full(len(needed), size if window else 2))
-    assert sum(len(run.steps.first) for run in loop.schedule(plan, families.get(CONFIG).sampler(CONFIG))) > 6
+    monkeypatch.setattr(passes_of_plans, "_cheapest_sizes",
+                        lambda needed, _, *window: np.full(len(needed), size if window else 2))
+    assert sum(len(run.steps.first) for run in schedule(plan, families.get(CONFIG).sampler(CONFIG))) > 6
     for cached, uncached in logits_pair("esolm", plan, x):
         np.testing.assert_allclose(cached, uncached, atol=5e-5, rtol=1e-5)
     after = families.plan_log_prob(WEIGHTS, CONFIG, plan, unsort(x, plan.order))
@@ -235,8 +237,9 @@ def test_schedule_covers_every_step(name: str, cuts: list[bool], alpha_0: float,
     passed = np.full(LENGTH, -1)  # which slots have passed: 0 as masks, 1 as tokens
     with pytest.MonkeyPatch.context() as patch:
         if size is not None:  # windows of any size, and single rows of logits
-            patch.setattr(loop, "_few", lambda needed, _, *window: np.full(len(needed), size if window else 1))
-        runs = loop.schedule(plan, sampler)
+            patch.setattr(passes_of_plans, "_cheapest_sizes",
+                          lambda needed, _, *window: np.full(len(needed), size if window else 1))
+        runs = schedule(plan, sampler)
     for run in runs:
         assert live <= run.shape.live <= LENGTH
         live = run.shape.live
@@ -274,7 +277,7 @@ def test_binomial_plans_need_few_programs(steps: int, most: int, more: float) ->
     sampler, programs = families.get(CONFIG).sampler(CONFIG), set()
     for seed in range(20):
         plan = binomial(jax.random.key(seed), 1, 1024, steps, 1.0)
-        runs, (begin, stop) = loop.schedule(plan, sampler), sampler.window(plan)
+        runs, (begin, stop) = schedule(plan, sampler), sampler.window(plan)
         slots = sum(len(run.steps.start) * run.shape.window for run in runs)
         assert len(runs) <= most and slots <= (1 + more) * (stop - begin).sum()
         assert {run.shape.live for run in runs} == {256, 512, 768, 1024}
@@ -287,14 +290,14 @@ def test_one_token_per_pass_takes_no_more_passes(name: str) -> None:
     config = tiny_config(name, 512, **({"block_size": BLOCK} if name == "bd3lm" else {}))
     policy = "left-to-right" if name == "ar" else "one-by-one"
     plan = families.get(config).plan(jax.random.key(0), config, 1, 512, 0.0 if name == "ar" else 1.0, policy)
-    runs = loop.schedule(plan, families.get(config).sampler(config))
+    runs = schedule(plan, families.get(config).sampler(config))
     assert 512 <= sum(len(run.steps.start) for run in runs) <= 512 + 2 * (name == "bd3lm")
     assert len({(run.shape, len(run.steps.start)) for run in runs}) <= (4 if name == "bd3lm" else 2)
 
 
 def test_a_step_unlike_the_others_has_a_window_of_its_own() -> None:
     counts = np.array([1] * 200 + [512] + [1] * 312)
-    runs = loop.schedule(Plan(left_to_right(1, 1024).order, counts), families.get(CONFIG).sampler(CONFIG))
+    runs = schedule(Plan(left_to_right(1, 1024).order, counts), families.get(CONFIG).sampler(CONFIG))
     passes = sum(len(run.steps.start) for run in runs)
     slots = sum(len(run.steps.start) * run.shape.window for run in runs)
     assert passes <= 1.1 * len(counts) and slots <= 1.3 * 2 * 1024
@@ -309,7 +312,7 @@ def test_plans_share_their_programs() -> None:
     for plan in plans:
         families.sample(WEIGHTS, CONFIG, plan, key, Rule(temperature=0.9))
     sampler = families.get(CONFIG).sampler(CONFIG)
-    programs = {(run.shape, len(run.steps.first)) for plan in plans for run in loop.schedule(plan, sampler)}
+    programs = {(run.shape, len(run.steps.first)) for plan in plans for run in schedule(plan, sampler)}
     assert loop.decode_run._cache_size() - before == len(programs) <= 13
 
 

@@ -23,7 +23,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 import eso_jax
 from eso_jax import families
-from eso_jax.decoding import check, loop
+from eso_jax.decoding import check, loop, passes
 from eso_jax.decoding.order import sort
 workdir, out = sys.argv[1:]
 found = {}
@@ -37,7 +37,7 @@ for tensor in (1, 4):
     with jax.set_mesh(model.mesh):
         eight = samples.plan.rows(np.arange(8) % 6)
         state = loop.start(model.weights, model.config.model, sampler, eight)
-        state = loop.grow(state, loop.schedule(eight, sampler)[0].shape)
+        state = loop.grow(state, passes.schedule(eight, sampler)[0].shape)
         if jax.device_count() > 1:
             shares = {(model.mesh.shape["data"], model.mesh.shape["tensor"])}
             assert shares == {(x.shape[0] // x.sharding.shard_shape(x.shape)[0],

@@ -26,7 +26,7 @@ from eso_jax import families, flops, sharding
 from eso_jax.aot import hlo
 from eso_jax.chips import Topology
 from eso_jax.config import Config
-from eso_jax.decoding import loop
+from eso_jax.decoding import loop, passes
 from eso_jax.decoding.categorical import Rule
 from eso_jax.model import cache as kv
 from eso_jax.model.params import abstract_weights
@@ -100,7 +100,7 @@ class Sampling:
 
     batch: int
     tensor: int
-    shape: loop.Shape
+    shape: passes.Shape
     cached: bool
     read: int
 
@@ -116,7 +116,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     sampler = family.sampler(config)
     plan = plan.rows(np.zeros(batch, int))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # shapes depend on the platform and on the batch
-        run = loop.schedule(plan, sampler, row=loop.row_cost(model))[-1]
+        run = passes.schedule(plan, sampler, row=passes.row_cost(model))[-1]
     shape = run.shape
 
     def everywhere(x: Any) -> jax.ShapeDtypeStruct:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eso_jax.cli import options
 from eso_jax.cli.files import read_array, read_given, read_plan
 from eso_jax.console import say
-from eso_jax.decoding.plan import POLICIES
+from eso_jax.decoding.plan import POLICIES, Plan
 from eso_jax.errors import EsoError, require
 from eso_jax.files import check_out, npz, write_whole
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="FILE", help='rows of {"prompt": ...}, {"template": ...} or {"text": ...}')
     parser.add_argument("--given", help=".npy, int [N, K <= L], ids, with the mask where a token is not given")
     parser.add_argument("--max-tokens", type=int, help="how many tokens to decode of each sample, besides the "
-                        "given ones (all of them)")
+                        "given ones (all of them); more than the model has: window after window")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a text at which a "
                         "sample ends, and is cut; several times for several")
     parser.add_argument("--stop-at-separator", action="store_true", help="a sample ends where its document ends")
@@ -127,18 +128,23 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.watch and model.tokenizer is None:
         raise EsoError("--watch: the model has no tokenizer, so there is no text to see; leave it out")
     steps = 128 if arguments.steps is None else arguments.steps
+    stop = [*arguments.stop, *[SHOWN_SEPARATOR] * arguments.stop_at_separator]
+    if arguments.max_tokens is not None and not isinstance(plan, Plan):
+        prompts = of_array(np.zeros((1, 0), int), model.config.model) if given is None else given
+        if _is_longer(prompts, arguments.max_tokens, model):
+            return _lengthen(arguments, model, prompts, steps, stop)
     with watching(model.tokenizer, arguments.show, arguments.watch) as watch:
         found = model.sample(count, steps, arguments.alpha_0, arguments.top_p,
                              arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
                              num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True,
                              banned=banned_of(arguments, model), given=given, max_tokens=arguments.max_tokens,
-                             stop=[*arguments.stop, *[SHOWN_SEPARATOR] * arguments.stop_at_separator],
+                             stop=stop,
                              record=arguments.record or bool(arguments.html), watch=watch)
     text, wanted = found.text, count * (1 if given is None else len(given.tokens))
     if len(found.tokens) < wanted:
         say(f"interrupted: the first {len(found.tokens)} of {wanted} samples are kept")
     if lines:
-        write_whole(arguments.out, "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in text))
+        write_whole(arguments.out, _lines(text))
     else:
         extra: dict[str, Any] = {"text": np.array(text)} if text else {}
         write_whole(arguments.out, npz(**found.arrays(), **extra))
@@ -154,3 +160,35 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"NFE {found.tokens_per_step.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
         f"{count / found.seconds:.0f} tokens/s; {count / running:.0f} without the {found.compile_seconds:.2f} s of "
         "compilation")
+
+
+def _is_longer(prompts: Given, max_tokens: int, model: Model) -> bool:
+    """Whether a prompt and what is to follow are longer than the model. (Behind a template nothing follows.)"""
+    config = model.config.model
+    tokens = (prompts.tokens != config.mask).sum(1) + max_tokens
+    return bool((tokens > config.length)[prompts.end == config.length].any())
+
+
+def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps: int, stop: list[str]) -> None:
+    import numpy as np
+
+    length, limit = model.config.model.length, f"--max-tokens = {arguments.max_tokens}"
+    if not arguments.out.endswith(".jsonl"):
+        raise EsoError(f"{limit}: with its prompt it is longer than the model's {length} tokens, and an .npz holds "
+                       "what is decoded at once; give a .jsonl for the text, or a smaller number")
+    refused = [name for name in ("html", "watch", "record", "min_entropy") if getattr(arguments, name)]
+    if refused:
+        raise EsoError(f"{limit}: texts of several windows have no --{refused[0].replace('_', '-')}; leave it out")
+    rows = type(prompts)(*(np.repeat(part, arguments.num_samples, axis=0) for part in prompts))
+    found = model.lengthen(rows, arguments.max_tokens, stop=stop, steps=steps, alpha_0=arguments.alpha_0,
+                           top_p=arguments.top_p, min_p=arguments.min_p, temperature=arguments.temperature,
+                           seed=arguments.seed, plan=arguments.plan, banned=banned_of(arguments, model))
+    write_whole(arguments.out, _lines(found.text))
+    say(f"wrote {arguments.out}")
+    for index, text in enumerate(found.text[:arguments.show]):
+        say(f"--- sample {index}\n{text}")
+    say(f"{sum(map(len, found.tokens))} tokens, prompts included, in {found.windows.sum()} windows of {length}")
+
+
+def _lines(texts: Sequence[str]) -> str:
+    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)

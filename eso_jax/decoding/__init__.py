@@ -1,1 +1,2 @@
-"""Sampling: what is decoded when (plan.py), how a token is drawn (categorical.py), the decoding loop (loop.py)."""
+"""Sampling: what is decoded when (plan.py), in which passes (passes.py), how a token is drawn (categorical.py), the
+decoding loop (loop.py)."""

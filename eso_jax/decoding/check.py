@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from eso_jax import sharding
 from eso_jax.config import ModelConfig
-from eso_jax.decoding import loop
-from eso_jax.decoding.loop import Sampler, Shape, State, Step
+from eso_jax.decoding import loop, passes
+from eso_jax.decoding.loop import State
 from eso_jax.decoding.order import unsort
+from eso_jax.decoding.passes import Sampler, Shape, Step
 from eso_jax.decoding.plan import Plan
 from eso_jax.engine.rows import Engine
 from eso_jax.model import slots, transformer
@@ -38,7 +39,7 @@ def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan:
     last = jnp.zeros((*x.shape, weights.head.kernel.shape[0]), weights.head.kernel.dtype)  # hidden states by slot
     # A step may take several passes, not always in the order of its slots.
     left = np.atleast_2d(plan.tokens_per_step).sum(0)
-    for run in loop.schedule(plan, sampler):
+    for run in passes.schedule(plan, sampler):
         state = loop.grow(state, run.shape)
         for number in range(len(run.steps.count)):
             step = jax.tree.map(jnp.asarray, run.steps.at(number))

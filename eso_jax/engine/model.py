@@ -33,7 +33,7 @@ from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan, join, leave
 from eso_jax.decoding.record import Facts, Record, empty, steps as steps_of
 from eso_jax.decoding.rejection import unigram_entropy
-from eso_jax.engine import choice
+from eso_jax.engine import choice, windows
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
 from eso_jax.errors import require
 from eso_jax.model.params import Weights, for_inference
@@ -218,6 +218,10 @@ class Model(Engine):
         told = None if kept is None else caption(self.config, plan, tokens[ready], kept, self.tokenizer)
         return Samples(tokens[ready], np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given,
                        known[ready], tries[ready], clock.seconds, clock.compile_seconds, kept, told, text)
+
+    def lengthen(self, given: Given, max_tokens: int, overlap: int | None = None, **how: Any) -> windows.Long:
+        """Texts that are longer than the model, window after window; see eso_jax/engine/windows.py."""
+        return windows.lengthen(self, given, max_tokens, overlap, **how)
 
     def log_likelihood(self, tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """log p(tokens | order) in nats, float32 [O, B], for tokens [B, L] and orders [O, B, L]; see likelihood.py."""

@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Key
 from eso_jax import families, sharding
 from eso_jax.console import bar, say
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
-from eso_jax.decoding import loop
+from eso_jax.decoding import loop, passes
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan
 from eso_jax.engine.model import decode
@@ -245,7 +245,7 @@ def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
     model, sampler = config.model, families.get(config).sampler(config)
     source = loop.Draw(loop.draw_uniforms(_keys(plan), plan.length), rule)
     state, lowered = loop.start(weights, model, sampler, plan), {}
-    for run in loop.schedule(plan, sampler, row=loop.row_cost(model)):
+    for run in passes.schedule(plan, sampler, row=passes.row_cost(model)):
         state, program = loop.grow(state, run.shape), (run.shape, len(run.steps.first))
         if program not in lowered:
             lowered[program] = loop.decode_run.lower(weights, state, run.steps, source, model, sampler, run.shape)
@@ -284,8 +284,8 @@ def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule,
     model, sampler = config.model, families.get(config).sampler(config)
     source = loop.Draw(loop.draw_uniforms(_keys(plan), plan.length), rule)
     slot = plan.first[index]
-    run, of = next((run, of) for run in loop.schedule(
-        plan, sampler, name == "exact", loop.row_cost(model)) for of in
+    run, of = next((run, of) for run in passes.schedule(
+        plan, sampler, name == "exact", passes.row_cost(model)) for of in
                    np.flatnonzero((run.steps.first <= slot) & (slot < run.steps.first + run.steps.count)))
     state = loop.grow(loop.start(weights, model, sampler, plan), run.shape)
     table = jax.tree.map(lambda field: np.full(steps, field[of]), run.steps)  # again and again
@@ -299,7 +299,7 @@ def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule,
     return go
 
 
-def step_floors(plan: Plan, sampler: loop.Sampler, model: ModelConfig, weights: Weights, machine: Machine,
+def step_floors(plan: Plan, sampler: passes.Sampler, model: ModelConfig, weights: Weights, machine: Machine,
                 devices: int = 1) -> Float[np.ndarray, " S"]:
     """The least seconds for each step of the plan; see the top of this file. The devices of a CPU share its memory and
     cores; others have their own, and each reads all weights."""

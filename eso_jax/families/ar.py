@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax.config import Config, FamilyConfig
-from eso_jax.decoding.loop import Sampler
+from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.plan import Counts, Plan, draw
 from eso_jax.errors import EsoError, require
 from eso_jax.families.base import Family, Pass, only_natural

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax.config import Config, FamilyConfig
-from eso_jax.decoding.loop import Sampler
+from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.order import sort
 from eso_jax.decoding.plan import Plan
 from eso_jax.errors import EsoError, require
@@ -174,7 +174,7 @@ class Family(ABC):
 
     @abstractmethod
     def sampler(self, config: Config) -> Sampler:
-        """What a step's pass covers and who sees whom in it; see eso_jax/decoding/loop.py."""
+        """What a step's pass covers and who sees whom in it; see eso_jax/decoding/passes.py."""
 
     # Who sees whom.
 

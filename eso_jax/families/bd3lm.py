@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax import noise
 from eso_jax.config import Config, FamilyConfig
-from eso_jax.decoding.loop import Sampler
+from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.plan import Counts, Plan, blocks_after_known, join, within_blocks
 from eso_jax.errors import require
 from eso_jax.families.base import Family, Pass

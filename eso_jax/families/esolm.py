@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from eso_jax import noise
 from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding import plan as plans
-from eso_jax.decoding.loop import Sampler
+from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.order import clean_first, sort
 from eso_jax.decoding.plan import Counts, Plan
 from eso_jax.errors import require

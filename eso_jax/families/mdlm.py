@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from eso_jax import noise
 from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding import plan as plans
-from eso_jax.decoding.loop import Sampler
+from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.plan import Plan
 from eso_jax.families.base import Family, Pass, check_loss_weight
 from eso_jax.model import loss, masks, transformer

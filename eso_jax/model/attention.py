@@ -63,6 +63,7 @@ def describe(patterns: Iterable[Pattern | TwoStreams], config: ModelConfig, dtyp
     answers: dict[str, None] = {}  # each once, in order
     for pattern in patterns:
         backend, refusals = choose(Task(pattern, config.length, config.head_size, jnp.dtype(dtype)), wanted)
-        reasons = [f"{name}: {reason}" for name, reason in refusals.items() if not reason.startswith("for ")]
+        reasons = [f"{name}: {reason}" for name, reason in refusals.items()
+                   if wanted != AUTO or not reason.startswith("for ")]
         answers[backend.name + (f" ({'; '.join(reasons)})" if reasons else "")] = None
     return ", ".join(answers)

@@ -35,6 +35,8 @@ class CuDNN(Fused):
     channels = 8
 
     def refuse(self, task: Task) -> str | None:
+        if self.implementation != "xla" and not sharding.on_gpu():
+            return "for NVIDIA GPUs"
         pattern = task.pattern
         extra = 2 * pattern.block if isinstance(pattern, TwoStreams) else 0
         if pattern.block not in (None, 1) or isinstance(pattern, Pattern) and pattern.before:
@@ -43,8 +45,6 @@ class CuDNN(Fused):
             return f"heads of {task.head_size} are too large"
         if self.implementation == "xla":
             return None
-        if not sharding.on_gpu():
-            return "for NVIDIA GPUs"
         if jax.default_backend() != "gpu":
             return "compiles only where the GPU is"
         capability = str(getattr(jax.devices()[0], "compute_capability", ""))

@@ -36,14 +36,13 @@ class Splash(Fused):
     channels = 1  # the kernel's tiles have 128 lanes, whatever the head size
 
     def refuse(self, task: Task) -> str | None:
+        if not self.interpret and sharding.platform() != "tpu":
+            return "for TPUs"
         skip = task.pattern.skip if isinstance(task.pattern, TwoStreams) else 0
         if task.length % LANES or skip % LANES:
             return f"takes multiples of {LANES} slots, not {task.length}" + (f" less {skip}" if skip else "")
-        if self.interpret:
-            return None
-        if sharding.platform() != "tpu":
-            return "for TPUs"
-        return None if task.dtype == jnp.bfloat16 else f"computes in bfloat16, not {jnp.dtype(task.dtype).name}"
+        exact = self.interpret or task.dtype == jnp.bfloat16
+        return None if exact else f"computes in bfloat16, not {jnp.dtype(task.dtype).name}"
 
     def kernel(self, q: Float[Array, "B S H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"],
                pattern: Pattern, length: Int[Array, " B"] | None, scale: float) -> Float[Array, "B S H K"]:

@@ -32,7 +32,7 @@ from scipy.stats import chi2
 import oracle
 from eso_jax import families
 from eso_jax.config import Config, FamilyConfig
-from eso_jax.decoding import loop
+from eso_jax.decoding import passes
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.plan import Plan
 from eso_jax.model import masks, transformer
@@ -111,7 +111,7 @@ def _oracle() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "trunk", oracle.trunk)
         patch.setattr(transformer, "head", oracle.head)
-        patch.setattr(loop, "PART", 8)
+        patch.setattr(passes, "PART", 8)
         jax.config.update("jax_disable_most_optimizations", True)
         jax.clear_caches()
         yield
@@ -280,13 +280,13 @@ def test_scores_are_the_conditional_law(case: Case) -> None:
 
 def test_given_tokens_that_do_not_pass_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass over them that ends a slot too early, at the length where it is not rounded up."""
-    real = loop._over_given
+    real = passes._over_given
 
-    def short(plan: Plan, stop: int, live: int) -> loop.Run:
+    def short(plan: Plan, stop: int, live: int) -> passes.Run:
         run = real(plan, stop, live)
         return run._replace(shape=run.shape._replace(window=stop - 1))
 
-    monkeypatch.setattr(loop, "_over_given", short)
+    monkeypatch.setattr(passes, "_over_given", short)
     assert p_value_given(Case("esolm", "one-by-one", alpha_0=0.0)) < CERTAIN
     assert p_value_given(Case("ar", "left-to-right")) < CERTAIN
 

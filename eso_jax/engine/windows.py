@@ -1,0 +1,88 @@
+"""Texts longer than the model: window after window.
+
+A window begins with the last tokens of the one before it, which are given to it; the model then decodes the rest. So a
+token follows the exact law of the model, given the tokens of its window, of which at least `overlap` stand before it;
+what is further back is forgotten. The first window is what `Model.sample` draws.
+
+Axes: N texts, L length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from eso_jax.data.prompts import Given
+from eso_jax.data.stops import Stops
+from eso_jax.errors import require
+
+if TYPE_CHECKING:
+    from eso_jax.engine.model import Model
+
+
+class Long(NamedTuple):
+    """Texts of any length.
+
+    Attributes:
+      tokens: N arrays int32, what was given included, up to the first stop.
+      text: what they say; nothing without a tokenizer.
+      windows: how many each text took, int [N].
+    """
+
+    tokens: list[np.ndarray]
+    text: list[str]
+    windows: np.ndarray
+
+
+def lengthen(model: Model, given: Given, max_tokens: int, overlap: int | None = None, stop: Sequence[str] = (),
+             seed: int = 0, **how: Any) -> Long:
+    """Texts that go on for `max_tokens` tokens behind their prompts, or to a stop.
+
+    Args:
+      given: prompts, one for each text.
+      overlap: tokens of a window that are the last of the one before; None: half of them.
+      how: other arguments of `Model.sample`, the same for each window.
+
+    Raises:
+      EsoError: an argument is out of range, what is given is no prompt, or as `Model.sample` does.
+    """
+    length, mask = model.config.model.length, model.config.model.mask
+    overlap = length // 2 if overlap is None else overlap
+    require(max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
+    require(1 <= overlap < length, "overlap", overlap, f"must be in [1, {length}), the model's length")
+    known = given.tokens != mask
+    prompts = known.sum(1)
+    only = (known == (np.arange(length) < prompts[:, None])).all() and (given.end == length).all()
+    require(bool(only), "given", "more than prompts",
+            "a text of several windows has nothing given behind its beginning")
+    stops = Stops.of(stop, model.tokenizer)
+    done = stops.done if stops is not None and stop else None
+    texts = [row[:count] for row, count in zip(given.tokens, prompts, strict=True)]
+    windows, left = np.zeros(len(texts), np.int32), np.full(len(texts), max_tokens)
+    while len(rows := np.flatnonzero(left)):
+        tokens = np.full((len(rows), length), mask, np.int32)
+        # A first window holds the whole prompt, unless that leaves no room.
+        most = np.where((windows[rows] == 0) & (prompts[rows] < length), length, overlap)
+        begin = np.minimum(most, [len(texts[row]) for row in rows])
+        for row, own, count in zip(rows, tokens, begin, strict=True):
+            own[:count] = texts[row][len(texts[row]) - count:]
+        number = int(windows.max())
+        # Another seed for each window: a text that repeats itself must not repeat its draws.
+        fresh = int(np.random.default_rng([seed, number]).integers(2**32)) if number else seed
+        samples = model.sample(1, given=Given(tokens, np.minimum(length, begin + left[rows])), done=done, seed=fresh,
+                               **how)
+        windows[rows] += 1
+        for row, own, count in zip(rows, samples.tokens, begin, strict=True):
+            new = own[count:]
+            new = new[:np.append(new, mask).tolist().index(mask)]
+            texts[row] = np.concatenate([texts[row], new])
+            known = np.arange(len(texts[row])) < prompts[row]
+            left[row] = 0 if done is not None and done(texts[row][None], known[None])[0] else left[row] - len(new)
+    text = []
+    for index, tokens in enumerate(texts):
+        if stops is not None:
+            text.append(stops.cut(tokens, np.arange(len(tokens)) < prompts[index]))
+            texts[index] = tokens[tokens != mask]
+    return Long(texts, text, windows)
