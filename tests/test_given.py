@@ -183,6 +183,20 @@ def test_a_plan_behind_given_tokens_is_scored_in_one_pass(name: str) -> None:
     np.testing.assert_allclose(in_one, stepwise, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["esolm", "ar"])
+def test_what_a_plan_leaves_is_not_scored(name: str) -> None:
+    """It may be masks; neither the steps nor the one pass count it."""
+    model = model_of(name)
+    found = model.sample(2, 4, given=prompts(name)[:2], max_tokens=5)
+    logp = model.plan_log_prob(found.tokens, found.plan)
+    assert (np.count_nonzero(logp, axis=1) == 5).all()
+    tokens = jnp.asarray(np.where(found.tokens == MASK, 0, found.tokens))
+    in_one = families.plan_log_likelihood(WEIGHTS, CONFIGS[name], found.plan, tokens)
+    np.testing.assert_allclose(in_one, logp, atol=1e-5)
+    with pytest.raises(EsoError, match="and not the mask"):
+        model.plan_log_prob(np.full_like(found.tokens, MASK), found.plan)
+
+
 def test_a_loop_ends_when_all_rows_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host is asked about a run while the next one is at work, and that one is all that is in vain."""
     monkeypatch.setattr(passes_of_plans, "PART", 2)  # many runs
