@@ -129,6 +129,24 @@ def test_stops_cut_and_save_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(dots.tokens[0], whole.tokens[0])
 
 
+def test_an_interrupt_of_a_later_try_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inner, calls = model_of("esolm"), families.sample, list[int]()
+
+    def second(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    once = model.sample(2, 3)
+    monkeypatch.setattr(families, "sample", second)
+    found = model.sample(2, 3, num_tries=3, min_entropy=9.0, keep=True)
+    assert found.tries.tolist() == [1, 1] and (found.tokens == once.tokens).all()
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        model.sample(2, 3, num_tries=3, min_entropy=9.0)
+
+
 @pytest.fixture(scope="module")
 def bytes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(length=16, vocab_size=258)

@@ -201,8 +201,13 @@ class Model(Engine):
                     again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
                 if len(again):
                     keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
-                    found, new = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
-                                        stops.done if stops and stop else done, record, watch)
+                    try:
+                        found, new = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
+                                            stops.done if stops and stop else done, record, watch)
+                    except KeyboardInterrupt:
+                        if keep and attempt:  # all have been drawn before
+                            break
+                        raise
                     ready = again[:len(found)]
                     tokens[ready] = found
                     if facts is not None and new is not None:
