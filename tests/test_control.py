@@ -129,6 +129,14 @@ def test_stops_cut_and_save_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(dots.tokens[0], whole.tokens[0])
 
 
+def test_masks_are_no_tokens_of_low_entropy() -> None:
+    """A sample that ends early is drawn again for what it says, not for the masks behind it."""
+    model = model_of("esolm", 272, 258)
+    found = model.sample(4, max_tokens=8, num_tries=2, min_entropy=1.0)
+    assert (found.tokens[:, -256:] == 257).mean() > 0.9 and found.tries.tolist() == [1] * 4
+    assert model.sample(1, max_tokens=8, num_tries=2, min_entropy=5.0).tries.tolist() == [2]
+
+
 def test_an_interrupt_of_a_later_try_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inner, calls = model_of("esolm"), families.sample, list[int]()
 

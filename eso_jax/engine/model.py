@@ -198,7 +198,11 @@ class Model(Engine):
             for attempt in range(num_tries):
                 again = np.arange(num_samples)
                 if min_entropy is not None and attempt:
-                    again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
+                    ended = tokens.copy()  # what others of its batch had a row decode behind its end does not count
+                    for row, own in zip(ended, known, strict=True):
+                        if stops:
+                            stops.cut(row, own)
+                    again = np.flatnonzero(unigram_entropy(ended, mask=model.mask) < min_entropy)
                 if len(again):
                     keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
                     try:
