@@ -124,6 +124,13 @@ def test_prompts_of_all_lengths_share_their_programs(name: str, steps: int, most
     assert len(found) <= most and passes <= 1.05 * needed
 
 
+def test_given_tokens_pass_once_though_somebody_watches() -> None:
+    sampler = families.get(CONFIG).sampler(CONFIG)
+    plan = Plan(jnp.arange(64)[None], np.ones(24, int), given=40)
+    first, *rest = passes_of_plans.cut(schedule(plan, sampler), 8)
+    assert first.steps.count.tolist() == [0] and {len(run.steps.count) for run in rest} == {8}
+
+
 @pytest.mark.parametrize("name", ["esolm", "ar"])
 def test_every_length_of_a_prompt(name: str) -> None:
     model, tokens = model_of(name), np.asarray(random_tokens(CONFIG, 1))
