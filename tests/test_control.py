@@ -191,6 +191,13 @@ def test_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> None:
     assert str(prompted["text"][0]).startswith(str(stopped["text"][0]))
 
 
+def test_a_plan_whose_given_tokens_a_stop_has_cut(bytes_run: Path, tmp_path: Path, run: Run) -> None:
+    sample = ["sample", "--workdir", bytes_run, "--steps", 2]
+    run(*sample, "--template", "a[MASK:2]xyz", "--stop", "y", "--out", tmp_path / "s.npz")
+    assert "a stop cut tokens that were given" in run(*sample[:3], "--plan", tmp_path / "s.npz", "--out",
+                                                      tmp_path / "t.npz", code=2)
+
+
 def test_mistakes_of_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     np.save(tmp_path / "x.npy", np.array([[1, 300]]))
