@@ -137,6 +137,17 @@ def test_masks_are_no_tokens_of_low_entropy() -> None:
     assert model.sample(1, max_tokens=8, num_tries=2, min_entropy=5.0).tries.tolist() == [2]
 
 
+def test_a_record_says_nothing_of_what_a_stop_has_cut() -> None:
+    """So that it is the same in any batch."""
+    model = model_of("esolm", 64, 258)
+    whole = model.sample(3, alpha_0=0.0)
+    stops = [model.tokenizer.decode(row[at:at + 1]) for row, at in zip(whole.tokens, (3, 20, 30), strict=True)]
+    found, alone = (model.sample(3, alpha_0=0.0, stop=stops, record=True, batch_size=size) for size in (3, 1))
+    assert (found.tokens == 257).any() and (found.record.step[found.tokens == 257] == -1).all()
+    for ours, theirs in zip(found.record, alone.record, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def test_an_interrupt_of_a_later_try_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inner, calls = model_of("esolm"), families.sample, list[int]()
 

@@ -224,6 +224,10 @@ class Model(Engine):
         plan = plan.rows(ready)
         text = [stops.cut(tokens[row], known[row]) for row in ready] if stops else []
         kept = None if facts is None else Record(steps_of(plan), *(fact[ready] for fact in facts))
+        if kept is not None:  # of what a stop has cut: how far a row was decoded depends on the others
+            kept.step[tokens[ready] == model.mask] = -1
+            for fact in kept[1:]:
+                fact[tokens[ready] == model.mask] = 0
         told = None if kept is None else caption(self.config, plan, tokens[ready], kept, self.tokenizer)
         return Samples(tokens[ready], np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given,
                        known[ready], tries[ready], clock.seconds, clock.compile_seconds, kept, told, text)
