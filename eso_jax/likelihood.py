@@ -70,11 +70,13 @@ def _log_prob_in_order(weights: Weights, config: Config, tokens: Int[Array, "B L
 
 
 def plan_log_prob(engine: Engine, tokens: np.ndarray, plan: Plan) -> Float[np.ndarray, "B L"]:
-    """log p of each token in nats, in the order, when tokens [B, L] are decoded along the plan; 0 for given ones. One
-    pass per step."""
+    """log p of each token in nats, in the order, when tokens [B, L] are decoded along the plan; 0 for those that are
+    given, or that it leaves, which may be masks. One pass per step."""
     tokens, order = np.asarray(tokens), np.asarray(plan.order)
-    check_tokens(tokens, engine.config)
     require(order.shape == tokens.shape, "plan", order.shape, f"its order must have shape {tokens.shape}")
+    mask, is_left = engine.config.model.mask, order.argsort(axis=1) >= np.reshape(plan.end, (-1, 1))
+    tokens = np.where(is_left & (tokens == mask), int(mask == 0), tokens)  # any id but the mask
+    check_tokens(tokens, engine.config)
 
     def score(weights: Weights, tokens: Array, order: Array, rows: Array) -> Array:
         here = dataclasses.replace(plan.rows(sharding.fetch(rows)), order=order)

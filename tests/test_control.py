@@ -129,6 +129,43 @@ def test_stops_cut_and_save_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(dots.tokens[0], whole.tokens[0])
 
 
+def test_masks_are_no_tokens_of_low_entropy() -> None:
+    """A sample that ends early is drawn again for what it says, not for the masks behind it."""
+    model = model_of("esolm", 272, 258)
+    found = model.sample(4, max_tokens=8, num_tries=2, min_entropy=1.0)
+    assert (found.tokens[:, -256:] == 257).mean() > 0.9 and found.tries.tolist() == [1] * 4
+    assert model.sample(1, max_tokens=8, num_tries=2, min_entropy=5.0).tries.tolist() == [2]
+
+
+def test_a_record_says_nothing_of_what_a_stop_has_cut() -> None:
+    """So that it is the same in any batch."""
+    model = model_of("esolm", 64, 258)
+    whole = model.sample(3, alpha_0=0.0)
+    stops = [model.tokenizer.decode(row[at:at + 1]) for row, at in zip(whole.tokens, (3, 20, 30), strict=True)]
+    found, alone = (model.sample(3, alpha_0=0.0, stop=stops, record=True, batch_size=size) for size in (3, 1))
+    assert (found.tokens == 257).any() and (found.record.step[found.tokens == 257] == -1).all()
+    for ours, theirs in zip(found.record, alone.record, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_an_interrupt_of_a_later_try_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inner, calls = model_of("esolm"), families.sample, list[int]()
+
+    def second(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    once = model.sample(2, 3)
+    monkeypatch.setattr(families, "sample", second)
+    found = model.sample(2, 3, num_tries=3, min_entropy=9.0, keep=True)
+    assert found.tries.tolist() == [1, 1] and (found.tokens == once.tokens).all()
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        model.sample(2, 3, num_tries=3, min_entropy=9.0)
+
+
 @pytest.fixture(scope="module")
 def bytes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(length=16, vocab_size=258)
@@ -163,6 +200,13 @@ def test_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> None:
     stop = ["--stop", prompted["text"][0][-1], "--stop-at-separator"]
     stopped = made(*stop, "--prompt", "~ab", "--ban", "x", "--ban-id", 256)
     assert str(prompted["text"][0]).startswith(str(stopped["text"][0]))
+
+
+def test_a_plan_whose_given_tokens_a_stop_has_cut(bytes_run: Path, tmp_path: Path, run: Run) -> None:
+    sample = ["sample", "--workdir", bytes_run, "--steps", 2]
+    run(*sample, "--template", "a[MASK:2]xyz", "--stop", "y", "--out", tmp_path / "s.npz")
+    assert "a stop cut tokens that were given" in run(*sample[:3], "--plan", tmp_path / "s.npz", "--out",
+                                                      tmp_path / "t.npz", code=2)
 
 
 def test_mistakes_of_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> None:

@@ -124,6 +124,13 @@ def test_prompts_of_all_lengths_share_their_programs(name: str, steps: int, most
     assert len(found) <= most and passes <= 1.05 * needed
 
 
+def test_given_tokens_pass_once_though_somebody_watches() -> None:
+    sampler = families.get(CONFIG).sampler(CONFIG)
+    plan = Plan(jnp.arange(64)[None], np.ones(24, int), given=40)
+    first, *rest = passes_of_plans.cut(schedule(plan, sampler), 8)
+    assert first.steps.count.tolist() == [0] and {len(run.steps.count) for run in rest} == {8}
+
+
 @pytest.mark.parametrize("name", ["esolm", "ar"])
 def test_every_length_of_a_prompt(name: str) -> None:
     model, tokens = model_of(name), np.asarray(random_tokens(CONFIG, 1))
@@ -181,6 +188,20 @@ def test_a_plan_behind_given_tokens_is_scored_in_one_pass(name: str) -> None:
     stepwise = families.plan_log_prob(WEIGHTS, CONFIGS[name], plan, tokens)
     in_one = families.plan_log_likelihood(WEIGHTS, CONFIGS[name], plan, tokens)
     np.testing.assert_allclose(in_one, stepwise, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["esolm", "ar"])
+def test_what_a_plan_leaves_is_not_scored(name: str) -> None:
+    """It may be masks; neither the steps nor the one pass count it."""
+    model = model_of(name)
+    found = model.sample(2, 4, given=prompts(name)[:2], max_tokens=5)
+    logp = model.plan_log_prob(found.tokens, found.plan)
+    assert (np.count_nonzero(logp, axis=1) == 5).all()
+    tokens = jnp.asarray(np.where(found.tokens == MASK, 0, found.tokens))
+    in_one = families.plan_log_likelihood(WEIGHTS, CONFIGS[name], found.plan, tokens)
+    np.testing.assert_allclose(in_one, logp, atol=1e-5)
+    with pytest.raises(EsoError, match="and not the mask"):
+        model.plan_log_prob(np.full_like(found.tokens, MASK), found.plan)
 
 
 def test_a_loop_ends_when_all_rows_are_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,8 @@ def test_a_template_has_blanks_and_an_end() -> None:
     pieces = [*tokenizer.encode("t"), mask, *tokenizer.encode("he the")]
     assert found.tokens[0].tolist() == [*pieces, *[mask] * (8 - len(pieces))] and found.end.tolist() == [len(pieces)]
     for text, message in (("a[MASK:8]", "is 9 tokens"), (f"a[MASK:{'9' * 30}]", "tokens, and the model has length"),
-                          ("abc", "has no blank"), ("[mask]", "has no blank"), ("a[MASK:0]b", "of no token")):
+                          ("abc", "has no blank"), ("[mask]", "has no blank"), ("a[MASK:0]b", "of no token"),
+                          (f"[MASK:{'9' * 5000}]", "is 9999999 tokens")):
         with pytest.raises(EsoError, match=message):
             prompts.of_template(text, BYTES, MODEL)
 

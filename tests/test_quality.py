@@ -160,6 +160,20 @@ def test_our_judges_score_tokens_and_texts(family: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(text.nats[1:2], -likelihood.conditional(model, other, given, wanted), rtol=1e-5)
 
 
+def test_masks_behind_the_end_of_a_sample_count_nowhere(ours: Path, tmp_path: Path) -> None:
+    """Read with its text, by its tokenizer, or as ids alone."""
+    model = eso_jax.load(ours)
+    short = np.array([list(b"a cat sat"), list(b"the dog s")])
+    masked = np.pad(short, ((0, 0), (0, 4)), constant_values=257)
+    np.savez(tmp_path / "ids.npz", tokens=masked, mask=257)
+    np.savez(tmp_path / "text.npz", tokens=masked, mask=257, text=["a cat sat", "the dog s"])
+    judge = judges.ModelJudge(model)
+    for texts, plain in ((of_tokens(masked, ByteTokenizer()), of_tokens(short, ByteTokenizer())),
+                         (read(str(tmp_path / "text.npz"), "s"), of_tokens(short, ByteTokenizer())),
+                         (read(str(tmp_path / "ids.npz"), "s"), Texts(short))):
+        assert repr(quality.measure(texts, judge)) == repr(quality.measure(plain, judge))
+
+
 def test_our_judges_refuse_what_they_cannot_read(tmp_path: Path, ours: Path) -> None:
     judge = judges.get(str(ours))
     small = tiny_config("ar", length=24, vocab_size=9)

@@ -33,6 +33,12 @@ def test_text_is_cut_at_the_first_stop_behind_what_was_given() -> None:
     assert cut("▒▒▒▒▒▒", 0, "d") == ("▒" * 6, "")
 
 
+def test_what_is_decoded_behind_a_stop_changes_nothing() -> None:
+    """Another stop may begin before it; at the time of the first one that was not known."""
+    for text in ("abc▒▒", "abcd▒", "abcde"):
+        assert cut(text, 0, "c", "bcde")[1] == "ab"
+
+
 def test_rows_are_done_each_by_its_own() -> None:
     rows = [[ord(c) if c != "▒" else MASK for c in text] for text in ("a.b▒", "a.b.", "ab▒.", "▒a.b")]
     known = np.arange(4) < np.array([[2], [2], [1], [0]])

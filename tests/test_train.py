@@ -342,11 +342,31 @@ def test_it_says_how_long_it_will_take(first: int, told: str, base: Config, tmp_
     monkeypatch.setattr(training.time, "perf_counter", lambda: now)
     meter = training._Meter(run, metrics.MetricsLog(tmp_path, first - 1), lambda: "", windows=160)
     for step in range(first, 101):
-        meter.add(step, {"loss": jnp.float32(1.0), "finite": jnp.bool_(True)})
+        meter.add(step, {"loss": jnp.float32(1.0), "finite": jnp.bool_(True)}, 1.0, step == first)
         now += 100.0 if step == first else 6.0  # 89 + 20 and 29 + 10 steps of work
     meter.flush()
     lines = [line for line in capsys.readouterr().err.splitlines() if "about" in line]
     assert len(lines) == 1 and lines[0].startswith(told)
+
+
+def test_of_random_lengths_it_times_no_compilation_and_knows_the_mean(
+        base: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = base.override("train.steps=1000", "train.eval_every=1000", "train.log_every=20", "train.save_every=1000",
+                        "train.random_length=1")
+    now = 0.0
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now)
+    meter = training._Meter(run, metrics.MetricsLog(tmp_path, 0), lambda: "", windows=0)
+    for step in range(1, 41):
+        length = 1 + step % 8
+        if step <= 8:
+            meter.flush()
+        now += length + (300 if step <= 8 else 0)
+        meter.add(step, {"loss": jnp.float32(1.0), "finite": jnp.bool_(True)}, length / 8, step <= 8)
+    meter.flush()
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "about" in line]
+    assert line.startswith("about 74 minutes for the 962")  # 4.5 seconds each
+    speeds = [line["tokens_per_second"] for line in metrics.read(tmp_path)]
+    assert len(speeds) == 2 and max(speeds) < 1.2 * min(speeds)
 
 
 @pytest.mark.parametrize("seconds, words", [(0.2, "2 seconds"), (89.0, "89 seconds"), (419.0, "7 minutes"),

@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
         write_whole(arguments.out, _lines(text))
     else:
         extra: dict[str, Any] = {"text": np.array(text)} if text else {}
-        write_whole(arguments.out, npz(**found.arrays(), **extra))
+        write_whole(arguments.out, npz(**{**found.arrays(), "mask": np.array(model.config.model.mask)}, **extra))
     say(f"wrote {arguments.out}")
     if arguments.html:
         write_whole(arguments.html, page({Path(arguments.out).stem: found.arrays()}), "--html")

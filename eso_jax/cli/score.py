@@ -31,13 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
     from eso_jax import families, likelihood, load
     from eso_jax.engine import importance
 
     check_out(arguments.out)
     model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size)
     tokens = read_array(arguments.tokens, "--tokens", "tokens")
-    likelihood.check_tokens(tokens, model.config)
+    if not arguments.plan:  # which may leave masks
+        likelihood.check_tokens(tokens, model.config)
     given = [name for name in ("orders", "plan", "given") if getattr(arguments, name)]
     drawn = arguments.num_orders is not None or arguments.alpha_0 is not None
     if given and (len(given) > 1 or drawn):
@@ -52,10 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
             f"in {arguments.out}")
         return
     if arguments.plan:
-        logp = model.plan_log_prob(tokens, read_plan(arguments.plan))
+        plan = read_plan(arguments.plan)
+        logp = model.plan_log_prob(tokens, plan)
+        count = np.broadcast_to(plan.decoded, logp.shape).sum()
         write_whole(arguments.out, npz(logp=logp.sum(1), logp_in_order=logp))
         say(f"{len(tokens)} sequences along their plan: log p = {logp.sum(1).mean():.4f} nats on average "
-            f"({-logp.mean():.4f} nats per token); in {arguments.out}")
+            f"({-logp.sum() / max(count, 1):.4f} nats per token); in {arguments.out}")
         return
     if arguments.orders:
         logp = model.log_likelihood(tokens, read_array(arguments.orders, "--orders", "orders"))

@@ -128,10 +128,12 @@ def _pieces(text: str, mask: int) -> Any:
     for at, piece in enumerate(found):
         if at % 2 == 0:
             yield piece
-        elif piece is not None and int(piece) == 0:
-            raise rows.BadRow("has a blank [MASK:0] of no token; leave it out")
         else:
-            yield np.full(min(int(piece or 1), 2**20), mask)  # a huge number is refused by its length, not by memory
+            # Of a huge number some digits will do: it is refused by its length, not by Python or for want of memory.
+            count = 1 if piece is None else int(piece.lstrip("0")[:7] or 0)
+            if count == 0:
+                raise rows.BadRow("has a blank [MASK:0] of no token; leave it out")
+            yield np.full(count, mask)
 
 
 def _stacked(found: Sequence[tuple[np.ndarray, int]], model: ModelConfig) -> Given:

@@ -1,6 +1,7 @@
 """Stops: texts at which a sample ends. What is behind the first one is cut, the stop as well.
 
-A stop counts where it is wholly behind the first token that was not given, so that those of a prompt do not. The text
+A stop counts where it is wholly behind the first token that was not given, so that those of a prompt do not. Of several
+the one that ends first is the first: what is decoded behind it, with others of a batch, changes nothing. The text
 is cut at the character; of the tokens, those that are wholly before it are kept.
 
 Axes: B rows, L length.
@@ -67,5 +68,5 @@ class Stops:
         if known.all() or end <= begin or not self.texts:
             return None, "", begin
         text, before = self.tokenizer.decode(tokens[:end]), len(self.tokenizer.decode(tokens[:begin]))
-        places = [place for stop in self.texts if (place := text.find(stop, before)) >= 0]
-        return min(places, default=None), text, begin
+        found = [(place + len(stop), place) for stop in self.texts if (place := text.find(stop, before)) >= 0]
+        return min(found, default=(0, None))[1], text, begin

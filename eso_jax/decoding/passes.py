@@ -243,11 +243,11 @@ def _runs(steps: Step, window: Int[np.ndarray, " S"], width: Int[np.ndarray, " S
 
 
 def cut(runs: list[Run], passes: int) -> Iterator[Run]:
-    """The same in runs of so many passes."""
+    """The same in runs of so many passes, or fewer where a run has fewer."""
     for steps, shape in runs:
-        for low in range(0, len(steps.count), passes):
-            index = np.arange(low, low + passes)
-            last = len(steps.count) - 1
+        last = len(steps.count) - 1
+        for low in range(0, last + 1, passes):
+            index = np.arange(low, low + min(passes, last + 1))
             own = jax.tree.map(lambda x, i=np.minimum(index, last): x[i], steps)
             yield Run(dataclasses.replace(own, count=np.where(index <= last, own.count.T, 0).T), shape)
 

@@ -98,6 +98,12 @@ class Plan:
         return self.given + (decoded if decoded.ndim else int(decoded))
 
     @property
+    def decoded(self) -> Bool[np.ndarray, "_ L"]:
+        """Whether some step decodes it, by slot; a row for each, or one for all."""
+        slot = np.arange(self.length)
+        return (slot >= np.reshape(self.given, (-1, 1))) & (slot < np.reshape(self.end, (-1, 1)))
+
+    @property
     def first(self) -> Counts:
         """The slot (index along the order) at which each step begins."""
         return np.asarray(self.given)[..., None] + np.cumsum(self.tokens_per_step, -1) - self.tokens_per_step

@@ -42,7 +42,8 @@ class Record(NamedTuple):
     """A generation, by natural position: when a token came, and its `Facts`.
 
     Attributes:
-      step: int32 [B, L], the step of the plan that decoded it, from 0; -1 where it was given.
+      step: int32 [B, L], the step of the plan that decoded it, from 0; -1 where it was given, or is a mask: then
+        its facts are 0.
     """
 
     step: Any

@@ -13,10 +13,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def unigram_entropy(tokens: Int[np.ndarray, "N L"], last: int = 256) -> Float[np.ndarray, " N"]:
-    """Entropy in nats of the distribution of ids among the `last` tokens of each sample."""
+def unigram_entropy(tokens: Int[np.ndarray, "N L"], last: int = 256,
+                    mask: int | None = None) -> Float[np.ndarray, " N"]:
+    """Entropy in nats of the distribution of ids among the `last` tokens of each sample that are not the mask."""
     def entropy(row: np.ndarray) -> float:
-        _, counts = np.unique(row[-last:], return_counts=True)
+        _, counts = np.unique(row[row != mask][-last:], return_counts=True)
         p = counts / counts.sum()
         return float(-(p * np.log(p)).sum())
 

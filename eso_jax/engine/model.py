@@ -198,11 +198,20 @@ class Model(Engine):
             for attempt in range(num_tries):
                 again = np.arange(num_samples)
                 if min_entropy is not None and attempt:
-                    again = np.flatnonzero(unigram_entropy(tokens) < min_entropy)
+                    ended = tokens.copy()  # what others of its batch had a row decode behind its end does not count
+                    for row, own in zip(ended, known, strict=True):
+                        if stops:
+                            stops.cut(row, own)
+                    again = np.flatnonzero(unigram_entropy(ended, mask=model.mask) < min_entropy)
                 if len(again):
                     keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
-                    found, new = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
-                                        stops.done if stops and stop else done, record, watch)
+                    try:
+                        found, new = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
+                                            stops.done if stops and stop else done, record, watch)
+                    except KeyboardInterrupt:
+                        if keep and attempt:  # all have been drawn before
+                            break
+                        raise
                     ready = again[:len(found)]
                     tokens[ready] = found
                     if facts is not None and new is not None:
@@ -215,6 +224,10 @@ class Model(Engine):
         plan = plan.rows(ready)
         text = [stops.cut(tokens[row], known[row]) for row in ready] if stops else []
         kept = None if facts is None else Record(steps_of(plan), *(fact[ready] for fact in facts))
+        if kept is not None:  # of what a stop has cut: how far a row was decoded depends on the others
+            kept.step[tokens[ready] == model.mask] = -1
+            for fact in kept[1:]:
+                fact[tokens[ready] == model.mask] = 0
         told = None if kept is None else caption(self.config, plan, tokens[ready], kept, self.tokenizer)
         return Samples(tokens[ready], np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given,
                        known[ready], tries[ready], clock.seconds, clock.compile_seconds, kept, told, text)

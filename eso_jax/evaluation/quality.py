@@ -87,6 +87,6 @@ def measure(samples: Texts, judge: Judge | None = None, reference: Texts | None 
         unjudged=0 if scores is None else int(np.count_nonzero(scores.tokens == 0)),
         cut=0 if scores is None else scores.cut,
         entropy=None if samples.tokens is None
-        else diversity.mean(unigram_entropy(samples.tokens, samples.tokens.shape[1])),
+        else diversity.mean(unigram_entropy(samples.tokens, samples.tokens.shape[1], samples.mask)),
         unit=unit, repetition=varied.repetition, distinct=varied.distinct, self_bleu=varied.self_bleu,
         short=varied.short, mauve=similarity)

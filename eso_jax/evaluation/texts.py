@@ -28,10 +28,12 @@ class Texts:
     Attributes:
       tokens: int64 [N, L], of any integers given; None for text that no tokenizer of ours has seen.
       strings: N of them; None where no tokenizer fits the tokens.
+      mask: the id that stands for no token, where that is known, as behind the end of a sample.
     """
 
     tokens: np.ndarray | None
     strings: list[str] | None = None
+    mask: int | None = None
 
     def __post_init__(self) -> None:
         require(self.tokens is not None or self.strings is not None, "texts", None, "give tokens, strings or both")
@@ -45,6 +47,11 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.tokens) if self.tokens is not None else len(self.strings or [])
+
+    def ids(self) -> list[Int[np.ndarray, " _"]]:
+        """The tokens of each text, without masks."""
+        assert self.tokens is not None
+        return [row[row != self.mask] for row in self.tokens]
 
     def strings_for(self, user: str) -> list[str]:
         """The strings, for `user`, an option that errors name and that reads nothing else."""
@@ -61,11 +68,11 @@ class Texts:
         """
         tokenizer, config = model.tokenizer, model.config.model
         if self.tokens is not None:
-            fits = ((self.tokens >= 0) & (self.tokens < config.vocab_size) & (self.tokens != config.mask)).all()
+            fits = all(((row >= 0) & (row < config.vocab_size) & (row != config.mask)).all() for row in self.ids())
             same = self.strings is None or tokenizer is not None and all(
-                tokenizer.decode(row) == string for row, string in zip(self.tokens, self.strings, strict=True))
+                tokenizer.decode(row) == string for row, string in zip(self.ids(), self.strings, strict=True))
             if fits and same:
-                return list(self.tokens)
+                return self.ids()
         if self.strings is None or tokenizer is None:
             raise EsoError(f"{user}: its vocabulary of {config.vocab_size} is not that of the tokens, and "
                            + ("there is no text to encode" if self.strings is None else "it has no tokenizer")
@@ -84,8 +91,7 @@ class Texts:
     def units(self) -> tuple[str, list[Int[np.ndarray, " _"]]]:
         """What diversity is counted in, and each text in it: "words", between white space, numbered; or "tokens"."""
         if self.strings is None:
-            assert self.tokens is not None
-            return "tokens", list(self.tokens)
+            return "tokens", self.ids()
         number: dict[str, int] = {}
         return "words", [np.array([number.setdefault(word, len(number)) for word in string.split()], np.int64)
                          for string in self.strings]
@@ -94,7 +100,10 @@ class Texts:
 def of_tokens(tokens: np.ndarray, tokenizer: Tokenizer | None) -> Texts:
     """Rows of tokens, and their strings where there is a tokenizer."""
     tokens = np.asarray(tokens)
-    return Texts(tokens, None if tokenizer is None else [tokenizer.decode(row) for row in tokens])
+    if tokenizer is None:
+        return Texts(tokens)
+    mask = tokenizer.mask_id
+    return Texts(tokens, [tokenizer.decode(row[row != mask]) for row in tokens], mask)
 
 
 def is_workdir(name: str) -> bool:
@@ -131,9 +140,11 @@ def read(name: str, flag: str, limit: int | None = None, reading: Reading | None
             with np.load(name) as arrays:
                 tokens = arrays["tokens"] if "tokens" in arrays else None
                 alone = tokens is not None and (reading.field or "text") not in arrays
+                mask = int(arrays["mask"]) if "mask" in arrays else None
             if tokens is not None:
                 all_rows = Reading(reading.field, flag=flag)  # a row that was left out would shift the others
-                return Texts(tokens, None if alone else list(rows.texts(name, streams.of_file(Path(name)), all_rows)))
+                found = None if alone else list(rows.texts(name, streams.of_file(Path(name)), all_rows))
+                return Texts(tokens, found, mask)
         strings = list(rows.texts(name, streams.decompress(streams.of_file(Path(name))), reading))
         reading.report()
         return Texts(None, strings)

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import config as config_module
@@ -82,7 +81,8 @@ def sample(weights: Weights, config: Config, plan: Plan, keys: Key[Array, "..."]
 
 def plan_log_prob(weights: Weights, config: Config, plan: Plan, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
     """log p of each token, in the order, when `tokens` are decoded along the plan: exact for the sampler that follows
-    the plan, at a pass per step; 0 for given ones. Their sum is the law of a sample given its plan."""
+    the plan, at a pass per step; 0 for those that it takes for given, or leaves. Their sum is the law of a sample given
+    its plan."""
     get(config).check_plan(config, plan)
     return loop.log_prob(weights, config.model, get(config).sampler(config), plan, tokens)
 
@@ -97,7 +97,7 @@ def plan_log_likelihood(weights: Weights, config: Config, plan: Plan, tokens: In
     get(config).check_plan(config, plan)
     first = jnp.asarray(plan.step_begins, jnp.int32)
     logp = _plan_log_likelihood(weights, config, tokens, jnp.asarray(plan.order, jnp.int32), first)
-    return jnp.where(np.arange(plan.length) < np.reshape(plan.given, (-1, 1)), 0, logp) if np.any(plan.given) else logp
+    return jnp.where(plan.decoded, logp, 0)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -267,9 +267,11 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         for step in bar(range(first + 1, settings.steps + 1), total=settings.steps, initial=first, desc="train",
                         unit="step"):
             length = length_of_step(config, step)
-            if length in programs:
+            compiles = length not in programs
+            if not compiles:
                 watchdog.begin()
-            else:  # it compiles
+            else:
+                meter.flush()  # before the clock counts it
                 short = dataclasses.replace(config, model=dataclasses.replace(config.model, length=length))
                 programs[length] = jit_step(short, mesh)
                 if jax.process_count() > 1:  # it compiles before they meet in it: on CPU one waits only 30 s
@@ -281,7 +283,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 tokens = sharding.put_rows(next(iterator)[:, :length], mesh, settings.batch_size)
                 state, values = programs[length](state, tokens)
                 # Reads the step before this one, so that the device is never idle.
-                meter.add(step, values, length / config.model.length)
+                meter.add(step, values, length / config.model.length, compiles)
             watchdog.rest()
             saver.check()
             ends, stops = step == settings.steps, preemption.is_asked(step)
@@ -342,33 +344,31 @@ class _Meter:
         self.config, self.log, self.last, self.windows = config, log, last, windows
         self.told = False
         self.flops = sum(flops.training_step(config).values())
-        self.pending: tuple[int, dict[str, Array], float] | None = None
+        self.pending: tuple[int, dict[str, Array], float, bool] | None = None
         self.seen: list[dict[str, float]] = []
         self.skipped = self.skipped_in_a_row = 0
-        self.started = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last step (an evaluation, a save) out of tokens/s."""
         self.clock, self.clocked = time.perf_counter(), 0.0
 
-    def add(self, step: int, values: dict[str, Array], share: float) -> None:
-        """`share` of the model's length is what the step was on."""
+    def add(self, step: int, values: dict[str, Array], share: float, compiled: bool) -> None:
+        """`share` of the model's length is what the step was on. One that compiled first is not timed."""
         self.flush()
-        self.pending = step, values, share
+        self.pending = step, values, share, compiled
 
     def flush(self) -> None:
         if self.pending is None:
             return
-        (step, values, share), self.pending = self.pending, None
+        (step, values, share, compiled), self.pending = self.pending, None
         now = {name: float(value) for name, value in jax.device_get(values).items()}
         if now.pop("finite"):
             self.seen.append(now)
             self.skipped_in_a_row = 0
         else:
             self.skip(step, now)
-        if not self.started:  # the first step compiled
-            self.started = True
+        if compiled:
             self.restart_clock()
         else:
             self.clocked += share
@@ -398,7 +398,8 @@ class _Meter:
             return
         self.told, left = True, settings.steps - step
         evaluations = -(-settings.steps // settings.eval_every) - step // settings.eval_every
-        work = left + evaluations * self.windows / settings.batch_size / 2
+        mean = 1 - settings.random_length * 7 / 16  # share of the length: short steps have 1, 2, ... or 8 eighths
+        work = left * mean + evaluations * self.windows / settings.batch_size / 2
         seconds = work * (time.perf_counter() - self.clock) / self.clocked
         say(f"about {in_words(seconds)} for the {left:,} steps that are left, by the last {self.clocked:.0f}")
 
