@@ -43,6 +43,7 @@ class Stops:
         Raises:
           EsoError: a text is empty, or there is no tokenizer by which a sample becomes a text.
         """
+        texts = (texts,) if isinstance(texts, str) else texts
         for text in texts:
             require(bool(text), "stop", text, "must not be empty")
             if tokenizer is None:

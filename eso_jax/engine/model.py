@@ -290,7 +290,7 @@ def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows:
 
     order, bits = np.asarray(plan.order), np.asarray(jax.random.key_data(keys))
     terminal = sys.stderr.isatty() and watch is None
-    unknown = np.broadcast_to(plan.length - np.asarray(plan.given), len(order))[rows].mean()
+    unknown = np.broadcast_to(plan.end - np.asarray(plan.given), len(order))[rows].mean()
 
     def read(index: np.ndarray) -> list[np.ndarray]:
         return [array[rows[index]] for array in (order, np.arange(len(order), dtype=np.int32), bits, given)
