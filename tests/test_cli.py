@@ -263,7 +263,7 @@ def test_compiled_programs_are_kept(tmp_path: Path, trained: Path) -> None:
                     "XDG_CACHE_HOME": str(tmp_path / "cache")}
     subprocess.run(command, check=True, capture_output=True, env=environment)
     kept = list((tmp_path / "cache" / "eso-jax").iterdir())
-    assert len(kept) > 3
+    assert any(path.name.startswith("jit_decode_run") for path in kept)
     subprocess.run(command, check=True, capture_output=True,
                    env=environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")})
     assert (tmp_path / "mine").is_dir()

@@ -130,7 +130,8 @@ def text_folder(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     path = tmp_path_factory.mktemp("samples") / "s.npz"
-    assert not cli.main(["sample", "--workdir", str(trained), "--num-samples", "2", "--steps", "2", "--out", str(path)])
+    assert not cli.main(["sample", "--workdir", str(trained), "--num-samples", "2", "--steps", "2", "--record", "--out",
+                         str(path)])
     return path
 
 
@@ -140,6 +141,7 @@ WRITERS = {
     "score": ("score --workdir {w} --tokens {s}", ".npz"),
     "score --plan": ("score --workdir {w} --tokens {s} --plan {s}", ".npz"),
     "sample": ("sample --workdir {w} --num-samples 2 --steps 2", ".npz"),
+    "view": ("view {s}", ".html"),
     "quality": ("quality --samples {s} --judge none", ".json"),
     "plan": ("plan quickstart --topology v5e:2x4", ".json"),
     "bench": ("bench sampling --preset cpu", ".json"),
