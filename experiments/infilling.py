@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 
 from eso_jax import families, load
@@ -28,11 +27,9 @@ from eso_jax.console import say
 from eso_jax.data import evenly_spaced, windows_of
 from eso_jax.engine.model import Model
 from eso_jax.errors import require
+from eso_jax.evaluation.picture import COLOURS, picture
 from eso_jax.files import as_json, check_out, write_whole
 from eso_jax.model.params import Weights
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 SPANS = (1, 2, 4, 8, 16, 32)
 GIVEN = ("the left", "both sides", "both, shuffled")
@@ -79,21 +76,18 @@ def measure(workdir: str, count: int) -> dict[str, Any]:
 
 
 def draw(path: Path, results: list[dict[str, Any]]) -> None:
-    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 3.6), sharey=True, squeeze=False,
-                                layout="constrained")
-    for one, result in zip(axes[0], results, strict=True):
-        for given, colour in zip(GIVEN, ("#9fc5e8", "#2a9d8f", "#f4a261"), strict=True):
-            if given in result:
-                one.errorbar(result["spans"], result[given]["nats_per_token"], result[given]["standard_error"],
-                             color=colour, label=f"given {given}", marker="o", capsize=3)
-        one.set(xscale="log", xticks=result["spans"], xticklabels=result["spans"], xlabel="tokens of the span",
-                title=f"{result['family']}, trained at alpha_0 = {result['trained_at_alpha_0']:g}")
-        one.minorticks_off()
-        one.title.set_fontsize(9)
-    axes[0, 0].set_ylabel("nats per token")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
-    plt.close(figure)
+    with picture(path, 4.5 * len(results), 3.6) as figure:
+        all_axes = figure.subplots(1, len(results), sharey=True, squeeze=False)
+        for axes, result in zip(all_axes[0], results, strict=True):
+            for given, colour in zip(GIVEN, (COLOURS[1], COLOURS[0], COLOURS[2]), strict=True):
+                if given in result:
+                    axes.errorbar(result["spans"], result[given]["nats_per_token"], result[given]["standard_error"],
+                                  color=colour, label=f"given {given}", marker="o")
+            axes.set(xscale="log", xticks=result["spans"], xticklabels=result["spans"], xlabel="tokens of the span",
+                     title=f"{result['family']}, trained at alpha_0 = {result['trained_at_alpha_0']:g}")
+            axes.minorticks_off()
+        all_axes[0, 0].set_ylabel("nats per token")
+        all_axes[0, 0].legend()
 
 
 def main() -> None:

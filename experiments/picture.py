@@ -12,21 +12,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Rectangle
 
 from eso_jax.cli import exit_code_of, read_plan
 from eso_jax.console import say
 from eso_jax.decoding.order import random_then_ascending
 from eso_jax.decoding.plan import Plan, join
-from eso_jax.files import write_whole
+from eso_jax.evaluation.picture import picture
 from eso_jax.model import masks
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.colors import ListedColormap  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 
 LENGTH, PARALLEL_STEPS = 16, [2, 1, 3, 2]  # then one token per step
 COLOURS = ListedColormap(["#e8e8e8", "#f4a261", "#2a9d8f", "#9fc5e8"])
@@ -42,14 +38,17 @@ def decoding(axes: Axes, plan: Plan) -> None:
         grid[step, order[:first]] = CACHED
         grid[step, order[first:first + count]] = PARALLEL if first < plan.diffused else SEQUENTIAL
     axes.imshow(grid, cmap=COLOURS, vmin=0, vmax=3, aspect="auto", interpolation="nearest")
+    axes.grid(visible=False)
     axes.set(title=f"{plan.length} tokens in {plan.nfe} passes", xlabel="position", ylabel="forward pass")
     labels = ["masked, not computed", "decoded in parallel (diffusion)", "decoded left to right", "clean, in the cache"]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS(i)) for i in range(4)]
+    handles = [Rectangle((0, 0), 1, 1, color=COLOURS(i)) for i in range(4)]
     axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False)
 
 
 def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:
     axes.imshow(mask, cmap=ListedColormap(["white", "#2a9d8f"]), vmin=0, vmax=1)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(True)
     axes.set(title=title, xticks=[], yticks=[], xlabel="key, by order", ylabel="query")
     axes.title.set_fontsize(9)
 
@@ -57,34 +56,30 @@ def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:
 def draw_plan(path: Path) -> None:
     """The plan of a .npz of eso-jax sample, its first row."""
     plan = join([read_plan(str(path)).rows(np.arange(1))])
-    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
-    decoding(axes, plan)
-    _write(figure, path.with_suffix(".png"))
+    with picture(path.with_suffix(".png"), 7, 6, "picture") as figure:
+        decoding(figure.add_subplot(), plan)
+    say(f"wrote {path.with_suffix('.png')}")
 
 
 def draw_how_it_works() -> None:
-    figure = plt.figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1], squeeze=False)[0]
     order = random_then_ascending(jax.random.key(4), LENGTH, sum(PARALLEL_STEPS))
     counts = PARALLEL_STEPS + [1] * (LENGTH - sum(PARALLEL_STEPS))
-    decoding(left.subplots(), Plan(order[None], np.array(counts), sum(PARALLEL_STEPS)))
     slots = jnp.arange(8)
     query, key = slots[:, None], slots[None, :]
     both = np.zeros((16, 16), bool)
     both[:8, :8], both[:8, 8:] = masks.own_block(query, key, 1), masks.blocks_before(query, key, 1)
     both[8:, 8:] = masks.causal(query, key)
-    grid = right.subplots(2, 2)
-    pattern(grid[0, 0], "MDLM: everyone, no cache", np.asarray(masks.everyone(query, key)))
-    pattern(grid[0, 1], "Eso-LM, diffusion: causal\nalong the order, exact cache", np.asarray(masks.causal(query, key)))
-    pattern(grid[1, 0], "Eso-LM (A), diffusion:\nclean prefix sees itself", np.asarray(masks.prefix(query, key, 4)))
-    pattern(grid[1, 1], "Eso-LM, sequential:\nmasked copy, then clean copy", both)
+    patterns = {"MDLM: everyone, no cache": masks.everyone(query, key),
+                "Eso-LM, diffusion: causal\nalong the order, exact cache": masks.causal(query, key),
+                "Eso-LM (A), diffusion:\nclean prefix sees itself": masks.prefix(query, key, 4),
+                "Eso-LM, sequential:\nmasked copy, then clean copy": both}
     OUT.parent.mkdir(exist_ok=True)
-    _write(figure, OUT)
-
-
-def _write(figure: Figure, path: Path) -> None:
-    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"), "picture")
-    say(f"wrote {path}")
+    with picture(OUT, 11, 4.6, "picture") as figure:
+        left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1], squeeze=False)[0]
+        decoding(left.subplots(), Plan(order[None], np.array(counts), sum(PARALLEL_STEPS)))
+        for axes, (title, mask) in zip(right.subplots(2, 2).flat, patterns.items(), strict=True):
+            pattern(axes, title, np.asarray(mask))
+    say(f"wrote {OUT}")
 
 
 def main() -> None:

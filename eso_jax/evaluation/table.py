@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from eso_jax.files import write_whole
+from eso_jax.evaluation.picture import COLOURS, picture
 
 Row = dict[str, Any]
 
@@ -27,18 +27,11 @@ def bars(path: Path, title: str, unit: str, rows: dict[str, tuple[float, float]]
       rows: by their labels, the lengths of bar and floor.
       measured, floor: what they are, for the legend.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")
-    places = np.arange(len(rows))[::-1]
-    colours = ["#2a9d8f" if label.startswith("Eso-LM") else "#9fc5e8" for label in rows]
-    axes.barh(places, [bar for bar, _ in rows.values()], color=colours, label=measured)
-    axes.plot([mark for _, mark in rows.values()], places, "k|", markersize=12, label=floor)
-    axes.set(xscale=scale, xlabel=unit, title=title, yticks=places, yticklabels=list(rows))
-    axes.title.set_fontsize(9)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
-    plt.close(figure)
+    with picture(path, height=1.2 + 0.32 * len(rows)) as figure:
+        axes, places = figure.add_subplot(), np.arange(len(rows))[::-1]
+        colours = [COLOURS[0] if label.startswith("Eso-LM") else COLOURS[1] for label in rows]
+        axes.barh(places, [bar for bar, _ in rows.values()], color=colours, label=measured)
+        axes.plot([mark for _, mark in rows.values()], places, "k|", markersize=12, label=floor)
+        axes.set(xscale=scale, xlabel=unit, title=title, yticks=places, yticklabels=list(rows))
+        axes.grid(visible=False, axis="y")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))

@@ -133,31 +133,25 @@ def profiled(workdir: Path, nth: int, count: int) -> Iterator[None]:
 def plot_loss(workdir: Path, baselines: dict[str, float] | None = None) -> Path:
     """Draws `W/loss.png`: training terms, and validation bits per byte (nats per token where bytes are not
     known) beside named baselines."""
-    import matplotlib
+    from eso_jax.evaluation.picture import picture
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = read(workdir)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name in ("loss", "diffusion", "sequential"):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            left.plot(*zip(*points, strict=True), label=name, linewidth=1)
-    left.set(xlabel="step", ylabel="nats per token", title="training loss and its terms")
+    lines, path = read(workdir), workdir / "loss.png"
     unknown = any(line.get("validation_bits_per_byte", 0) is None for line in lines)
     unit = "nats_per_token" if unknown else "bits_per_byte"
-    points = [(line["step"], value) for line in lines if (value := line.get(f"validation_{unit}")) is not None]
-    if points:
-        right.plot(*zip(*points, strict=True), "o-", label="model (NELBO)")
-    for name, value in (baselines or {}).items():
-        right.axhline(value, linestyle="--", color="grey", label=name)
-    right.set(xlabel="step", ylabel=unit.replace("_", " "), title="validation")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    path = workdir / "loss.png"
-    files.write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png"), "--workdir")
-    plt.close(figure)
+    with picture(path, 10, 4, "--workdir") as figure:
+        left, right = figure.subplots(1, 2)
+        for name in ("loss", "diffusion", "sequential"):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                left.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        left.set(xlabel="training step", ylabel="nats per token", title="training loss and its terms")
+        points = [(line["step"], value) for line in lines if (value := line.get(f"validation_{unit}")) is not None]
+        if points:
+            right.plot(*zip(*points, strict=True), "o-", label="model (NELBO)")
+        for name, value in (baselines or {}).items():
+            right.axhline(value, linestyle="--", color="grey", label=name)
+        right.set(xlabel="training step", ylabel=unit.replace("_", " "), title="validation")
+        for axes in (left, right):
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend()
     return path

@@ -33,6 +33,7 @@ from eso_jax.console import say
 from eso_jax.data import evenly_spaced, windows_of
 from eso_jax.engine.model import Model
 from eso_jax.evaluation.diversity import Estimate
+from eso_jax.evaluation.picture import picture
 from eso_jax.evaluation.throughput import describe_machine
 from eso_jax.files import as_json, write_whole
 from eso_jax.run import checkpoint
@@ -217,7 +218,8 @@ class Lab:
         lines += ["", *(f"- {note}" for note in notes)] if notes else []
         if draw is not None:
             lines += ["", f"![{name}]({name}.png)"]
-            _draw(draw, self.results / f"{name}.png")
+            with picture(self.results / f"{name}.png", option="--results") as figure:
+                draw(figure)
         text = "\n".join(lines) + "\n"
         values = {title or name: {"columns": table.columns, "rows": [[_plain(cell) for cell in row]
                                                                      for row in table.rows]}
@@ -234,18 +236,6 @@ def _load(workdir: Path) -> Model:
 
 def _file_name(name: str, settings: dict[str, Any], suffix: str) -> str:
     return f"{name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}{suffix}"
-
-
-def _draw(draw: Callable[[Any], None], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(9, 4.5), layout="constrained")
-    draw(figure)
-    write_whole(path, lambda file: figure.savefig(file, dpi=100, format="png"), "--results")
-    plt.close(figure)
 
 
 def provenance() -> dict[str, str]:

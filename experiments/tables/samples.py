@@ -142,7 +142,6 @@ def picture_of(points: dict[str, list[Measures]]) -> Any:
                 axes.errorbar(*zip(*pairs, strict=True), errors, fmt="none", ecolor=f"C{number}", alpha=0.4)
             axes.set(xlabel=AXES[x], ylabel=AXES[y], xscale="linear" if x == "entropy" else "log",
                      yscale="log" if lower else "linear")
-            axes.grid(alpha=0.3)
         figure.axes[0].legend(fontsize=7)
 
     return draw

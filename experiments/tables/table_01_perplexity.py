@@ -129,7 +129,6 @@ def draw(figure: Any, series: dict[str, list[list[Cell]]]) -> None:
                     ax.axhline(_value(found[method]), color=colour, linestyle=marker[1:], linewidth=1,
                                label=f"{method}, {kind}")
         ax.set(xlabel="alpha_0", ylabel="test perplexity", title=f"{name}, {title}" if name == "paper" else name)
-        ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
 
 

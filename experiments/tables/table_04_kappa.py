@@ -48,7 +48,6 @@ def draw(figure: Any, ours: dict[tuple[str, str], Estimate]) -> None:
     for axes, title in ((left, "paper, LM1B"), (right, "ours")):
         axes.set(xlabel="kappa", ylabel="test perplexity (NELBO)", title=title, xlim=(0, 0.9))
         axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

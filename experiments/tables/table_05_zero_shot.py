@@ -86,7 +86,7 @@ def draw(figure: Any, tables: dict[str, Table]) -> None:
             ax.plot(np.arange(len(sets)) + 0.08 * index, values, "o", color=colour, markersize=4, label=str(row[0]))
         ax.set(yscale="log", xticks=range(len(sets)), ylabel="perplexity (bound)", title=title)
         ax.set_xticklabels(sets, rotation=25, ha="right", fontsize=8)
-        ax.grid(alpha=0.3, axis="y")
+        ax.grid(visible=False, axis="x")
     axes[0].legend(fontsize=6)
 
 

@@ -82,7 +82,6 @@ def draw(figure: Any, tables: dict[str, Table]) -> None:
         ax.set_title(title, fontsize=8)
         ax.set(xscale="log", xlabel="K, orders", ylabel="test perplexity, at most")
         ax.legend(fontsize=7)
-        ax.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""Pictures of results: one style, and one way to write them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eso_jax.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Of what is ours, of what it is compared with, and of a third; then of further ones.
+COLOURS = ("#2a9d8f", "#9fc5e8", "#f4a261", "#6d597a", "#8d99ae", "#b56576")
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+    "axes.axisbelow": True, "axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 8, "errorbar.capsize": 3,
+    "lines.linewidth": 1.5}
+
+
+@contextlib.contextmanager
+def picture(path: Path, width: float = 9, height: float = 4.5, option: str = "--out") -> Iterator[Figure]:
+    """A figure of so many inches, to be drawn on; written to `path`, a .png, behind the block.
+
+    Raises:
+      EsoError: it cannot be written; `option` is what named the place.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({**STYLE, "axes.prop_cycle": plt.cycler(color=COLOURS)}):
+        figure = plt.figure(figsize=(width, height), layout="constrained")
+        yield figure
+        write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"), option)
+        plt.close(figure)
