@@ -56,7 +56,7 @@ def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:
 def draw_plan(path: Path) -> None:
     """The plan of a .npz of eso-jax sample, its first row."""
     plan = join([read_plan(str(path)).rows(np.arange(1))])
-    with picture(path.with_suffix(".png"), 7, 6, "picture") as figure:
+    with picture(path.with_suffix(".png"), 7.0, 6.0, "picture") as figure:
         decoding(figure.add_subplot(), plan)
     say(f"wrote {path.with_suffix('.png')}")
 
@@ -74,7 +74,7 @@ def draw_how_it_works() -> None:
                 "Eso-LM (A), diffusion:\nclean prefix sees itself": masks.prefix(query, key, 4),
                 "Eso-LM, sequential:\nmasked copy, then clean copy": both}
     OUT.parent.mkdir(exist_ok=True)
-    with picture(OUT, 11, 4.6, "picture") as figure:
+    with picture(OUT, 11.0, 4.6, "picture") as figure:
         left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1], squeeze=False)[0]
         decoding(left.subplots(), Plan(order[None], np.array(counts), sum(PARALLEL_STEPS)))
         for axes, (title, mask) in zip(right.subplots(2, 2).flat, patterns.items(), strict=True):

@@ -111,7 +111,10 @@ def test_a_recorded_sample_and_its_page(tmp_path: Path, run: Run, trained: Path)
     run("view", out, "--out", tmp_path / "again.html")
     made, again = ((tmp_path / name).read_text("utf-8") for name in ("s.html", "again.html"))
     assert made == again
-    assert "give a .npz" in run(*sample, "--record", "--out", tmp_path / "s.jsonl", code=2)
+    run(*sample, "--record", "--out", tmp_path / "s.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text("utf-8").splitlines()]
+    np.testing.assert_allclose([line["logp"] for line in lines], found["logp"].sum(1), rtol=1e-5)
+    assert [line["decoded"] for line in lines] == [BASE.model.length] * 2
 
 
 @pytest.mark.slow

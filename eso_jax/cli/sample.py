@@ -53,12 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_devices(parser)
     parser.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
     parser.add_argument("--record", action="store_true", help="the .npz says of each token when it was decoded, how "
-                        "likely it was and what else was (eso-jax view makes a page of it)")
+                        "likely it was and what else was (eso-jax view makes a page of it); the .jsonl "
+                        "says log p of all decoded tokens, in nats, and their number")
     parser.add_argument("--watch", action="store_true", help="show the samples in the terminal while they are "
                         "decoded, as many as --show says")
     parser.add_argument("--html", help="also write a page that plays the generation, as eso-jax view does")
     parser.add_argument("--out", required=True, help="FILE.npz: tokens [N, L], order [N, L], tokens_per_step, text; or "
-                                                     "FILE.jsonl: the text alone")
+                                                     "FILE.jsonl: the text")
 
 
 def given_of(arguments: argparse.Namespace, model: Model) -> Given | None:
@@ -111,8 +112,6 @@ def run(arguments: argparse.Namespace) -> None:
     lines = arguments.out.endswith(".jsonl")
     if lines and model.tokenizer is None:
         raise EsoError(f"--out = {arguments.out!r}: the model has no tokenizer, so there is no text; give a .npz")
-    if lines and arguments.record:
-        raise EsoError(f"--out = {arguments.out!r}: holds text alone, and --record asks for more; give a .npz")
     plan, given, count = arguments.plan, given_of(arguments, model), arguments.num_samples
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:
@@ -144,7 +143,12 @@ def run(arguments: argparse.Namespace) -> None:
     if len(found.tokens) < wanted:
         say(f"interrupted: the first {len(found.tokens)} of {wanted} samples are kept")
     if lines:
-        write_whole(arguments.out, _lines(text))
+        more: list[dict[str, Any]] = [{} for _ in text]
+        if found.record is not None and arguments.record:
+            decoded = found.record.step >= 0
+            more = [{"logp": float(logp), "decoded": int(count)}
+                    for logp, count in zip((found.record.logp * decoded).sum(1), decoded.sum(1), strict=True)]
+        write_whole(arguments.out, _lines(text, more))
     else:
         extra: dict[str, Any] = {"text": np.array(text)} if text else {}
         write_whole(arguments.out, npz(**{**found.arrays(), "mask": np.array(model.config.model.mask)}, **extra))
@@ -183,12 +187,13 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
     found = model.lengthen(rows, arguments.max_tokens, stop=stop, steps=steps, alpha_0=arguments.alpha_0,
                            top_p=arguments.top_p, min_p=arguments.min_p, temperature=arguments.temperature,
                            seed=arguments.seed, plan=arguments.plan, banned=banned_of(arguments, model))
-    write_whole(arguments.out, _lines(found.text))
+    write_whole(arguments.out, _lines(found.text, [{} for _ in found.text]))
     say(f"wrote {arguments.out}")
     for index, text in enumerate(found.text[:arguments.show]):
         say(f"--- sample {index}\n{text}")
     say(f"{sum(map(len, found.tokens))} tokens, prompts included, in {found.windows.sum()} windows of {length}")
 
 
-def _lines(texts: Sequence[str]) -> str:
-    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+def _lines(texts: Sequence[str], more: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps({"text": text, **fields}, ensure_ascii=False) + "\n"
+                   for text, fields in zip(texts, more, strict=True))

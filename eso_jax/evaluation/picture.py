@@ -21,7 +21,7 @@ STYLE: dict[Any, Any] = {
 
 
 @contextlib.contextmanager
-def picture(path: Path, width: float = 9, height: float = 4.5, option: str = "--out") -> Iterator[Figure]:
+def picture(path: Path, width: float = 9.0, height: float = 4.5, option: str = "--out") -> Iterator[Figure]:
     """A figure of so many inches, to be drawn on; written to `path`, a .png, behind the block.
 
     Raises:

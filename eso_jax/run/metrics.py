@@ -138,7 +138,7 @@ def plot_loss(workdir: Path, baselines: dict[str, float] | None = None) -> Path:
     lines, path = read(workdir), workdir / "loss.png"
     unknown = any(line.get("validation_bits_per_byte", 0) is None for line in lines)
     unit = "nats_per_token" if unknown else "bits_per_byte"
-    with picture(path, 10, 4, "--workdir") as figure:
+    with picture(path, 10.0, 4.0, "--workdir") as figure:
         left, right = figure.subplots(1, 2)
         for name in ("loss", "diffusion", "sequential"):
             points = [(line["step"], line[name]) for line in lines if name in line]
