@@ -53,7 +53,7 @@ def generation(pieces: list[str | bytes], rows: int, length: int, seed: int = 0)
                       np.cumsum([len(piece) for piece in text]), np.frombuffer(b"".join(text), np.uint8), np.array(-1),
                       np.array(count))
     return {"tokens": tokens, "order": order, "tokens_per_step": counts, "diffusion": np.array(length // 3),
-            "seconds": np.array(0.25), **record._asdict(), **caption._asdict()}
+            "given": np.full(rows, 2), "seconds": np.array(0.25), **record._asdict(), **caption._asdict()}
 
 
 def data_of(text: str) -> Any:
@@ -77,6 +77,15 @@ def test_a_page_holds_the_generation_and_no_markup_of_its_text() -> None:
         assert (phases[:2] == 0).all() and (phases == 1).sum() == 20 // 3 and (phases == 2).sum() == 18 - 20 // 3
         assert sample["phases"] == [1, 1] + [2] * 12 and sum(sample["counts"]) == 18
     assert run["cached"] and run["seconds"] == 0.25 and run["passes"] == 14
+
+
+def test_a_stop_that_cuts_given_tokens_moves_no_phase() -> None:
+    made = generation(NASTY, 2, 20)
+    whole, = data_of(page({"": made}))
+    made["tokens"] = np.where(np.arange(20) < 1, made["tokens"], made["mask"])
+    made["step"] = np.where(np.arange(20) < 1, made["step"], -1)
+    cut, = data_of(page({"": made}))
+    assert [sample["phases"] for sample in cut["samples"]] == [sample["phases"] for sample in whole["samples"]]
 
 
 def test_what_is_no_number_stays_readable() -> None:

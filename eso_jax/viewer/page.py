@@ -49,7 +49,7 @@ def read(path: str) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files if name in NEEDED}
+            arrays = {name: file[name] for name in file.files if name in (*NEEDED, "given")}
     except FileNotFoundError as error:
         raise EsoError(f"NPZ = {path!r}: no such file") from error
     except Exception as error:  # NumPy raises what its parts raise; an array that is no .npz has no `files`
@@ -93,7 +93,7 @@ def _run(name: str, arrays: Generation) -> dict[str, Any]:
     counts = np.broadcast_to(arrays["tokens_per_step"], (rows, passes))
     windows = np.broadcast_to(window, (rows, passes, 2))
     left = arrays["tokens"] == arrays["mask"]  # no pass has decoded it, or it lies behind a stop
-    given = ((record.step < 0) & ~left).sum(1)
+    given = arrays["given"] if "given" in arrays else np.zeros(rows, int)  # those that a stop has cut count as well
     diffused = given + arrays["diffusion"]
     slot = np.argsort(order, axis=1)
     phase = np.where(record.step < 0, GIVEN, np.where(slot < diffused[:, None], DIFFUSION, SEQUENTIAL))
