@@ -82,7 +82,7 @@ def test_mistakes() -> None:
             (model, np.array([1, 257] + [3] * 10), ["a", "bc"], r"options\[1\] = 'bc': is 2 tokens, .* room for 1"),
             (ids, "a", [np.array([1])], "context = 'a.MASK:1.': .* no tokenizer"),
             (ids, np.array([1]), ["a"], "give ids"),
-            (model, np.array([1]), [np.array([257])], "ids must be in"), (model, np.array([999]), ["a"], "= 999: ids"),
+            (model, np.array([1]), [np.array([257])], "is the mask"), (model, np.array([999]), ["a"], "= 999: ids"),
             (model_of(tiny_config("ar", length=12, vocab_size=258)), "a[MASK]b", ["c"], "must be a prefix"),
             (model_of(tiny_config("mdlm", length=12, vocab_size=258)), "a", ["c"], "only an Eso-LM")):
         with pytest.raises(EsoError, match=message):

@@ -424,7 +424,8 @@ def test_data_that_storage_does_not_give_is_asked_for_again(
     failures[0] = 1000
     with pytest.raises(RunAgain, match="data.source = .* be read .*; tried 3 times; mend the storage and repeat"):
         read()
-    assert (1000 - failures[0]) % 3 == 0  # more than once, where grain reads ahead
+    tries = 1000 - failures[0]
+    assert tries >= 3 if what == "a shard" else tries == 3  # grain reads ahead, in other threads
 
 
 def test_processes_do_not_change_the_result(tmp_path: Path, many: Path) -> None:
