@@ -306,6 +306,7 @@ def test_bfloat16_is_close_to_float32(family: str) -> None:
     np.testing.assert_allclose(*losses, rtol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["esolm", "esolm_a"])
 def test_what_the_loss_leaves_out_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and gradients with the clean tokens of the noisy copy and without; and with where there is no room."""

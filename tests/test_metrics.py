@@ -82,6 +82,7 @@ def test_a_place_that_refuses_is_a_line(short: Config, tmp_path: Path, monkeypat
         train(short.override("train.log=trackio"), tmp_path / "w")
 
 
+@pytest.mark.slow
 def test_samples_now_and_then(short: Config, tmp_path: Path, run: Run) -> None:
     """A text every so many steps, which changes nothing of the training."""
     config = short.override("family.name=bd3lm")

@@ -19,6 +19,7 @@ SMALL = ["--size", "tiny", "--length", 16, "--batch", 4, "model.width=16", "mode
          "model.vocab_size=20", "model.cond_dim=8"]
 
 
+@pytest.mark.slow
 def test_rows(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "speed", lambda tokens, flops: {"tokens_per_second": tokens, "mfu": flops / 1e9})
     out = tmp_path / "b.json"
