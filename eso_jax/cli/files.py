@@ -55,9 +55,10 @@ def read_given(path: str, plan: Plan, mask: int) -> Any:
 
     if not np.any(plan.given):
         return None
-    tokens, order = read_array(path, "--plan", "tokens"), np.asarray(plan.order)
-    require(tokens.shape == order.shape, "--plan", path, f"its tokens, some of which are given, must be {order.shape}")
-    known = np.argsort(order, axis=1) < np.reshape(plan.given, (-1, 1))
-    require(not (tokens == mask)[known].any(), "--plan", path, "a stop cut tokens that were given to its samples, so "
-            "that nobody knows them any more; make it without --stop")
-    return np.where(known, tokens, mask)
+    tokens = read_array(path, "--plan", "tokens")
+    require(tokens.shape == plan.order.shape, "--plan", path,
+            f"its tokens, some of which are given, must be {plan.order.shape}")
+    require(not (tokens == mask)[plan.known].any(), "--plan", path,
+            "a stop cut tokens that were given to its samples, so that nobody knows them any more; make it without "
+            "--stop")
+    return np.where(plan.known, tokens, mask)

@@ -118,9 +118,7 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     def natural(state: State) -> Int[Array, "B L"]:
         return unsort(state.tokens[:, sampler.shift:], plan.order)
 
-    before, orders = None, sharding.fetch(plan.order)
-    known = np.take_along_axis(np.arange(plan.length) < np.broadcast_to(plan.given, len(orders))[:, None],
-                               orders.argsort(axis=1), axis=1)
+    before = None
     for state, run in planned(weights, config, sampler, plan, state, source, PACE if done or watch else None):
         if report is not None:
             jax.block_until_ready(state.tokens)
@@ -130,7 +128,7 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
         if done is not None:
             if before is not None:
                 tokens = sharding.fetch(before)
-                if (done(tokens, known) | ((tokens != config.mask).sum(1) >= plan.end)).all():
+                if (done(tokens, plan.known) | ((tokens != config.mask).sum(1) >= plan.end)).all():
                     break
             before = natural(state)
     tokens = natural(state)

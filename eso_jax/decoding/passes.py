@@ -181,7 +181,7 @@ def _cut_steps(steps: Step, stop: Int[np.ndarray, " S"], needed: Int[np.ndarray,
     of its run takes several passes, and the run needs no shape of its own for it.
     """
     window = np.minimum(_cheapest_sizes(needed, free, 4, WORTH), length)
-    steps, window = _cut_windows(steps, steps.start, stop, window, length)
+    steps, window = _cut_windows(steps, stop, window, length)
     # A pass inside a step's window must decode all of its slots: the next one begins behind them.
     inner = np.where(np.isin(steps.first + steps.count, stop), 0, steps.count)
     counts = np.maximum(steps.count, 1)
@@ -194,12 +194,13 @@ def _cut_steps(steps: Step, stop: Int[np.ndarray, " S"], needed: Int[np.ndarray,
     return _cut_counts(steps, window, width)
 
 
-def _cut_windows(steps: Step, begin: Int[np.ndarray, " S"], stop: Int[np.ndarray, " S"],
-                 window: Int[np.ndarray, " S"], length: int) -> tuple[Step, Int[np.ndarray, " _"]]:
+def _cut_windows(steps: Step, stop: Int[np.ndarray, " S"], window: Int[np.ndarray, " S"],
+                 length: int) -> tuple[Step, Int[np.ndarray, " _"]]:
     """Passes of at most `window` slots. The last one of a step ends where the step does, and none begins before a slot
     that an earlier one has decoded, which would no longer be a mask."""
-    passes = -(-(stop - begin) // window)
-    number, (begin, stop, window, several, steps) = _repeat((begin, stop, window, passes > 1, steps), passes)
+    passes = -(-(stop - steps.start) // window)
+    number, (stop, window, several, steps) = _repeat((stop, window, passes > 1, steps), passes)
+    begin = steps.start
     start = np.where(several, np.minimum(begin + window * number, stop - window), np.minimum(begin, length - window))
     first = np.maximum(steps.first, np.where(number, start, 0))
     end = np.where(np.append(number[1:], 0), np.maximum(steps.first, np.append(start[1:], 0)), stop)

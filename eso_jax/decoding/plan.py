@@ -19,6 +19,7 @@ Axes: B batch, L length, S steps, J blocks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,11 @@ class Plan:
         decoded = self.tokens_per_step.sum(-1)
         return self.given + (decoded if decoded.ndim else int(decoded))
 
+    @functools.cached_property
+    def known(self) -> Bool[np.ndarray, "B L"]:
+        """The tokens that are given, by natural position."""
+        return np.argsort(np.asarray(self.order), axis=1) < np.reshape(self.given, (-1, 1))
+
     @property
     def decoded(self) -> Bool[np.ndarray, "_ L"]:
         """Whether some step decodes it, by slot; a row for each, or one for all."""
@@ -123,8 +129,7 @@ class Plan:
 
     def check_given(self, known: Bool[np.ndarray, "B L"]) -> None:
         """Raises an EsoError unless just these tokens, by natural position, are what the plan takes for given."""
-        first = np.arange(self.length) < np.reshape(self.given, (-1, 1))
-        wrong = (np.take_along_axis(known, np.asarray(self.order), axis=1) != first).any(axis=1)
+        wrong = (known != self.known).any(axis=1)
         require(not bool(wrong.any()), "given", f"row {wrong.argmax()}", "the plan takes other tokens for given: the "
                 "first of its order must be those that are known")
 
