@@ -112,6 +112,34 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
         assert abs(shares.var() / spread - 1) < 4.5 * np.sqrt(2 / shares.size)
 
 
+def test_entries_are_dropped_without_regard_to_others() -> None:
+    """Rows of 256 x 48 entries: how often two entries of a row are dropped together, at every distance; two rows at
+    every shift; and a row at two steps. All are normal, with the spread of independent draws."""
+    rows, rate = 32, 0.1
+
+    def dropped(step: int) -> np.ndarray:
+        keys = draws(range(rows), step, rows).per_example(noise.DROPOUT)
+        out = noise.dropout(jnp.ones((rows, 256, 48)), rate, keys)
+        return ((np.asarray(out) == 0).reshape(rows, -1) - rate) / np.sqrt(rate * (1 - rate))
+
+    one, other = dropped(0), dropped(1)
+    size = one.shape[1]
+    spectrum = np.fft.rfft(one, 2 * size)
+    pairs = np.fft.irfft(np.abs(spectrum)**2)[:, 1:size // 2] / np.sqrt(size - np.arange(1, size // 2))
+    shifts = np.fft.irfft(spectrum[:-1] * spectrum[1:].conj())[:, :size // 2]
+    shifts /= np.sqrt(size - np.arange(size // 2))
+    for each, most in ((pairs, 7.0), (pairs.mean(0) * np.sqrt(rows), 5.5), (shifts, 7.0),
+                       (shifts.mean(0) * np.sqrt(rows - 1), 5.5), ((one * other).sum(1) / np.sqrt(size), 4.5)):
+        assert abs(each.std() - 1) < 0.05 + 4.5 / np.sqrt(2 * each.size) and np.abs(each).max() < most
+
+
+def test_gradients_are_dropped_alike() -> None:
+    keys = draws([0, 1]).per_example(noise.DROPOUT)
+    x = jax.random.normal(jax.random.key(0), (2, 30, 4))
+    gradient = jax.grad(lambda x: (noise.dropout(x, 0.5, keys) * x).sum())(x)
+    np.testing.assert_allclose(gradient, 2 * noise.dropout(x, 0.5, keys), rtol=1e-6)
+
+
 def test_dropout_of_nothing_is_the_identity() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 3, 4))
     np.testing.assert_array_equal(noise.dropout(x, 0.0, draws([0, 1]).per_example(noise.DROPOUT)), x)
