@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eso_jax.model import vocabulary
+from eso_jax import sharding
+from eso_jax.model import softmax, vocabulary
 from eso_jax.model.params import Head, Norm, Weights
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 512, 64, 512
@@ -59,6 +61,16 @@ def test_gradients_in_chunks(chunks: int, monkeypatch: pytest.MonkeyPatch) -> No
     """In float32 to rounding; in bfloat16 to 0.5%, where sums in bfloat16 would be 3% off at 512 chunks."""
     monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", BATCH * LENGTH * VOCAB // chunks)
     assert vocabulary.chunks(problem(jnp.float32)[1], VOCAB) == chunks
+    for dtype, limit in ((jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)):
+        for ours, right in zip(gradients(dtype), plain(), strict=True):
+            assert np.linalg.norm(ours - right) <= limit * np.linalg.norm(right), dtype
+
+
+def test_gradients_by_the_kernel_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two chunks, whose gradients by the logits are kept, of a head that is padded."""
+    monkeypatch.setattr(sharding, "on_gpu", lambda: True)
+    monkeypatch.setattr(softmax, "nll_and_slope", functools.partial(softmax.nll_and_slope, interpret=True))
+    monkeypatch.setattr(vocabulary, "LOGITS_ON_GPU", BATCH * LENGTH * VOCAB // 2)
     for dtype, limit in ((jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)):
         for ours, right in zip(gradients(dtype), plain(), strict=True):
             assert np.linalg.norm(ours - right) <= limit * np.linalg.norm(right), dtype

@@ -22,10 +22,11 @@ from eso_jax import noise, sharding
 from eso_jax.config import Config
 from eso_jax.model import attention, cache as kv
 from eso_jax.model.masks import View
-from eso_jax.model.params import Block, Norm, Weights, embedding_split, head_split
+from eso_jax.model.norm import layer_norm, stream_and_norm
+from eso_jax.model.params import Block, Weights, embedding_split, head_split
 from eso_jax.model.slots import Place
+from eso_jax.model.softmax import MASK_LOGIT
 
-MASK_LOGIT = -1e6
 UNROLLED = 12  # layers in one turn of the scan, on CPU and GPU
 
 
@@ -72,7 +73,8 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
     def block(carry: tuple[Array, Any], scanned: tuple[Any, Block]) -> tuple[tuple[Array, Any], None]:
         (x, cache), (layer, w) = carry, scanned  # x: [B S, D]
         # Split, not indexed: the gradient is then one array put together, not three padded and added.
-        qkv = linear(_layer_norm(x, w.norm1).astype(w.qkv.dtype), w.qkv).reshape(*tokens.shape, *w.qkv.shape[1:])
+        x, normal = stream_and_norm(x, w.norm1, w.qkv.dtype)
+        qkv = linear(normal, w.qkv).reshape(*tokens.shape, *w.qkv.shape[1:])
         if cache is not None:  # or a GPU ends the product, if it is made in parts, once for each
             qkv = jax.lax.optimization_barrier(qkv)
         qk, v = jnp.split(qkv, [2], axis=2)
@@ -83,7 +85,8 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
             else:
                 out, cache = kv.attend(cache, layer, q, k, v, view, offset)
         x = x + drop(linear(out.reshape(-1, *out.shape[2:]), w.out, axes=2), layer, 0)
-        hidden = linear(_layer_norm(x, w.norm2).astype(w.qkv.dtype), w.mlp_in.kernel)
+        x, normal = stream_and_norm(x, w.norm2, w.qkv.dtype)
+        hidden = linear(normal, w.mlp_in.kernel)
         hidden = gelu(hidden + over(w.mlp_in.bias, hidden).astype(hidden.dtype))
         x = x + drop(linear(hidden, w.mlp_out.kernel) + over(w.mlp_out.bias, x), layer, 1)
         return (sharding.constrain(x, sharding.BATCH), cache), None
@@ -108,7 +111,7 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
             unroll = max(n for n in range(1, UNROLLED + 1) if count % n == 0)
         carry, _ = jax.lax.scan(block, carry, (jnp.arange(count), weights.blocks), unroll=unroll)
     x, cache = carry
-    x = _layer_norm(x, weights.head.norm).astype(weights.head.kernel.dtype)
+    x = layer_norm(x, weights.head.norm, weights.head.kernel.dtype)
     return x.reshape(*tokens.shape, -1), cache
 
 
@@ -188,14 +191,6 @@ def _gelu_gradient(x: Float[Array, "*s"], gradient: Float[Array, "*s"]) -> tuple
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
-
-
-def _layer_norm(x: Float[Array, "*rows D"], norm: Norm) -> Float[Array, "*rows D"]:
-    """Layer normalization in float32, epsilon 1e-5."""
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(-1, keepdims=True)
-    normal = centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
-    return normal * over(norm.scale, x) + over(norm.bias, x)
 
 
 def over(w: Array, x: Array) -> Array:

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from eso_jax import sharding
+from eso_jax.model import softmax
 from eso_jax.model.params import Weights, head_split
-from eso_jax.model.transformer import MASK_LOGIT, head, linear, logits_of, over
+from eso_jax.model.softmax import MASK_LOGIT
+from eso_jax.model.transformer import head, linear, logits_of, over
 
 # Logits in memory, on a device: half a gigabyte in float32, and eight on GPUs, where in one chunk a training step of
 # 32 x 1,024 tokens took 76 ms instead of 80 (AR of the paper's size, H200).
 LOGITS_AT_ONCE = 2**27
-LOGITS_ON_GPU = 2**31
+LOGITS_ON_GPU = softmax.MOST
 ROOM = 128  # tokens: the step of the room for masked ones
 if_fits = jax.lax.cond  # a name of its own, for who counts what the usual branch costs
 
@@ -81,17 +83,17 @@ def room(rows: int, length: int, share: float) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _nll(kernel: Array, bias: Array, hidden: Array, targets: Array, mask_id: int) -> Array:
-    return _nll_forward(kernel, bias, hidden, targets, mask_id)[0]
+    return _forward(kernel, bias, hidden, targets, mask_id, keep=False)[0]
 
 
 def _nll_forward(kernel: Array, bias: Array, hidden: Array, targets: Array, mask_id: int) -> tuple[Array, Any]:
-    values, total, slope = _forward(kernel, bias, hidden, targets, mask_id)
-    return values, (kernel, bias, hidden, targets, total, slope)
+    values, total, slopes = _forward(kernel, bias, hidden, targets, mask_id)
+    return values, (kernel, bias, hidden, targets, total, slopes)
 
 
 def _nll_backward(mask_id: int, residuals: Any, factor: Float[Array, "B L"]) -> tuple[Array, Array, Array, None]:
-    kernel, bias, hidden, targets, total, slope = residuals
-    return *_backward(kernel, bias, hidden, targets, total, slope, factor, mask_id), None
+    kernel, bias, hidden, targets, total, slopes = residuals
+    return *_backward(kernel, bias, hidden, targets, total, slopes, factor, mask_id), None
 
 
 _nll.defvjp(_nll_forward, _nll_backward)
@@ -101,34 +103,35 @@ _nll.defvjp(_nll_forward, _nll_backward)
 def _some_nll(kernel: Array, bias: Array, hidden: Float[Array, "R T D"], targets: Int[Array, "R T"],
               masked: Bool[Array, "R T"], mask_id: int, size: int) -> Float[Array, "R T"]:
     """`masked_nll` of T tokens for each of R devices, with room for `size` of them."""
-    return _some_forward(kernel, bias, hidden, targets, masked, mask_id, size)[0]
+    return _some_forward(kernel, bias, hidden, targets, masked, mask_id, size, keep=False)[0]
 
 
 def _some_forward(kernel: Array, bias: Array, hidden: Array, targets: Array, masked: Array, mask_id: int,
-                  size: int) -> tuple[Array, Any]:
+                  size: int, keep: bool = True) -> tuple[Array, Any]:
     index = jnp.argsort(~masked, axis=1)[:, :size]  # stable: the masked ones, then some others
     fits = masked.sum(1).max() <= size
 
-    def some() -> tuple[Array, Array, Array | None]:
-        values, total, slope = _forward(kernel, bias, _take(hidden, index), _take(targets, index), mask_id)
-        return _put(values, index, masked), _put(total, index, masked), slope
+    def some() -> tuple[Array, Array, tuple[Array, ...] | None]:
+        values, total, slopes = _forward(kernel, bias, _take(hidden, index), _take(targets, index), mask_id,
+                                          keep)
+        return _put(values, index, masked), _put(total, index, masked), slopes
 
-    def every() -> tuple[Array, Array, Array | None]:
-        values, total, _ = _forward(kernel, bias, hidden, targets, mask_id)
+    def every() -> tuple[Array, Array, tuple[Array, ...] | None]:
+        values, total, _ = _forward(kernel, bias, hidden, targets, mask_id, keep=False)
         unused = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(some)[2])
         return jnp.where(masked, values, 0), total, unused
 
-    values, total, slope = if_fits(fits, some, every)
-    return values, (kernel, bias, hidden, targets, masked, index, fits, total, slope)
+    values, total, slopes = if_fits(fits, some, every)
+    return values, (kernel, bias, hidden, targets, masked, index, fits, total, slopes)
 
 
 def _some_backward(mask_id: int, size: int, residuals: Any, factor: Float[Array, "R T"]) -> tuple[Any, ...]:
-    kernel, bias, hidden, targets, masked, index, fits, total, slope = residuals
+    kernel, bias, hidden, targets, masked, index, fits, total, slopes = residuals
     factor, total = jnp.where(masked, factor, 0), jnp.where(masked, total, jnp.inf)  # so that no others have a part
 
     def some() -> tuple[Array, Array, Array]:
         h, t, z, f = (_take(x, index) for x in (hidden, targets, total, factor))
-        to_kernel, to_bias, to_hidden = _backward(kernel, bias, h, t, z, slope, f, mask_id)
+        to_kernel, to_bias, to_hidden = _backward(kernel, bias, h, t, z, slopes, f, mask_id)
         return to_kernel, to_bias, _put(to_hidden, index, masked)
 
     def every() -> tuple[Array, Array, Array]:
@@ -156,10 +159,15 @@ def _over_rows(rows: Array, x: Array) -> Array:
     return rows.reshape(*rows.shape, *[1] * (x.ndim - 2))
 
 
-def _forward(kernel: Array, bias: Array, hidden: Array, targets: Array,
-             mask_id: int) -> tuple[Array, Array, Array | None]:
-    """-log p, the logits' log-sum-exps, and where they are one chunk the gradient of -log p by the logits, in the
-    compute type."""
+def _forward(kernel: Array, bias: Array, hidden: Array, targets: Array, mask_id: int,
+             keep: bool = True) -> tuple[Array, Array, tuple[Array, ...] | None]:
+    """-log p, the logits' log-sum-exps and, where that saves time, the gradient of -log p by the logits, in the compute
+    type and in chunks: on GPUs, where logits of all chunks at once are too much, but this half of them is not, and
+    elsewhere of one chunk alone.
+
+    Args:
+      keep: None of it otherwise.
+    """
     def chunk(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
         logits = logits_of(kernel, bias, hidden, mask_id)
         # A sum, so that each device looks among its own share of the vocabulary.
@@ -168,9 +176,18 @@ def _forward(kernel: Array, bias: Array, hidden: Array, targets: Array,
         total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
         return total - target, total, _slope(logits, total, targets, mask_id, hidden.dtype)
 
-    if chunks(hidden, len(bias)) == 1:
-        return chunk(hidden, targets)
-    return *in_chunks(lambda *part: chunk(*part)[:2], len(bias), hidden, targets), None
+    def fused(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
+        with jax.named_scope("head"):
+            logits = linear(hidden.reshape(-1, hidden.shape[-1]), kernel, dtype=jnp.float32)
+        values, total, slope = softmax.nll_and_slope(logits, bias, targets.reshape(-1), mask_id, hidden.dtype)
+        return values.reshape(targets.shape), total.reshape(targets.shape), slope.reshape(*targets.shape, -1)
+
+    count = chunks(hidden, len(bias))
+    if not keep or count > 1 and not sharding.on_gpu():
+        return *in_chunks(lambda *part: chunk(*part)[:2], len(bias), hidden, targets), None
+    parts = [(fused if softmax.here() else chunk)(*part) for part in zip(*_split(count, hidden, targets), strict=True)]
+    values, total, slopes = zip(*parts, strict=True)
+    return jnp.concatenate(values, 1), jnp.concatenate(total, 1), slopes
 
 
 def _slope(logits: Array, total: Array, targets: Array, mask_id: int, dtype: Any) -> Array:
@@ -180,8 +197,8 @@ def _slope(logits: Array, total: Array, targets: Array, mask_id: int, dtype: Any
     return sharding.constrain(jnp.where(ids == mask_id, 0, slope), sharding.BATCH, None, "tensor").astype(dtype)
 
 
-def _backward(kernel: Array, bias: Array, hidden: Array, targets: Array, total: Array, slope: Array | None,
-              factor: Array, mask_id: int) -> tuple[Array, Array, Array]:
+def _backward(kernel: Array, bias: Array, hidden: Array, targets: Array, total: Array,
+              slopes: tuple[Array, ...] | None, factor: Array, mask_id: int) -> tuple[Array, Array, Array]:
     """The gradients of kernel, bias and hidden states, of the sum of factor x -log p.
 
     They are products of the slope, which is of the compute type; the factor goes to the other side, which is smaller.
@@ -203,8 +220,10 @@ def _backward(kernel: Array, bias: Array, hidden: Array, targets: Array, total: 
         to_hidden = (linear(slope, kernel.T) * factor).astype(hidden.dtype)
         return to_hidden, (product(hidden * factor, slope), product(parts, slope))
 
-    if slope is not None:
-        to_hidden, to_head = chunk(slope, hidden, factor)
+    if slopes is not None:
+        by_chunk = [chunk(*part) for part in zip(slopes, *_split(len(slopes), hidden, factor), strict=True)]
+        to_hidden = jnp.concatenate([part for part, _ in by_chunk], 1)
+        to_head = jax.tree.map(lambda *parts: sum(parts), *(part for _, part in by_chunk))
     else:
         def add(so_far: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
             hidden, targets, total, factor = part
