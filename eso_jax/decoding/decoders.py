@@ -219,6 +219,7 @@ def named(text: str) -> Decoder:
     if name not in known:
         raise EsoError(f"decoder = {text!r}: choose one of {', '.join(f'{each}:NUMBER' for each in known)}")
     try:
-        return known[name](float(number))
+        value = float(number)
     except ValueError:
         raise EsoError(f"decoder = {text!r}: needs a number, as in {name}:4") from None
+    return known[name](value)
