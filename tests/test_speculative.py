@@ -116,7 +116,7 @@ def test_who_has_no_decoder(name: str) -> None:
     ("guess:4", "decoder = 'guess:4': choose one of speculative:NUMBER"),
     ("speculative", "decoder = 'speculative': needs a number, as in speculative:4"),
     ("speculative:x", "needs a number"), ("speculative:2.5", "must be a whole number"),
-    ("speculative:0", "speculative = 0: .* in 1..16"), ("speculative:17", "in 1..16")])
+    ("speculative:0", "speculative = 0: .* in 1..64"), ("speculative:65", "in 1..64")])
 def test_decoders_that_there_are_not(text: str, message: str) -> None:
     with pytest.raises(EsoError, match=message):
         decoders.named(text)
