@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int, Shaped
 
@@ -202,3 +203,29 @@ class OwnSteps(Pattern):
                  clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
         slot, noisy = key % self.length, key < self.length
         return causal(query % self.length, slot) & (noisy == ((query < self.length) & (slot >= clean)))
+
+
+@dataclass(frozen=True)
+class Drafts(Pattern):
+    """Who sees whom in a pass that verifies drafts (eso_jax/decoding/speculative.py), of a row that has decoded `clean`
+    tokens. The window, k = `drafts`: k + 1 clean slots from clean - 1 on (from 0 where clean = 0), the last ones the
+    drafts; then 2k + 1 masks. Everyone sees the slots before the window. A clean slot sees clean ones up to itself;
+    mask m sees the decoded tokens, the drafts before it (the first m of them) and itself, and from m = k on the masks
+    from k on before it. With k = 1:
+
+        1 0   0 0 0
+        1 1   0 0 0
+
+        1 0   1 0 0
+        1 1   0 1 0
+        1 1   0 1 1
+    """
+
+    drafts: int = 1
+
+    def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
+                 clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
+        first = jnp.maximum(clean - 1, 0) + self.drafts + 1  # mask
+        mask = query - first
+        own = (key >= first + self.drafts) | (key == query)
+        return causal(query, key) & ((mask < 0) | (key < clean + jnp.minimum(mask, self.drafts)) | own)
