@@ -116,7 +116,7 @@ def trunk(weights: Weights, tokens: jax.Array, positions: jax.Array, view: View,
     if cache is None:
         average = attention.attend(nothing, nothing, value, view)
     else:
-        average, cache = kv.attend(cache, 0, nothing, nothing, value, view, offset)
+        average, cache = kv.attend(cache, 0, jnp.stack([nothing, nothing, value], 2), (1, 0), view, offset)
     share = average[:, :, 0, :length * ids].reshape(*tokens.shape, length, ids)
     seen = share > 0
     evenly = jnp.abs(share * seen.sum((2, 3), keepdims=True) - seen) < 0.01
