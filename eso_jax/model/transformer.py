@@ -19,11 +19,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import noise, sharding
 from eso_jax.config import Config
-from eso_jax.model import attention, cache as kv
+from eso_jax.model import attention, cache as kv, few
 from eso_jax.model.masks import View
 from eso_jax.model.params import Block, Norm, Weights, embedding_split, head_split
 from eso_jax.model.rotary import rotary_table, rotate
 from eso_jax.model.slots import Place
+from eso_jax.model.triton import Triton
 
 MASK_LOGIT = -1e6
 UNROLLED = 12  # layers in one turn of the scan, on CPU and GPU
@@ -71,6 +72,13 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
 
     def block(carry: tuple[Array, Any], scanned: tuple[Any, Block]) -> tuple[tuple[Array, Any], None]:
         (x, cache), (layer, w) = carry, scanned  # x: [B S, D]
+        if cache is not None and isinstance(cache.backend, Triton) and few.fits(len(x), w):
+            def attend(qkv: Array) -> Array:
+                nonlocal cache
+                out, cache = kv.attend(cache, layer, qkv.reshape(*tokens.shape, *w.qkv.shape[1:]), rotary, view, offset)
+                return out
+
+            return (few.layer(x, w, attend, cache.backend.interpret), cache), None
         # Split, not indexed: the gradient is then one array put together, not three padded and added.
         qkv = linear(_layer_norm(x, w.norm1).astype(w.qkv.dtype), w.qkv).reshape(*tokens.shape, *w.qkv.shape[1:])
         with jax.named_scope("attention"):

@@ -65,39 +65,44 @@ class Triton(Plain):
 
     def extend(self, qkv: Float[Array, "B S 3 H K"], rotary: tuple[Array, Array], keys: Float[Array, "B H C K"],
                values: Float[Array, "B H C K"], view: View, offset: windows.Place) -> tuple[Array, Array, Array]:
-        batch, slots, _, heads, _ = qkv.shape
+        batch, slots, _, heads, size = qkv.shape
         if slots > MOST_SLOTS:
             return super().extend(qkv, rotary, keys, values, view, offset)
         assert isinstance(view.pattern, Pattern)
-        length = keys.shape[2] if view.length is None else view.length
-        numbers = (offset, 0 if view.clean is None else view.clean, length)
-        numbers = jnp.stack([jnp.broadcast_to(x, batch) for x in numbers], 1).astype(jnp.int32)
+        # As they come, and half of the tables: a kernel would have to make anything else.
+        clean = view.clean if view.pattern.prefix else None
+        numbers = tuple(None if x is None else jnp.atleast_1d(x) for x in (offset, clean, view.length))
+        table = rotary[0][:, :, 0, 0, :size // 2], rotary[1][:, :, 0, 0, size // 2:]
         step = functools.partial(_step, pattern=view.pattern, interpret=self.interpret)
         if (shards := sharding.batch_shards()) * (tensor := sharding.tensor_shards()) > 1:
             rows = sharding.BATCH if batch % shards == 0 else None
             head = "tensor" if heads % tensor == 0 else None
-            kept, table = P(rows, head), P(rows)
-            step = jax.shard_map(step, in_specs=(P(rows, None, None, head), (table, table), kept, kept, P(rows)),
+            kept, own = P(rows, head), jax.tree.map(lambda x: P(rows if len(x) > 1 else None), numbers)
+            step = jax.shard_map(step, in_specs=(P(rows, None, None, head), P(rows), kept, kept, own),
                                  out_specs=(P(rows, None, head), kept, kept), check_vma=False)
-        return step(qkv, rotary, keys, values, numbers)
+        return step(qkv, table, keys, values, numbers)
 
 
-def _step(qkv: Float[Array, "B S 3 H K"], rotary: tuple[Float[Array, "B S 1 1 K"], Float[Array, "B S 1 1 K"]],
-          keys: Float[Array, "B H C K"], values: Float[Array, "B H C K"], numbers: Int[Array, "B 3"], pattern: Pattern,
+def _step(qkv: Float[Array, "B S 3 H K"], table: tuple[Float[Array, "B S _"], Float[Array, "B S _"]],
+          keys: Float[Array, "B H C K"], values: Float[Array, "B H C K"], numbers: tuple[Int[Array, " _"] | None, ...],
+          pattern: Pattern,
           interpret: bool) -> tuple[Float[Array, "B S H K"], Float[Array, "B H C K"], Float[Array, "B H C K"]]:
-    """What the window's queries get, and the cache with the window in it. `numbers`: each row's offset, clean slots and
-    length."""
+    """What the window's queries get, and the cache with the window in it.
+
+    Args:
+      table: cosines and sines, K / 2 of each.
+      numbers: the offset, clean slots and length, one for each row or one for all; or None.
+    """
     batch, slots, _, heads, size = qkv.shape
     splits = max(1, min(PROGRAMS // (batch * heads), -(-keys.shape[2] // TILE)))
     kernel = functools.partial(_kernel, pattern=pattern, splits=splits)
-    table = (batch, slots, size)
     parts = jax.ShapeDtypeStruct((splits, batch, slots, heads, size), qkv.dtype if splits == 1 else jnp.float32)
     out, total, keys, values = pl.pallas_call(
         kernel, grid=(splits, heads, batch), name="decode_attention", interpret=interpret,
         out_shape=(parts, jax.ShapeDtypeStruct(parts.shape[:-1], jnp.float32),
                    *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values))),
-        input_output_aliases={4: 2, 5: 3}, compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
-    )(numbers, qkv, *(x.reshape(table) for x in rotary), keys, values)
+        input_output_aliases={3: 2, 4: 3}, compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+    )(qkv, *table, keys, values, numbers)
     return out[0] if splits == 1 else _together(out, total, qkv.dtype, interpret), keys, values
 
 
@@ -120,24 +125,26 @@ def _together(parts: Float[Array, "P B S H K"], total: Float[Array, "P B S H"], 
                           compiler_params=triton.CompilerParams(num_warps=WARPS))(parts, total)
 
 
-def _kernel(numbers: Any, qkv: Any, cos: Any, sin: Any, keys: Any, values: Any, out: Any, total: Any, new_keys: Any,
+def _kernel(qkv: Any, cos: Any, sin: Any, keys: Any, values: Any, numbers: Any, out: Any, total: Any, new_keys: Any,
             new_values: Any, *, pattern: Pattern, splits: int) -> None:
     """One split of a head of a row. The arguments are references to whole arrays."""
     split, head, row = (pl.program_id(axis) for axis in range(3))
     _, slots, _, _, size = qkv.shape
     length = keys.shape[2]
-    offset, clean, stop = (numbers[row, i] for i in range(3))
+    offset, clean, stop = (otherwise if each is None else each[row if each.shape[0] > 1 else 0]
+                           for each, otherwise in zip(numbers, (0, 0, length), strict=True))
     dims, number = jnp.arange(size), jnp.arange(MOST_SLOTS)
     slot = jnp.minimum(number, slots - 1)[:, None]
 
     def taken(which: int) -> Float[Array, "R K"]:
         return qkv[row, slot, which, head, dims[None]]
 
-    def turned(which: int) -> Float[Array, "R K"]:  # as transformer.rotate
-        opposite = qkv[row, slot, which, head, (dims[None] + size // 2) % size]
-        angles = (table[row, slot, dims[None]] for table in (cos, sin))
-        wide = (x.astype(jnp.float32) * angle for x, angle in zip((taken(which), opposite), angles, strict=True))
-        return sum(wide).astype(qkv.dtype)
+    def turned(which: int) -> Float[Array, "R K"]:  # as rotary.rotate
+        half = size // 2
+        opposite = qkv[row, slot, which, head, (dims[None] + half) % size].astype(jnp.float32)
+        x, y = (angles[row, slot, dims[None] % half] for angles in (cos, sin))
+        wide = taken(which).astype(jnp.float32) * x + opposite * jnp.where(dims[None] < half, -y, y)
+        return wide.astype(qkv.dtype)
 
     q = turned(0) * jnp.asarray(size**-0.5, qkv.dtype)
     query = offset + slot
