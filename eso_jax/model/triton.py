@@ -187,7 +187,7 @@ def _kernel(qkv: Any, cos: Any, sin: Any, keys: Any, values: Any, numbers: Any, 
     triton.store(total.at[split, row, number, head], top + jnp.log(weight), mask=number < slots)
 
 
-def _seen(pattern: Pattern, end: Array, clean: Array, length: int) -> Array:
+def _seen(pattern: Pattern, end: Array, clean: Any, length: int) -> Array:
     """A slot from which on no query of a window that ends at `end` sees any key."""
     if pattern.block is None:
         return jnp.int32(length)
