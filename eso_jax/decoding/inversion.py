@@ -1,6 +1,8 @@
-"""The token that two uniforms choose of a row's logits under a rule, as one kernel: on one NVIDIA GPU, in 
-The same function as in eso_jax/decoding/categorical.py, with sums in another order: tokens may differ where a
-uniform, or the nucleus's edge, is as near as that.
+"""The token that two uniforms choose of a row's logits under a rule, as one kernel: on one NVIDIA GPU, in
+Pallas.
+
+The function is that of eso_jax/decoding/categorical.py, with sums in another order: tokens may differ where a uniform,
+or the nucleus's edge, is as near as that.
 
 A program has a row. It reads tiles of some blocks of the vocabulary, which stay in the processor's own memory while
 they are read again.

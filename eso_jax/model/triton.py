@@ -29,7 +29,7 @@ from eso_jax import sharding
 from eso_jax.model import slots as windows
 from eso_jax.model.backend import Task
 from eso_jax.model.masks import Pattern, View
-from eso_jax.model.plain import HIDDEN, Plain, arrange
+from eso_jax.model.plain import HIDDEN, Plain
 
 MOST_SLOTS = 16  # of a window; wider ones are left to products by XLA. Tensor cores take no fewer than 16 rows
 TILE = 64  # keys
