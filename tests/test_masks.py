@@ -168,13 +168,19 @@ def kept_as(keys: jax.Array, values: jax.Array) -> cache.KVCache:
                          (plain.arrange(values, PLAIN.value_axes),) * 2, PLAIN)
 
 
+def attend(kept: cache.KVCache, layer: int, qkv: tuple[jax.Array, ...], view: View,
+           offset: int) -> tuple[jax.Array, cache.KVCache]:
+    """The cache's attention, with nothing turned."""
+    return cache.attend(kept, layer, jnp.stack(qkv, 2), (jnp.ones(()), jnp.zeros(())), view, offset)
+
+
 @pytest.mark.parametrize("offset, slots", [(0, 3), (4, 3), (2, 1)])
 def test_cached_sees_what_precedes_its_window_and_is_causal_within(offset: int, slots: int) -> None:
     """The cache holds numbers everywhere: what lies in or beyond the window must not be read."""
     (q, k, v), (_, old_k, old_v) = random_qkv(slots), random_qkv(L, seed=1)
 
     def run(k: jax.Array, v: jax.Array, old_k: jax.Array, old_v: jax.Array) -> jax.Array:
-        return cache.attend(kept_as(old_k, old_v), 1, q, k, v, View(masks.CAUSAL), offset)[0]
+        return attend(kept_as(old_k, old_v), 1, (q, k, v), View(masks.CAUSAL), offset)[0]
 
     before = np.broadcast_to(np.arange(L) < offset, (len(CLEAN), slots, L))
     within = per_row(np.tri(slots, dtype=bool))
@@ -189,7 +195,7 @@ def test_cached_sees_what_precedes_its_window_and_is_causal_within(offset: int, 
 def test_cached_writes_its_window_of_its_layer_and_nothing_else() -> None:
     (q, k, v), (_, old_k, old_v) = random_qkv(3), random_qkv(L, seed=1)
     old = kept_as(old_k, old_v)
-    _, kept = cache.attend(old, 0, q, k, v, View(masks.CAUSAL), 4)
+    _, kept = attend(old, 0, (q, k, v), View(masks.CAUSAL), 4)
     new = kept_as(*(jnp.concatenate([x[:, :4], y, x[:, 7:]], axis=1) for x, y in ((old_k, k), (old_v, v))))
     for arrays, written, untouched in ((kept.keys, new.keys, old.keys), (kept.values, new.values, old.values)):
         np.testing.assert_array_equal(arrays[0], written[0])
@@ -223,7 +229,7 @@ def test_the_cache_has_the_layout_of_its_backend(name: str) -> None:
         config = ModelConfig(length=L, vocab_size=2, width=heads * size, heads=heads, layers=1)
         kept = cache.grown(cache.empty(config, rows, 2, backend=backend), L)
         assert kept.slots == L
-        return cache.attend(kept, 0, q, k, v, view, 0)[0]
+        return attend(kept, 0, (q, k, v), view, 0)[0]
 
     used: list[tuple[int, ...]] = []
     np.testing.assert_array_equal(run(Other()), run(PLAIN))

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from eso_jax.config import ModelConfig
-from eso_jax.model import masks, transformer
+from eso_jax.model import masks, rotary, transformer
 from eso_jax.model.params import fold, init_params
 
 POSITIONS = jnp.array([[3, 0, 7, 1], [2, 5, 5, 6]])
@@ -27,7 +27,7 @@ def as_complex(x: Array) -> Array:
 
 
 def rotated(x: Array) -> Array:
-    return transformer.rotate(x, transformer.rotary_table(POSITIONS, 8))
+    return rotary.rotate(x, rotary.rotary_table(POSITIONS, 8))
 
 
 @pytest.mark.parametrize("ours, plain, x", [

@@ -347,7 +347,9 @@ class _Counter:
     def bytes_written(self, within: Computation, op: Instruction) -> int:
         if op.opcode == "dynamic-update-slice":
             return _main_bytes(op.shapes, sum(shape.bytes for shape in within.operands(op)[1].shapes))
-        return _main_bytes(op.shapes)
+        in_place = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", op.attributes)
+        kept = {int(number) for number in re.findall(r"\{(\d+)\}:", in_place[1])} if in_place else set()
+        return _main_bytes(tuple(shape for number, shape in enumerate(op.shapes) if number not in kept))
 
     def bytes_written_in_fusion(self, inner: Computation, root: Instruction) -> int:
         """Bytes of one result of a fusion: of an update in place, the update."""
@@ -425,16 +427,22 @@ def _product(within: Computation, op: Instruction) -> int:
 def _kernel(within: Computation, op: Instruction) -> int:
     """Operations of a library's kernel: of cuBLAS's products; of attention by formula, 4 K for each pair of a query and
     a key, backward 10 K, since it makes the scores again. Of cuDNN's half of the pairs count where it is causal; of
-    splash those that eso_jax/model/splash.py says it computes."""
+    splash those that eso_jax/model/splash.py says it computes; of our own all slots of the cache. The others make no
+    products."""
     text = op.attributes.replace("\\", "")
     target = re.search(r'custom_call_target="([^"]*)"', text)
     if target and (splash := re.search(r"/pairs(\d+)\b.*/splash_mha_(fwd|dkv)", text)):
         *rows, _, size = next(source.shapes[0].dims for source in within.operands(op)
                               if source.shapes[0].dtype in ("bf16", "f32"))
         return (10 if splash[2] == "dkv" else 4) * math.prod(rows) * int(splash[1]) * size
+    left = within.operands(op)[0].shapes[0].dims if op.operands else ()
+    if target and "/product/pallas_call" in text:
+        return 2 * math.prod(op.shapes[0].dims) * left[-1]
+    if target and "/decode_attention/pallas_call" in text:
+        batch, slots, _, heads, size = left
+        return 4 * batch * slots * heads * size * within.operands(op)[3].shapes[0].dims[2]
     if target is None or not target[1].startswith(("__cublas$", "__cudnn$fmha")):
         return 0
-    left = within.operands(op)[0].shapes[0].dims
 
     def numbers(field: str) -> list[int]:
         values = re.search(rf'"{field}":\s*\[([^\]]*)\]', text)

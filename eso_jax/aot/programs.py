@@ -117,7 +117,8 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     plan = plan.rows(np.zeros(batch, int))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # shapes depend on the platform and on the batch
         run = passes.schedule(plan, sampler, row=passes.row_cost(model))[-1]
-    shape = run.shape
+        shape, weights = run.shape, abstract_weights(model, dtype, mesh)
+        state = jax.eval_shape(lambda weights: loop.grow(loop.start(weights, model, sampler, plan), shape), weights)
 
     def everywhere(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
@@ -128,8 +129,6 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
     def split(x: Any, axes: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, kv.spec(axes)))
 
-    weights = abstract_weights(model, dtype, mesh)
-    state = jax.eval_shape(lambda weights: loop.grow(loop.start(weights, model, sampler, plan), shape), weights)
     state = dataclasses.replace(state, tokens=rows(state.tokens), positions=rows(state.positions),
                                 cache=state.cache and state.cache.map(split))
     uniforms: Any = rows(jax.ShapeDtypeStruct((batch, model.length, 2), jnp.float32))

@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from eso_jax import sharding
+from eso_jax.decoding import inversion
 from eso_jax.errors import require
 
 # Bits of the nucleus's threshold that a round finds. An accelerator compares with 15 thresholds as fast as with one,
@@ -60,6 +61,9 @@ def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rul
     logits = without_banned(logits, rule)
     if rule.temperature == 0:
         return jnp.argmax(logits, axis=-1)
+    if inversion.fits():
+        rows = logits.reshape(-1, logits.shape[-1]), uniforms.reshape(-1, 2)
+        return inversion.choose(*rows, rule.temperature, rule.top_p, rule.min_p).reshape(logits.shape[:-1])
     return pick(masses(logits, rule), uniforms)
 
 

@@ -45,7 +45,7 @@ from eso_jax.decoding.order import sort, unsort
 from eso_jax.decoding.passes import Run, Sampler, Shape, Step
 from eso_jax.decoding.plan import Plan
 from eso_jax.decoding.record import Facts
-from eso_jax.model import cache as kv, slots, transformer, vocabulary
+from eso_jax.model import attention, cache as kv, slots, transformer, vocabulary
 from eso_jax.model.params import Weights
 
 PACE = 8  # passes after which a watcher is told what there is, and whoever ends rows is asked
@@ -178,7 +178,8 @@ def start(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan,
         tokens = jnp.concatenate([jnp.full((batch, 1), sampler.start_id, jnp.int32), tokens], axis=1)
     cache = None
     if sampler.cached:
-        cache = kv.empty(config, batch, 0, weights.head.kernel.dtype)
+        dtype = weights.head.kernel.dtype
+        cache = kv.empty(config, batch, 0, dtype, attention.keeper(config, sampler.pattern, dtype, weights.attention))
     tokens, positions = (sharding.constrain(x, sharding.BATCH) for x in (tokens, jnp.array(plan.order, jnp.int32)))
     return State(tokens, positions, None, cache)
 

@@ -5,14 +5,19 @@ pattern (eso_jax/model/masks.py); the first that does not refuse is taken.
 
   cudnn   NVIDIA GPUs: cuDNN's fused attention
   splash  TPUs: the Pallas kernel that comes with JAX
-  plain   everywhere, and every pattern; the decoding loop's cache is always its
+  plain   everywhere, and every pattern
+
+The decoding loop's cache (eso_jax/model/cache.py) is kept by the first of the `KEEPERS` that does not refuse:
+
+  triton  NVIDIA GPUs: a kernel for a step's few slots
+  plain   everywhere
 
 Axes: B batch, S slots of a pass, H heads, K head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,9 +30,11 @@ from eso_jax.model.cudnn import CuDNN
 from eso_jax.model.masks import OwnSteps, Pattern, TwoStreams, View
 from eso_jax.model.plain import Plain
 from eso_jax.model.splash import Splash
+from eso_jax.model.triton import Triton
 
 AUTO = "auto"  # whoever comes first
 BACKENDS: tuple[Backend, ...] = (CuDNN(), Splash(), Plain())
+KEEPERS: tuple[Plain, ...] = (Triton(), Plain())
 
 
 def attend(q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"], view: View,
@@ -42,13 +49,20 @@ def attend(q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Arra
     return sharding.locally(compute, (q, k, v), view)
 
 
-def choose(task: Task, wanted: str = AUTO) -> tuple[Backend, dict[str, str]]:
+def keeper(config: ModelConfig, pattern: Pattern, dtype: Any, wanted: str = AUTO) -> Plain:
+    """Who keeps the decoding loop's cache on the mesh in force."""
+    backend, _ = choose(Task(pattern, config.length, config.head_size, jnp.dtype(dtype)), wanted, KEEPERS)
+    assert isinstance(backend, Plain)
+    return backend
+
+
+def choose(task: Task, wanted: str = AUTO, backends: Sequence[Backend] | None = None) -> tuple[Backend, dict[str, str]]:
     """(a backend that computes a task, why those that were asked before it do not, by their names).
 
     It is the one that is called `wanted`, or `plain` where that one cannot; with "auto" the first that can.
     """
     refusals: dict[str, str] = {}
-    for backend in BACKENDS:
+    for backend in BACKENDS if backends is None else backends:
         if wanted in (AUTO, backend.name) or isinstance(backend, Plain):
             reason = backend.refuse(task)
             if reason is None:

@@ -26,7 +26,7 @@ from eso_jax import sharding
 from eso_jax.config import ModelConfig
 from eso_jax.model import slots as windows
 from eso_jax.model.masks import View
-from eso_jax.model.plain import Plain, arrange
+from eso_jax.model.plain import Plain
 
 
 @struct.dataclass
@@ -78,18 +78,13 @@ def grown(cache: KVCache, slots: int) -> KVCache:
     return cache.map(pad)
 
 
-def attend(cache: KVCache, layer: int, q: Float[Array, "B S H K"], k: Float[Array, "B S H K"],
-           v: Float[Array, "B S H K"], view: View, offset: windows.Place) -> tuple[Float[Array, "B S H K"], KVCache]:
+def attend(cache: KVCache, layer: int, qkv: Float[Array, "B S 3 H K"], rotary: tuple[Array, Array], view: View,
+           offset: windows.Place) -> tuple[Float[Array, "B S H K"], KVCache]:
     """Attention of the slots offset, ..., offset + S - 1, which must fit, over a layer of the cache.
 
-    Writes the S keys and values at `offset` first, which is one for all rows or one for each.
+    Queries and keys are turned by the table `rotary` (eso_jax/model/rotary.py). Writes the S keys and values at
+    `offset`, which is one for all rows or one for each.
     """
-    def write(old: Array, new: Array, axes: str) -> Array:
-        return windows.put(old, arrange(new, axes).astype(old.dtype), offset, axes.index("L"), axes.index("B"))
-
-    backend = cache.backend
-    keys = write(cache.keys[layer], k, backend.key_axes)
-    values = write(cache.values[layer], v, backend.value_axes)
-    out = backend.cached(q, keys.astype(q.dtype), values.astype(q.dtype), view, offset)
+    out, keys, values = cache.backend.extend(qkv, rotary, cache.keys[layer], cache.values[layer], view, offset)
     return out, dataclasses.replace(cache, keys=cache.keys[:layer] + (keys,) + cache.keys[layer + 1:],
                                     values=cache.values[:layer] + (values,) + cache.values[layer + 1:])

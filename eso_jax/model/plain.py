@@ -19,6 +19,7 @@ from eso_jax import sharding
 from eso_jax.model import slots as windows
 from eso_jax.model.backend import Backend, Task
 from eso_jax.model.masks import Pattern, TwoStreams, View
+from eso_jax.model.rotary import rotate
 
 HIDDEN = -1e30  # the score of a key that may not be seen
 # Scores at once, of more than a few queries: on CPU, tiles that stay in its cache make long sequences 7 times as fast.
@@ -59,6 +60,19 @@ class Plain(Backend):
         keys and values in the layout of the cache."""
         assert isinstance(view.pattern, Pattern)
         return dense(q, k, v, view, view.pattern, offset)
+
+    def extend(self, qkv: Float[Array, "B S 3 H K"], rotary: tuple[Array, Array], keys: Float[Array, "_ _ _ _"],
+               values: Float[Array, "_ _ _ _"], view: View,
+               offset: windows.Place) -> tuple[Float[Array, "B S H K"], Array, Array]:
+        """As eso_jax.model.cache.attend: what the queries get, and the keys and values with those of the window."""
+        qk, v = jnp.split(qkv, [2], axis=2)
+        q, k, v = (part[:, :, 0] for part in (*jnp.split(rotate(qk, rotary), 2, axis=2), v))
+
+        def write(old: Array, new: Array, axes: str) -> Array:
+            return windows.put(old, arrange(new, axes).astype(old.dtype), offset, axes.index("L"), axes.index("B"))
+
+        keys, values = write(keys, k, self.key_axes), write(values, v, self.value_axes)
+        return self.cached(q, keys.astype(q.dtype), values.astype(q.dtype), view, offset), keys, values
 
     def two_streams(self, q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"],
                     view: View) -> Float[Array, "B S H K"]:

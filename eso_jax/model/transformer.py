@@ -14,18 +14,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import noise, sharding
 from eso_jax.config import Config
-from eso_jax.model import attention, cache as kv
+from eso_jax.model import attention, cache as kv, few
 from eso_jax.model.masks import View
 from eso_jax.model.norm import layer_norm, stream_and_norm
 from eso_jax.model.params import Block, Weights, embedding_split, head_split
+from eso_jax.model.rotary import rotary_table, rotate
 from eso_jax.model.slots import Place
 from eso_jax.model.softmax import MASK_LOGIT
+from eso_jax.model.triton import Triton
 
 UNROLLED = 12  # layers in one turn of the scan, on CPU and GPU
 
@@ -72,18 +73,23 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
 
     def block(carry: tuple[Array, Any], scanned: tuple[Any, Block]) -> tuple[tuple[Array, Any], None]:
         (x, cache), (layer, w) = carry, scanned  # x: [B S, D]
+        if cache is not None and isinstance(cache.backend, Triton) and few.fits(len(x), w):
+            def attend(qkv: Array) -> Array:
+                nonlocal cache
+                out, cache = kv.attend(cache, layer, qkv.reshape(*tokens.shape, *w.qkv.shape[1:]), rotary, view, offset)
+                return out
+
+            return (few.layer(x, w, attend, cache.backend.interpret), cache), None
         # Split, not indexed: the gradient is then one array put together, not three padded and added.
         x, normal = stream_and_norm(x, w.norm1, w.qkv.dtype)
         qkv = linear(normal, w.qkv).reshape(*tokens.shape, *w.qkv.shape[1:])
-        if cache is not None:  # or a GPU ends the product, if it is made in parts, once for each
-            qkv = jax.lax.optimization_barrier(qkv)
-        qk, v = jnp.split(qkv, [2], axis=2)
         with jax.named_scope("attention"):
-            q, k, v = (part[:, :, 0] for part in (*jnp.split(rotate(qk, rotary), 2, axis=2), v))
             if cache is None:
+                qk, v = jnp.split(qkv, [2], axis=2)
+                q, k, v = (part[:, :, 0] for part in (*jnp.split(rotate(qk, rotary), 2, axis=2), v))
                 out = attention.attend(q, k, v, view, weights.attention)
-            else:
-                out, cache = kv.attend(cache, layer, q, k, v, view, offset)
+            else:  # with a barrier, or a GPU ends the product, if it is made in parts, once for each
+                out, cache = kv.attend(cache, layer, jax.lax.optimization_barrier(qkv), rotary, view, offset)
         x = x + drop(linear(out.reshape(-1, *out.shape[2:]), w.out, axes=2), layer, 0)
         x, normal = stream_and_norm(x, w.norm2, w.qkv.dtype)
         hidden = linear(normal, w.mlp_in.kernel)
@@ -151,30 +157,6 @@ def training_of(config: Config, draws: noise.Draws, train: bool) -> Training | N
 def natural_positions(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
     """0..L-1 in every row."""
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-
-
-def rotary_table(positions: Int[Array, "B S"],
-                 head_size: int) -> tuple[Float[Array, "B S 1 1 K"], Float[Array, "B S 1 1 K"]]:
-    """Cosines and sines of position x frequency, base 10^4, float32; each for both halves of a head, the sines of the
-    first one negative."""
-    frequencies = 1e4 ** -(np.arange(0, head_size, 2, dtype=np.float32) / head_size)
-    angles = positions[..., None, None, None].astype(jnp.float32) * frequencies[None, None, None, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    # As arrays of their own: on CPU, XLA would else make them again for every number that they rotate.
-    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
-
-
-@jax.custom_vjp
-def rotate(x: Float[Array, "B S 2 H K"], rotary: tuple[Array, Array]) -> Float[Array, "B S 2 H K"]:
-    """Of queries and keys, rotates the pairs (x_j, x_{j + K/2}) by their angles, in float32. The gradient is rotated
-    back."""
-    cos, sin = rotary
-    wide = x.astype(jnp.float32)
-    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, -1) * sin).astype(x.dtype)
-
-
-rotate.defvjp(lambda x, rotary: (rotate(x, rotary), rotary),
-              lambda rotary, gradient: (rotate(gradient, (rotary[0], -rotary[1])), None))
 
 
 @jax.custom_vjp

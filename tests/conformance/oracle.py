@@ -112,11 +112,11 @@ def trunk(weights: Weights, tokens: jax.Array, positions: jax.Array, view: View,
     table = weights.head.kernel.reshape(len(weights.head.kernel), len(place), -1)
     length, ids = table.shape[1], table.shape[2] + 1
     value = jax.nn.one_hot(positions * ids + tokens, length * ids + length * ids % 2)[:, :, None]
-    nothing = jnp.zeros_like(value)
+    nothing, still = jnp.zeros_like(value), (jnp.ones(()), jnp.zeros(()))
     if cache is None:
         average = attention.attend(nothing, nothing, value, view)
     else:
-        average, cache = kv.attend(cache, 0, nothing, nothing, value, view, offset)
+        average, cache = kv.attend(cache, 0, jnp.stack([nothing, nothing, value], 2), still, view, offset)
     share = average[:, :, 0, :length * ids].reshape(*tokens.shape, length, ids)
     seen = share > 0
     evenly = jnp.abs(share * seen.sum((2, 3), keepdims=True) - seen) < 0.01

@@ -1,0 +1,35 @@
+"""Rotary position embeddings (arXiv:2104.09864).
+
+Axes: B batch, S slots of a pass, H heads, K head size.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def rotary_table(positions: Int[Array, "B S"],
+                 head_size: int) -> tuple[Float[Array, "B S 1 1 K"], Float[Array, "B S 1 1 K"]]:
+    """Cosines and sines of position x frequency, base 10^4, float32; each for both halves of a head, the sines of the
+    first one negative."""
+    frequencies = 1e4 ** -(np.arange(0, head_size, 2, dtype=np.float32) / head_size)
+    angles = positions[..., None, None, None].astype(jnp.float32) * frequencies[None, None, None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    # As arrays of their own: on CPU, XLA would else make them again for every number that they rotate.
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+
+
+@jax.custom_vjp
+def rotate(x: Float[Array, "B S 2 H K"], rotary: tuple[Array, Array]) -> Float[Array, "B S 2 H K"]:
+    """Of queries and keys, rotates the pairs (x_j, x_{j + K/2}) by their angles, in float32. The gradient is rotated
+    back."""
+    cos, sin = rotary
+    wide = x.astype(jnp.float32)
+    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, -1) * sin).astype(x.dtype)
+
+
+rotate.defvjp(lambda x, rotary: (rotate(x, rotary), rotary),
+              lambda rotary, gradient: (rotate(gradient, (rotary[0], -rotary[1])), None))

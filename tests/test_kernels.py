@@ -1,0 +1,109 @@
+"""The kernels of a decoding step on GPUs, interpreted: each is the plain computation that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eso_jax.config import ModelConfig
+from eso_jax.decoding import categorical, inversion
+from eso_jax.decoding.categorical import Rule
+from eso_jax.model import cache, few, masks, plain, rotary, transformer, triton
+from eso_jax.model.backend import Task
+from eso_jax.model.masks import Pattern, View
+from eso_jax.model.params import Norm, fold, init_params, unstack
+from eso_jax.model.triton import Triton
+
+KERNEL = Triton(interpret=True)
+BATCH, SLOTS, LENGTH, HEADS, SIZE = 4, 3, 100, 2, 16  # two tiles of keys, each of a split of its own
+
+
+def extended(backend: plain.Plain, view: View, offset: jax.Array | int, batch: int, length: int) -> list[jax.Array]:
+    """What the queries of a window get, and the keys and values, of random ones."""
+    draws = jax.random.split(jax.random.key(0))
+    qkv = jax.random.normal(draws[0], (batch, SLOTS, 3, HEADS, SIZE))
+    old = jax.random.normal(draws[1], (2, batch, length, HEADS, SIZE))
+    table = rotary.rotary_table(jnp.arange(batch * SLOTS).reshape(batch, SLOTS) * 37 % 101, SIZE)
+    axes = backend.key_axes, backend.value_axes
+    out, *kept = jax.jit(backend.extend)(qkv, table, *map(plain.arrange, old, axes), view, offset)
+    return [out, *(x.transpose([of.index(axis) for axis in "BLHK"]) for x, of in zip(kept, axes, strict=True))]
+
+
+@pytest.mark.parametrize(("pattern", "rows", "offset"), [
+    (masks.CAUSAL, {}, [0, 30, 64, 97]), (masks.EVERYONE, {"length": [1, 50, 99, 100]}, 97),
+    (masks.PREFIX, {"clean": [0, 3, 70, 10]}, [10, 3, 70, 63]), (Pattern(4), {}, 64)], ids=str)
+def test_a_step_of_the_cache_is_plain_attention(pattern: Pattern, rows: dict[str, list[int]],
+                                                offset: int | list[int]) -> None:
+    view = View(pattern, **{name: jnp.array(value) for name, value in rows.items()})
+    assert KERNEL.refuse(Task(pattern, LENGTH, SIZE, jnp.float32)) is None
+    ours, theirs = (extended(backend, view, jnp.array(offset), BATCH, LENGTH) for backend in (KERNEL, plain.Plain()))
+    for x, y in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_splits_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first window, where but one of the row's four tiles is seen."""
+    monkeypatch.setattr(triton, "TILE", 16)
+    view = View(masks.CAUSAL)
+    ours, theirs = (extended(backend, view, 0, 1, 64) for backend in (KERNEL, plain.Plain()))
+    for x, y in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_refuses_what_it_cannot() -> None:
+    assert Triton().refuse(Task(masks.CAUSAL, 8, 16, jnp.float32)) == "for NVIDIA GPUs"
+    assert KERNEL.refuse(Task(masks.CAUSAL, 8, 48, jnp.float32)) == "takes heads of 16, 32, 64, ..., not 48"
+
+
+def test_steps_by_kernels_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes of a model through a cache that grows between them."""
+    monkeypatch.setattr(few, "CHUNK", 16)  # several parts of a row, as of a larger one
+    config = ModelConfig(length=40, vocab_size=50, width=32, layers=1, heads=2, cond_dim=8)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), shapes)
+    weights = unstack(jax.jit(lambda params: fold(config, params))(params))
+    tokens, positions = rng.integers(0, 50, (2, 8)), np.array([rng.permutation(40)[:8] for _ in range(2)])
+
+    def run(backend: plain.Plain) -> jax.Array:
+        kept, outs = cache.empty(config, 2, 4, backend=backend), []
+        for first, slots in ((0, 8), (4, 20)):
+            kept = cache.grown(kept, slots)
+            out, kept = jax.jit(transformer.trunk)(weights, tokens[:, first:first + 4], positions[:, first:first + 4],
+                                                   View(masks.CAUSAL), kept, first)
+            outs.append(out)
+        return jnp.stack(outs)
+
+    assert few.fits(8, weights.blocks[0]) and not few.fits(few.MOST_ROWS + 1, weights.blocks[0])
+    np.testing.assert_allclose(run(KERNEL), run(plain.Plain()), rtol=1e-4, atol=2e-5)
+
+
+def test_a_product_of_few_rows_is_what_it_says() -> None:
+    """Columns that are no multiple of a program's, and numbers of another size than in a model."""
+    x, w, residual, norm = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(
+        [(3, 48), (48, 70), (3, 70), (2, 48)]))
+    bias, x = jnp.arange(70.0) / 9, 5 + 3 * x
+    ours = few.product(x, w, Norm(norm[0], norm[1]), bias, True, residual, interpret=True)
+    normal = transformer._layer_norm(x, Norm(norm[0], norm[1]))
+    expected = transformer.gelu(transformer.linear(normal, w) + bias[None]) + residual
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-5)
+    half = few.product(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), interpret=True)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), x @ w, rtol=2e-2, atol=1)
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(0.7, top_p=0.9), Rule(top_p=0.5, min_p=0.01)], ids=str)
+def test_the_kernel_draws_what_the_rule_draws(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random rows from flat to sharp, and some at the edges: the same tokens for the same uniforms."""
+    monkeypatch.setattr(inversion, "TILE", 256)  # several tiles
+    rows, vocabulary = 64, 1000
+    logits = jax.random.normal(jax.random.key(0), (rows, vocabulary)) * jnp.linspace(0.1, 10, rows)[:, None]
+    logits = logits.at[0].set(0).at[1].set(-1e6).at[1, 500].set(3).at[2, :500].set(-jnp.inf).at[3, 500:].set(-1e6)
+    logits = logits.at[4].set(jnp.where(jnp.arange(vocabulary) % 2, 1.0, 0.5))  # ties
+    uniforms = jax.random.uniform(jax.random.key(1), (rows, 2)).at[:4, 0].set(0).at[2:6, 1].set(1 - 2.0**-24)
+    by_kernel = inversion.choose(logits, uniforms, *dataclasses.astuple(rule)[:3], interpret=True)
+    np.testing.assert_array_equal(by_kernel, categorical.draw(logits, uniforms, rule))
