@@ -17,6 +17,7 @@ Families:
                          a noisy row sees clean keys by `blocks_before`, and noisy keys by `own_block`;
                          clean rows never see noisy keys. Eso-LM has blocks of one token, BD3-LM of L'.
   all steps of a plan    `OwnSteps`, for Eso-LM (B): the same with blocks as large as the plan's steps, causal within
+  any token next         `LONE`, for Eso-LM (B): each mask as if it came next
 
 Axes: B batch, S query slots, L key slots.
 """
@@ -202,3 +203,22 @@ class OwnSteps(Pattern):
                  clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
         slot, noisy = key % self.length, key < self.length
         return causal(query % self.length, slot) & (noisy == ((query < self.length) & (slot >= clean)))
+
+
+@dataclass(frozen=True)
+class Lone(Pattern):
+    """A query sees the first `clean` slots up to itself, and itself: masks behind them do not see each other. With
+    clean = 2:
+
+        1 0 0 0
+        1 1 0 0
+        1 1 1 0
+        1 1 0 1
+    """
+
+    def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
+                 clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
+        return causal(query, key) & ((key < clean) | (key == query))
+
+
+LONE = Lone()
