@@ -26,154 +26,160 @@ Axes: B batch, L length, W slots looked at, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from eso_jax import sharding
 from eso_jax.config import ModelConfig
-from eso_jax.decoding import loop
-from eso_jax.decoding.decoders import Decoder, Progress
+from eso_jax.decoding import categorical
+from eso_jax.decoding.decoders import Decoder, Progress, commit, take
 from eso_jax.decoding.loop import Draw
-from eso_jax.decoding.passes import Sampler, Shape, Step
-from eso_jax.model import masks, slots, transformer, vocabulary
+from eso_jax.decoding.passes import Sampler
+from eso_jax.errors import require
+from eso_jax.model import masks, transformer, vocabulary
+from eso_jax.model.masks import View
 from eso_jax.model.params import Weights
 
+MOST = 8  # tokens that a pass along the order looks at: on a CPU, time goes with them
 
-class Adaptive(Decoder):
-    """What the decoders here share."""
+
+@dataclass(frozen=True)
+class Along(Decoder):
+    """Decodes the order's next tokens, as many as `fits` says.
+
+    Attributes:
+      bound: the number behind the name. It is data (`begin`), so that programs are shared by all bounds.
+    """
+
+    bound: float = field(compare=False)
+    most: int = MOST
+
+    @property
+    def window(self) -> int:
+        """What the last pass decoded at most, and as many masks."""
+        return 2 * self.most
+
+    def begin(self, config: ModelConfig, batch: int) -> Float[Array, " B"]:
+        return jnp.full(batch, self.bound, jnp.float32)
 
     @abstractmethod
-    def certainty(self, logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
-        """What a pass goes by, of each slot."""
-
-    def look(self, weights: Weights, hidden: Float[Array, "B W D"], config: ModelConfig) -> Float[Array, "B W"]:
-        """The certainty of slots, by their hidden states."""
-        return vocabulary.in_chunks(lambda hidden: self.certainty(transformer.head(weights, hidden, config.mask)),
-                                    config.vocab_size, hidden)
-
-
-class Along(Adaptive):
-    """Decodes a run of the order's next tokens."""
-
-    @abstractmethod
-    def fits(self, certainty: Float[Array, "B W"]) -> Bool[Array, "B W"]:
-        """Which slots the pass may decode together with those before them. 0 is the certainty of slots that are none of
-        the pass's."""
+    def fits(self, logits: Float[Array, "B W V"], bound: Float[Array, "B 1"]) -> Bool[Array, "B W"]:
+        """Which of a pass's tokens may be decoded together with those before them."""
 
     def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
                  sampler: Sampler) -> Progress:
-        state, at, length = progress.state, progress.at, config.length
-        most = min(self.most, length)
-        window = min(2 * most, length) if sampler.cached else length  # what the last pass decoded, and as many masks
-        step = Step(jnp.minimum(progress.clean, length - window), at, jnp.zeros_like(at), at)
-        shape = Shape(window, most, length)
-        hidden, cache = loop.hidden_of(weights, state, step, sampler, shape)
-        here = slots.numbers(loop.taken_from(step, shape), most)
-        mine = here >= at[:, None]
-        fits = self.fits(jnp.where(mine, self.look(weights, hidden, config), 0)) | (here <= at[:, None])
-        run = jnp.cumprod(fits, axis=1, dtype=jnp.int32) * (mine & (here < end[:, None]))
-        step = dataclasses.replace(step, count=run.sum(1))
-        state = dataclasses.replace(state, cache=cache)
-        return moved(progress, loop.write(weights, state, step, hidden, source, config, sampler, shape), step.count)
+        state, at, number = progress.state, progress.at, jnp.arange(self.most)[None]
+        begin = progress.clean if sampler.cached else jnp.zeros_like(at)
+        here = begin[:, None] + jnp.arange(self.window if sampler.cached else config.length)[None]
+        hidden, cache = transformer.trunk(weights, take(state.tokens, here), take(state.positions, here),
+                                          View(sampler.pattern, at), state.cache, begin)
+        hidden = take(hidden, (at - begin)[:, None] + number)
+        logits = sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
+        run = jnp.cumprod(self.fits(logits, progress.memory[:, None]) | (number == 0), axis=1, dtype=jnp.int32)
+        tokens = categorical.draw(logits, take(source.uniforms, at[:, None] + number), source.rule)
+        progress = dataclasses.replace(progress, state=dataclasses.replace(state, cache=cache))
+        return commit(progress, tokens, logits, jnp.minimum(run.sum(1), end - at), source.rule)
 
 
-@struct.dataclass
+@dataclass(frozen=True)
 class Entropy(Along):
-    """See the top of this file.
+    """`entropy`: see the top of this file."""
 
-    Attributes:
-      budget: nats. Data: programs are shared by all budgets.
-      most: tokens of a pass.
-    """
+    law = ("that of a plan whose steps are found as it goes: a step is as wide as the entropies of its tokens, less the "
+           "largest, stay within the budget")
+    number = f"nats, at least 0 (a pass decodes {MOST} tokens at most)"
 
-    budget: Float[Array, ""] | float
-    most: int = struct.field(pytree_node=False, default=8)
+    def __post_init__(self) -> None:
+        require(0 <= self.bound < math.inf, "entropy", self.bound, "the budget in nats must be at least 0, and finite")
 
-    def certainty(self, logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
-        return jax.scipy.special.entr(jax.nn.softmax(logits)).sum(-1)
-
-    def fits(self, certainty: Float[Array, "B W"]) -> Bool[Array, "B W"]:
-        return jnp.cumsum(certainty, axis=1) - jax.lax.cummax(certainty, axis=1) <= self.budget
+    def fits(self, logits: Float[Array, "B W V"], bound: Float[Array, "B 1"]) -> Bool[Array, "B W"]:
+        entropy = jax.scipy.special.entr(jax.nn.softmax(logits)).sum(-1)
+        return jnp.cumsum(entropy, axis=1) - jax.lax.cummax(entropy, axis=1) <= bound
 
 
-@struct.dataclass
+@dataclass(frozen=True)
 class Confidence(Along):
-    """See the top of this file.
+    """`confidence`: see the top of this file."""
+
+    law = ("that of a plan whose steps are found as it goes: behind its first token, a step has those whose likeliest "
+           "value is as probable as asked for")
+    number = f"a probability, in [0, 1] (a pass decodes {MOST} tokens at most)"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.bound <= 1, "confidence", self.bound, "the probability must be in [0, 1]")
+
+    def fits(self, logits: Float[Array, "B W V"], bound: Float[Array, "B 1"]) -> Bool[Array, "B W"]:
+        return jax.nn.softmax(logits).max(-1) >= bound
+
+
+@dataclass(frozen=True)
+class Anywhere(Decoder):
+    """Decodes the most certain of all tokens that are left.
 
     Attributes:
-      least: the probability. Data: programs are shared by all.
-      most: tokens of a pass.
+      count: N.
     """
 
-    least: Float[Array, ""] | float
-    most: int = struct.field(pytree_node=False, default=8)
+    count: int
+    number = "tokens of a pass, at least 1"
+    window = 0  # a pass computes everything, and needs no room behind the length
 
-    def certainty(self, logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
-        return jax.nn.softmax(logits).max(-1)
+    @property
+    def most(self) -> int:
+        return self.count
 
-    def fits(self, certainty: Float[Array, "B W"]) -> Bool[Array, "B W"]:
-        return certainty >= self.least
+    @classmethod
+    def of(cls, number: float) -> Anywhere:
+        name = cls.__name__.lower()
+        require(number >= 1 and number == int(number), name, number, "must be a whole number of tokens, at least 1")
+        return cls(int(number))
 
-
-class Anywhere(Adaptive):
-    """Decodes the most certain of all tokens that are left, `number` of them."""
-
-    number: Int[Array, ""] | int
+    @abstractmethod
+    def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
+        """By which tokens are chosen."""
 
     def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
                  sampler: Sampler) -> Progress:
-        state, at, length = progress.state, progress.at, config.length
-        if sampler.cached:
-            sampler = sampler._replace(pattern=masks.LONE)
-        window, most = length, min(self.most, length)
-        step = Step(jnp.minimum(progress.clean, length - window), at, jnp.minimum(self.number, end - at), at)
-        hidden, cache = loop.hidden_of(weights, state, step, sampler, Shape(window, window, length))
-        here = slots.numbers(step.start, window)
-        rank = jnp.where(here < end[:, None], -self.look(weights, hidden, config), jnp.inf)
-        found = jnp.argsort(jnp.where(here < at[:, None], -jnp.inf, rank), axis=1, stable=True)
-        positions = jnp.take_along_axis(slots.take(state.positions, step.start, window), found, axis=1)
-        state = dataclasses.replace(state, cache=cache, positions=slots.put(state.positions, positions, step.start))
-        shape = Shape(window, most, length)
-        chosen = slots.take(found, loop.taken_from(step, shape) - step.start, most)
-        hidden = jnp.take_along_axis(hidden, chosen[..., None], axis=1)
-        return moved(progress, loop.write(weights, state, step, hidden, source, config, sampler, shape), step.count)
+        state, at = progress.state, progress.at
+        slot, number = jnp.arange(config.length)[None], jnp.arange(min(self.most, config.length))[None]
+        hidden, cache = transformer.trunk(weights, state.tokens, state.positions,
+                                          View(masks.LONE if sampler.cached else sampler.pattern, at), state.cache)
+
+        def logits_of(hidden: Float[Array, "B _ D"]) -> Float[Array, "B _ V"]:
+            return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
+
+        certainty = vocabulary.in_chunks(lambda hidden: self.certainty(logits_of(hidden)), config.vocab_size, hidden)
+        rank = jnp.where(slot < at[:, None], -jnp.inf, jnp.where(slot < end[:, None], -certainty, jnp.inf))
+        order = jnp.argsort(rank, axis=1, stable=True)  # what is decoded stays where it is, and so does what will not be
+        next_slots = at[:, None] + number
+        logits = logits_of(take(hidden, take(order, next_slots)))
+        tokens = categorical.draw(logits, take(source.uniforms, next_slots), source.rule)
+        state = dataclasses.replace(state, cache=cache, positions=take(state.positions, order))
+        return commit(dataclasses.replace(progress, state=state), tokens, logits, jnp.minimum(self.most, end - at),
+                      source.rule)
 
 
-@struct.dataclass
 class Likeliest(Anywhere):
-    """See the top of this file.
+    """`likeliest`: see the top of this file."""
 
-    Attributes:
-      number: N, tokens of a pass. Data: programs are shared by all.
-      most: at least N.
-    """
+    law = ("pass by pass, of all tokens that are left those with the most probable likeliest value, each drawn given "
+           "the tokens of earlier passes")
 
-    number: Int[Array, ""] | int
-    most: int = struct.field(pytree_node=False, default=16)
-
-    def certainty(self, logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
+    def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
         return jax.nn.softmax(logits).max(-1)
 
 
-@struct.dataclass
 class Margin(Anywhere):
-    """As `Likeliest`, by another measure."""
+    """`margin`: see the top of this file."""
 
-    number: Int[Array, ""] | int
-    most: int = struct.field(pytree_node=False, default=16)
+    law = ("pass by pass, of all tokens that are left those whose two likeliest values are furthest apart in "
+           "probability, each drawn given the tokens of earlier passes")
 
-    def certainty(self, logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
+    def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
         first, second = jnp.moveaxis(jax.lax.top_k(jax.nn.softmax(logits), 2)[0], -1, 0)
         return first - second
-
-
-def moved(progress: Progress, state: loop.State, count: Int[Array, " B"]) -> Progress:
-    """The progress after a pass that decoded `count` tokens of each row."""
-    at, slot, took_part = progress.at, jnp.arange(progress.step.shape[1])[None], count > 0
-    new = (slot >= at[:, None]) & (slot < (at + count)[:, None])
-    return dataclasses.replace(
-        progress, state=state, at=at + count, clean=jnp.where(took_part, at, progress.clean),
-        passes=progress.passes + took_part, step=jnp.where(new, progress.passes[:, None], progress.step))
