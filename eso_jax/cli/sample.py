@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
     parser.add_argument("--plan", help=f"{', '.join(POLICIES)}; or the .npz of an earlier sample, to decode along its "
                                       "plan (the family's own: binomial, or left-to-right for AR)")
+    parser.add_argument("--decoder", metavar="NAME:NUMBER", help="finds by itself how many tokens each pass decodes: "
+                        "speculative:4 (drafts of a pass that the next one verifies; the law of one token a pass)")
     parser.add_argument("--num-tries", type=int, default=1,
                         help="draw samples of low entropy again, up to this often in all (%(default)s: keep them)")
     parser.add_argument("--min-entropy", type=float, help="with --num-tries: nats of the last 256 tokens' unigrams "
@@ -98,6 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax import load
     from eso_jax.data.prompts import of_array
     from eso_jax.data.tokenizers import SHOWN_SEPARATOR
+    from eso_jax.decoding.rejection import unigram_entropy
     from eso_jax.viewer.page import page
     from eso_jax.viewer.terminal import watching
 
@@ -124,6 +127,8 @@ def run(arguments: argparse.Namespace) -> None:
             require(count == len(tokens), "--num-samples", count,
                     f"tokens are given to the {len(tokens)} samples of the plan; give their number")
             count = 1
+    require(arguments.decoder is None or arguments.steps is None, "--steps", arguments.steps, "a decoder finds its own "
+            "steps; leave it out")
     if arguments.watch and model.tokenizer is None:
         raise EsoError("--watch: the model has no tokenizer, so there is no text to see; leave it out")
     steps = 128 if arguments.steps is None else arguments.steps
@@ -135,9 +140,9 @@ def run(arguments: argparse.Namespace) -> None:
     with watching(model.tokenizer, arguments.show, arguments.watch) as watch:
         found = model.sample(count, steps, arguments.alpha_0, arguments.top_p,
                              arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
-                             num_tries=arguments.num_tries, min_entropy=arguments.min_entropy, keep=True,
-                             banned=banned_of(arguments, model), given=given, max_tokens=arguments.max_tokens,
-                             stop=stop,
+                             decoder=arguments.decoder, num_tries=arguments.num_tries,
+                             min_entropy=arguments.min_entropy, keep=True, banned=banned_of(arguments, model),
+                             given=given, max_tokens=arguments.max_tokens, stop=stop,
                              record=arguments.record or bool(arguments.html), watch=watch)
     text, wanted = found.text, count * (1 if given is None else len(given.tokens))
     if len(found.tokens) < wanted:
@@ -161,7 +166,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.num_tries > 1:
         say(f"{(found.tries > 1).sum()} of {len(found.tries)} samples drawn again, {found.tries.sum()} draws in all")
     running, count = found.seconds - found.compile_seconds, int((found.plan.end - found.given.sum(1)).sum())
-    say(f"NFE {found.tokens_per_step.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
+    if arguments.decoder is not None:
+        passes, entropy = found.passes.sum(), unigram_entropy(found.tokens, mask=model.config.model.mask)
+        say(f"{passes / len(found.passes):.1f} passes a sample, {count / max(passes, 1):.2f} tokens a pass; the "
+            f"samples' unigrams have {np.mean(entropy):.2f} nats")
+    say(f"NFE {found.tokens_per_pass.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
         f"{count / found.seconds:.0f} tokens/s; {count / running:.0f} without the {found.compile_seconds:.2f} s of "
         "compilation")
 
@@ -186,7 +195,8 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
     rows = type(prompts)(*(np.repeat(part, arguments.num_samples, axis=0) for part in prompts))
     found = model.lengthen(rows, arguments.max_tokens, stop=stop, steps=steps, alpha_0=arguments.alpha_0,
                            top_p=arguments.top_p, min_p=arguments.min_p, temperature=arguments.temperature,
-                           seed=arguments.seed, plan=arguments.plan, banned=banned_of(arguments, model))
+                           seed=arguments.seed, plan=arguments.plan, decoder=arguments.decoder,
+                           banned=banned_of(arguments, model))
     write_whole(arguments.out, _lines(found.text, [{} for _ in found.text]))
     say(f"wrote {arguments.out}")
     for index, text in enumerate(found.text[:arguments.show]):

@@ -60,9 +60,27 @@ def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rul
     logits = without_banned(logits, rule)
     if rule.temperature == 0:
         return jnp.argmax(logits, axis=-1)
+    return pick(masses(logits, rule), uniforms)
+
+
+def law(logits: Float[Array, "*s V"], rule: Rule) -> Float[Array, "*s V"]:
+    """The probabilities by which `draw` draws."""
+    logits = without_banned(logits, rule)
+    if rule.temperature == 0:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    mass = masses(logits, rule)
+    return mass / mass.sum(-1, keepdims=True)
+
+
+def masses(logits: Float[Array, "*s V"], rule: Rule) -> Float[Array, "*s V"]:
+    """What the probabilities are proportional to, at a temperature above 0; of banned tokens nothing is left."""
     scaled = logits / rule.temperature
     mass = jnp.exp(scaled - scaled.max(-1, keepdims=True))
-    mass = jnp.where(kept(mass, rule), mass, 0)
+    return jnp.where(kept(mass, rule), mass, 0)
+
+
+def pick(mass: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"]) -> Int[Array, "*s"]:
+    """One token id per row, with probabilities proportional to non-negative masses."""
     size = max(1, math.isqrt(mass.shape[-1]))
     blocks = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -mass.shape[-1] % size)])
     blocks = blocks.reshape(*mass.shape[:-1], -1, size)

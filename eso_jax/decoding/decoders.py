@@ -1,33 +1,224 @@
-"""Placeholder of what w-spec brings."""
+"""Decoders that decide as they go: how many tokens a pass decodes is found in the pass, for each row by itself.
+
+The planned loop (loop.py) runs passes whose numbers are known beforehand. Here the order of a row is still that of its
+plan, given tokens first, but its next pass depends on what came before. Passes run in a compiled loop of `PACE` at a
+time; in between the host reads how far the rows are. A row that is done changes nothing any more.
+
+Tokens are drawn by uniforms that are keyed by (the row's key, slot), as in the planned loop, so that a row alone gives
+what it gives among others.
+
+Axes: B batch, L length, M slots that a pass decodes at most, U uniforms of a slot, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jaxtyping import Array, Float, Int, Key, Shaped
 
+from eso_jax import sharding
 from eso_jax.config import ModelConfig
-from eso_jax.decoding import loop
+from eso_jax.decoding import loop, passes, record as records
+from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.loop import PACE, Done, Draw, Report, State, Watch
+from eso_jax.decoding.order import unsort
 from eso_jax.decoding.passes import Sampler
+from eso_jax.decoding.plan import Plan, join
+from eso_jax.decoding.record import Facts
+from eso_jax.errors import EsoError
 from eso_jax.model.params import Weights
 
 
 @struct.dataclass
 class Progress:
-    state: loop.State
-    at: Any
-    clean: Any
-    passes: Any
-    step: Any
+    """What a pass reads and writes.
+
+    Attributes:
+      state: tokens by slot, the order, the cache, facts; see loop.State.
+      at: int32 [B], so many tokens of a row, the first of its order, are given or decoded.
+      clean: int32 [B], of so many, the first, the cache holds the keys and values of clean tokens.
+      passes: int32 [B], in which a row has decoded something.
+      step: int32 [B, L], by slot, which of these passes decoded it, from 0; -1 where none did.
+      memory: what a decoder keeps from pass to pass, a tree of arrays [B, ...].
+    """
+
+    state: State
+    at: Int[Array, " B"]
+    clean: Int[Array, " B"]
+    passes: Int[Array, " B"]
+    step: Int[Array, "B L"]
     memory: Any = None
 
 
 class Decoder(ABC):
-    name: str
-    most: int
-    law: str
+    """A way to decode; a frozen dataclass, since programs are compiled by it.
+
+    Attributes:
+      law: which law its samples have, in one sentence.
+      number: what the number behind its name says, and its range.
+      uniforms: U, at least 2.
+    """
+
+    law: ClassVar[str]
+    number: ClassVar[str]
+    uniforms: ClassVar[int] = 2
+
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """M."""
+
+    @property
+    @abstractmethod
+    def window(self) -> int:
+        """Slots of a pass; the cache has so many beyond the length."""
+
+    def begin(self, config: ModelConfig, batch: int) -> Any:
+        """The memory before the first pass."""
 
     @abstractmethod
-    def one_pass(self, weights: Weights, progress: Progress, source: loop.Draw, end: Any, config: ModelConfig,
-                 sampler: Sampler) -> Progress: ...
+    def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
+                 sampler: Sampler) -> Progress:
+        """The progress after one pass. A row is done where `at` has reached `end`."""
+
+    def plan(self, plan: Plan, found: Plan) -> Plan:
+        """The plan whose law the samples have, of the one that they began with and the one of their passes, `found`."""
+        return found
+
+
+def plan_of_passes(plan: Plan, order: Int[np.ndarray, "B L"], step: Int[np.ndarray, "B L"]) -> Plan:
+    """The plan whose steps are the passes that were found, by slot; `order` was followed in place of the plan's."""
+    counts = np.stack([np.bincount(row[row >= 0], minlength=step.max(initial=-1) + 1) for row in step])
+    return join([Plan(jnp.asarray(order), counts, None, plan.given)])
+
+
+class Decoded(NamedTuple):
+    """What a batch has become.
+
+    Attributes:
+      tokens: int32 [B, L], in natural order.
+      facts: of these, on request.
+      order: int32 [B, L], as it was followed.
+      step: int32 [B, L], by slot, as in `Progress`. Both are None where they are the plan's.
+    """
+
+    tokens: Any
+    facts: Facts | None
+    order: Any = None
+    step: Any = None
+
+
+def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, keys: Key[Array, "..."],
+           decoder: Decoder, rule: Rule = Rule(), given: Int[Array, "B L"] | None = None, report: Report | None = None,
+           done: Done | None = None, record: bool = False, watch: Watch | None = None) -> Decoded:
+    """Decodes a batch in the order of the plan, as loop.sample does along it."""
+    source = Draw(loop.uniforms_of(keys, plan, decoder.uniforms), rule)
+    progress = start(weights, config, sampler, plan, source, decoder, given, record)
+    states, before = ((each.state, each) for each in until_done(weights, config, sampler, plan, progress, source,
+                                                                decoder)), int(progress.at.sum())
+    for _, progress in loop.follow(states, config, sampler, plan, done, watch):
+        if report is not None:
+            report(int(progress.at.sum()) - before)
+            before = int(progress.at.sum())
+    state = progress.state
+    facts = jax.tree.map(lambda x: unsort(x, state.positions), state.facts)
+    return Decoded(loop.natural(state, sampler), facts, state.positions, progress.step)
+
+
+def start(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, source: Draw, decoder: Decoder,
+          given: Int[Array, "B L"] | None = None, record: bool = False) -> Progress:
+    """The progress before the first pass: given tokens are in the cache."""
+    batch, length = plan.order.shape
+    state, room = loop.start(weights, config, sampler, plan, given), length + decoder.window
+    if record:
+        state = dataclasses.replace(state, facts=records.empty(batch, length, config.vocab_size))
+    known = np.broadcast_to(np.asarray(plan.given, np.int32), batch)
+    run = passes.over_given(plan, int(known.max(initial=0)), room)
+    state = loop.grow(state, run.shape)
+    if known.any():
+        two = dataclasses.replace(source, uniforms=source.uniforms[..., :2])  # the planned loop's; nothing is decoded
+        state = loop.decode_run(weights, state, run.steps, two, config, sampler, run.shape)
+    none = np.full((batch, length), -1, np.int32)
+    rows = (known, known, np.zeros_like(known), none, decoder.begin(config, batch))
+    return Progress(state, *jax.tree.map(lambda x: sharding.constrain(jnp.array(x), sharding.BATCH), rows))
+
+
+def until_done(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, progress: Progress, source: Draw,
+               decoder: Decoder) -> Iterator[Progress]:
+    """The progress after every `PACE` passes. It is gone when the next one is asked for, which updates it in place."""
+    end = jnp.asarray(np.broadcast_to(np.asarray(plan.end, np.int32), len(plan.order)))
+    while (sharding.fetch(progress.at) < sharding.fetch(end)).any():
+        progress = decode_passes(weights, progress, source, end, config, sampler, decoder)
+        yield progress
+
+
+@functools.partial(jax.jit, donate_argnames="progress", static_argnames=("config", "sampler", "decoder"))
+def decode_passes(weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
+                  sampler: Sampler, decoder: Decoder) -> Progress:
+    """`PACE` passes in one compiled loop; the progress is donated and updated in place."""
+    def body(progress: Progress, _: None) -> tuple[Progress, None]:
+        return decoder.one_pass(weights, progress, source, end, config, sampler), None
+
+    return jax.lax.scan(body, progress, length=PACE)[0]
+
+
+def commit(progress: Progress, tokens: Int[Array, "B M"], logits: Float[Array, "B M V"], count: Int[Array, " B"],
+           rule: Rule) -> Progress:
+    """The progress once each row has decoded the first `count` [B] of these tokens, at its next slots, by these logits.
+    `clean` is then what was decoded before."""
+    state, at = progress.state, progress.at
+
+    def written(old: Shaped[Array, "B L *s"], new: Shaped[Array, "B M *s"]) -> Shaped[Array, "B L *s"]:
+        return put(old, new.astype(old.dtype), at, count)
+
+    facts = None
+    if state.facts is not None:
+        facts = jax.tree.map(written, state.facts, records.facts(logits, tokens, rule))
+    state = dataclasses.replace(state, tokens=written(state.tokens, tokens), facts=facts)
+    number = jnp.broadcast_to(progress.passes[:, None], tokens.shape)
+    return dataclasses.replace(progress, state=state, at=at + count, clean=at, step=written(progress.step, number),
+                               passes=progress.passes + (count > 0))
+
+
+def take(x: Shaped[Array, "B L *s"], index: Int[Array, "B M"]) -> Shaped[Array, "B M *s"]:
+    """Of each row these slots; the last one in place of those behind the end."""
+    return jax.vmap(lambda x, index: x[index])(x, jnp.minimum(index, x.shape[1] - 1))
+
+
+def put(x: Shaped[Array, "B L *s"], new: Shaped[Array, "B M *s"], at: Int[Array, " B"],
+        count: Int[Array, " B"]) -> Shaped[Array, "B L *s"]:
+    """x with the first `count` of `new` in the slots from `at` on, of each row; none behind the end."""
+    number = jnp.arange(new.shape[1])[None]
+    index = jnp.where(number < count[:, None], at[:, None] + number, x.shape[1])
+    return jax.vmap(lambda x, index, new: x.at[index].set(new, mode="drop"))(x, index, new)
+
+
+def names() -> dict[str, Callable[[float], Decoder]]:
+    """What makes a decoder of the number behind its name. One line each."""
+    from eso_jax.decoding.speculative import Speculative
+
+    return {"speculative": Speculative.of}
+
+
+def named(text: str) -> Decoder:
+    """The decoder of a text NAME:NUMBER.
+
+    Raises:
+      EsoError: there is none of the name, or the number is out of its range.
+    """
+    name, _, number = text.partition(":")
+    known = names()
+    if name not in known:
+        raise EsoError(f"decoder = {text!r}: choose one of {', '.join(f'{each}:NUMBER' for each in known)}")
+    try:
+        return known[name](float(number))
+    except ValueError:
+        raise EsoError(f"decoder = {text!r}: needs a number, as in {name}:4") from None

@@ -21,7 +21,7 @@ as wide as the widest of the batch.
 
 passes.py makes of a plan the passes that the compiled loops here run: few programs, each used again and again.
 
-Axes: B batch, L length, S steps of a plan, P passes, W slots of a window, V vocabulary.
+Axes: B batch, L length, S steps of a plan, P passes, W slots of a window, V vocabulary, U uniforms of a slot.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +72,9 @@ class State:
 
 @struct.dataclass
 class Draw:
-    """Tokens are drawn by a rule, from two uniforms a slot."""
+    """Tokens are drawn by a rule, from two uniforms a slot (U is more for a decoder that draws more)."""
 
-    uniforms: Float[Array, "B L 2"]
+    uniforms: Float[Array, "B L U"]
     rule: Rule = Rule()
 
 
@@ -84,6 +85,7 @@ class Score:
     tokens: Int[Array, "B L"]
 
 
+T = TypeVar("T")
 Report = Callable[[int], None]
 Watch = Callable[[Int[np.ndarray, "B L"]], None]
 Done = Callable[[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]], Bool[np.ndarray, " B"]]
@@ -108,31 +110,38 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
         be in vain. A row keeps what it was given meanwhile.
       watch: is told every few passes what the tokens are, in natural order; masks where there is none yet.
     """
-    if keys.ndim == 0:
-        keys = row_keys(keys, jnp.arange(len(plan.order)))
-    source = Draw(draw_uniforms(keys, plan.length), rule)
+    source = Draw(uniforms_of(keys, plan), rule)
     state = start(weights, config, sampler, plan, given)
     if record:
         state = dataclasses.replace(state, facts=records.empty(len(plan.order), plan.length, config.vocab_size))
-
-    def natural(state: State) -> Int[Array, "B L"]:
-        return unsort(state.tokens[:, sampler.shift:], plan.order)
-
-    before = None
-    for state, run in planned(weights, config, sampler, plan, state, source, PACE if done or watch else None):
+    states = planned(weights, config, sampler, plan, state, source, PACE if done or watch else None)
+    for state, run in follow(states, config, sampler, plan, done, watch):
         if report is not None:
             jax.block_until_ready(state.tokens)
             report(int(run.steps.count.sum()) * (len(plan.order) if run.steps.count.ndim == 1 else 1))
+    tokens = natural(state, sampler)
+    return (tokens, jax.tree.map(lambda x: unsort(x, plan.order), state.facts)) if record else tokens
+
+
+def follow(states: Iterator[tuple[State, T]], config: ModelConfig, sampler: Sampler, plan: Plan, done: Done | None,
+           watch: Watch | None) -> Iterator[tuple[State, T]]:
+    """The states with what comes with them, until `done` says that it is enough. For both see `sample`."""
+    before = None
+    for state, more in states:
+        yield state, more
         if watch is not None:
-            watch(sharding.fetch(natural(state)))
+            watch(sharding.fetch(natural(state, sampler)))
         if done is not None:
             if before is not None:
                 tokens = sharding.fetch(before)
                 if (done(tokens, plan.known) | ((tokens != config.mask).sum(1) >= plan.end)).all():
                     break
-            before = natural(state)
-    tokens = natural(state)
-    return (tokens, jax.tree.map(lambda x: unsort(x, plan.order), state.facts)) if record else tokens
+            before = natural(state, sampler)
+
+
+def natural(state: State, sampler: Sampler) -> Int[Array, "B L"]:
+    """The tokens so far in natural order, with masks."""
+    return unsort(state.tokens[:, sampler.shift:], state.positions)
 
 
 def log_prob(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan,
@@ -259,11 +268,18 @@ def row_keys(key: Key[Array, ""], numbers: Int[Array, " B"]) -> Key[Array, " B"]
     return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
-@functools.partial(jax.jit, static_argnames="length")
-def draw_uniforms(keys: Key[Array, " B"], length: int) -> Float[Array, "B L 2"]:
-    """Two uniforms per row and slot, keyed by (the row's key, slot). Drawn before the loop: drawn within it, they would
-    make two thirds of every program's compilation."""
+def uniforms_of(keys: Key[Array, "..."], plan: Plan, count: int = 2) -> Float[Array, "B L U"]:
+    """Those of a plan's rows, by a key for each or one for all."""
+    if keys.ndim == 0:
+        keys = row_keys(keys, jnp.arange(len(plan.order)))
+    return draw_uniforms(keys, plan.length, count)
+
+
+@functools.partial(jax.jit, static_argnames=("length", "count"))
+def draw_uniforms(keys: Key[Array, " B"], length: int, count: int = 2) -> Float[Array, "B L U"]:
+    """`count` uniforms per row and slot, keyed by (the row's key, slot). Drawn before the loop: drawn within it, they
+    would make two thirds of every program's compilation."""
     def draw(key: Array, slot: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, slot), (2,))
+        return jax.random.uniform(jax.random.fold_in(key, slot), (count,))
 
     return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(keys, jnp.arange(length))

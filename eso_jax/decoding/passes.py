@@ -142,10 +142,10 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5
         steps, window, width = _round_shapes(steps, needed, length)
     runs = _runs(steps, window, width, length, 1 if exact else max(PART, -(-length // PARTS)), bool(np.any(plan.given)))
     behind = int(begin[..., 0].max())
-    return [_over_given(plan, behind, runs[0].shape.live), *runs] if sampler.cached and behind else runs
+    return [over_given(plan, behind, runs[0].shape.live), *runs] if sampler.cached and behind else runs
 
 
-def _over_given(plan: Plan, stop: int, live: int) -> Run:
+def over_given(plan: Plan, stop: int, live: int) -> Run:
     """A pass over all the given tokens that the first step does not look at again. Where a row has fewer, or the window
     is too wide, masks pass as well: they are overwritten before they are seen."""
     none = np.zeros(1, np.int32)

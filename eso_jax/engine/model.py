@@ -28,10 +28,11 @@ from eso_jax.config import ATTENTION, Config
 from eso_jax.data.prompts import Given, of_array
 from eso_jax.data.stops import Stops
 from eso_jax.data.tokenizers import Tokenizer
-from eso_jax.decoding import loop
+from eso_jax.decoding import decoders, loop
 from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.decoders import Decoded, Decoder
 from eso_jax.decoding.plan import Plan, join, leave
-from eso_jax.decoding.record import Facts, Record, empty, steps as steps_of
+from eso_jax.decoding.record import Record, empty, steps as steps_of
 from eso_jax.decoding.rejection import unigram_entropy
 from eso_jax.engine import choice, windows
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
@@ -56,6 +57,8 @@ class Samples(NamedTuple):
       diffusion: tokens of the diffusion phase, or [N]; with the two above, and `given`, it makes the plan.
       given: bool [N, L], the tokens that were given.
       tries: int [N], how often each sample was drawn.
+      tokens_per_pass: int [passes] or [N, passes], decoded in each pass: the same, but for a decoder that has the law
+        of other steps than its passes.
       seconds: wall time of decoding, compilation included.
       compile_seconds: of these, spent on tracing and compiling.
       record: when each token was decoded and what was known of it, where that was asked for; see decoding/record.py.
@@ -69,6 +72,7 @@ class Samples(NamedTuple):
     diffusion: int | np.ndarray
     given: np.ndarray
     tries: np.ndarray
+    tokens_per_pass: np.ndarray
     seconds: float
     compile_seconds: float
     record: Record | None = None
@@ -78,6 +82,8 @@ class Samples(NamedTuple):
     def arrays(self) -> dict[str, np.ndarray]:
         """What the .npz of `eso-jax sample` holds, but for the text."""
         found = {name: getattr(self, name) for name in ("tokens", "order", "tokens_per_step", "diffusion", "tries")}
+        if self.tokens_per_pass is not self.tokens_per_step:
+            found["tokens_per_pass"] = self.tokens_per_pass
         if self.given.any():
             found["given"] = self.given.sum(1)
         if self.record is None or self.caption is None:
@@ -93,6 +99,11 @@ class Samples(NamedTuple):
         """
         require(self.record is not None, "record", False, "a page needs one; sample with record=True")
         return page({"": self.arrays()})
+
+    @property
+    def passes(self) -> Int[np.ndarray, " N"]:
+        """Forward passes in which each sample decoded something: its NFE."""
+        return (np.broadcast_to(self.tokens_per_pass, (len(self.tokens), self.tokens_per_pass.shape[-1])) > 0).sum(1)
 
     @property
     def plan(self) -> Plan:
@@ -119,7 +130,7 @@ class Model(Engine):
 
     def sample(self, num_samples: int, steps: int = 128, alpha_0: float | None = None, top_p: float = 1.0,
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
-               plan: str | Plan | None = None, num_tries: int = 1,
+               plan: str | Plan | None = None, decoder: str | Decoder | None = None, num_tries: int = 1,
                min_entropy: float | None = None, keep: bool = False, record: bool = False,
                banned: Sequence[int] = (), given: np.ndarray | Given | None = None,
                max_tokens: int | None = None, stop: Sequence[str] = (), done: loop.Done | None = None,
@@ -136,6 +147,8 @@ class Model(Engine):
           top_p, temperature, min_p: how a token is drawn; see eso_jax.decoding.categorical.Rule.
           batch_size: rows decoded together; None: the model's.
           plan: a policy of eso_jax/decoding/plan.py (None: the family's own), or a plan with an order per sample.
+          decoder: finds by itself how many tokens each pass decodes, as "speculative:4"; see
+            eso_jax/decoding/decoders.py. The plan says the order alone (None: one-by-one), and there is no T.
           num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
             along the same plan, until they have been drawn this often. 1: none is.
           banned: ids that are never drawn (the mask never is).
@@ -179,6 +192,11 @@ class Model(Engine):
         asked &= asked.cumsum(1) <= (max_tokens or model.length)
         stops = Stops.of(stop, self.tokenizer)
         require(done is None or not stop, "stop", list(stop), "give this or done, not both")
+        if isinstance(decoder, str):
+            decoder = decoders.named(decoder)
+        if decoder is not None:
+            families.get(self.config).check_decoder(decoder)
+            plan = "one-by-one" if plan is None else plan
         if not isinstance(plan, Plan):
             policy: Any = {} if plan is None else {"policy": plan}
             plan = _plan(self.config, row_keys(plan_key, given, known), plan_key, ~asked, steps, alpha_0, **policy)
@@ -190,15 +208,17 @@ class Model(Engine):
         plan.check_given(known)
 
         size = self.size(num_samples, batch_size)  # also for the few that are drawn again: no other compilation
-        tokens = np.zeros(plan.order.shape, np.int32)
-        room = empty(num_samples, plan.length, self.config.model.vocab_size) if record else None
-        facts: Facts | None = jax.tree.map(np.array, room)
+        whole = Decoded(np.zeros(plan.order.shape, np.int32), jax.tree.map(np.array, empty(
+            num_samples, plan.length, self.config.model.vocab_size)) if record else None)
+        if decoder is not None:
+            whole = whole._replace(order=np.zeros_like(whole.tokens), step=np.zeros_like(whole.tokens))
         tries = np.zeros(num_samples, np.int32)
         with Stopwatch() as clock:
             for attempt in range(num_tries):
                 again = np.arange(num_samples)
                 if min_entropy is not None and attempt:
-                    ended = tokens.copy()  # what others of its batch had a row decode behind its end does not count
+                    # What others of its batch had a row decode behind its end does not count.
+                    ended = whole.tokens.copy()
                     for row, own in zip(ended, known, strict=True):
                         if stops:
                             stops.cut(row, own)
@@ -206,31 +226,31 @@ class Model(Engine):
                 if len(again):
                     keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
                     try:
-                        found, new = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
-                                            stops.done if stops and stop else done, record, watch)
+                        found = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
+                                       stops.done if stops and stop else done, record, watch, decoder)
                     except KeyboardInterrupt:
                         if keep and attempt:  # all have been drawn before
                             break
                         raise
-                    ready = again[:len(found)]
-                    tokens[ready] = found
-                    if facts is not None and new is not None:
-                        for whole, part in zip(facts, new, strict=True):
-                            whole[ready] = part
+                    ready = again[:len(found.tokens)]
+                    for all_rows, part in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+                        all_rows[ready] = part
                     tries[ready] += 1
                     if len(ready) < len(again):
                         break
         ready = np.flatnonzero(tries)
-        plan = plan.rows(ready)
-        text = [stops.cut(tokens[row], known[row]) for row in ready] if stops else []
-        kept = None if facts is None else Record(steps_of(plan), *(fact[ready] for fact in facts))
+        plan, whole = plan.rows(ready), jax.tree.map(lambda x: x[ready], whole)
+        passes = plan if decoder is None else decoders.plan_of_passes(plan, whole.order, whole.step)
+        plan = plan if decoder is None else decoder.plan(plan, passes)
+        tokens, facts = whole.tokens, whole.facts
+        text = [stops.cut(*row) for row in zip(tokens, known[ready], strict=True)] if stops else []
+        kept = None if facts is None else Record(steps_of(passes), *facts)
         if kept is not None:  # of what a stop has cut: how far a row was decoded depends on the others
-            kept.step[tokens[ready] == model.mask] = -1
-            for fact in kept[1:]:
-                fact[tokens[ready] == model.mask] = 0
-        told = None if kept is None else caption(self.config, plan, tokens[ready], kept, self.tokenizer)
-        return Samples(tokens[ready], np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given,
-                       known[ready], tries[ready], clock.seconds, clock.compile_seconds, kept, told, text)
+            for fact, none in zip(kept, (-1, 0, 0, 0, 0, 0), strict=True):
+                fact[tokens == model.mask] = none
+        told = None if kept is None else caption(self.config, passes, tokens, kept, self.tokenizer)
+        return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given, known[ready],
+                       tries[ready], passes.tokens_per_step, clock.seconds, clock.compile_seconds, kept, told, text)
 
     def lengthen(self, given: Given, max_tokens: int, overlap: int | None = None, **how: Any) -> windows.Long:
         """Texts that are longer than the model, window after window; see eso_jax/engine/windows.py."""
@@ -282,10 +302,9 @@ def row_keys(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.
 def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows: Int[np.ndarray, " R"], size: int,
            keep: bool = False, given: Int[np.ndarray, "N L"] | None = None,
            done: loop.Done | None = None, record: bool = False,
-           watch: Watch | None = None) -> tuple[Int[np.ndarray, "R L"], Facts | None]:
-    """Draws the tokens of some rows of a plan, `size` at a time, in natural order; each row by its own key. With them,
-    on request, what was known of them. A terminal sees how far it is. `keep`: see Engine.rows; `given` and `done`:
-    eso_jax.decoding.loop.sample."""
+           watch: Watch | None = None, decoder: Decoder | None = None) -> Decoded:
+    """Draws the tokens of some rows of a plan, `size` at a time; each row by its own key. A terminal sees how far it
+    is. `keep`: see Engine.rows; `given` and `done`: eso_jax.decoding.loop.sample."""
     from tqdm import tqdm
 
     order, bits = np.asarray(plan.order), np.asarray(jax.random.key_data(keys))
@@ -297,16 +316,18 @@ def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows:
                 if array is not None]
 
     def draw(weights: Weights, order: Array, index: Array, bits: Array,
-             given: Array | None = None) -> tuple[Array, Facts | None]:
+             given: Array | None = None) -> Decoded:
         here = dataclasses.replace(plan.rows(sharding.fetch(index)), order=order)
         found = families.sample(weights, engine.config, here, jax.random.wrap_key_data(bits), rule, given,
                                bar.update if terminal else None, done, record,
-                               None if watch is None else functools.partial(watch, sharding.fetch(index)))
-        return found if record else (found, None)
+                               None if watch is None else functools.partial(watch, sharding.fetch(index)), decoder)
+        if decoder is not None:
+            return found
+        return Decoded(*found) if record else Decoded(found, None)
 
     with tqdm(total=round(-(-len(rows) // size) * size * unknown), desc="sampling", unit="token", leave=False,
               disable=not terminal) as bar:
-        found: tuple[np.ndarray, Facts | None] = engine.rows(draw, len(rows), read, size=size, keep=keep)
+        found: Decoded = engine.rows(draw, len(rows), read, size=size, keep=keep)
     return found
 
 

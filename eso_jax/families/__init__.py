@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from eso_jax import config as config_module
 from eso_jax.config import Config
-from eso_jax.decoding import loop
+from eso_jax.decoding import decoders, loop
 from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.decoders import Decoder
 from eso_jax.decoding.plan import Plan
 from eso_jax.families.ar import AR
 from eso_jax.families.base import Family
@@ -66,17 +67,23 @@ def alpha_0_of(config: Config, alpha_0: float | None) -> float:
 def sample(weights: Weights, config: Config, plan: Plan, keys: Key[Array, "..."], rule: Rule = Rule(),
            given: Int[Array, "B L"] | None = None, report: loop.Report | None = None,
            done: loop.Done | None = None, record: bool = False,
-           watch: loop.Watch | None = None) -> Any:
+           watch: loop.Watch | None = None, decoder: Decoder | None = None) -> Any:
     """Decodes a batch along the plan; tokens in natural order.
 
     Args:
       keys: one for each row, whose draws depend on nothing else; or one of which to make them, by its number.
       given: the tokens that the plan takes for given, by natural position; others are not looked at.
       report, done, record, watch: see eso_jax.decoding.loop.sample.
+      decoder: finds by itself how many tokens a pass decodes, in the order of the plan. A `decoders.Decoded` is
+        returned.
     """
-    get(config).check_plan(config, plan)
-    return loop.sample(weights, config.model, get(config).sampler(config), plan, keys, rule, given, report, done,
-                       record, watch)
+    family = get(config)
+    family.check_plan(config, plan)
+    rest = (rule, given, report, done, record, watch)
+    if decoder is None:
+        return loop.sample(weights, config.model, family.sampler(config), plan, keys, *rest)
+    family.check_decoder(decoder)
+    return decoders.sample(weights, config.model, family.sampler(config), plan, keys, decoder, *rest)
 
 
 def plan_log_prob(weights: Weights, config: Config, plan: Plan, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:

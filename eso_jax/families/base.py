@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from eso_jax.config import Config, FamilyConfig
+from eso_jax.decoding.decoders import Decoder
 from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.order import sort
 from eso_jax.decoding.plan import Plan
@@ -171,6 +172,11 @@ class Family(ABC):
 
     def check_plan(self, config: Config, plan: Plan) -> None:
         """Raises an EsoError for a plan that the family cannot follow."""
+
+    def check_decoder(self, decoder: Decoder) -> None:
+        """Raises an EsoError for a decoder that the family cannot follow exactly; one that does not say so has none."""
+        raise EsoError(f"decoder = {decoder}: family.name = {self.name!r} decodes along a plan alone; an Eso-LM (B) "
+                       "has decoders")
 
     @abstractmethod
     def sampler(self, config: Config) -> Sampler:

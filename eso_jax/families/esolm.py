@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from eso_jax import noise
 from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding import plan as plans
+from eso_jax.decoding.decoders import Decoder
 from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.order import clean_first, sort
 from eso_jax.decoding.plan import Counts, Plan
@@ -209,6 +210,11 @@ class EsoLM(Family):
 
     def check_known(self, config: Config, known: Bool[np.ndarray, "B L"]) -> None:
         """Anything can be given: it comes first in the order."""
+
+    def check_decoder(self, decoder: Decoder) -> None:
+        """(B) has all."""
+        if self.prefix:
+            super().check_decoder(decoder)
 
     def sampler(self, config: Config) -> Sampler:
         """(B) caches in both phases; (A) recomputes the tokens decoded by diffusion in each step of that phase, since

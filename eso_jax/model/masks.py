@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int, Shaped
 
@@ -206,19 +207,27 @@ class OwnSteps(Pattern):
 
 
 @dataclass(frozen=True)
-class Lone(Pattern):
-    """A query sees the first `clean` slots up to itself, and itself: masks behind them do not see each other. With
-    clean = 2:
+class Drafts(Pattern):
+    """Who sees whom in a pass that verifies drafts (eso_jax/decoding/speculative.py), of a row that has decoded `clean`
+    tokens. The window, k = `drafts`: k + 1 clean slots from clean - 1 on (from 0 where clean = 0), the last ones the
+    drafts; then k + 1 groups of k + 1 masks. Everyone sees the slots before the window. A clean slot sees clean ones up
+    to itself; a mask of group g sees the decoded tokens, the first g drafts, and its own group up to itself. k = 1:
 
-        1 0 0 0
-        1 1 0 0
-        1 1 1 0
-        1 1 0 1
+        1 0   0 0 0 0
+        1 1   0 0 0 0
+
+        1 0   1 0 0 0
+        1 0   1 1 0 0
+        1 1   0 0 1 0
+        1 1   0 0 1 1
     """
+
+    drafts: int = 1
 
     def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
                  clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
-        return causal(query, key) & ((key < clean) | (key == query))
-
-
-LONE = Lone()
+        size = self.drafts + 1
+        first = jnp.maximum(clean - 1, 0) + size  # mask
+        group = (query - first) // size
+        own = (key >= first) & ((key - first) // size == group)
+        return causal(query, key) & ((query < first) | (key < clean + group) | own)

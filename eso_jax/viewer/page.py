@@ -49,7 +49,7 @@ def read(path: str) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files if name in (*NEEDED, "given")}
+            arrays = {name: file[name] for name in file.files if name in (*NEEDED, "given", "tokens_per_pass")}
     except FileNotFoundError as error:
         raise EsoError(f"NPZ = {path!r}: no such file") from error
     except Exception as error:  # NumPy raises what its parts raise; an array that is no .npz has no `files`
@@ -88,9 +88,9 @@ def _run(name: str, arrays: Generation) -> dict[str, Any]:
     """A generation as the script reads it."""
     record = Record(*(arrays[field] for field in Record._fields))
     order, window = arrays["order"], arrays["window"]
-    passes = arrays["tokens_per_step"].shape[-1]
-    rows, length = order.shape
-    counts = np.broadcast_to(arrays["tokens_per_step"], (rows, passes))
+    counts = arrays.get("tokens_per_pass", arrays["tokens_per_step"])
+    passes, (rows, length) = counts.shape[-1], order.shape
+    counts = np.broadcast_to(counts, (rows, passes))
     windows = np.broadcast_to(window, (rows, passes, 2))
     left = arrays["tokens"] == arrays["mask"]  # no pass has decoded it, or it lies behind a stop
     given = arrays["given"] if "given" in arrays else np.zeros(rows, int)  # those that a stop has cut count as well

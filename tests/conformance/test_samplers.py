@@ -280,13 +280,13 @@ def test_scores_are_the_conditional_law(case: Case) -> None:
 
 def test_given_tokens_that_do_not_pass_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass over them that ends a slot too early, at the length where it is not rounded up."""
-    real = passes._over_given
+    real = passes.over_given
 
     def short(plan: Plan, stop: int, live: int) -> passes.Run:
         run = real(plan, stop, live)
         return run._replace(shape=run.shape._replace(window=stop - 1))
 
-    monkeypatch.setattr(passes, "_over_given", short)
+    monkeypatch.setattr(passes, "over_given", short)
     assert p_value_given(Case("esolm", "one-by-one", alpha_0=0.0)) < CERTAIN
     assert p_value_given(Case("ar", "left-to-right")) < CERTAIN
 

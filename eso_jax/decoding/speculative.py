@@ -1,0 +1,148 @@
+"""Lossless speculation: several tokens a pass, by the law of one token a pass.
+
+A pass verifies the drafts of the pass before and makes the next ones. Its window is, of a row that has decoded `at`
+tokens, with k drafts:
+
+  clean      the token decoded last, then the k drafts of the slots at, ..., at + k - 1, as if they were decoded
+  group 0    k + 1 masks: of the slots at, ..., at + k; they see all before `at`
+  group g    k + 1 masks: of the slots at + g, ..., at + g + k; they see all before `at`, and the first g drafts
+  ...        up to g = k
+
+The first mask of group g says p, the law of slot at + g given everything before it: what the sampler of one token a
+pass would draw it by. With it a draft that was drawn by q is accepted with probability min(1, p / q). Where the first
+one is refused, the token is drawn by the positive part of p - q instead; where none is, group k's first mask gives one
+more. So each token has the law p, whatever q was [1]. The other masks of the group where it ended say the laws q of
+the next drafts: they have missed one token, the one that was drawn there.
+
+The masks are written into the cache behind the clean part, where later passes write over them; the keys and values of
+accepted drafts are those of decoded tokens and stay.
+
+[1] Leviathan, Kalman & Matias, "Fast inference from transformers via speculative decoding", ICML 2023.
+
+Axes: B batch, L length, k drafts, G = k + 1 groups (and masks in a group), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from eso_jax import sharding
+from eso_jax.config import ModelConfig
+from eso_jax.decoding import categorical
+from eso_jax.decoding.decoders import Decoder, Progress, commit, put, take
+from eso_jax.decoding.loop import Draw
+from eso_jax.decoding.passes import Sampler
+from eso_jax.decoding.plan import Plan, join
+from eso_jax.errors import require
+from eso_jax.model import transformer
+from eso_jax.model.masks import Drafts, View
+from eso_jax.model.params import Weights
+
+MOST = 16  # drafts: their masks are as many squared
+
+
+class Memory(NamedTuple):
+    """The drafts of the next slots.
+
+    Attributes:
+      tokens: int32 [B, k].
+      laws: float32 [B, k, V], by which they were drawn; nothing but 0 where there is no draft: it is refused.
+    """
+
+    tokens: Int[Array, "B k"]
+    laws: Float[Array, "B k V"]
+
+
+@dataclass(frozen=True)
+class Speculative(Decoder):
+    """Drafts that are verified.
+
+    Attributes:
+      drafts: k.
+    """
+
+    drafts: int
+    law = "that of one token a pass in the same order, exactly"
+    number = f"drafts that a pass verifies, in 1..{MOST}"
+    uniforms = 5  # of a slot: two draw a draft, one accepts it, two draw in its place
+
+    def __post_init__(self) -> None:
+        require(1 <= self.drafts <= MOST, "speculative", self.drafts, f"the number of drafts must be in 1..{MOST}")
+
+    @classmethod
+    def of(cls, number: float) -> Speculative:
+        require(number == int(number), "speculative", number, "must be a whole number of drafts")
+        return cls(int(number))
+
+    @property
+    def most(self) -> int:
+        return self.drafts + 1
+
+    @property
+    def window(self) -> int:
+        return self.most * (self.most + 1)
+
+    def begin(self, config: ModelConfig, batch: int) -> Memory:
+        return Memory(jnp.full((batch, self.drafts), config.mask, jnp.int32),
+                      jnp.zeros((batch, self.drafts, config.vocab_size), jnp.float32))
+
+    def plan(self, plan: Plan, found: Plan) -> Plan:
+        left = np.broadcast_to(plan.end - np.asarray(plan.given), len(plan.order))
+        counts = (np.arange(left.max(initial=0)) < left[:, None]).astype(np.int64)
+        return join([Plan(plan.order, counts, plan.diffusion, plan.given)])
+
+    def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
+                 sampler: Sampler) -> Progress:
+        state, at, drafts = progress.state, progress.at, progress.memory
+        k, most, batch = self.drafts, self.most, len(progress.at)
+        number = jnp.arange(most)
+        # Slots of the clean part, of all masks by group, and of what this pass may decode.
+        begin = jnp.maximum(at - 1, 0)
+        masks = (number[:, None] + number[None]).reshape(1, -1) + at[:, None]
+        here = jnp.concatenate([begin[:, None] + number[None], masks], axis=1)
+        tokens = take(put(state.tokens, drafts.tokens, at, jnp.full_like(at, k)), here[:, :most])
+        tokens = jnp.concatenate([tokens, jnp.full_like(masks, config.mask)], axis=1)
+        hidden, cache = transformer.trunk(weights, tokens, take(state.positions, here), View(Drafts(drafts=k), at),
+                                          state.cache, begin)
+        hidden = hidden[:, most:].reshape(batch, most, most, -1)
+
+        def logits_of(hidden: Float[Array, "B _ D"]) -> Float[Array, "B _ V"]:
+            return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
+
+        uniforms = take(source.uniforms, at[:, None] + jnp.arange(2 * most)[None])
+        logits = logits_of(hidden[:, :, 0])
+        accepted, last = verify(categorical.law(logits, source.rule), drafts, uniforms[:, :most])
+        chosen = jnp.where(number[None] < accepted[:, None], jnp.pad(drafts.tokens, [(0, 0), (0, 1)]), last[:, None])
+        next_laws = categorical.law(logits_of(take(hidden, accepted[:, None])[:, 0, 1:]), source.rule)
+        next_uniforms = take(uniforms, accepted[:, None] + 1 + jnp.arange(k)[None])[..., :2]
+        memory = Memory(categorical.pick(next_laws, next_uniforms).astype(jnp.int32), next_laws)
+        progress = dataclasses.replace(progress, state=dataclasses.replace(state, cache=cache), memory=memory)
+        return commit(progress, chosen, logits, jnp.minimum(accepted + 1, end - at), source.rule)
+
+
+def verify(laws: Float[Array, "B G V"], drafts: Memory,
+           uniforms: Float[Array, "B G U"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """How many drafts of a row are accepted, one after the other, and the token behind these.
+
+    Args:
+      laws: p of each draft's slot, and of the slot behind them.
+    """
+    def of_draft(laws: Float[Array, "B k V"]) -> Float[Array, "B k"]:
+        return jnp.take_along_axis(laws, drafts.tokens[..., None], axis=-1)[..., 0]
+
+    accepts: Bool[Array, "B k"] = uniforms[:, :-1, 2] * of_draft(drafts.laws) < of_draft(laws[:, :-1])
+    accepted = jnp.cumprod(accepts.astype(jnp.int32), axis=1).sum(1)
+
+    def there(x: Array) -> Array:
+        return take(x, accepted[:, None])[:, 0]
+
+    law = there(laws)
+    rest = jnp.maximum(law - there(jnp.pad(drafts.laws, [(0, 0), (0, 1), (0, 0)])), 0)
+    rest = jnp.where(rest.any(-1, keepdims=True), rest, law)  # rounding alone leaves nothing
+    return accepted, categorical.pick(rest, there(uniforms)[:, 3:]).astype(jnp.int32)
