@@ -231,3 +231,21 @@ class Drafts(Pattern):
         group = (query - first) // size
         own = (key >= first) & ((key - first) // size == group)
         return causal(query, key) & ((query < first) | (key < clean + group) | own)
+
+
+@dataclass(frozen=True)
+class Lone(Pattern):
+    """The first `clean` slots see those up to themselves; a slot behind them sees them and itself. With clean = 2:
+
+        1 0 0 0
+        1 1 0 0
+        1 1 1 0
+        1 1 0 1
+    """
+
+    def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
+                 clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
+        return causal(query, key) & ((key < clean) | (key == query))
+
+
+LONE = Lone()
