@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import paper
@@ -68,7 +67,7 @@ SIZES = {
     "paper": paper.RUNS["owt/esolm_1"].config}
 NUMBERS = {"speculative": (1, 2, 4, 8, 16), "entropy": (0.03, 0.1, 0.3, 1, 2, 4),
            "confidence": (0.99, 0.95, 0.9, 0.8, 0.6, 0.3), "likeliest": (1, 2, 4, 8), "margin": (1, 2, 4, 8)}
-AT_ONE = {"speculative": (1, 2, 4, 8, 16), "entropy": (0.3, 2), "confidence": (0.9,), "likeliest": (2,)}  # batch 1
+AT_ONE = {"one by one": (1,), "fixed plan": (2, 8), "speculative": (1, 2, 4, 8, 16), "entropy": (0.3, 2), "confidence": (0.9,), "likeliest": (2,)}  # batch 1
 PARTS = (2, 4, 8, 16)  # T = L / parts of the fixed plans
 WIDE = 16  # samples decoded together, where there is more than one
 AT_HAND = 4  # samples decoded one by one
@@ -95,13 +94,12 @@ def trained(config: Config, workdir: Path, seconds: float | None) -> Model:
 def settings(model: Model) -> list[tuple[str, float, int, dict[str, Any]]]:
     """(decoder, its number, batch, arguments of `sample`), the most wanted first."""
     known = decoders.names()
-    plans = [("one by one", 1, {"plan": "one-by-one"}),
-             *(("fixed plan", part, {"steps": model.config.model.length // part}) for part in PARTS)]
-    found = [(name, number, {"decoder": f"{name}:{number}"})
-             for name, numbers in NUMBERS.items() if name in known for number in numbers]
-    alone = [("one by one", 1, {"plan": "one-by-one"}), ("fixed plan", 2, {"steps": model.config.model.length // 2}),
-             *(each for each in found if each[1] in AT_ONE.get(each[0], ()))]
-    return [(*each[:2], WIDE, each[2]) for each in [*plans, *found]] + [(*each[:2], 1, each[2]) for each in alone]
+    how: dict[tuple[str, float], dict[str, Any]] = {("one by one", 1): {"plan": "one-by-one"}}
+    how |= {("fixed plan", part): {"steps": model.config.model.length // part} for part in PARTS}
+    how |= {(name, number): {"decoder": f"{name}:{number}"}
+            for name, numbers in NUMBERS.items() if name in known for number in numbers}
+    return [(*each, batch, how[each]) for batch in (WIDE, 1) for each in how
+            if batch > 1 or each[1] in AT_ONE.get(each[0], ())]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,24 +1,25 @@
 """Decoders whose passes follow the model's certainty: how many tokens a pass decodes, or which ones.
 
   decoder        of each row, a pass decodes
-  entropy:G      the longest run of the order's next tokens whose entropies, less the largest of them, add up to at most
-                 G nats (Ben-Hamu et al. 2025, arXiv 2505.24857, eq. 7, along a given order instead of a sorted one)
-  confidence:P   the next token of the order, and those behind it as long as their likeliest value has a probability of
-                 at least P
+  entropy:G      the order's next tokens, as many as leave the sum of their entropies, less the largest of them, within
+                 G nats (Ben-Hamu et al. 2025, arXiv 2505.24857, who sort the tokens first)
+  confidence:P   the order's next token, and those behind it as long as their likeliest value is as probable as P
   likeliest:N    of all tokens that are left, the N whose likeliest value is most probable
-  margin:N       of all tokens that are left, the N whose two likeliest values are furthest apart in probability
+  margin:N       of all tokens that are left, the N whose likeliest value is furthest ahead of the second
 
-One token at least: alone it is drawn exactly, however uncertain it is. Certainty is that of the model's own law: at temperature 1, of the whole distribution, before the
-rule by which tokens are drawn. It depends on the tokens of earlier passes, not on those that the pass draws. So the law
-of a sample is a product over passes: their tokens are independent, each given the tokens of earlier passes.
+One token at least: alone it is drawn exactly, however uncertain it is. Certainty is that of the model's own law: at
+temperature 1, of the whole distribution, before the rule by which tokens are drawn. It depends on the tokens of earlier
+passes, not on those that the pass draws. So the law of a sample is a product over passes, whose tokens are independent,
+each given the tokens of earlier passes.
 
-`entropy` and `confidence` look at `most` tokens along the order of a plan. A pass is then a step of a plan whose widths
-are found as it goes, and the law is that plan's (`families.plan_log_prob`).
+`entropy` and `confidence` look at a few tokens along the order of a plan. A pass is a step of a plan whose widths are
+found as it goes, and log p of a sample is that plan's (`families.plan_log_prob`).
 
-`likeliest` and `margin` find the order too, and have to look at all that is left: a pass computes the rest of the
-sequence, logits included, not a few slots. In an Eso-LM (B) each place is looked at as if it came next (`masks.LONE`),
-so that its law is the sequential one, whatever order is at hand; with N = 1 a sample has the law of one token a pass
-along the order that was found. The tokens of a pass follow in the order of their certainty.
+`likeliest` and `margin` find the order too, and have to look at all that is left. Their pass computes the whole
+sequence, and logits of all of it. In an Eso-LM (B) each place is looked at as if it came next (`masks.LONE`), so that
+its law is the sequential one, whatever order is at hand; of a pass's tokens, the most certain one comes first in the
+order. With N = 1 log p of a sample is the sequential one along the order that was found; with more it is in the record
+alone, since a plan's masks see those before them.
 
 Axes: B batch, L length, W slots looked at, V vocabulary.
 """
@@ -155,7 +156,7 @@ class Anywhere(Decoder):
 
         certainty = vocabulary.in_chunks(lambda hidden: self.certainty(logits_of(hidden)), config.vocab_size, hidden)
         rank = jnp.where(slot < at[:, None], -jnp.inf, jnp.where(slot < end[:, None], -certainty, jnp.inf))
-        order = jnp.argsort(rank, axis=1, stable=True)  # what is decoded stays where it is, and so does what will not be
+        order = jnp.argsort(rank, axis=1, stable=True)  # what is decoded keeps its slot, and so does what will not be
         next_slots = at[:, None] + number
         logits = logits_of(take(hidden, take(order, next_slots)))
         tokens = categorical.draw(logits, take(source.uniforms, next_slots), source.rule)

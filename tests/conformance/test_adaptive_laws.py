@@ -31,7 +31,8 @@ from test_samplers import ALARM, CERTAIN, p_value
 
 TOKENS, LENGTH, ROWS, ORDERS = 3, 5, 2**14, 4
 RULE = Rule(temperature=0.7, top_p=0.85)
-Decide = Callable[[list[np.ndarray]], tuple[list[int], int]]  # laws of what is left -> (its order, how many are decoded)
+# Laws of what is left -> (its order, how many of it are decoded).
+Decide = Callable[[list[np.ndarray]], tuple[list[int], int]]
 
 
 @pytest.fixture(scope="module", autouse=True)
