@@ -67,7 +67,8 @@ SIZES = {
     "paper": paper.RUNS["owt/esolm_1"].config}
 NUMBERS = {"speculative": (1, 2, 4, 8, 16), "entropy": (0.03, 0.1, 0.3, 1, 2, 4),
            "confidence": (0.99, 0.95, 0.9, 0.8, 0.6, 0.3), "likeliest": (1, 2, 4, 8), "margin": (1, 2, 4, 8)}
-AT_ONE = {"one by one": (1,), "fixed plan": (2, 8), "speculative": (1, 2, 4, 8, 16), "entropy": (0.3, 2), "confidence": (0.9,), "likeliest": (2,)}  # batch 1
+AT_ONE = {"one by one": (1,), "fixed plan": (2, 8), "speculative": (1, 2, 4, 8, 16), "entropy": (0.3, 2),
+          "confidence": (0.9,), "likeliest": (2,)}  # settings that are measured at batch 1 too
 PARTS = (2, 4, 8, 16)  # T = L / parts of the fixed plans
 WIDE = 16  # samples decoded together, where there is more than one
 AT_HAND = 4  # samples decoded one by one

@@ -91,8 +91,8 @@ class Along(Decoder):
 class Entropy(Along):
     """`entropy`: see the top of this file."""
 
-    law = ("that of a plan whose steps are found as it goes: a step is as wide as the entropies of its tokens, less the "
-           "largest, stay within the budget")
+    law = ("that of a plan whose steps are found as it goes: a step is as wide as the entropies of its tokens, less "
+           "the largest, stay within the budget")
     number = f"nats, at least 0 (a pass decodes {MOST} tokens at most)"
 
     def __post_init__(self) -> None:
