@@ -49,7 +49,7 @@ from eso_jax.errors import RunAgain
 from eso_jax.evaluation import judges
 from eso_jax.evaluation.diversity import mean
 from eso_jax.evaluation.judges import Judge
-from eso_jax.evaluation.picture import picture
+from eso_jax.evaluation.picture import COLOURS, picture
 from eso_jax.evaluation.texts import of_tokens
 from eso_jax.evaluation.throughput import describe_machine
 from eso_jax.files import as_json, check_out, write_whole
@@ -65,8 +65,8 @@ SIZES = {
         train=TrainConfig(steps=100_000, batch_size=128, learning_rate=1e-3, warmup=200, ema=0.999, log_every=100,
                           eval_every=100_000, save_every=100_000)),
     "paper": paper.RUNS["owt/esolm_1"].config}
-NUMBERS = {"speculative": (1, 2, 4, 8, 16), "entropy": (0.03, 0.1, 0.3, 1, 2, 4),
-           "confidence": (0.99, 0.95, 0.9, 0.8, 0.6, 0.3), "likeliest": (1, 2, 4, 8), "margin": (1, 2, 4, 8)}
+NUMBERS = {"entropy": (0.3, 1, 2, 4, 8), "confidence": (0.9, 0.6, 0.3, 0.1), "speculative": (1, 2, 4, 8, 16),
+           "likeliest": (1, 2, 4, 8), "margin": (1, 2, 4, 8)}
 AT_ONE = {"one by one": (1,), "fixed plan": (2, 8), "speculative": (1, 2, 4, 8, 16), "entropy": (0.3, 2),
           "confidence": (0.9,), "likeliest": (2,)}  # settings that are measured at batch 1 too
 PARTS = (2, 4, 8, 16)  # T = L / parts of the fixed plans
@@ -164,56 +164,55 @@ def run(model: Model, alpha_0: float | None, count: int, judge: Judge | None, de
 
 
 def draw(path: Path, found: dict[str, Any]) -> None:
-    """Quality against passes and against seconds, what there is of variety, and how wide passes are."""
+    """Quality against passes, seconds and variety, and how wide passes are."""
     names = list(dict.fromkeys(row["decoder"] for row in found["rows"]))
+    colours = dict(zip(names, [*COLOURS, "#333333"], strict=False))
+
+    def rows_of(name: str, batch: int = WIDE) -> list[dict[str, Any]]:
+        return [row for row in found["rows"] if row["decoder"] == name and row["batch"] == batch]
 
     def lines(axes: Any, x: str, y: str, batch: int = WIDE) -> None:
         for name in names:
-            rows = [row for row in found["rows"] if row["decoder"] == name and row["batch"] == batch]
-            xs, ys = ([each[of]["value"] if isinstance(each[of], dict) else each[of] for each in rows] for of in (x, y))
-            error = [each[y]["standard_error"] for each in rows]
-            axes.errorbar(xs, ys, error, label=name if batch > 1 else None, marker="o" if batch > 1 else "x",
-                          markersize=4, linestyle="-" if batch > 1 else ":", color=f"C{names.index(name)}")
+            xs, ys = ([row[of]["value"] if isinstance(row[of], dict) else row[of] for row in rows_of(name, batch)]
+                      for of in (x, y))
+            axes.errorbar(xs, ys, [row[y]["standard_error"] for row in rows_of(name, batch)], color=colours[name],
+                          label=name if batch > 1 else None, markersize=4, marker="o" if batch > 1 else "x",
+                          linestyle="-" if batch > 1 else ":")
 
+    quality, by = ("judge", "the judge") if found["judge"] else ("own", "the law of one token a pass")
     with picture(path, 13, 8) as figure:
-        (lost, seconds, own), (judged, entropy, wide) = figure.subplots(2, 3)
+        (lost, seconds, own), (varied, drafts, wide) = figure.subplots(2, 3)
         lines(lost, "passes", "lost")
-        lost.set(xscale="log", yscale="symlog", xlabel="passes", ylabel="bits lost per token",
-                 title="What a law of fewer passes loses")
-        lost.set_yscale("symlog", linthresh=0.01)
+        lost.set(xscale="log", xlabel="passes", title="What it loses: bits per token that the law is off")
         lines(seconds, "seconds", "lost")
         lines(seconds, "seconds", "lost", 1)
-        seconds.set(xscale="log", xlabel=f"seconds per sample (batch {WIDE}; crosses: 1)", ylabel="bits lost per token",
-                    title="and what its seconds buy")
-        seconds.set_yscale("symlog", linthresh=0.01)
-        lines(own, "passes", "own")
-        own.axhline(found["held_out"]["own"], color="k", linestyle="--", linewidth=1, label="held-out text")
-        own.set(xscale="log", xlabel="passes", ylabel="bits per token", title="-log p by the law of one token a pass")
-        quality = "judge" if found["judge"] else "own"
-        lines(judged, "entropy", quality)
-        judged.set(xlabel="entropy of a sample's unigrams, bits", ylabel="bits per token",
-                   title=f"by {'the judge' if found['judge'] else 'that law'}, against variety")
-        judged.axvline(found["held_out"]["entropy"], color="k", linestyle="--", linewidth=1)
-        lines(entropy, "passes", "entropy")
-        entropy.axhline(found["held_out"]["entropy"], color="k", linestyle="--", linewidth=1)
-        entropy.set(xscale="log", xlabel="passes", ylabel="bits", title="entropy of a sample's unigrams")
-        for name in names:
-            rows = [row for row in found["rows"] if row["decoder"] == name and row["batch"] == WIDE]
-            if name == "speculative":
-                wide.plot([row["number"] for row in rows], [row["tokens_per_pass"] for row in rows], "o-",
-                          color=f"C{names.index(name)}")
-        wide.set(xscale="log", xlabel="drafts verified in a pass", ylabel="tokens a pass", title="speculation")
-        own.legend()
-    with picture(path.with_name(f"{path.stem}_widths.png"), 9, 4) as figure:
-        axes = figure.subplots()
-        for name in ("speculative", "entropy", "confidence"):
-            rows = [row for row in found["rows"] if row["decoder"] == name and row["batch"] == WIDE]
-            for row in rows[len(rows) // 2:][:1]:
-                widths = np.array(row["widths"])
-                axes.plot(np.arange(len(widths))[1:], (widths / widths.sum())[1:], "o-", markersize=4,
-                          label=f"{name}:{row['number']:g}", color=f"C{names.index(name)}")
-        axes.set(xlabel="tokens of a pass", ylabel="share of the passes", title="How wide passes are")
-        axes.legend()
+        seconds.set(xscale="log", xlabel=f"seconds of a sample, {WIDE} together (crosses: one alone)",
+                    title="The same against seconds")
+        for axes in (lost, seconds):
+            axes.set_yscale("symlog", linthresh=0.01)
+            axes.set_ylim(bottom=-0.002)
+        lines(own, "passes", quality)
+        own.set(xscale="log", xlabel="passes", title=f"Bits per token by {by}")
+        lines(varied, "entropy", quality)
+        varied.axvline(found["held_out"]["entropy"], color="k", linestyle="--", linewidth=1, label="held-out text")
+        varied.set(xlabel="entropy of a sample's unigrams, bits", title="The same against variety")
+        for axes in (own, varied) if quality == "own" else ():
+            axes.axhline(found["held_out"]["own"], color="k", linestyle="--", linewidth=1)
+        verified = rows_of("speculative")
+        numbers = [row["number"] for row in verified]
+        drafts.plot(numbers, [row["tokens_per_pass"] for row in verified], "o-", color=colours.get("speculative"))
+        drafts.plot(numbers, [number + 1 for number in numbers], "k:", linewidth=1, label="all drafts accepted")
+        drafts.set(xscale="log", yscale="log", xlabel="drafts of a pass", title="Tokens a pass of speculation")
+        for name in ("entropy", "confidence", "speculative"):
+            for row in rows_of(name)[2:3]:
+                share = np.array(row["widths"])[1:] / sum(row["widths"])
+                wide.plot(1 + np.arange(len(share)), share, "o-", markersize=4, color=colours[name],
+                          label=f"{name}:{row['number']:g}")
+        wide.set(xlabel="tokens of a pass", title="Share of the passes that are so wide")
+        for axes in (varied, drafts, wide):
+            axes.legend()
+        for axes in (lost, seconds, own, drafts):
+            axes.minorticks_off()
 
 
 def main() -> None:

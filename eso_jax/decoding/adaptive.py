@@ -46,7 +46,7 @@ from eso_jax.model import masks, transformer, vocabulary
 from eso_jax.model.masks import View
 from eso_jax.model.params import Weights
 
-MOST = 8  # tokens that a pass along the order looks at: on a CPU, time goes with them
+MOST = 8  # tokens of a pass, unless it is told otherwise: along the order, a CPU's time goes with them
 
 
 @dataclass(frozen=True)
@@ -123,22 +123,27 @@ class Anywhere(Decoder):
     """Decodes the most certain of all tokens that are left.
 
     Attributes:
-      count: N.
+      count: N. It is data, as `Along.bound` is.
+      most: at least N.
     """
 
-    count: int
+    count: int = field(compare=False)
+    most: int = MOST
     number = "tokens of a pass, at least 1"
     window = 0  # a pass computes everything, and needs no room behind the length
 
-    @property
-    def most(self) -> int:
-        return self.count
+    def __post_init__(self) -> None:
+        require(1 <= self.count <= self.most, type(self).__name__.lower(), self.count,
+                f"the number of tokens must be in 1..{self.most}")
 
     @classmethod
     def of(cls, number: float) -> Anywhere:
-        name = cls.__name__.lower()
-        require(number >= 1 and number == int(number), name, number, "must be a whole number of tokens, at least 1")
-        return cls(int(number))
+        """Of the number behind the name; as few programs for all as there are powers of two."""
+        require(1 <= number == number // 1, cls.__name__.lower(), number, "must be a whole number of tokens, from 1 on")
+        return cls(int(number), max(MOST, 1 << (int(number) - 1).bit_length()))
+
+    def begin(self, config: ModelConfig, batch: int) -> Int[Array, " B"]:
+        return jnp.full(batch, self.count, jnp.int32)
 
     @abstractmethod
     def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
@@ -161,10 +166,11 @@ class Anywhere(Decoder):
         logits = logits_of(take(hidden, take(order, next_slots)))
         tokens = categorical.draw(logits, take(source.uniforms, next_slots), source.rule)
         state = dataclasses.replace(state, cache=cache, positions=take(state.positions, order))
-        return commit(dataclasses.replace(progress, state=state), tokens, logits, jnp.minimum(self.most, end - at),
-                      source.rule)
+        return commit(dataclasses.replace(progress, state=state), tokens, logits,
+                      jnp.minimum(progress.memory, end - at), source.rule)
 
 
+@dataclass(frozen=True)
 class Likeliest(Anywhere):
     """`likeliest`: see the top of this file."""
 
@@ -175,6 +181,7 @@ class Likeliest(Anywhere):
         return jax.nn.softmax(logits).max(-1)
 
 
+@dataclass(frozen=True)
 class Margin(Anywhere):
     """`margin`: see the top of this file."""
 
