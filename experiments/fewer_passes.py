@@ -122,7 +122,7 @@ def measure(model: Model, samples: Samples, judge: Judge | None) -> dict[str, An
     law = (log_p(model, tokens, samples.order, samples.plan.step_begins) if samples.record is None
            else samples.record.logp.sum(1))
     widths = np.broadcast_to(samples.tokens_per_pass, (count, samples.tokens_per_pass.shape[-1]))
-    values = {"passes": samples.passes, "own": -own * BITS / length, "lost": (law - own) * BITS / length,
+    values = {"passes": samples.passes.astype(float), "own": -own * BITS / length, "lost": (law - own) * BITS / length,
               "entropy": unigram_entropy(tokens, length) * BITS}
     if judge is not None:
         scores = judge.score(of_tokens(tokens, model.tokenizer))
@@ -136,7 +136,8 @@ def run(model: Model, alpha_0: float | None, count: int, judge: Judge | None, de
         out: Path) -> dict[str, Any]:
     """Measures setting by setting, and writes what there is after each."""
     length, rows = model.config.model.length, list[dict[str, Any]]()
-    held_out = np.asarray(evenly_spaced(windows_of(model.config, "validation", tokenizer=model.tokenizer), count)[:])
+    windows = windows_of(model.config, "validation", tokenizer=model.tokenizer)
+    held_out = np.asarray(evenly_spaced(windows, count)[:], np.int32)
     rng = np.random.default_rng(0)
     orders = rng.permuted(np.tile(np.arange(length), (len(held_out), 1)), axis=1)
     text = {"entropy": float(unigram_entropy(held_out, length).mean() * BITS),
@@ -145,8 +146,8 @@ def run(model: Model, alpha_0: float | None, count: int, judge: Judge | None, de
              "steps": model.step, "length": length, "alpha_0": families.alpha_0_of(model.config, alpha_0),
              "samples": count, "judge": judge and judge.name, "held_out": text, "rows": rows}
     for name, number, batch, how in settings(model):
+        write_whole(out, as_json(found))
         if time.monotonic() > deadline:
-            found["out_of_time"] = True
             break
         several = count if batch > 1 else min(count, AT_HAND)
         # Its law is no plan's, so that each token's own must be kept.
@@ -159,7 +160,7 @@ def run(model: Model, alpha_0: float | None, count: int, judge: Judge | None, de
         say(f"{name}:{number:g}, batch {batch}: {row['tokens_per_pass']:.2f} tokens a pass, {row['seconds']:.3f} s; "
             f"bits: own {row['own']['value']:.3f}, lost {row['lost']['value']:.3f}, unigrams "
             f"{row['entropy']['value']:.2f}")
-        write_whole(out, as_json(found))
+    write_whole(out, as_json(found))
     return found
 
 
@@ -180,7 +181,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
                           linestyle="-" if batch > 1 else ":")
 
     quality, by = ("judge", "the judge") if found["judge"] else ("own", "the law of one token a pass")
-    with picture(path, 13, 8) as figure:
+    with picture(path, 13.0, 8.0) as figure:
         (lost, seconds, own), (varied, drafts, wide) = figure.subplots(2, 3)
         lines(lost, "passes", "lost")
         lost.set(xscale="log", xlabel="passes", title="What it loses: bits per token that the law is off")
@@ -204,13 +205,14 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         drafts.plot(numbers, [number + 1 for number in numbers], "k:", linewidth=1, label="all drafts accepted")
         drafts.set(xscale="log", yscale="log", xlabel="drafts of a pass", title="Tokens a pass of speculation")
         for name in ("entropy", "confidence", "speculative"):
-            for row in rows_of(name)[2:3]:
+            for row in rows_of(name)[len(rows_of(name)) // 2:][:1]:
                 share = np.array(row["widths"])[1:] / sum(row["widths"])
                 wide.plot(1 + np.arange(len(share)), share, "o-", markersize=4, color=colours[name],
                           label=f"{name}:{row['number']:g}")
         wide.set(xlabel="tokens of a pass", title="Share of the passes that are so wide")
         for axes in (varied, drafts, wide):
-            axes.legend()
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend()
         for axes in (lost, seconds, own, drafts):
             axes.minorticks_off()
 
