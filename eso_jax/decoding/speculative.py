@@ -3,23 +3,22 @@
 A pass verifies the drafts of the pass before and makes the next ones. Its window is, of a row that has decoded `at`
 tokens, with k drafts:
 
-  clean      the token decoded last, then the k drafts of the slots at, ..., at + k - 1, as if they were decoded
-  group 0    k + 1 masks: of the slots at, ..., at + k; they see all before `at`
-  group g    k + 1 masks: of the slots at + g, ..., at + g + k; they see all before `at`, and the first g drafts
-  ...        up to g = k
+  clean      the token decoded last, then the drafts of the slots at, ..., at + k - 1, as if they were decoded
+  masks      of the slots at, ..., at + 2k; mask m sees all before `at` and the first m drafts, the ones behind mask k
+             all drafts and each other
 
-The first mask of group g says p, the law of slot at + g given everything before it: what the sampler of one token a
-pass would draw it by. With it a draft that was drawn by q is accepted with probability min(1, p / q). Where the first
-one is refused, the token is drawn by the positive part of p - q instead; where none is, group k's first mask gives one
-more. So each token has the law p, whatever q was [1]. The other masks of the group where it ended say the laws q of
-the next drafts: they have missed one token, the one that was drawn there.
+Mask m <= k says p, the law of its slot given everything before it: what the sampler of one token a pass would draw it
+by. With it a draft that was drawn by q is accepted with probability min(1, p / q). Where the first one is refused, the
+token is drawn by the positive part of p - q instead; where none is, mask k gives one more. So each token has the law p,
+whatever q was [1]. The k masks behind the slot where it ended say the laws q of the next drafts. They have not seen the
+token that was drawn there; where a draft was refused, they have seen that one.
 
-The masks are written into the cache behind the clean part, where later passes write over them; the keys and values of
-accepted drafts are those of decoded tokens and stay.
+Masks are written into the cache behind the clean part, where later passes write over them, as over refused drafts; the
+keys and values of accepted drafts are those of decoded tokens and stay.
 
 [1] Leviathan, Kalman & Matias, "Fast inference from transformers via speculative decoding", ICML 2023.
 
-Axes: B batch, L length, k drafts, G = k + 1 groups (and masks in a group), V vocabulary.
+Axes: B batch, L length, k drafts, M = k + 1 slots that a pass decodes at most, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from eso_jax.model import transformer
 from eso_jax.model.masks import Drafts, View
 from eso_jax.model.params import Weights
 
-MOST = 16  # drafts: their masks are as many squared
+MOST = 64  # drafts
 
 
 class Memory(NamedTuple):
@@ -87,7 +86,7 @@ class Speculative(Decoder):
 
     @property
     def window(self) -> int:
-        return self.most * (self.most + 1)
+        return 3 * self.drafts + 2
 
     def begin(self, config: ModelConfig, batch: int) -> Memory:
         return Memory(jnp.full((batch, self.drafts), config.mask, jnp.int32),
@@ -100,35 +99,27 @@ class Speculative(Decoder):
 
     def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
                  sampler: Sampler) -> Progress:
-        state, at, drafts = progress.state, progress.at, progress.memory
-        k, most, batch = self.drafts, self.most, len(progress.at)
-        number = jnp.arange(most)
-        # Slots of the clean part, of all masks by group, and of what this pass may decode.
-        begin = jnp.maximum(at - 1, 0)
-        masks = (number[:, None] + number[None]).reshape(1, -1) + at[:, None]
-        here = jnp.concatenate([begin[:, None] + number[None], masks], axis=1)
-        tokens = take(put(state.tokens, drafts.tokens, at, jnp.full_like(at, k)), here[:, :most])
+        state, at, drafts, k = progress.state, progress.at, progress.memory, self.drafts
+        begin, masks = jnp.maximum(at - 1, 0), at[:, None] + jnp.arange(2 * k + 1)[None]
+        clean = begin[:, None] + jnp.arange(k + 1)[None]
+        tokens = take(put(state.tokens, drafts.tokens, at, jnp.full_like(at, k)), clean)
         tokens = jnp.concatenate([tokens, jnp.full_like(masks, config.mask)], axis=1)
-        hidden, cache = transformer.trunk(weights, tokens, take(state.positions, here), View(Drafts(drafts=k), at),
-                                          state.cache, begin)
-        hidden = hidden[:, most:].reshape(batch, most, most, -1)
-
-        def logits_of(hidden: Float[Array, "B _ D"]) -> Float[Array, "B _ V"]:
-            return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
-
-        uniforms = take(source.uniforms, at[:, None] + jnp.arange(2 * most)[None])
-        logits = logits_of(hidden[:, :, 0])
-        accepted, last = verify(categorical.law(logits, source.rule), drafts, uniforms[:, :most])
-        chosen = jnp.where(number[None] < accepted[:, None], jnp.pad(drafts.tokens, [(0, 0), (0, 1)]), last[:, None])
-        next_laws = categorical.law(logits_of(take(hidden, accepted[:, None])[:, 0, 1:]), source.rule)
-        next_uniforms = take(uniforms, accepted[:, None] + 1 + jnp.arange(k)[None])[..., :2]
-        memory = Memory(categorical.pick(next_laws, next_uniforms).astype(jnp.int32), next_laws)
+        positions = take(state.positions, jnp.concatenate([clean, masks], axis=1))
+        hidden, cache = transformer.trunk(weights, tokens, positions, View(Drafts(drafts=k), at), state.cache, begin)
+        logits = sharding.constrain(transformer.head(weights, hidden[:, k + 1:], config.mask), sharding.BATCH)
+        laws, uniforms = categorical.law(logits, source.rule), take(source.uniforms, masks)
+        accepted, last = verify(laws[:, :k + 1], drafts, uniforms[:, :k + 1])
+        number = jnp.arange(k + 1)[None]
+        chosen = jnp.where(number < accepted[:, None], jnp.pad(drafts.tokens, [(0, 0), (0, 1)]), last[:, None])
+        behind = accepted[:, None] + 1 + number[:, :k]
+        laws, uniforms = take(laws, behind), take(uniforms, behind)
+        memory = Memory(categorical.pick(laws, uniforms[..., :2]).astype(jnp.int32), laws)
         progress = dataclasses.replace(progress, state=dataclasses.replace(state, cache=cache), memory=memory)
-        return commit(progress, chosen, logits, jnp.minimum(accepted + 1, end - at), source.rule)
+        return commit(progress, chosen, logits[:, :k + 1], jnp.minimum(accepted + 1, end - at), source.rule)
 
 
-def verify(laws: Float[Array, "B G V"], drafts: Memory,
-           uniforms: Float[Array, "B G U"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+def verify(laws: Float[Array, "B M V"], drafts: Memory,
+           uniforms: Float[Array, "B M U"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """How many drafts of a row are accepted, one after the other, and the token behind these.
 
     Args:

@@ -210,27 +210,26 @@ class OwnSteps(Pattern):
 class Drafts(Pattern):
     """Who sees whom in a pass that verifies drafts (eso_jax/decoding/speculative.py), of a row that has decoded `clean`
     tokens. The window, k = `drafts`: k + 1 clean slots from clean - 1 on (from 0 where clean = 0), the last ones the
-    drafts; then k + 1 groups of k + 1 masks. Everyone sees the slots before the window. A clean slot sees clean ones up
-    to itself; a mask of group g sees the decoded tokens, the first g drafts, and its own group up to itself. k = 1:
+    drafts; then 2k + 1 masks. Everyone sees the slots before the window. A clean slot sees clean ones up to itself;
+    mask m sees the decoded tokens, the drafts before it (the first m of them) and itself, and from m = k on the masks
+    from k on before it. With k = 1:
 
-        1 0   0 0 0 0
-        1 1   0 0 0 0
+        1 0   0 0 0
+        1 1   0 0 0
 
-        1 0   1 0 0 0
-        1 0   1 1 0 0
-        1 1   0 0 1 0
-        1 1   0 0 1 1
+        1 0   1 0 0
+        1 1   0 1 0
+        1 1   0 1 1
     """
 
     drafts: int = 1
 
     def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
                  clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
-        size = self.drafts + 1
-        first = jnp.maximum(clean - 1, 0) + size  # mask
-        group = (query - first) // size
-        own = (key >= first) & ((key - first) // size == group)
-        return causal(query, key) & ((query < first) | (key < clean + group) | own)
+        first = jnp.maximum(clean - 1, 0) + self.drafts + 1  # mask
+        mask = query - first
+        own = (key >= first + self.drafts) | (key == query)
+        return causal(query, key) & ((mask < 0) | (key < clean + jnp.minimum(mask, self.drafts)) | own)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Axes: B batch, L length, O orders, X tokens.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,13 +20,13 @@ import pytest
 import oracle
 from eso_jax import families
 from eso_jax.config import Config, FamilyConfig
-from eso_jax.decoding import categorical, decoders
+from eso_jax.decoding import categorical, decoders, speculative
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.decoders import Decoded
 from eso_jax.decoding.plan import Plan
-from eso_jax.decoding.speculative import Speculative
-from eso_jax.model import transformer
-from test_samplers import ALARM, ORDERS, ROWS, p_value
+from eso_jax.decoding.speculative import Memory, Speculative, verify
+from eso_jax.model import masks, transformer
+from test_samplers import ALARM, CERTAIN, ORDERS, ROWS, p_value
 
 TOKENS, LENGTH = 3, 6
 P = oracle.joint(TOKENS, LENGTH)
@@ -101,3 +101,42 @@ def test_the_law_is_that_of_one_token_a_pass(drafts: int, rule: Rule, given: np.
 
 def test_greedy_is_greedy() -> None:
     assert p_value_of(2, Rule(temperature=0.0)) == 1
+
+
+def exchanged(laws: jax.Array, drafts: Memory, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """q in place of p, p in place of q."""
+    return verify(laws.at[:, :-1].set(drafts.laws), drafts._replace(laws=laws[:, :-1]), uniforms)
+
+
+def without_a_rest(laws: jax.Array, drafts: Memory, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Drawn by p where a draft was refused, not by what q has left of it."""
+    accepted, _ = verify(laws, drafts, uniforms)
+    law, own = (jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0] for x in (laws, uniforms))
+    return accepted, categorical.pick(law, own[:, 3:]).astype(jnp.int32)
+
+
+def of_others(laws: jax.Array, drafts: Memory, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The law of the draft in the next slot."""
+    return verify(laws, drafts._replace(laws=jnp.roll(drafts.laws, 1, axis=1)), uniforms)
+
+
+class Behind(masks.Drafts):
+    """The token that a refused draft was replaced by is not seen."""
+
+    def __call__(self, query: jax.Array, key: jax.Array, clean: jax.Array | int = 0) -> jax.Array:
+        first = jnp.maximum(clean - 1, 0) + self.drafts + 1
+        return super().__call__(query, key, clean) & ((query < first) | (key != clean - 1))
+
+
+MUTANTS: dict[str, tuple[str, Any]] = {
+    "p and q are exchanged": ("verify", exchanged), "the rest is forgotten": ("verify", without_a_rest),
+    "drafts and laws do not belong together": ("verify", of_others),
+    "the token decoded last is not seen": ("Drafts", Behind)}
+
+
+@pytest.mark.parametrize(("name", "wrong"), MUTANTS.values(), ids=list(MUTANTS))
+def test_a_wrong_speculation_is_rejected(name: str, wrong: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    jax.clear_caches()
+    monkeypatch.setattr(speculative, name, wrong)
+    assert p_value_of(2) < CERTAIN
+    jax.clear_caches()

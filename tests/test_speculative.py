@@ -1,0 +1,122 @@
+"""Speculation by a real model: its cache, its rows, its ends, its record, and what it refuses. (Its law is held against
+an oracle in tests/conformance/test_speculation.py.)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import random_tokens, tiny_config
+from eso_jax import families, likelihood
+from eso_jax.decoding import decoders, loop
+from eso_jax.decoding.categorical import Rule
+from eso_jax.decoding.loop import Draw
+from eso_jax.decoding.plan import Plan, left_to_right
+from eso_jax.decoding.speculative import Speculative
+from eso_jax.errors import EsoError
+from eso_jax.model import cache as kv, transformer
+from eso_jax.model.masks import CAUSAL, View
+from test_given import MASK, model_of, prompts
+from test_sampling import CONFIG, LENGTH, WEIGHTS
+
+RULE = Rule(temperature=0.7, top_p=0.95)
+
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
+
+def test_a_row_is_the_same_in_any_company() -> None:
+    """Given nothing, something or everything: alone and among others."""
+    model, given, how = model_of("esolm"), prompts("esolm"), {"temperature": 0.8, "seed": 5, "decoder": "speculative:3"}
+    whole = model.sample(2, given=given, **how)
+    assert whole.tokens.max() < MASK and (whole.tokens[whole.given] == np.repeat(given, 2, axis=0)[whole.given]).all()
+    assert whole.passes[6:8].tolist() == [0, 0] and (whole.passes[:2] < LENGTH).all()  # all is given, and nothing
+    alone = model.sample(2, given=given[::-1], batch_size=1, **how)
+    for name in ("tokens", "passes"):
+        there = getattr(alone, name).reshape(5, 2, -1)[::-1].reshape(10, -1)
+        np.testing.assert_array_equal(there, getattr(whole, name).reshape(10, -1))
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_the_cache_is_exact(drafts: int) -> None:
+    """It holds what a pass over the decoded tokens gives; refused drafts and masks have left nothing."""
+    sampler, decoder = families.get(CONFIG).sampler(CONFIG), Speculative(drafts)
+    plan = families.get(CONFIG).plan(jax.random.key(0), CONFIG, 4, 1, 0.5, "one-by-one")
+    source = Draw(loop.uniforms_of(jax.random.key(1), plan, decoder.uniforms), RULE)
+    progress = decoders.start(WEIGHTS, CONFIG.model, sampler, plan, source, decoder)
+    for progress in decoders.until_done(WEIGHTS, CONFIG.model, sampler, plan, progress, source, decoder):
+        pass
+    _, whole = transformer.trunk(WEIGHTS, progress.state.tokens, progress.state.positions, View(CAUSAL),
+                                 kv.empty(CONFIG.model, 4, LENGTH), 0)
+    assert progress.at.tolist() == [LENGTH] * 4 and progress.passes.max() < LENGTH
+    for ours, theirs, axis in ((progress.state.cache.keys, whole.keys, -1), (progress.state.cache.values, whole.values,
+                                                                           -2)):
+        for mine, full in zip(ours, theirs, strict=True):
+            there = np.arange(LENGTH - 1)  # the last token is decoded, and nobody needs it
+            np.testing.assert_allclose(np.take(np.asarray(mine), there, axis), np.take(np.asarray(full), there, axis), atol=1e-5)
+
+
+def test_a_record_is_the_law_of_one_token_a_pass() -> None:
+    model = model_of("esolm")
+    found = model.sample(2, given=prompts("esolm"), decoder=Speculative(3), temperature=0.7, record=True)
+    assert found.record is not None
+    expected = likelihood.plan_log_prob(model, found.tokens, found.plan)
+    np.testing.assert_allclose(np.take_along_axis(found.record.logp, found.order, axis=1), expected, atol=1e-5)
+    assert found.tokens_per_step.max() == 1 and found.tokens_per_pass.max() > 1
+    assert (found.tokens_per_pass.sum(1) == (~found.given).sum(1)).all()
+    np.testing.assert_array_equal(found.record.step.max(1) + 1, found.passes)
+    assert ((found.record.step < 0) == found.given).all()
+    assert '"passes":' + str(found.passes.max()) in found.show()
+
+
+def test_greedy_is_one_by_one() -> None:
+    """Where a row ends, too: fewer tokens are left than drafts, or none."""
+    model, how = model_of("esolm"), {"temperature": 0.0, "banned": [5], "given": prompts("esolm"), "max_tokens": 5}
+    one, many = model.sample(1, plan="one-by-one", **how), model.sample(1, decoder="speculative:16", **how)
+    np.testing.assert_array_equal(many.tokens, one.tokens)
+    np.testing.assert_array_equal(many.tokens_per_step, one.tokens_per_step)
+    assert (many.passes <= one.passes).all() and many.passes.max() < 5
+
+
+def test_it_ends_when_all_rows_are_done() -> None:
+    model, seen = model_of("esolm"), list[int]()
+
+    def watch(rows: np.ndarray, tokens: np.ndarray) -> None:
+        seen.append(int((tokens != MASK).sum()))
+
+    whole = model.sample(2, decoder="speculative:1", watch=watch)
+    assert len(seen) > 0 and seen[-1] == whole.tokens.size
+    assert model.sample(2, decoder="speculative:1", done=lambda *_: np.ones(2, bool)).passes.max() <= 2 * loop.PACE
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_no_loop_waits_for_data() -> None:
+    decoder, plan = Speculative(2), left_to_right(2, LENGTH)
+    sampler = families.get(CONFIG).sampler(CONFIG)
+    source = Draw(loop.uniforms_of(jax.random.key(1), plan, decoder.uniforms), Rule(top_p=0.9))
+    progress = decoders.start(WEIGHTS, CONFIG.model, sampler, plan, source, decoder)
+    compiled = decoders.decode_passes.lower(WEIGHTS, progress, source, jnp.full(2, LENGTH), CONFIG.model, sampler,
+                                            decoder).compile()
+    whiles = [line for line in compiled.as_text().splitlines() if " while(" in line]
+    assert whiles and all("known_trip_count" in line for line in whiles)
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(
+        x.nbytes for x in jax.tree.leaves(progress.state.cache)), "the progress is not donated"
+
+
+@pytest.mark.parametrize("name", ["ar", "esolm_a", "mdlm", "bd3lm"])
+def test_who_has_no_decoder(name: str) -> None:
+    with pytest.raises(EsoError, match=f"family.name = '{name}' decodes along a plan alone"):
+        model_of(name).sample(1, decoder="speculative:4")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("guess:4", "decoder = 'guess:4': choose one of speculative:NUMBER"),
+    ("speculative", "decoder = 'speculative': needs a number, as in speculative:4"),
+    ("speculative:x", "needs a number"), ("speculative:2.5", "must be a whole number"),
+    ("speculative:0", "speculative = 0: .* in 1..64"), ("speculative:65", "in 1..64")])
+def test_decoders_that_there_are_not(text: str, message: str) -> None:
+    with pytest.raises(EsoError, match=message):
+        decoders.named(text)
