@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fewer_passes
 import lab as labs
 import paper
 import samples
 from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs
+from eso_jax.decoding import decoders
 from eso_jax.evaluation import throughput
 from eso_jax.model.params import init_params
 from eso_jax.run.train import init_state, train_step
@@ -264,6 +266,42 @@ def test_what_depends_on_a_changed_constant_is_measured_again(lab: Lab, monkeypa
         monkeypatch.setattr(module, "TRIALS", trials)
         module.run(lab)
     assert made == [3, 4]
+
+
+def test_ways_to_take_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                   ) -> None:
+    """Every decoder of a model that is trained for no time, then of the same model for no time."""
+    text, workdir, out = tmp_path / "text.py", tmp_path / "w", tmp_path / "passes.json"
+    text.write_text(TEXT)
+    monkeypatch.setattr(fewer_passes, "PARTS", (4,))
+    monkeypatch.setattr(fewer_passes, "NUMBERS", {name: (2 if name != "confidence" else 0.5,)
+                                                  for name in fewer_passes.NUMBERS})
+    monkeypatch.setattr(fewer_passes, "AT_ONE", {"entropy": (2,)})
+
+    def script(*arguments: object) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", ["fewer_passes.py", "--workdir", str(workdir), "--out", str(out), "--samples",
+                                         "3", *map(str, arguments)])
+        fewer_passes.main()
+        return json.loads(out.read_text())
+
+    found = script("--train-seconds", 10, f"data.source={text}", "model.length=16", "model.width=16", "model.layers=1",
+                   "model.cond_dim=8", "train.eval_windows=8", "train.steps=1000000", "train.eval_every=1000000",
+                   "train.save_every=1000000", "train.compute_dtype=float32")
+    assert 0 < found["steps"] < 1_000_000
+    rows = {(row["decoder"], row["batch"]): row for row in found["rows"]}
+    names = ("one by one", "fixed plan", *decoders.names())
+    assert set(rows) == {*((name, fewer_passes.WIDE) for name in names), ("entropy", 1)}
+    for (name, _), row in rows.items():
+        assert sum(width * count for width, count in enumerate(row["widths"])) == 3 * 16, name
+        assert all(np.isfinite(row[value]["value"]) for value in ("own", "lost", "entropy")), name
+        if name in ("one by one", "speculative"):
+            assert row["lost"]["value"] == pytest.approx(0, abs=1e-5)
+    assert rows["likeliest", fewer_passes.WIDE]["passes"]["value"] == 8
+    assert out.with_suffix(".png").stat().st_size > 5000
+
+    before = found["steps"]
+    found = script("--seconds", 0)
+    assert found["steps"] == before and found["rows"] == []
 
 
 STAND_IN = """#!/usr/bin/env bash

@@ -55,6 +55,12 @@ def test_mask_is_the_table_in_its_docstring(name: str) -> None:
         np.testing.assert_array_equal(pattern(name, 4, **arguments), np.array(table, bool))
 
 
+def test_each_place_as_if_it_came_next_is_the_table_in_its_docstring() -> None:
+    view = View(masks.LONE, jnp.array([2]))
+    [table] = view.table(view.pattern, jnp.arange(4)[None], jnp.arange(4))
+    assert docstring_tables(masks.Lone) == [table.astype(int).tolist()]
+
+
 def test_own_steps_are_the_table_in_their_docstring() -> None:
     view = View(masks.OwnSteps(length=3), jnp.array([[0, 1, 1, 0, 1, 1]]))
     [table] = view.table(view.pattern, jnp.arange(6)[None], jnp.arange(6))

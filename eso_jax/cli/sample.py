@@ -46,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", help=f"{', '.join(POLICIES)}; or the .npz of an earlier sample, to decode along its "
                                       "plan (the family's own: binomial, or left-to-right for AR)")
     parser.add_argument("--decoder", metavar="NAME:NUMBER", help="finds by itself how many tokens each pass decodes: "
-                        "speculative:4 (drafts of a pass that the next one verifies; the law of one token a pass)")
+                        "speculative:4 (drafts of a pass that the next one verifies; the law of one token a pass), "
+                        "entropy:0.5 (nats that the entropies of a pass may add up to, but for the largest), "
+                        "confidence:0.9 (the least probability of the likeliest value behind a pass's first token), "
+                        "likeliest:2 or margin:2 (so many a pass, the most certain of all that are left, by the "
+                        "likeliest value or its lead over the second)")
     parser.add_argument("--num-tries", type=int, default=1,
                         help="draw samples of low entropy again, up to this often in all (%(default)s: keep them)")
     parser.add_argument("--min-entropy", type=float, help="with --num-tries: nats of the last 256 tokens' unigrams "

@@ -65,11 +65,13 @@ class Decoder(ABC):
       law: which law its samples have, in one sentence.
       number: what the number behind its name says, and its range.
       uniforms: U, at least 2.
+      sequential: it needs exact conditionals of one token a pass.
     """
 
     law: ClassVar[str]
     number: ClassVar[str]
     uniforms: ClassVar[int] = 2
+    sequential: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -203,9 +205,11 @@ def put(x: Shaped[Array, "B L *s"], new: Shaped[Array, "B M *s"], at: Int[Array,
 
 def names() -> dict[str, Callable[[float], Decoder]]:
     """What makes a decoder of the number behind its name. One line each."""
+    from eso_jax.decoding.adaptive import Confidence, Entropy, Likeliest, Margin
     from eso_jax.decoding.speculative import Speculative
 
-    return {"speculative": Speculative.of}
+    return {"speculative": Speculative.of, "entropy": Entropy, "confidence": Confidence, "likeliest": Likeliest.of,
+            "margin": Margin.of}
 
 
 def named(text: str) -> Decoder:

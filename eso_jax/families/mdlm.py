@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from eso_jax import noise
 from eso_jax.config import Config, FamilyConfig
 from eso_jax.decoding import plan as plans
+from eso_jax.decoding.decoders import Decoder
 from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.plan import Plan
 from eso_jax.families.base import Family, Pass, check_loss_weight
@@ -65,6 +66,11 @@ class MDLM(Family):
 
     def check_known(self, config: Config, known: Bool[np.ndarray, "B L"]) -> None:
         """Anything can be given: it comes first in the order."""
+
+    def check_decoder(self, decoder: Decoder) -> None:
+        """All but those that verify drafts, which need exact conditionals."""
+        if decoder.sequential:
+            super().check_decoder(decoder)
 
     def sampler(self, config: Config) -> Sampler:
         """The ancestral sampler, factored: which tokens are decoded at each step is the plan's (the ancestral law,

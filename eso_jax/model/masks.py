@@ -17,6 +17,7 @@ Families:
                          a noisy row sees clean keys by `blocks_before`, and noisy keys by `own_block`;
                          clean rows never see noisy keys. Eso-LM has blocks of one token, BD3-LM of L'.
   all steps of a plan    `OwnSteps`, for Eso-LM (B): the same with blocks as large as the plan's steps, causal within
+  any token next         `LONE`, for Eso-LM (B): each mask as if it came next
 
 Axes: B batch, S query slots, L key slots.
 """
@@ -229,3 +230,21 @@ class Drafts(Pattern):
         mask = query - first
         own = (key >= first + self.drafts) | (key == query)
         return causal(query, key) & ((mask < 0) | (key < clean + jnp.minimum(mask, self.drafts)) | own)
+
+
+@dataclass(frozen=True)
+class Lone(Pattern):
+    """The first `clean` slots see those up to themselves; a slot behind them sees them and itself. With clean = 2:
+
+        1 0 0 0
+        1 1 0 0
+        1 1 1 0
+        1 1 0 1
+    """
+
+    def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
+                 clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
+        return causal(query, key) & ((key < clean) | (key == query))
+
+
+LONE = Lone()

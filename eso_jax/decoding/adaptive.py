@@ -1,0 +1,193 @@
+"""Decoders whose passes follow the model's certainty: how many tokens a pass decodes, or which ones.
+
+  decoder        of each row, a pass decodes
+  entropy:G      the order's next tokens, as many as leave the sum of their entropies, less the largest of them, within
+                 G nats (Ben-Hamu et al. 2025, arXiv 2505.24857, who sort the tokens first)
+  confidence:P   the order's next token, and those behind it as long as their likeliest value is as probable as P
+  likeliest:N    of all tokens that are left, the N whose likeliest value is most probable
+  margin:N       of all tokens that are left, the N whose likeliest value is furthest ahead of the second
+
+One token at least: alone it is drawn exactly, however uncertain it is. Certainty is that of the model's own law: at
+temperature 1, of the whole distribution, before the rule by which tokens are drawn. It depends on the tokens of earlier
+passes, not on those that the pass draws. So the law of a sample is a product over passes, whose tokens are independent,
+each given the tokens of earlier passes.
+
+`entropy` and `confidence` look at a few tokens along the order of a plan. A pass is a step of a plan whose widths are
+found as it goes, and log p of a sample is that plan's (`families.plan_log_prob`).
+
+`likeliest` and `margin` find the order too, and have to look at all that is left. Their pass computes the whole
+sequence, and logits of all of it. In an Eso-LM (B) each place is looked at as if it came next (`masks.LONE`), so that
+its law is the sequential one, whatever order is at hand; of a pass's tokens, the most certain one comes first in the
+order. With N = 1 log p of a sample is the sequential one along the order that was found; with more it is in the record
+alone, since a plan's masks see those before them.
+
+Axes: B batch, L length, W slots looked at, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from eso_jax import sharding
+from eso_jax.config import ModelConfig
+from eso_jax.decoding import categorical
+from eso_jax.decoding.decoders import Decoder, Progress, commit, take
+from eso_jax.decoding.loop import Draw
+from eso_jax.decoding.passes import Sampler
+from eso_jax.errors import require
+from eso_jax.model import masks, transformer, vocabulary
+from eso_jax.model.masks import View
+from eso_jax.model.params import Weights
+
+MOST = 8  # tokens of a pass, unless it is told otherwise: along the order, a CPU's time goes with them
+
+
+@dataclass(frozen=True)
+class Along(Decoder):
+    """Decodes the order's next tokens, as many as `fits` says.
+
+    Attributes:
+      bound: the number behind the name. It is data (`begin`), so that programs are shared by all bounds.
+    """
+
+    bound: float = field(compare=False)
+    most: int = MOST
+
+    @property
+    def window(self) -> int:
+        """What the last pass decoded at most, and as many masks."""
+        return 2 * self.most
+
+    def begin(self, config: ModelConfig, batch: int) -> Float[Array, " B"]:
+        return jnp.full(batch, self.bound, jnp.float32)
+
+    @abstractmethod
+    def fits(self, logits: Float[Array, "B W V"], bound: Float[Array, "B 1"]) -> Bool[Array, "B W"]:
+        """Which of a pass's tokens may be decoded together with those before them."""
+
+    def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
+                 sampler: Sampler) -> Progress:
+        state, at, number = progress.state, progress.at, jnp.arange(self.most)[None]
+        begin = progress.clean if sampler.cached else jnp.zeros_like(at)
+        here = begin[:, None] + jnp.arange(self.window if sampler.cached else config.length)[None]
+        hidden, cache = transformer.trunk(weights, take(state.tokens, here), take(state.positions, here),
+                                          View(sampler.pattern, at), state.cache, begin)
+        hidden = take(hidden, (at - begin)[:, None] + number)
+        logits = sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
+        run = jnp.cumprod(self.fits(logits, progress.memory[:, None]) | (number == 0), axis=1, dtype=jnp.int32)
+        tokens = categorical.draw(logits, take(source.uniforms, at[:, None] + number), source.rule)
+        progress = dataclasses.replace(progress, state=dataclasses.replace(state, cache=cache))
+        return commit(progress, tokens, logits, jnp.minimum(run.sum(1), end - at), source.rule)
+
+
+@dataclass(frozen=True)
+class Entropy(Along):
+    """`entropy`: see the top of this file."""
+
+    law = ("that of a plan whose steps are found as it goes: a step is as wide as the entropies of its tokens, less "
+           "the largest, stay within the budget")
+    number = f"nats, at least 0 (a pass decodes {MOST} tokens at most)"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.bound < math.inf, "entropy", self.bound, "the budget in nats must be at least 0, and finite")
+
+    def fits(self, logits: Float[Array, "B W V"], bound: Float[Array, "B 1"]) -> Bool[Array, "B W"]:
+        entropy = jax.scipy.special.entr(jax.nn.softmax(logits)).sum(-1)
+        return jnp.cumsum(entropy, axis=1) - jax.lax.cummax(entropy, axis=1) <= bound
+
+
+@dataclass(frozen=True)
+class Confidence(Along):
+    """`confidence`: see the top of this file."""
+
+    law = ("that of a plan whose steps are found as it goes: behind its first token, a step has those whose likeliest "
+           "value is as probable as asked for")
+    number = f"a probability, in [0, 1] (a pass decodes {MOST} tokens at most)"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.bound <= 1, "confidence", self.bound, "the probability must be in [0, 1]")
+
+    def fits(self, logits: Float[Array, "B W V"], bound: Float[Array, "B 1"]) -> Bool[Array, "B W"]:
+        return jax.nn.softmax(logits).max(-1) >= bound
+
+
+@dataclass(frozen=True)
+class Anywhere(Decoder):
+    """Decodes the most certain of all tokens that are left.
+
+    Attributes:
+      count: N. It is data, as `Along.bound` is.
+      most: at least N.
+    """
+
+    count: int = field(compare=False)
+    most: int = MOST
+    number = "tokens of a pass, at least 1"
+    window = 0  # a pass computes everything, and needs no room behind the length
+
+    def __post_init__(self) -> None:
+        require(1 <= self.count <= self.most, type(self).__name__.lower(), self.count,
+                f"the number of tokens must be in 1..{self.most}")
+
+    @classmethod
+    def of(cls, number: float) -> Anywhere:
+        """Of the number behind the name; as few programs for all as there are powers of two."""
+        require(1 <= number == number // 1, cls.__name__.lower(), number, "must be a whole number of tokens, from 1 on")
+        return cls(int(number), max(MOST, 1 << (int(number) - 1).bit_length()))
+
+    def begin(self, config: ModelConfig, batch: int) -> Int[Array, " B"]:
+        return jnp.full(batch, self.count, jnp.int32)
+
+    @abstractmethod
+    def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
+        """By which tokens are chosen."""
+
+    def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
+                 sampler: Sampler) -> Progress:
+        state, at = progress.state, progress.at
+        slot, number = jnp.arange(config.length)[None], jnp.arange(min(self.most, config.length))[None]
+        hidden, cache = transformer.trunk(weights, state.tokens, state.positions,
+                                          View(masks.LONE if sampler.cached else sampler.pattern, at), state.cache)
+
+        def logits_of(hidden: Float[Array, "B _ D"]) -> Float[Array, "B _ V"]:
+            return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
+
+        certainty = vocabulary.in_chunks(lambda hidden: self.certainty(logits_of(hidden)), config.vocab_size, hidden)
+        rank = jnp.where(slot < at[:, None], -jnp.inf, jnp.where(slot < end[:, None], -certainty, jnp.inf))
+        order = jnp.argsort(rank, axis=1, stable=True)  # what is decoded keeps its slot, and so does what will not be
+        next_slots = at[:, None] + number
+        logits = logits_of(take(hidden, take(order, next_slots)))
+        tokens = categorical.draw(logits, take(source.uniforms, next_slots), source.rule)
+        state = dataclasses.replace(state, cache=cache, positions=take(state.positions, order))
+        return commit(dataclasses.replace(progress, state=state), tokens, logits,
+                      jnp.minimum(progress.memory, end - at), source.rule)
+
+
+@dataclass(frozen=True)
+class Likeliest(Anywhere):
+    """`likeliest`: see the top of this file."""
+
+    law = ("pass by pass, of all tokens that are left those with the most probable likeliest value, each drawn given "
+           "the tokens of earlier passes")
+
+    def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
+        return jax.nn.softmax(logits).max(-1)
+
+
+@dataclass(frozen=True)
+class Margin(Anywhere):
+    """`margin`: see the top of this file."""
+
+    law = ("pass by pass, of all tokens that are left those whose two likeliest values are furthest apart in "
+           "probability, each drawn given the tokens of earlier passes")
+
+    def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
+        first, second = jnp.moveaxis(jax.lax.top_k(jax.nn.softmax(logits), 2)[0], -1, 0)
+        return first - second

@@ -1,0 +1,116 @@
+"""Decoders that decide as they go, with a real model: what is known of each token, and who needs whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import Run, engine, random_weights, tiny_config
+from eso_jax import families, likelihood
+from eso_jax.decoding.adaptive import Entropy
+from eso_jax.engine.model import Model, Samples
+from eso_jax.errors import EsoError
+
+LENGTH, VOCABULARY = 8, 9
+DECODERS = ("entropy:1", "confidence:0.5", "likeliest:3", "margin:3")
+
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
+
+def model_of(name: str, **fields: object) -> Model:
+    config = tiny_config(name, LENGTH, VOCABULARY, **fields)
+    made = engine(config, random_weights(config.model))
+    return Model(config, made.weights, made.mesh, 4, step=0, tokenizer=None)
+
+
+def along(x: np.ndarray, samples: Samples) -> np.ndarray:
+    """From natural positions to the order."""
+    return np.take_along_axis(x, samples.order, axis=1)
+
+
+@pytest.mark.parametrize("name", ["esolm", "mdlm"])
+@pytest.mark.parametrize("decoder", DECODERS[:2])
+def test_samples_have_the_law_of_the_widths_that_were_found(name: str, decoder: str) -> None:
+    """Widths differ, and log p of each token as it was drawn is what the plan of these widths says."""
+    model = model_of(name)
+    samples = model.sample(6, decoder=decoder, record=True, top_p=0.9)
+    assert samples.record is not None and samples.tokens_per_step.ndim == 2
+    assert (samples.tokens_per_step.sum(1) == LENGTH).all() and 1 < samples.passes.mean() < LENGTH
+    assert (samples.tokens < VOCABULARY - 1).all()
+    expected = likelihood.plan_log_prob(model, samples.tokens, samples.plan)
+    np.testing.assert_allclose(along(samples.record.logp, samples), expected, atol=1e-5)
+    if decoder.startswith("entropy"):
+        entropy, step = along(samples.record.entropy, samples), along(samples.record.step, samples)
+        for row, steps in zip(entropy, step, strict=True):
+            for number in range(steps.max() + 1):
+                assert row[steps == number].sum() - row[steps == number].max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("decoder", DECODERS[2:])
+def test_each_place_is_looked_at_as_if_it_came_next(decoder: str) -> None:
+    """log p of each token as it was drawn is the sequential one given the passes before, whatever else the pass did."""
+    model = model_of("esolm")
+    samples = model.sample(4, decoder=decoder, record=True)
+    assert samples.record is not None and (samples.passes == 3).all()
+    assert (np.sort(samples.order, axis=1) == np.arange(LENGTH)).all()
+    assert (samples.tokens_per_step == [3, 3, 2]).all()
+    for slot in range(LENGTH):
+        before = slot // 3 * 3  # slots of earlier passes
+        order = np.concatenate([samples.order[:, :before], samples.order[:, slot:slot + 1],
+                                samples.order[:, before:slot], samples.order[:, slot + 1:]], axis=1)
+        expected = families.get(model.config).log_likelihood(model.weights, model.config, jnp.asarray(samples.tokens),
+                                                             jnp.asarray(order))[:, before]
+        np.testing.assert_allclose(along(samples.record.logp, samples)[:, slot], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_row_alone_is_what_it_is_among_others(decoder: str) -> None:
+    model = model_of("esolm")
+    given = np.full((3, LENGTH), model.config.model.mask)
+    given[1, [1, 5]], given[2, :LENGTH - 1] = (1, 2), 3
+    among = model.sample(1, given=given, decoder=decoder)
+    for row in range(3):
+        alone = model.sample(1, given=given[row:row + 1], decoder=decoder)
+        np.testing.assert_array_equal(alone.tokens, among.tokens[row:row + 1])
+        np.testing.assert_array_equal(alone.order, among.order[row:row + 1])
+        assert alone.passes == among.passes[row]
+    assert among.passes[2] == 1
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_what_is_not_asked_for_is_not_decoded(decoder: str) -> None:
+    samples = model_of("esolm").sample(2, decoder=decoder, max_tokens=5)
+    assert ((samples.tokens == VOCABULARY - 1) == (np.arange(LENGTH) >= 5)).all()
+
+
+def test_bounds_share_programs() -> None:
+    assert Entropy(1.0) == Entropy(2.0) and hash(Entropy(1.0)) == hash(Entropy(2.0))
+    model = model_of("esolm")
+    assert model.sample(1, decoder="entropy:0").passes == LENGTH
+    again = model.sample(1, decoder="entropy:100")
+    assert again.passes == 1 and again.compile_seconds < 0.5 * again.seconds
+
+
+@pytest.mark.parametrize("decoder,said", [
+    ("entropy:-1", "entropy = -1.0"), ("confidence:1.5", "confidence = 1.5"), ("likeliest:0", "likeliest = 0.0"),
+    ("margin:1.5", "margin = 1.5"), ("entropy:x", "entropy:4")])
+def test_numbers_out_of_range(decoder: str, said: str) -> None:
+    with pytest.raises(EsoError, match=said.replace(".", r"\.")):
+        model_of("esolm").sample(1, decoder=decoder)
+
+
+@pytest.mark.parametrize("name,fields", [("ar", {}), ("esolm_a", {}), ("bd3lm", {"block_size": 4})])
+def test_families_that_have_none(name: str, fields: dict[str, object]) -> None:
+    with pytest.raises(EsoError, match=f"family.name = '{name}'"):
+        model_of(name, **fields).sample(1, decoder="entropy:1")
+
+
+def test_on_the_command_line(run: Run, trained: Path, tmp_path: Path) -> None:
+    said = run("sample", "--workdir", trained, "--num-samples", 2, "--decoder", "entropy:2", "--out",
+               tmp_path / "x.npz")
+    assert "tokens a pass" in said and "unigrams" in said
+    run("score", "--workdir", trained, "--tokens", tmp_path / "x.npz", "--plan", tmp_path / "x.npz", "--out",
+        tmp_path / "logp.npz")
