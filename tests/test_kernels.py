@@ -15,6 +15,7 @@ from eso_jax.decoding.categorical import Rule
 from eso_jax.model import cache, few, masks, plain, rotary, transformer, triton
 from eso_jax.model.backend import Task
 from eso_jax.model.masks import Pattern, View
+from eso_jax.model.norm import layer_norm
 from eso_jax.model.params import Norm, fold, init_params, unstack
 from eso_jax.model.triton import Triton
 
@@ -35,7 +36,8 @@ def extended(backend: plain.Plain, view: View, offset: jax.Array | int, batch: i
 
 @pytest.mark.parametrize(("pattern", "rows", "offset"), [
     (masks.CAUSAL, {}, [0, 30, 64, 97]), (masks.EVERYONE, {"length": [1, 50, 99, 100]}, 97),
-    (masks.PREFIX, {"clean": [0, 3, 70, 10]}, [10, 3, 70, 63]), (Pattern(4), {}, 64)], ids=str)
+    (masks.PREFIX, {"clean": [0, 3, 70, 10]}, [10, 3, 70, 63]), (Pattern(4), {}, 64),
+    (masks.Drafts(drafts=1), {"clean": [1, 5, 70, 98]}, [0, 4, 69, 97])], ids=str)
 def test_a_step_of_the_cache_is_plain_attention(pattern: Pattern, rows: dict[str, list[int]],
                                                 offset: int | list[int]) -> None:
     view = View(pattern, **{name: jnp.array(value) for name, value in rows.items()})
@@ -88,7 +90,7 @@ def test_a_product_of_few_rows_is_what_it_says() -> None:
         [(3, 48), (48, 70), (3, 70), (2, 48)]))
     bias, x = jnp.arange(70.0) / 9, 5 + 3 * x
     ours = few.product(x, w, Norm(norm[0], norm[1]), bias, True, residual, interpret=True)
-    normal = transformer._layer_norm(x, Norm(norm[0], norm[1]))
+    normal = layer_norm(x, Norm(norm[0], norm[1]), jnp.float32)
     expected = transformer.gelu(transformer.linear(normal, w) + bias[None]) + residual
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-5)
     half = few.product(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), interpret=True)

@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from jax import Array
 
+from eso_jax import sharding
 from eso_jax.config import ModelConfig
 from eso_jax.model import masks, rotary, transformer
 from eso_jax.model.params import fold, init_params
@@ -39,6 +40,18 @@ def test_gradients_are_those_of_the_definition(ours: Callable[[Array], Array], p
                            jax.tree.leaves([jax.vjp(plain, x)[0], jax.vjp(plain, x)[1](gradient)]), strict=True):
         assert jnp.allclose(got, wanted, atol=2e-6)
     assert jax.vjp(ours, x.astype(jnp.bfloat16))[1](gradient.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16
+
+
+def test_tpus_rotate_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They swap a head's halves by a product."""
+    table = rotary.rotary_table(POSITIONS, 8)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        with monkeypatch.context() as patch:
+            patch.setattr(sharding, "platform", lambda: "tpu")
+            text = str(jax.make_jaxpr(rotary.rotate)(QK.astype(dtype), table))
+            ours = rotary.rotate(QK.astype(dtype), table)
+        assert "dot_general" in text
+        assert jnp.array_equal(ours, rotary.rotate(QK.astype(dtype), table))
 
 
 def test_cpus_make_what_all_layers_share_once() -> None:
