@@ -96,11 +96,9 @@ dropout.defvjp(lambda x, rate, keys: (dropout(x, rate, keys), keys),
 
 def _hash(place: UInt32[Array, "1 S D"], first: UInt32[Array, "B 1 1"],
           second: UInt32[Array, "B 1 1"]) -> UInt32[Array, "B S D"]:
-    """A random number of 32 bits for each place, by two seeds: a tenth of threefry's operations.
-
-    The constants are those of "triple32" (Wellons, hash-prospector), without its last step, which changes low bits
-    alone. With two products instead of three, entries 12 tokens apart were dropped together too often.
-    """
+    """Random 32 bits for each place, by two seeds: a tenth of threefry's operations. The constants are those
+    of "triple32" (Wellons, hash-prospector), without its last step, which changes low bits alone. With two products
+    instead of three, entries 12 tokens apart were dropped together too often."""
     x = place + first
     x = (x ^ x >> 17) * jnp.uint32(0xed5ad4bb) + second
     x = (x ^ x >> 11) * jnp.uint32(0xac4c1b51)

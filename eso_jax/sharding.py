@@ -180,6 +180,13 @@ def on_gpu() -> bool:
     return platform() in ("gpu", "cuda")
 
 
+def runs_triton() -> bool:
+    """Whether it will run on an NVIDIA GPU of the Ampere generation or newer, for which Triton compiles kernels. A GPU
+    that is not here, which a plan is for, is taken for one."""
+    capability = getattr(jax.devices()[0], "compute_capability", "8.0")
+    return on_gpu() and capability[:1].isdigit() and float(capability) >= 8
+
+
 def locally(function: Callable[..., Array], heads: tuple[Array, ...], rows: Any) -> Array:
     """function(*heads, rows), computed by every device for its own rows and heads, without communication.
 

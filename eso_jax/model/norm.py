@@ -37,7 +37,7 @@ def layer_norm(x: Float[Array, "N D"], norm: Norm, dtype: Any) -> Float[Array, "
 
 def stream_and_norm(x: Float[Array, "N D"], norm: Norm, dtype: Any) -> tuple[Float[Array, "N D"], Float[Array, "N D"]]:
     """x, to go on with, and its `layer_norm`. What both send back is then added where the latter's is made."""
-    return _fused(x, norm, dtype, False) if sharding.on_gpu() else (x, layer_norm(x, norm, dtype))
+    return _fused(x, norm, dtype, False) if sharding.runs_triton() else (x, layer_norm(x, norm, dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -30,7 +30,7 @@ MOST = 2**31  # logits in all: the kernel counts in 32 bits
 
 def here() -> bool:
     """Whether the program being traced can have the kernel: a device has all logits of a row."""
-    return sharding.on_gpu() and sharding.tensor_shards() == 1
+    return sharding.runs_triton() and sharding.tensor_shards() == 1
 
 
 def nll_and_slope(logits: Float[Array, "N V"], bias: Float[Array, " V"], targets: Int[Array, " N"], mask_id: int,
