@@ -235,7 +235,8 @@ def main() -> None:
     model = trained(config, arguments.workdir or Path("runs/fewer_passes") / arguments.size, arguments.train_seconds)
     deadline = time.monotonic() + arguments.seconds
     found = run(model, arguments.alpha_0, arguments.samples, judge, deadline, arguments.out)
-    draw(arguments.out.with_suffix(".png"), found)
+    if found["rows"]:
+        draw(arguments.out.with_suffix(".png"), found)
     say(f"wrote {arguments.out}")
 
 
