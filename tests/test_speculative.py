@@ -3,19 +3,16 @@ an oracle in tests/conformance/test_speculation.py.)"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import random_tokens, tiny_config
 from eso_jax import families, likelihood
 from eso_jax.decoding import decoders, loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.loop import Draw
-from eso_jax.decoding.plan import Plan, left_to_right
+from eso_jax.decoding.plan import left_to_right
 from eso_jax.decoding.speculative import Speculative
 from eso_jax.errors import EsoError
 from eso_jax.model import cache as kv, transformer
@@ -52,11 +49,11 @@ def test_the_cache_is_exact(drafts: int) -> None:
     _, whole = transformer.trunk(WEIGHTS, progress.state.tokens, progress.state.positions, View(CAUSAL),
                                  kv.empty(CONFIG.model, 4, LENGTH), 0)
     assert progress.at.tolist() == [LENGTH] * 4 and progress.passes.max() < LENGTH
-    for ours, theirs, axis in ((progress.state.cache.keys, whole.keys, -1), (progress.state.cache.values, whole.values,
-                                                                           -2)):
+    cache, there = progress.state.cache, np.arange(LENGTH - 1)  # nobody needs the last token's
+    for ours, theirs, axis in ((cache.keys, whole.keys, -1), (cache.values, whole.values, -2)):
         for mine, full in zip(ours, theirs, strict=True):
-            there = np.arange(LENGTH - 1)  # the last token is decoded, and nobody needs it
-            np.testing.assert_allclose(np.take(np.asarray(mine), there, axis), np.take(np.asarray(full), there, axis), atol=1e-5)
+            mine, full = (np.take(np.asarray(x), there, axis) for x in (mine, full))
+            np.testing.assert_allclose(mine, full, atol=1e-5)
 
 
 def test_a_record_is_the_law_of_one_token_a_pass() -> None:
