@@ -69,7 +69,7 @@ NUMBERS = {"entropy": (0.3, 1, 2, 4, 8), "confidence": (0.9, 0.6, 0.3, 0.1), "sp
            "likeliest": (1, 2, 4, 8), "margin": (1, 2, 4, 8)}
 AT_ONE = {"one by one": (1,), "fixed plan": (2, 8), "speculative": (1, 2, 4, 8, 16), "entropy": (0.3, 2),
           "confidence": (0.9,), "likeliest": (2,)}  # settings that are measured at batch 1 too
-PARTS = (2, 4, 8, 16)  # T = L / parts of the fixed plans
+PARTS = (1, 2, 4, 8, 16)  # T = L / parts of the fixed plans
 WIDE = 16  # samples decoded together, where there is more than one
 AT_HAND = 4  # samples decoded one by one
 BITS = 1 / np.log(2)
