@@ -65,11 +65,11 @@ SIZES = {
         train=TrainConfig(steps=100_000, batch_size=128, learning_rate=1e-3, warmup=200, ema=0.999, log_every=100,
                           eval_every=100_000, save_every=100_000)),
     "paper": paper.RUNS["owt/esolm_1"].config}
-NUMBERS = {"entropy": (0.3, 1, 2, 4, 8), "confidence": (0.9, 0.6, 0.3, 0.1), "speculative": (1, 2, 4, 8, 16),
-           "likeliest": (1, 2, 4, 8), "margin": (1, 2, 4, 8)}
-AT_ONE = {"one by one": (1,), "fixed plan": (2, 8), "speculative": (1, 2, 4, 8, 16), "entropy": (0.3, 2),
-          "confidence": (0.9,), "likeliest": (2,)}  # settings that are measured at batch 1 too
-PARTS = (2, 4, 8, 16)  # T = L / parts of the fixed plans
+# Of each way to decode, the most wanted first. A fixed plan has T = L / number.
+NUMBERS = {"one by one": (1,), "fixed plan": (4, 2, 8, 1, 16), "speculative": (4, 8, 2, 16, 1),
+           "entropy": (4, 2, 8, 1, 0.3), "confidence": (0.3, 0.6, 0.1, 0.9), "likeliest": (2, 1, 4, 8),
+           "margin": (2, 1, 4, 8)}
+ALONE = ("one by one", "fixed plan", "speculative", "entropy")  # of which the first two are measured at batch 1 too
 WIDE = 16  # samples decoded together, where there is more than one
 AT_HAND = 4  # samples decoded one by one
 BITS = 1 / np.log(2)
@@ -94,13 +94,14 @@ def trained(config: Config, workdir: Path, seconds: float | None) -> Model:
 
 def settings(model: Model) -> list[tuple[str, float, int, dict[str, Any]]]:
     """(decoder, its number, batch, arguments of `sample`), the most wanted first."""
-    known = decoders.names()
-    how: dict[tuple[str, float], dict[str, Any]] = {("one by one", 1): {"plan": "one-by-one"}}
-    how |= {("fixed plan", part): {"steps": model.config.model.length // part} for part in PARTS}
-    how |= {(name, number): {"decoder": f"{name}:{number}"}
-            for name, numbers in NUMBERS.items() if name in known for number in numbers}
-    return [(*each, batch, how[each]) for batch in (WIDE, 1) for each in how
-            if batch > 1 or each[1] in AT_ONE.get(each[0], ())]
+    def how(name: str, number: float) -> dict[str, Any]:
+        if name in decoders.names():
+            return {"decoder": f"{name}:{number}"}
+        return {"plan": "one-by-one"} if name == "one by one" else {"steps": model.config.model.length // int(number)}
+
+    found = [(rank, -batch, name, number) for name, numbers in NUMBERS.items() for rank, number in enumerate(numbers)
+             for batch in (WIDE, 1) if batch > 1 or (name in ALONE and rank < 2)]
+    return [(name, number, -batch, how(name, number)) for _, batch, name, number in sorted(found, key=lambda x: x[:2])]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -166,11 +167,11 @@ def run(model: Model, alpha_0: float | None, count: int, judge: Judge | None, de
 
 def draw(path: Path, found: dict[str, Any]) -> None:
     """Quality against passes, seconds and variety, and how wide passes are."""
-    names = list(dict.fromkeys(row["decoder"] for row in found["rows"]))
-    colours = dict(zip(names, [*COLOURS, "#333333"], strict=False))
+    names, colours = list(NUMBERS), dict(zip(NUMBERS, [*COLOURS, "#333333"], strict=True))
 
     def rows_of(name: str, batch: int = WIDE) -> list[dict[str, Any]]:
-        return [row for row in found["rows"] if row["decoder"] == name and row["batch"] == batch]
+        rows = [row for row in found["rows"] if row["decoder"] == name and row["batch"] == batch]
+        return sorted(rows, key=lambda row: row["number"])
 
     def lines(axes: Any, x: str, y: str, batch: int = WIDE) -> None:
         for name in names:
@@ -201,7 +202,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             axes.axhline(found["held_out"]["own"], color="k", linestyle="--", linewidth=1)
         verified = rows_of("speculative")
         numbers = [row["number"] for row in verified]
-        drafts.plot(numbers, [row["tokens_per_pass"] for row in verified], "o-", color=colours.get("speculative"))
+        drafts.plot(numbers, [row["tokens_per_pass"] for row in verified], "o-", color=colours["speculative"])
         drafts.plot(numbers, [number + 1 for number in numbers], "k:", linewidth=1, label="all drafts accepted")
         drafts.set(xscale="log", yscale="log", xlabel="drafts of a pass", title="Tokens a pass of speculation")
         for name in ("entropy", "confidence", "speculative"):
@@ -235,7 +236,8 @@ def main() -> None:
     model = trained(config, arguments.workdir or Path("runs/fewer_passes") / arguments.size, arguments.train_seconds)
     deadline = time.monotonic() + arguments.seconds
     found = run(model, arguments.alpha_0, arguments.samples, judge, deadline, arguments.out)
-    draw(arguments.out.with_suffix(".png"), found)
+    if found["rows"]:
+        draw(arguments.out.with_suffix(".png"), found)
     say(f"wrote {arguments.out}")
 
 

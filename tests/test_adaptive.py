@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import Run, engine, random_weights, tiny_config
+from conftest import engine, random_weights, tiny_config
 from eso_jax import families, likelihood
 from eso_jax.decoding.adaptive import Entropy
 from eso_jax.engine.model import Model, Samples
@@ -20,8 +18,8 @@ DECODERS = ("entropy:1", "confidence:0.5", "likeliest:3", "margin:3")
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
 
-def model_of(name: str, **fields: object) -> Model:
-    config = tiny_config(name, LENGTH, VOCABULARY, **fields)
+def model_of(name: str) -> Model:
+    config = tiny_config(name, LENGTH, VOCABULARY)
     made = engine(config, random_weights(config.model))
     return Model(config, made.weights, made.mesh, 4, step=0, tokenizer=None)
 
@@ -100,17 +98,3 @@ def test_bounds_share_programs() -> None:
 def test_numbers_out_of_range(decoder: str, said: str) -> None:
     with pytest.raises(EsoError, match=said.replace(".", r"\.")):
         model_of("esolm").sample(1, decoder=decoder)
-
-
-@pytest.mark.parametrize("name,fields", [("ar", {}), ("esolm_a", {}), ("bd3lm", {"block_size": 4})])
-def test_families_that_have_none(name: str, fields: dict[str, object]) -> None:
-    with pytest.raises(EsoError, match=f"family.name = '{name}'"):
-        model_of(name, **fields).sample(1, decoder="entropy:1")
-
-
-def test_on_the_command_line(run: Run, trained: Path, tmp_path: Path) -> None:
-    said = run("sample", "--workdir", trained, "--num-samples", 2, "--decoder", "entropy:2", "--out",
-               tmp_path / "x.npz")
-    assert "tokens a pass" in said and "unigrams" in said
-    run("score", "--workdir", trained, "--tokens", tmp_path / "x.npz", "--plan", tmp_path / "x.npz", "--out",
-        tmp_path / "logp.npz")

@@ -137,6 +137,16 @@ def test_a_plan_is_kept_replayed_and_scored(tmp_path: Path, run: Run, trained: P
     np.testing.assert_array_equal(first["tokens"], np.load(tmp_path / "c.npz")["tokens"])
 
 
+def test_the_widths_that_a_decoder_found_are_scored(tmp_path: Path, run: Run, trained: Path) -> None:
+    said = run("sample", "--workdir", trained, "--num-samples", 2, "--decoder", "entropy:2", "--record", "--out",
+               tmp_path / "a.npz")
+    assert "tokens a pass" in said and "unigrams" in said
+    run("score", "--workdir", trained, "--tokens", tmp_path / "a.npz", "--plan", tmp_path / "a.npz", "--out",
+        tmp_path / "scores.npz")
+    drawn = np.load(tmp_path / "a.npz")["logp"].sum(1)
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npz")["logp"], drawn, atol=1e-3)
+
+
 @pytest.mark.slow
 def test_a_plan_behind_given_tokens_is_replayed_and_scored(tmp_path: Path, run: Run, trained: Path) -> None:
     """Rows that are given two and five tokens, of a plan in the .npz that `sample` writes."""

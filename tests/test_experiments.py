@@ -273,10 +273,9 @@ def test_ways_to_take_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Every decoder of a model that is trained for no time, then of the same model for no time."""
     text, workdir, out = tmp_path / "text.py", tmp_path / "w", tmp_path / "passes.json"
     text.write_text(TEXT)
-    monkeypatch.setattr(fewer_passes, "PARTS", (4,))
     monkeypatch.setattr(fewer_passes, "NUMBERS", {name: (2 if name != "confidence" else 0.5,)
                                                   for name in fewer_passes.NUMBERS})
-    monkeypatch.setattr(fewer_passes, "AT_ONE", {"entropy": (2,)})
+    monkeypatch.setattr(fewer_passes, "ALONE", ("entropy",))
 
     def script(*arguments: object) -> dict[str, Any]:
         monkeypatch.setattr("sys.argv", ["fewer_passes.py", "--workdir", str(workdir), "--out", str(out), "--samples",

@@ -20,6 +20,7 @@ from eso_jax.decoding import plan as plans
 from eso_jax.decoding.decoders import Decoder
 from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.plan import Plan
+from eso_jax.errors import EsoError
 from eso_jax.families.base import Family, Pass, check_loss_weight
 from eso_jax.model import loss, masks, transformer
 from eso_jax.model.masks import Pattern
@@ -68,9 +69,10 @@ class MDLM(Family):
         """Anything can be given: it comes first in the order."""
 
     def check_decoder(self, decoder: Decoder) -> None:
-        """All but those that verify drafts, which need exact conditionals."""
+        """All but those that need exact conditionals."""
         if decoder.sequential:
-            super().check_decoder(decoder)
+            raise EsoError(f"decoder = {decoder}: family.name = {self.name!r} has no exact conditionals to verify "
+                           "drafts by; choose another decoder, or an Eso-LM (B)")
 
     def sampler(self, config: Config) -> Sampler:
         """The ancestral sampler, factored: which tokens are decoded at each step is the plan's (the ancestral law,
