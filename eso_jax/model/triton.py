@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from eso_jax import sharding
-from eso_jax.model import slots as windows
+from eso_jax.model import masks, slots as windows
 from eso_jax.model.backend import Task
 from eso_jax.model.masks import Pattern, View
 from eso_jax.model.plain import HIDDEN, Plain
@@ -70,7 +70,7 @@ class Triton(Plain):
             return super().extend(qkv, rotary, keys, values, view, offset)
         assert isinstance(view.pattern, Pattern)
         # As they come, and half of the tables: a kernel would have to make anything else.
-        clean = view.clean if view.pattern.prefix else None
+        clean = None if view.pattern == masks.CAUSAL else view.clean
         numbers = tuple(None if x is None else jnp.atleast_1d(x) for x in (offset, clean, view.length))
         table = rotary[0][:, :, 0, 0, :size // 2], rotary[1][:, :, 0, 0, size // 2:]
         step = functools.partial(_step, pattern=view.pattern, interpret=self.interpret)
