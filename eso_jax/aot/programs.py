@@ -94,14 +94,14 @@ class Sampling:
       batch: sequences decoded together, all devices together.
       tensor: devices to a copy of the model.
       shape: of the step.
-      cached: whether there is a key-value cache.
+      cache: who keeps the keys and values; None without any.
       read: bytes of weights and cache that a device cannot but read once; of the head, its share of the vocabulary.
     """
 
     batch: int
     tensor: int
     shape: passes.Shape
-    cached: bool
+    cache: str | None
     read: int
 
 
@@ -140,7 +140,7 @@ def sampling(config: Config, topology: Topology, devices: Sequence[jax.Device], 
               "cache": _held(state.cache),
               "tokens": _held((state.tokens, state.positions, uniforms))}
     read = memory["weights"] + memory["cache"]
-    step = Sampling(batch, tensor, shape, sampler.cached, read)
+    step = Sampling(batch, tensor, shape, state.cache and state.cache.backend.name, read)
     return step, _compiled(lowered, memory, topology,
                            sum(flops.sampling_step(model, batch, *shape).values()), begun, hlo.turn)
 

@@ -33,7 +33,8 @@ def sampling(program: Program, step: Sampling, topology: Topology) -> dict[str, 
     """The same of a decoding step, and the time to read the weights and the cache once, below which it cannot be."""
     facts = _program(program, topology)
     least = step.read / topology.chip.bandwidth * topology.chip.devices
-    facts |= {"batch": step.batch, "tensor": step.tensor, **step.shape._asdict(), "cached": step.cached}
+    facts |= {"batch": step.batch, "tensor": step.tensor, **step.shape._asdict(), "cached": step.cache is not None,
+              "cache": step.cache}
     if program.cost is not None:
         facts["seconds"]["weights_and_cache_once"] = least
         facts["tokens_per_second"] = step.batch / facts["seconds"]["bound"]  # one token of each sequence
@@ -76,7 +77,7 @@ def lines(name: str, facts: dict[str, Any]) -> list[str]:
     if "launches" in facts:
         loops = ", ".join(facts["loops_without_trip_count"]) or "none"
         out.append(f"  launches   {facts['launches']:,} kernels, command buffers off; the host waits at every turn of "
-                   f"loops without a known trip count: {loops}")
+                   f"loops without a known trip count: {loops}; cache kept by {facts['cache'] or 'nobody'}")
     totals: dict[str, tuple[float, float, float]] = {}
     for group in facts["collectives"]:
         times, sent, largest = totals.get(group["kind"], (0, 0, 0))

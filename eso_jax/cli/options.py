@@ -27,7 +27,8 @@ def of_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of the weights, of matrix products and of the cache (%(default)s)")
     parser.add_argument("--attention", choices=ATTENTION, default="auto",
-                        help="what computes it in passes without a cache (%(default)s); fused kernels take bfloat16")
+                        help="what computes it (%(default)s); fused kernels take bfloat16 where there is no cache, and "
+                        "plain turns them off, with a cache as well")
 
 
 def text(given: str) -> str:

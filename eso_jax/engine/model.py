@@ -344,7 +344,7 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
         bfloat16` says what it costs in accuracy on this model). Softmax, norms and logits are float32 in either.
       tensor: devices that share one copy of the model; the others hold further copies.
       batch_size: rows that pass together, over all devices, unless a method is told otherwise.
-      attention: what computes it where no cache is: one of eso_jax.config.ATTENTION.
+      attention: what computes it: one of eso_jax.config.ATTENTION.
 
     Raises:
       EsoError: the directory is not a run's, holds no whole checkpoint, or an argument is out of range; or the model

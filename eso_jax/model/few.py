@@ -25,8 +25,8 @@ from eso_jax import sharding
 from eso_jax.model.params import Block, Norm
 
 MOST_ROWS = 32
-COLUMNS, CHUNK = 32, 256  # of the weights that a program reads at once
-WARPS, STAGES = 4, 4
+COLUMNS, CHUNK = 32, 256  # of the weights that a program reads at once; of float32, half as long a part
+WARPS, STAGES = 4, 3  # of 32 rows one less: all then fits a processor's shared memory, 99 KiB on the smaller cards
 
 
 def fits(rows: int, w: Block) -> bool:
@@ -50,12 +50,13 @@ def product(x: Float[Array, "R D"], w: Float[Array, "D N"], norm: Norm | None = 
             interpret: bool = False) -> Float[Array, "R N"]:
     """gelu(norm(x) w + bias) + residual, of what is given; of the weights' type, or of the residual's."""
     (rows, depth), columns = x.shape, w.shape[1]
-    tile, chunk = max(16, pl.next_power_of_2(rows)), math.gcd(depth, CHUNK)
+    tile, chunk = max(16, pl.next_power_of_2(rows)), math.gcd(depth, max(16, 2 * CHUNK // w.dtype.itemsize))
     kernel = functools.partial(_kernel, tile=tile, chunk=chunk, gelu=gelu)
     return pl.pallas_call(
         kernel, grid=(-(-columns // COLUMNS),), name="product", interpret=interpret,
         out_shape=jax.ShapeDtypeStruct((rows, columns), (w if residual is None else residual).dtype),
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES))(x, w, norm, bias, residual)
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES - (tile > 16)),
+    )(x, w, norm, bias, residual)
 
 
 def _kernel(x: Any, w: Any, norm: Any, bias: Any, residual: Any, out: Any, *, tile: int, chunk: int,

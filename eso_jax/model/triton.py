@@ -32,7 +32,7 @@ from eso_jax.model.masks import Pattern, View
 from eso_jax.model.plain import HIDDEN, Plain
 
 MOST_SLOTS = 16  # of a window; wider ones are left to products by XLA. Tensor cores take no fewer than 16 rows
-TILE = 64  # keys
+TILE, TILE_BYTES = 64, 2**13  # of keys, at most, so that tiles fit a processor's shared memory
 PROGRAMS = 264  # to keep a GPU busy: two for each of an H100's processors
 WARPS, STAGES = 4, 3
 
@@ -94,8 +94,9 @@ def _step(qkv: Float[Array, "B S 3 H K"], table: tuple[Float[Array, "B S _"], Fl
       numbers: the offset, clean slots and length, one for each row or one for all; or None.
     """
     batch, slots, _, heads, size = qkv.shape
-    splits = max(1, min(PROGRAMS // (batch * heads), -(-keys.shape[2] // TILE)))
-    kernel = functools.partial(_kernel, pattern=pattern, splits=splits)
+    tile = max(16, min(TILE, TILE_BYTES // (size * keys.dtype.itemsize)))
+    splits = max(1, min(PROGRAMS // (batch * heads), -(-keys.shape[2] // tile)))
+    kernel = functools.partial(_kernel, pattern=pattern, splits=splits, width=tile)
     parts = jax.ShapeDtypeStruct((splits, batch, slots, heads, size), qkv.dtype if splits == 1 else jnp.float32)
     out, total, keys, values = pl.pallas_call(
         kernel, grid=(splits, heads, batch), name="decode_attention", interpret=interpret,
@@ -126,7 +127,7 @@ def _together(parts: Float[Array, "P B S H K"], total: Float[Array, "P B S H"], 
 
 
 def _kernel(qkv: Any, cos: Any, sin: Any, keys: Any, values: Any, numbers: Any, out: Any, total: Any, new_keys: Any,
-            new_values: Any, *, pattern: Pattern, splits: int) -> None:
+            new_values: Any, *, pattern: Pattern, splits: int, width: int) -> None:
     """One split of a head of a row. The arguments are references to whole arrays."""
     split, head, row = (pl.program_id(axis) for axis in range(3))
     _, slots, _, _, size = qkv.shape
@@ -170,14 +171,14 @@ def _kernel(qkv: Any, cos: Any, sin: Any, keys: Any, values: Any, numbers: Any, 
                   pattern(query, place[None], clean) & (mine & (place < stop))[None])
 
     def tile(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        key = index * TILE + jnp.arange(TILE)
+        key = index * width + jnp.arange(width)
         at = jnp.minimum(key, length - 1)[:, None]
         k, v = (each[row, head, at, dims[None]].astype(q.dtype) for each in (keys, values))
         others = ((key < offset) | (key >= offset + slots)) & (key < jnp.minimum(stop, length))
         return merge(carry, k, v, pattern(query, key[None], clean) & others[None])
 
     end = jnp.minimum(_seen(pattern, offset + slots, clean, length), stop)
-    tiles = (end + TILE - 1) // TILE
+    tiles = (end + width - 1) // width
     share = (tiles + splits - 1) // splits
     top, weight, result = jax.lax.fori_loop(split * share, jnp.minimum((split + 1) * share, tiles), tile, carry)
     weight = jnp.maximum(weight, 1e-30)  # of a split that sees nothing
