@@ -63,8 +63,7 @@ def test_the_kernel_refuses_what_it_cannot() -> None:
 def test_steps_by_kernels_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two passes of a model through a cache that grows between them."""
     monkeypatch.setattr(few, "CHUNK", 16)  # several of a part, as of a larger one
-    monkeypatch.setattr(few, "CUTS", {8: few.Cuts(*[few.Cut(16, parts, 4, tensor) for parts, tensor in (
-        (1, True), (2, False), (1, False), (4, True))])})
+    monkeypatch.setattr(few, "CUTS", {8: few.Cuts(*[few.Cut(16, parts, 4) for parts in (1, 2, 1, 4)])})
     config = ModelConfig(length=40, vocab_size=50, width=32, layers=1, heads=2, cond_dim=8)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -85,13 +84,13 @@ def test_steps_by_kernels_are_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_allclose(run(KERNEL), run(plain.Plain()), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(("rows", "tensor"), [(1, False), (3, False), (20, True)])
-def test_a_product_of_few_rows_is_what_it_says(rows: int, tensor: bool) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_a_product_of_few_rows_is_what_it_says(rows: int) -> None:
     """Numbers of another size than in a model, in parts."""
     x, w, residual, norm = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(
         [(2, rows, 96), (96, 64), (3, rows, 64), (2, 96)]))
     bias, x = jnp.arange(64.0) / 9, 5 + 3 * x
-    whole, cut = x.sum(0), few.Cut(32, 3, 4, tensor)
+    whole, cut = x.sum(0), few.Cut(32, 3, 4)
     run = functools.partial(few.product, interpret=True)
 
     def same(ours: jax.Array, expected: jax.Array) -> None:

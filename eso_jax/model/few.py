@@ -37,13 +37,11 @@ class Cut(NamedTuple):
       columns: of a program.
       parts: that the sum over D is cut into, at most; 1 where a norm or a GELU is in the kernel.
       warps: of a program.
-      tensor: whether tensor cores multiply. They take no fewer than 16 rows.
     """
 
     columns: int
     parts: int
     warps: int
-    tensor: bool
 
 
 class Cuts(NamedTuple):
@@ -56,7 +54,7 @@ class Cuts(NamedTuple):
 
 
 # By the number of rows up to which they are taken. More than the last are left to products by XLA.
-CUTS = {4: Cuts(Cut(32, 1, 8, False), Cut(32, 4, 4, False), Cut(32, 1, 8, False), Cut(32, 4, 8, False))}
+CUTS = {8: Cuts(qkv=Cut(32, 1, 4), out=Cut(32, 4, 4), mlp_in=Cut(32, 1, 4), mlp_out=Cut(32, 4, 4))}
 CHUNK = 256  # entries that are multiplied at once
 MOST_ENTRIES = 1024  # of a program: their weights are all in registers
 
@@ -92,7 +90,7 @@ def product(x: Float[Array, "_ R D"], w: Float[Array, "D N"], cut: Cut, norm: No
 
     What is in parts is meant as their sum.
     """
-    (_, rows, depth), columns, parts = x.shape, w.shape[1], _parts(x.shape[2], cut)
+    rows, columns, parts = x.shape[1], w.shape[1], _parts(x.shape[2], cut)
     assert parts == 1 or residual is not None and norm is None and not gelu, cut
     return pl.pallas_call(
         functools.partial(_kernel, cut=cut, gelu=gelu), grid=(columns // cut.columns, parts), name="product",
@@ -114,46 +112,34 @@ def _kernel(x: Any, w: Any, norm: Any, bias: Any, residual: Any, out: Any, *, cu
     part, share = pl.program_id(1), depth // out.shape[0]
     chunk, tile = math.gcd(share, CHUNK), pl.next_power_of_2(rows)
     entries = [part * share + first + jnp.arange(chunk) for first in range(0, share, chunk)]
-    height = max(16, tile) if cut.tensor else tile
     column = pl.program_id(0) * cut.columns + jnp.arange(cut.columns)
+    height = max(16, tile)  # tensor cores take no fewer rows
 
     def total(parts: Any, at: Array, height: int) -> Float[Array, "R _"]:
         row = jnp.minimum(jnp.arange(height), rows - 1)[:, None]
         return sum(parts[index, row, at[None]].astype(jnp.float32) for index in range(parts.shape[0]))
 
+    def over_rows(vector: Any, at: Array, height: int) -> Float[Array, "R _"]:
+        """Read as what it meets, since to repeat it is to wait for all warps."""
+        return vector[jnp.broadcast_to(at[None], (height, len(at)))].astype(jnp.float32)
+
     # All that is read, before all else.
     weights = [w[at[:, None], column[None]] for at in entries]
     pieces = [total(x, at, tile) for at in entries]
-    affine = [] if norm is None else [(norm.scale[at][None], norm.bias[at][None]) for at in entries]
-    added = 0.0 if bias is None else jnp.where(part == 0, bias[column][None].astype(jnp.float32), 0)
+    affine = [] if norm is None else [(over_rows(norm.scale, at, tile), over_rows(norm.bias, at, tile))
+                                      for at in entries]
+    added = 0.0 if bias is None else jnp.where(part == 0, over_rows(bias, column, height), 0)
     before = 0.0 if residual is None else jnp.where(part == 0, total(residual, column, height), 0)
     if norm is not None:  # as transformer._layer_norm
         mean = sum(pieces).sum(1, keepdims=True) / depth
         pieces = [piece - mean for piece in pieces]
         slope = jax.lax.rsqrt(sum(piece**2 for piece in pieces).sum(1, keepdims=True) / depth + 1e-5)
         pieces = [piece * slope * scale + shift for piece, (scale, shift) in zip(pieces, affine, strict=True)]
-    result = _by_tensor_cores(pieces, weights, height) if cut.tensor else _one_by_one(pieces, weights)
-    result += added
+    result = added
+    for piece, weight in zip(pieces, weights, strict=True):
+        taller = jnp.broadcast_to(piece.astype(w.dtype)[None], (height // tile, tile, chunk)).reshape(height, chunk)
+        result += jnp.dot(taller, weight, precision="highest", preferred_element_type=jnp.float32)
     result = (nn.gelu(result, approximate=True) if gelu else result) + before
     number = jnp.arange(height)[:, None]
     triton.store(out.at[part, number, column[None]], result.astype(out.dtype),
                  mask=(number < rows) & (column >= 0)[None])
-
-
-def _by_tensor_cores(pieces: list[Array], weights: list[Array], height: int) -> Float[Array, "R N"]:
-    """The sum of products, with rows repeated up to `height`."""
-    rows, chunk = pieces[0].shape
-    taller = [jnp.broadcast_to(piece[None], (height // rows, rows, chunk)).reshape(height, chunk) for piece in pieces]
-    return sum(jnp.dot(piece.astype(weight.dtype), weight, precision="highest", preferred_element_type=jnp.float32)
-               for piece, weight in zip(taller, weights, strict=True))
-
-
-def _one_by_one(pieces: list[Array], weights: list[Array]) -> Float[Array, "R N"]:
-    """The sum of products, row by row: the weights stay where they were read to."""
-    rows = len(pieces[0])
-    number, result = jnp.arange(rows)[:, None], 0.0
-    for row in range(rows):
-        terms = sum(jnp.where(number == row, piece, 0).sum(0)[:, None] * weight.astype(jnp.float32)
-                    for piece, weight in zip(pieces, weights, strict=True))
-        result += jnp.where(number == row, terms.sum(0)[None], 0)
-    return result
