@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from eso_jax import sharding
 from eso_jax.model.params import Block, Norm
@@ -60,7 +60,7 @@ MOST_ENTRIES = 1024  # of a program: their weights are all in registers
 
 
 def fits(rows: int, blocks: Sequence[Block]) -> bool:
-    """Whether `layer` can compute so many rows on the mesh in force."""
+    """Whether `layers` can compute so many rows on the mesh in force."""
     cuts, w = _cuts(rows), blocks[0]
     if cuts is None or sharding.batch_shards() * sharding.tensor_shards() > 1:
         return False
@@ -71,16 +71,20 @@ def fits(rows: int, blocks: Sequence[Block]) -> bool:
                for (entries, columns), cut in zip(shapes, cuts, strict=True))
 
 
-def layer(x: Float[Array, "_ R D"], w: Block, attend: Callable[[Array], Array],
-          interpret: bool = False) -> Float[Array, "P R D"]:
-    """A layer of the transformer, where `attend` makes of queries, keys and values [R, 3 H K] what the heads get."""
-    (_, rows, depth), cuts = x.shape, _cuts(x.shape[1])
+def layers(x: Float[Array, "R D"], blocks: Sequence[Block], attend: Callable[[int, Array], Array],
+           interpret: bool = False) -> Float32[Array, "R D"]:
+    """All layers of the transformer, where `attend` makes of a layer's number and its queries, keys and values
+    [R, 3 H K] what the heads get."""
+    (rows, depth), cuts = x.shape, _cuts(len(x))
     assert cuts is not None, "ask `fits`"
-    run = functools.partial(product, interpret=interpret)
-    heads = attend(run(x, w.qkv.reshape(depth, -1), cuts.qkv, w.norm1)[0]).reshape(1, rows, -1)
-    x = run(heads, w.out.reshape(-1, depth), cuts.out, residual=x)
-    hidden = run(x, w.mlp_in.kernel, cuts.mlp_in, w.norm2, w.mlp_in.bias, gelu=True)
-    return run(hidden, w.mlp_out.kernel, cuts.mlp_out, bias=w.mlp_out.bias, residual=x)
+    run, stream = functools.partial(product, interpret=interpret), x[None].astype(jnp.float32)
+    for number, w in enumerate(blocks):
+        qkv, = run(stream, w.qkv.reshape(depth, -1), cuts.qkv, w.norm1)
+        heads = attend(number, qkv).reshape(1, rows, -1)
+        stream = run(heads, w.out.reshape(-1, depth), cuts.out, residual=stream)
+        hidden = run(stream, w.mlp_in.kernel, cuts.mlp_in, w.norm2, w.mlp_in.bias, gelu=True)
+        stream = run(hidden, w.mlp_out.kernel, cuts.mlp_out, bias=w.mlp_out.bias, residual=stream)
+    return stream.sum(0)
 
 
 def product(x: Float[Array, "_ R D"], w: Float[Array, "D N"], cut: Cut, norm: Norm | None = None,
@@ -117,7 +121,7 @@ def _kernel(x: Any, w: Any, norm: Any, bias: Any, residual: Any, out: Any, *, cu
 
     def total(parts: Any, at: Array, height: int) -> Float[Array, "R _"]:
         row = jnp.minimum(jnp.arange(height), rows - 1)[:, None]
-        return sum(parts[index, row, at[None]].astype(jnp.float32) for index in range(parts.shape[0]))
+        return _sum(parts[index, row, at[None]].astype(jnp.float32) for index in range(parts.shape[0]))
 
     def over_rows(vector: Any, at: Array, height: int) -> Float[Array, "R _"]:
         """Read as what it meets, since to repeat it is to wait for all warps."""
@@ -128,18 +132,25 @@ def _kernel(x: Any, w: Any, norm: Any, bias: Any, residual: Any, out: Any, *, cu
     pieces = [total(x, at, tile) for at in entries]
     affine = [] if norm is None else [(over_rows(norm.scale, at, tile), over_rows(norm.bias, at, tile))
                                       for at in entries]
-    added = 0.0 if bias is None else jnp.where(part == 0, over_rows(bias, column, height), 0)
-    before = 0.0 if residual is None else jnp.where(part == 0, total(residual, column, height), 0)
+    nothing = jnp.zeros((height, cut.columns))
+    added = nothing if bias is None else jnp.where(part == 0, over_rows(bias, column, height), 0)
+    before = nothing if residual is None else jnp.where(part == 0, total(residual, column, height), 0)
     if norm is not None:  # as transformer._layer_norm
-        mean = sum(pieces).sum(1, keepdims=True) / depth
+        mean = _sum(pieces).sum(1, keepdims=True) / depth
         pieces = [piece - mean for piece in pieces]
-        slope = jax.lax.rsqrt(sum(piece**2 for piece in pieces).sum(1, keepdims=True) / depth + 1e-5)
+        slope = jax.lax.rsqrt(_sum(piece**2 for piece in pieces).sum(1, keepdims=True) / depth + 1e-5)
         pieces = [piece * slope * scale + shift for piece, (scale, shift) in zip(pieces, affine, strict=True)]
-    result = added
-    for piece, weight in zip(pieces, weights, strict=True):
-        taller = jnp.broadcast_to(piece.astype(w.dtype)[None], (height // tile, tile, chunk)).reshape(height, chunk)
-        result += jnp.dot(taller, weight, precision="highest", preferred_element_type=jnp.float32)
+
+    def repeated(piece: Float[Array, "_ _"]) -> Float[Array, "R _"]:
+        return jnp.broadcast_to(piece.astype(w.dtype)[None], (height // tile, tile, chunk)).reshape(height, chunk)
+
+    result = added + _sum(jnp.dot(repeated(piece), weight, precision="highest", preferred_element_type=jnp.float32)
+                          for piece, weight in zip(pieces, weights, strict=True))
     result = (nn.gelu(result, approximate=True) if gelu else result) + before
     number = jnp.arange(height)[:, None]
     triton.store(out.at[part, number, column[None]], result.astype(out.dtype),
                  mask=(number < rows) & (column >= 0)[None])
+
+
+def _sum(arrays: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)

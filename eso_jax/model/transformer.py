@@ -91,17 +91,18 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
     # One row axis, here and in the products: on CPU the gradient of a bias is 20 times as fast as with two, and that of
     # a product 2.5 times.
     carry = (sharding.constrain(embedding_split(weights.embedding)[tokens.reshape(-1)], sharding.BATCH), cache)
-    if cache is not None and isinstance(cache.backend, Triton) and few.fits(len(carry[0]), weights.blocks):
-        x = carry[0][None].astype(jnp.float32)
-        for layer, w in enumerate(weights.blocks):
-            def attend(qkv: Array) -> Array:
-                nonlocal cache
-                shape = *tokens.shape, *w.qkv.shape[1:]
-                out, cache = kv.attend(cache, layer, qkv.reshape(shape), rotary, view, offset)
-                return out
+    if (cache is not None and isinstance(cache.backend, Triton) and isinstance(weights.blocks, tuple)
+            and few.fits(len(carry[0]), weights.blocks)):
+        kept = cache
 
-            x = few.layer(x, w, attend, cache.backend.interpret)
-        carry = x.sum(0), cache
+        def attend(layer: int, qkv: Array) -> Array:
+            nonlocal kept
+            shaped = qkv.reshape(*tokens.shape, 3, -1, weights.head_size)
+            out, kept = kv.attend(kept, layer, shaped, rotary, view, offset)
+            return out
+
+        x = few.layers(carry[0], weights.blocks, attend, cache.backend.interpret)
+        carry = x, kept
     elif isinstance(weights.blocks, tuple):
         for scanned in enumerate(weights.blocks):
             carry, _ = block(carry, scanned)
