@@ -147,7 +147,7 @@ def test_from_a_model_to_a_page(tmp_path: Path, run: Run) -> None:
         assert said in run("view", out, tmp_path / f"{name}.npz", "--out", tmp_path / "c.html", code=2)
     assert not (tmp_path / "c.html").exists()
     with pytest.raises(EsoError, match="record"):
-        Samples(*samples[:8]).show()
+        Samples(*samples[:9]).show()
 
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class Speculative(Decoder):
 
     @classmethod
     def of(cls, number: float) -> Speculative:
-        require(number == int(number), "speculative", number, "must be a whole number of drafts")
+        require(float(number).is_integer(), "speculative", number, "must be a whole number of drafts")
         return cls(int(number))
 
     @property
