@@ -16,7 +16,6 @@ from eso_jax.decoding.categorical import Rule
 from eso_jax.model import cache, few, masks, plain, rotary, transformer, triton
 from eso_jax.model.backend import Task
 from eso_jax.model.masks import Pattern, View
-from eso_jax.model.norm import layer_norm
 from eso_jax.model.params import Norm, fold, init_params, unstack
 from eso_jax.model.triton import Triton
 
