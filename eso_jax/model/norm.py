@@ -23,7 +23,7 @@ from eso_jax import sharding
 from eso_jax.model.params import Norm
 
 EPSILON = 1e-5
-TILE, TILES = 4, 8  # rows of a tile, tiles of a program
+TILE, TILES = 2, 16  # rows of a tile, tiles of a program
 WARPS = 4
 
 

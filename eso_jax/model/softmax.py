@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from eso_jax import sharding
 
 MASK_LOGIT = -1e6
-BLOCK = 4096  # logits at once
+BLOCK = 8192  # logits at once
 WARPS = 16
 MOST = 2**31  # logits in all: the kernel counts in 32 bits
 
