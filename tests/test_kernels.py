@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,8 @@ def test_the_kernel_refuses_what_it_cannot() -> None:
 
 def test_steps_by_kernels_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two passes of a model through a cache that grows between them."""
-    monkeypatch.setattr(few, "CHUNK", 16)  # several parts of a row, as of a larger one
+    monkeypatch.setattr(few, "CHUNK", 16)  # several of a part, as of a larger one
+    monkeypatch.setattr(few, "CUTS", {8: few.Cuts(*[few.Cut(16, parts, 4) for parts in (1, 2, 1, 4)])})
     config = ModelConfig(length=40, vocab_size=50, width=32, layers=1, heads=2, cond_dim=8)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -78,22 +80,31 @@ def test_steps_by_kernels_are_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
             outs.append(out)
         return jnp.stack(outs)
 
-    assert few.fits(8, weights.blocks[0]) and not few.fits(few.MOST_ROWS + 1, weights.blocks[0])
+    assert few.fits(8, weights.blocks) and not few.fits(9, weights.blocks)
     np.testing.assert_allclose(run(KERNEL), run(plain.Plain()), rtol=1e-4, atol=2e-5)
 
 
-def test_a_product_of_few_rows_is_what_it_says() -> None:
-    """Columns that are no multiple of a program's, and numbers of another size than in a model."""
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_a_product_of_few_rows_is_what_it_says(rows: int) -> None:
+    """Numbers of another size than in a model, in parts."""
     x, w, residual, norm = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(
-        [(3, 48), (48, 70), (3, 70), (2, 48)]))
-    bias, x = jnp.arange(70.0) / 9, 5 + 3 * x
-    ours = few.product(x, w, Norm(norm[0], norm[1]), bias, True, residual, interpret=True)
-    normal = transformer._layer_norm(x, Norm(norm[0], norm[1]))
-    expected = transformer.gelu(transformer.linear(normal, w) + bias[None]) + residual
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-5)
-    half = few.product(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), interpret=True)
+        [(2, rows, 96), (96, 64), (3, rows, 64), (2, 96)]))
+    bias, x = jnp.arange(64.0) / 9, 5 + 3 * x
+    whole, cut = x.sum(0), few.Cut(32, 3, 4)
+    run = functools.partial(few.product, interpret=True)
+
+    def same(ours: jax.Array, expected: jax.Array) -> None:
+        np.testing.assert_allclose(ours.sum(0), expected, rtol=1e-5, atol=5e-5)
+
+    normal = transformer._layer_norm(whole, Norm(norm[0], norm[1]))
+    same(run(x, w, cut._replace(parts=1), Norm(norm[0], norm[1]), bias, gelu=True),
+         transformer.gelu(transformer.linear(normal, w) + bias[None]))
+    parts = run(x, w, cut, bias=bias, residual=residual)
+    assert parts.shape == (3, rows, 64)
+    same(parts, transformer.linear(whole, w) + bias[None] + residual.sum(0))
+    half = run(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), cut._replace(parts=1))
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), x @ w, rtol=2e-2, atol=1)
+    np.testing.assert_allclose(half[0].astype(jnp.float32), whole @ w, rtol=2e-2, atol=1)
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(0.7, top_p=0.9), Rule(top_p=0.5, min_p=0.01)], ids=str)

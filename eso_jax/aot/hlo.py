@@ -437,7 +437,7 @@ def _kernel(within: Computation, op: Instruction) -> int:
         return (10 if splash[2] == "dkv" else 4) * math.prod(rows) * int(splash[1]) * size
     left = within.operands(op)[0].shapes[0].dims if op.operands else ()
     if target and "/product/pallas_call" in text:
-        return 2 * math.prod(op.shapes[0].dims) * left[-1]
+        return 2 * math.prod(op.shapes[0].dims[1:]) * left[-1]  # the first axis: parts of the sum
     if target and "/decode_attention/pallas_call" in text:
         batch, slots, _, heads, size = left
         return 4 * batch * slots * heads * size * within.operands(op)[3].shapes[0].dims[2]

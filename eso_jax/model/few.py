@@ -4,96 +4,154 @@ A product of few rows is as fast as its weights are read. XLA normalizes, multip
 residual in kernels of their own, each of which takes as long to be launched as to run. Here what comes before and after
 a product is in its kernel.
 
-Axes: R rows, D entries of a row, N columns.
+A kernel is over in little more time than one read from memory takes. So a program asks for all that it needs before it
+waits for any of it, and there are enough programs to have all of the weights on their way at once. Where columns alone
+would be too few of them, the sum over D is cut as well: the parts are written one by one, and whoever reads them next
+adds them up. The stream between the layers is kept so, in float32.
+
+Axes: P parts of a sum, R rows, D entries of a row, N columns.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from eso_jax import sharding
 from eso_jax.model.params import Block, Norm
 
-MOST_ROWS = 32
-COLUMNS, CHUNK = 32, 256  # of the weights that a program reads at once; of float32, half as long a part
-WARPS, STAGES = 4, 3  # of 32 rows one less: all then fits a processor's shared memory, 99 KiB on the smaller cards
+
+class Cut(NamedTuple):
+    """How a product is shared out among programs.
+
+    Attributes:
+      columns: of a program.
+      parts: that the sum over D is cut into, at most; 1 where a norm or a GELU is in the kernel.
+      warps: of a program.
+    """
+
+    columns: int
+    parts: int
+    warps: int
 
 
-def fits(rows: int, w: Block) -> bool:
-    """Whether `layer` can compute so many rows on the mesh in force."""
-    depths = w.mlp_in.kernel.shape[0], w.mlp_out.kernel.shape[0], math.prod(w.out.shape[:2])
-    return (rows <= MOST_ROWS and all(math.gcd(depth, CHUNK) >= 16 for depth in depths)
-            and sharding.batch_shards() * sharding.tensor_shards() == 1)
+class Cuts(NamedTuple):
+    """Those of a layer."""
+
+    qkv: Cut
+    out: Cut
+    mlp_in: Cut
+    mlp_out: Cut
 
 
-def layer(x: Float[Array, "R D"], w: Block, attend: Callable[[Array], Array], interpret: bool) -> Float[Array, "R D"]:
-    """A layer of the transformer, where `attend` makes of queries, keys and values [R, 3 H K] what the heads get."""
-    rows, depth = x.shape
-    heads = attend(product(x, w.qkv.reshape(depth, -1), w.norm1, interpret=interpret)).reshape(rows, -1)
-    x = product(heads, w.out.reshape(-1, depth), residual=x, interpret=interpret)
-    hidden = product(x, w.mlp_in.kernel, w.norm2, w.mlp_in.bias, True, interpret=interpret)
-    return product(hidden, w.mlp_out.kernel, bias=w.mlp_out.bias, residual=x, interpret=interpret)
+# By the number of rows up to which they are taken. More than the last are left to products by XLA.
+CUTS = {8: Cuts(qkv=Cut(32, 1, 4), out=Cut(32, 4, 4), mlp_in=Cut(32, 1, 4), mlp_out=Cut(32, 4, 4))}
+CHUNK = 256  # entries that are multiplied at once
+MOST_BYTES = 2048  # of a column in a program, whose weights are all in registers: 1,024 entries in bfloat16
 
 
-def product(x: Float[Array, "R D"], w: Float[Array, "D N"], norm: Norm | None = None,
-            bias: Float[Array, " N"] | None = None, gelu: bool = False, residual: Float[Array, "R N"] | None = None,
-            interpret: bool = False) -> Float[Array, "R N"]:
-    """gelu(norm(x) w + bias) + residual, of what is given; of the weights' type, or of the residual's."""
-    (rows, depth), columns = x.shape, w.shape[1]
-    tile, chunk = max(16, pl.next_power_of_2(rows)), math.gcd(depth, max(16, 2 * CHUNK // w.dtype.itemsize))
-    kernel = functools.partial(_kernel, tile=tile, chunk=chunk, gelu=gelu)
+def fits(rows: int, blocks: Sequence[Block]) -> bool:
+    """Whether `layers` can compute so many rows on the mesh in force."""
+    cuts, w = _cuts(rows), blocks[0]
+    if cuts is None or sharding.batch_shards() * sharding.tensor_shards() > 1:
+        return False
+    depth, size = w.qkv.shape[0], math.prod(w.out.shape[:2])
+    hidden = w.mlp_out.kernel.shape[0]
+    shapes = (depth, 3 * size), (size, depth), (depth, hidden), (hidden, depth)
+    most = MOST_BYTES // w.qkv.dtype.itemsize
+    return all(entries % 16 == 0 and entries // _parts(entries, cut) <= most and columns % cut.columns == 0
+               for (entries, columns), cut in zip(shapes, cuts, strict=True))
+
+
+def layers(x: Float[Array, "R D"], blocks: Sequence[Block], attend: Callable[[int, Array], Array],
+           interpret: bool = False) -> Float32[Array, "R D"]:
+    """All layers of the transformer, where `attend` makes of a layer's number and its queries, keys and values
+    [R, 3 H K] what the heads get."""
+    (rows, depth), cuts = x.shape, _cuts(len(x))
+    assert cuts is not None, "ask `fits`"
+    run, stream = functools.partial(product, interpret=interpret), x[None].astype(jnp.float32)
+    for number, w in enumerate(blocks):
+        qkv, = run(stream, w.qkv.reshape(depth, -1), cuts.qkv, w.norm1)
+        heads = attend(number, qkv).reshape(1, rows, -1)
+        stream = run(heads, w.out.reshape(-1, depth), cuts.out, residual=stream)
+        hidden = run(stream, w.mlp_in.kernel, cuts.mlp_in, w.norm2, w.mlp_in.bias, gelu=True)
+        stream = run(hidden, w.mlp_out.kernel, cuts.mlp_out, bias=w.mlp_out.bias, residual=stream)
+    return stream.sum(0)
+
+
+def product(x: Float[Array, "_ R D"], w: Float[Array, "D N"], cut: Cut, norm: Norm | None = None,
+            bias: Float[Array, " N"] | None = None, gelu: bool = False, residual: Float[Array, "_ R N"] | None = None,
+            interpret: bool = False) -> Float[Array, "P R N"]:
+    """gelu(norm(x) w + bias) + residual, of what is given; of the weights' type, or in float32 with a residual.
+
+    What is in parts is meant as their sum.
+    """
+    rows, columns, parts = x.shape[1], w.shape[1], _parts(x.shape[2], cut)
+    assert parts == 1 or residual is not None and norm is None and not gelu, cut
     return pl.pallas_call(
-        kernel, grid=(-(-columns // COLUMNS),), name="product", interpret=interpret,
-        out_shape=jax.ShapeDtypeStruct((rows, columns), (w if residual is None else residual).dtype),
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES - (tile > 16)),
-    )(x, w, norm, bias, residual)
+        functools.partial(_kernel, cut=cut, gelu=gelu), grid=(columns // cut.columns, parts), name="product",
+        out_shape=jax.ShapeDtypeStruct((parts, rows, columns), w.dtype if residual is None else jnp.float32),
+        interpret=interpret, compiler_params=triton.CompilerParams(num_warps=cut.warps))(x, w, norm, bias, residual)
 
 
-def _kernel(x: Any, w: Any, norm: Any, bias: Any, residual: Any, out: Any, *, tile: int, chunk: int,
-            gelu: bool) -> None:
-    """Some columns of the product. The arguments are references to whole arrays."""
-    (rows, depth), columns = x.shape, w.shape[1]
-    row, chunks = jnp.minimum(jnp.arange(tile), rows - 1)[:, None], depth // chunk
-    column = pl.program_id(0) * COLUMNS + jnp.arange(COLUMNS)
-    at = jnp.minimum(column, columns - 1)
+def _cuts(rows: int) -> Cuts | None:
+    return next((cuts for most, cuts in CUTS.items() if rows <= most), None)
 
-    def entries(index: Any) -> Array:
-        return index * chunk + jnp.arange(chunk)
 
-    def part(index: Any) -> Float[Array, "R _"]:
-        return x[row, entries(index)[None]].astype(jnp.float32)
+def _parts(entries: int, cut: Cut) -> int:
+    return math.gcd(entries // 16, cut.parts)
 
-    def over_parts(function: Any) -> Float[Array, " R"]:
-        return jax.lax.fori_loop(0, chunks, lambda i, total: total + function(part(i)).sum(1), jnp.zeros(tile)) / depth
 
+def _kernel(x: Any, w: Any, norm: Any, bias: Any, residual: Any, out: Any, *, cut: Cut, gelu: bool) -> None:
+    """Some columns of a part of the product. The arguments are references to whole arrays."""
+    _, rows, depth = x.shape
+    part, share = pl.program_id(1), depth // out.shape[0]
+    chunk, tile = math.gcd(share, CHUNK), pl.next_power_of_2(rows)
+    entries = [part * share + first + jnp.arange(chunk) for first in range(0, share, chunk)]
+    column = pl.program_id(0) * cut.columns + jnp.arange(cut.columns)
+    height = max(16, tile)  # tensor cores take no fewer rows
+
+    def total(parts: Any, at: Array, height: int) -> Float[Array, "R _"]:
+        row = jnp.minimum(jnp.arange(height), rows - 1)[:, None]
+        return _sum(parts[index, row, at[None]].astype(jnp.float32) for index in range(parts.shape[0]))
+
+    def over_rows(vector: Any, at: Array, height: int) -> Float[Array, "R _"]:
+        """Read as what it meets, since to repeat it is to wait for all warps."""
+        return vector[jnp.broadcast_to(at[None], (height, len(at)))].astype(jnp.float32)
+
+    # All that is read, before all else.
+    weights = [w[at[:, None], column[None]] for at in entries]
+    pieces = [total(x, at, tile) for at in entries]
+    affine = [] if norm is None else [(over_rows(norm.scale, at, tile), over_rows(norm.bias, at, tile))
+                                      for at in entries]
+    nothing = jnp.zeros((height, cut.columns))
+    added = nothing if bias is None else jnp.where(part == 0, over_rows(bias, column, height), 0)
+    before = nothing if residual is None else jnp.where(part == 0, total(residual, column, height), 0)
     if norm is not None:  # as transformer._layer_norm
-        mean = over_parts(lambda piece: piece)[:, None]
-        slope = jax.lax.rsqrt(over_parts(lambda piece: (piece - mean)**2) + 1e-5)[:, None]
+        mean = _sum(pieces).sum(1, keepdims=True) / depth
+        pieces = [piece - mean for piece in pieces]
+        slope = jax.lax.rsqrt(_sum(piece**2 for piece in pieces).sum(1, keepdims=True) / depth + 1e-5)
+        pieces = [piece * slope * scale + shift for piece, (scale, shift) in zip(pieces, affine, strict=True)]
 
-    def add(index: Any, total: Float[Array, "R _"]) -> Float[Array, "R _"]:
-        piece = part(index)
-        if norm is not None:
-            piece = (piece - mean) * slope * norm.scale[entries(index)][None] + norm.bias[entries(index)][None]
-        weight = w[entries(index)[:, None], at[None]]
-        return total + jnp.dot(piece.astype(weight.dtype), weight, precision="highest",
-                               preferred_element_type=jnp.float32)
+    def repeated(piece: Float[Array, "_ _"]) -> Float[Array, "R _"]:
+        return jnp.broadcast_to(piece.astype(w.dtype)[None], (height // tile, tile, chunk)).reshape(height, chunk)
 
-    total = jax.lax.fori_loop(0, chunks, add, jnp.zeros((tile, COLUMNS)))
-    if bias is not None:
-        total += bias[at][None].astype(jnp.float32)
-    if gelu:
-        total = nn.gelu(total, approximate=True)
-    if residual is not None:
-        total += residual[row, at[None]]
-    number = jnp.arange(tile)[:, None]
-    triton.store(out.at[number, column[None]], total.astype(out.dtype), mask=(number < rows) & (column < columns)[None])
+    result = added + _sum(jnp.dot(repeated(piece), weight, precision="highest", preferred_element_type=jnp.float32)
+                          for piece, weight in zip(pieces, weights, strict=True))
+    result = (nn.gelu(result, approximate=True) if gelu else result) + before
+    number = jnp.arange(height)[:, None]
+    triton.store(out.at[part, number, column[None]], result.astype(out.dtype),
+                 mask=(number < rows) & (column >= 0)[None])
+
+
+def _sum(arrays: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)

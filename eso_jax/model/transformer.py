@@ -72,13 +72,6 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
 
     def block(carry: tuple[Array, Any], scanned: tuple[Any, Block]) -> tuple[tuple[Array, Any], None]:
         (x, cache), (layer, w) = carry, scanned  # x: [B S, D]
-        if cache is not None and isinstance(cache.backend, Triton) and few.fits(len(x), w):
-            def attend(qkv: Array) -> Array:
-                nonlocal cache
-                out, cache = kv.attend(cache, layer, qkv.reshape(*tokens.shape, *w.qkv.shape[1:]), rotary, view, offset)
-                return out
-
-            return (few.layer(x, w, attend, cache.backend.interpret), cache), None
         # Split, not indexed: the gradient is then one array put together, not three padded and added.
         qkv = linear(_layer_norm(x, w.norm1).astype(w.qkv.dtype), w.qkv).reshape(*tokens.shape, *w.qkv.shape[1:])
         with jax.named_scope("attention"):
@@ -98,7 +91,19 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
     # One row axis, here and in the products: on CPU the gradient of a bias is 20 times as fast as with two, and that of
     # a product 2.5 times.
     carry = (sharding.constrain(embedding_split(weights.embedding)[tokens.reshape(-1)], sharding.BATCH), cache)
-    if isinstance(weights.blocks, tuple):
+    if (cache is not None and isinstance(cache.backend, Triton) and isinstance(weights.blocks, tuple)
+            and few.fits(len(carry[0]), weights.blocks)):
+        kept = cache
+
+        def attend(layer: int, qkv: Array) -> Array:
+            nonlocal kept
+            shaped = qkv.reshape(*tokens.shape, 3, -1, weights.head_size)
+            out, kept = kv.attend(kept, layer, shaped, rotary, view, offset)
+            return out
+
+        x = few.layers(carry[0], weights.blocks, attend, cache.backend.interpret)
+        carry = x, kept
+    elif isinstance(weights.blocks, tuple):
         for scanned in enumerate(weights.blocks):
             carry, _ = block(carry, scanned)
     else:
