@@ -56,7 +56,7 @@ class Cuts(NamedTuple):
 # By the number of rows up to which they are taken. More than the last are left to products by XLA.
 CUTS = {8: Cuts(qkv=Cut(32, 1, 4), out=Cut(32, 4, 4), mlp_in=Cut(32, 1, 4), mlp_out=Cut(32, 4, 4))}
 CHUNK = 256  # entries that are multiplied at once
-MOST_ENTRIES = 1024  # of a program: their weights are all in registers
+MOST_BYTES = 2048  # of a column in a program, whose weights are all in registers: 1,024 entries in bfloat16
 
 
 def fits(rows: int, blocks: Sequence[Block]) -> bool:
@@ -67,7 +67,8 @@ def fits(rows: int, blocks: Sequence[Block]) -> bool:
     depth, size = w.qkv.shape[0], math.prod(w.out.shape[:2])
     hidden = w.mlp_out.kernel.shape[0]
     shapes = (depth, 3 * size), (size, depth), (depth, hidden), (hidden, depth)
-    return all(entries % 16 == 0 and entries // _parts(entries, cut) <= MOST_ENTRIES and columns % cut.columns == 0
+    most = MOST_BYTES // w.qkv.dtype.itemsize
+    return all(entries % 16 == 0 and entries // _parts(entries, cut) <= most and columns % cut.columns == 0
                for (entries, columns), cut in zip(shapes, cuts, strict=True))
 
 
