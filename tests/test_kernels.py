@@ -98,7 +98,7 @@ def test_a_product_of_few_rows_is_what_it_says(rows: int) -> None:
     def same(ours: jax.Array, expected: jax.Array) -> None:
         np.testing.assert_allclose(ours.sum(0), expected, rtol=1e-5, atol=5e-5)
 
-    normal = transformer._layer_norm(whole, Norm(norm[0], norm[1]))
+    normal = layer_norm(whole, Norm(norm[0], norm[1]), jnp.float32)
     same(run(x, w, cut._replace(parts=1), Norm(norm[0], norm[1]), bias, gelu=True),
          transformer.gelu(transformer.linear(normal, w) + bias[None]))
     parts = run(x, w, cut, bias=bias, residual=residual)

@@ -54,7 +54,7 @@ class Cuts(NamedTuple):
 
 
 # By the number of rows up to which they are taken. More than the last are left to products by XLA.
-CUTS = {8: Cuts(qkv=Cut(32, 1, 4), out=Cut(32, 4, 4), mlp_in=Cut(32, 1, 4), mlp_out=Cut(32, 4, 4))}
+CUTS = {8: Cuts(qkv=Cut(32, 1, 4), out=Cut(32, 2, 4), mlp_in=Cut(32, 1, 8), mlp_out=Cut(32, 4, 8))}
 CHUNK = 256  # entries that are multiplied at once
 MOST_BYTES = 2048  # of a column in a program, whose weights are all in registers: 1,024 entries in bfloat16
 
