@@ -167,7 +167,11 @@ def rotate(x: Float[Array, "B S 2 H K"], rotary: tuple[Array, Array]) -> Float[A
     back."""
     cos, sin = rotary
     wide = x.astype(jnp.float32)
-    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, -1) * sin).astype(x.dtype)
+    if sharding.platform() == "cpu":  # where XLA asks of every number of a roll, in a loop, from which part it comes
+        swapped = jnp.flip(wide.reshape(*x.shape[:-1], 2, -1), -2).reshape(x.shape)
+    else:
+        swapped = jnp.roll(wide, x.shape[-1] // 2, -1)
+    return (wide * cos + swapped * sin).astype(x.dtype)
 
 
 rotate.defvjp(lambda x, rotary: (rotate(x, rotary), rotary),
