@@ -167,7 +167,7 @@ def rotate(x: Float[Array, "B S 2 H K"], rotary: tuple[Array, Array]) -> Float[A
     back."""
     cos, sin = rotary
     wide = x.astype(jnp.float32)
-    if sharding.platform() == "cpu":  # where XLA asks of every number of a roll, in a loop, from which part it comes
+    if sharding.platform() == "cpu":  # where a roll, a concatenation for XLA, makes a step 3% longer
         swapped = jnp.flip(wide.reshape(*x.shape[:-1], 2, -1), -2).reshape(x.shape)
     else:
         swapped = jnp.roll(wide, x.shape[-1] // 2, -1)
