@@ -47,11 +47,12 @@ def test_every_run_loads_and_says_how(name: str) -> None:
     if config.train.start_from:
         source = Path(config.train.start_from).relative_to("runs/paper").as_posix()
         assert RUNS[source].config.family == config.family
-    has = {2: run.estimators, 3: run.redraws, 4: run.config.train.steps == 500_000, 5: run.zero_shot, 12: run.long}
+    has = {2: run.estimators, 3: run.redraws, 4: run.config.train.steps == 500_000, 5: run.zero_shot, 12: run.long,
+           16: run.summaries}
     assert {table for table, numbers in has.items() if numbers} == set(run.tables) & set(has)
     assert bool(run.orders) == any(table in run.tables for table in (6, 7, 8))
     assert bool(run.samples) == any(table in run.tables for table in (13, 14, 15)) or name == "owt/ar"  # Figure 4
-    assert run.nelbo or run.exact or run.long or run.diverged or "inputs shifted" in run.note
+    assert run.nelbo or run.exact or run.long or run.summaries or run.diverged or "inputs shifted" in run.note
 
 
 def test_the_list_of_runs() -> None:
@@ -63,11 +64,13 @@ def test_the_list_of_runs() -> None:
     for words in ("esolm  ", "alpha_0=0.25 ", " 250K ", " 1, 5, 8, 10, 13 ", "NELBO 24.71", "K = 1000: 23.15",
                   "37 hours"):
         assert words in lines["owt/esolm_025"]
+    assert " 16 " in lines["xsum/mdlm"] and "BERTScore 0.21" in lines["xsum/mdlm"]
     assert "alpha_0=0.5, kappa=0.25" in lines["lm1b/kappa_025_esolm_a_05"] and "diverged" in lines[
         "lm1b/kappa_025_esolm_a_05"]
     for command in ("data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128\n",
                     "data prepare openwebtext --data-dir data --tokenizer gpt2 --length 1024\n",
                     "--length 10240 --out data/10240/openwebtext\n",
+                    "data prepare xsum --data-dir data --tokenizer gpt2 --length 1024\n",
                     "eso-jax train experiments/paper.py:RUN --workdir runs/paper/RUN\n"):
         assert command in done.stdout
     doc = paper.__doc__ or ""
@@ -92,7 +95,7 @@ def test_the_papers_numbers_stand_once() -> None:
         perplexities = [value for value in (run.nelbo, run.likelihood, *run.orders.values()) if value is not None]
         assert len(set(perplexities)) == len(perplexities), name
         typed |= set(floats(run[1:]))
-    constants = (paper.SETTINGS, paper.SEDD_ZERO_SHOT, paper.LATENCY)
+    constants = (paper.SETTINGS, paper.SEDD_ZERO_SHOT, paper.LATENCY, paper.FLAN_T5)
     typed |= set(floats(constants))
     assert len(typed) > 350
     source = (ROOT / "experiments" / "paper.py").read_text()
@@ -108,8 +111,9 @@ def test_the_papers_numbers_stand_once() -> None:
 def test_there_is_a_run_for_every_row_of_the_paper() -> None:
     families = {name: dataclasses.astuple(run.config.family) for name, run in RUNS.items()}
     by_corpus = {corpus: [f for name, f in families.items() if name.startswith(f"{corpus}/")]
-                 for corpus in ("lm1b", "owt")}
-    assert len(RUNS) == 50 == sum(map(len, by_corpus.values()))
+                 for corpus in ("lm1b", "owt", "xsum")}
+    assert len(RUNS) == 52 == sum(map(len, by_corpus.values()))
+    assert {f[0] for f in by_corpus.pop("xsum")} == {"mdlm", "esolm"}
     alphas = {corpus: sorted({f[1] for f in found if f[0] == "esolm"}) for corpus, found in by_corpus.items()}
     assert alphas == {"lm1b": [0, 0.0625, 0.125, 0.25, 0.5, 1], "owt": [0, 0.125, 0.25, 0.5, 1]}
     kappas = {(f[1], f[2]) for f in by_corpus["lm1b"] if f[0] == "esolm_a" and f[2] is not None}
@@ -161,6 +165,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "tables_09_10_a_and_b": {"ALPHAS": ("1", "0.5")},
     "table_11_latency": {"LENGTHS": {"smoke": (8, 16), "paper": (2048, 8192)}},
     "table_12_long": {"COUNT": 4, "MODELS": ["Eso-LM, alpha_0 = 0.125"]},
+    "table_16_summaries": {"MODELS": ["MDLM"], "SUMMARY": {"smoke": 8}, "COUNT": {"smoke": 6}},
     "tables_13_to_15_quality": {"TRAINED": ["1"], "ESO_LM": [(0.25, 128), (1.0, 1024)], "MDLM": [1024],
                                 "BD3LM": [4]},
     "figure_16_training_speed": {"MODELS": ["MDLM", "Eso-LM, alpha_0 = 1"], "STEPS": 2},
@@ -224,8 +229,9 @@ def test_a_table_comes_out_and_is_not_made_twice(name: str, lab: Lab, monkeypatc
     text = (lab.results / f"{name}.md").read_text()
     assert report["title"] in text and report["measured"] and report["measured"][0] in text
     assert f"{name}.py --scale smoke" in text
-    assert report["trained_on"] == ([] if name in NOT_TRAINED else ["a function, again and again"])
-    assert ("Our runs are trained on a function, again and again." in text) == (name not in NOT_TRAINED)
+    corpus = labs.PAIRS if name == "table_16_summaries" else "a function, again and again"
+    assert report["trained_on"] == ([] if name in NOT_TRAINED else [corpus])
+    assert (f"Our runs are trained on {corpus}." in text) == (name not in NOT_TRAINED)
     if name in TWO_CORPORA:
         lm1b, owt = report["tables"]
         assert lm1b.replace("LM1B", "OpenWebText").replace("Table 9", "Table 10") == owt

@@ -1,12 +1,12 @@
 """BERTScore: how well the tokens of a text and of its reference match each other, by another model's states.
 
-Zhang et al. 2020. Each token of either text is a vector of length 1. Recall is the mean, over the reference's tokens, of
-the largest cosine with a token of the text; precision that over the text's own, and F is their harmonic mean. Rescaled,
-0 is what texts get beside references that are not theirs, and 1 a copy. The states are those of
+Zhang et al. 2020. Each token of either text is a vector of length 1. Recall is the mean, over the reference's tokens,
+of the largest cosine with a token of the text; precision that over the text's own, and F is their harmonic mean.
+Rescaled, 0 is what texts get beside references that are not theirs, and 1 a copy. The states are those of
 
-- a model of the transformers library, RoBERTa-large and its 17th layer in the paper's use of their library, bert-score.
-  Numbers are that library's (the marks at both ends can be matched and do not count, a blank goes before each text), but
-  that an empty text is no error: all its scores are 0, before they are rescaled;
+- a model of the transformers library: RoBERTa-large at its 17th layer, as their own library has it, bert-score. Numbers
+  are that library's (the marks at both ends can be matched and do not count; a blank goes before each text). An empty
+  text's are 0 before they are rescaled;
 - one of our own models, offline: the last layer, the model reading clean text. Two models' scores do not compare.
 
 Axes: N pairs, T tokens of a text, D width of the states.
@@ -82,7 +82,7 @@ class TransformersEncoder:
 class ModelEncoder:
     """Of one of our own models; texts are cut to its length."""
 
-    unrelated = None
+    unrelated: tuple[float, float, float] | None = None
 
     def __init__(self, model: Model, name: str = "ours") -> None:
         self.model, self.name, self.batch_size = model, f"{name} (ours)", model.batch_size
