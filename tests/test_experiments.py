@@ -20,11 +20,16 @@ import numpy as np
 import pytest
 
 import lab as labs
+import many_alpha_0
 import paper
 import samples
-from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs
+from conftest import random_params
+from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs, load
+from eso_jax.data import ByteTokenizer, evenly_spaced, windows_of
+from eso_jax.engine import perplexity
 from eso_jax.evaluation import throughput
 from eso_jax.model.params import init_params
+from eso_jax.run import workdir
 from eso_jax.run.train import init_state, train_step
 from lab import AS_ABOVE, RUNS, Lab
 
@@ -270,6 +275,35 @@ def test_what_depends_on_a_changed_constant_is_measured_again(lab: Lab, monkeypa
         monkeypatch.setattr(module, "TRIALS", trials)
         module.run(lab)
     assert made == [3, 4]
+
+
+def test_many_alpha_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits per byte of a model at each alpha_0, whatever it was trained at; the mean of seeds, as table and picture."""
+    (tmp_path / "text.py").write_text(TEXT)
+    run = many_alpha_0.run_of(many_alpha_0.MANY, 3, [
+        f"data.source={tmp_path}/text.py", "model.length=16", "model.width=16", "model.layers=1"])
+    assert run.family.alpha_0_range == (0.0625, 1) and run.family.alpha_0 == 1 and run.train.seed == 3
+    assert many_alpha_0.run_of("0.25", 1, []).family == configs.FamilyConfig(name="esolm", alpha_0=0.25)
+    params = random_params(run.model)
+    monkeypatch.setattr(many_alpha_0, "train", lambda run, folder: workdir.create(folder, run, params))
+    monkeypatch.setattr(many_alpha_0, "ALPHAS", (0.5, 1.0))
+    monkeypatch.setattr(many_alpha_0, "WINDOWS", 8)
+    found = many_alpha_0.bits(run, tmp_path / "w")
+    assert list(found) == ["0.5", "1"] and len(found["1"]) == 8
+    model = load(tmp_path / "w")
+    tokens = evenly_spaced(windows_of(run, "validation"), 8)[:]
+    bound = perplexity.nelbo(model, tokens, ByteTokenizer(), 0.5, jax.random.key(0), many_alpha_0.DRAWS)
+    assert np.mean(found["0.5"]) == pytest.approx(bound.bits_per_byte)
+
+    monkeypatch.setattr(many_alpha_0, "bits", lambda run, folder: {
+        alpha_0: [run.train.seed + float(alpha_0) + place for place in (0, 1)] for alpha_0 in ("0.5", "1")})
+    monkeypatch.setattr("sys.argv", ["many_alpha_0.py", "--out", str(tmp_path / "many.json")])
+    many_alpha_0.main()
+    rows = json.loads((tmp_path / "many.json").read_text())["trained_at"]
+    assert list(rows) == [many_alpha_0.MANY, "0.5", "1"]
+    assert rows["1"]["0.5"] == {"bits_per_byte": 2.5, "seeds": [2.0, 3.0], "standard_error": 0.5}
+    assert "| 1 | 2.500 ± 0.500 | 3.000 ± 0.500 |" in (tmp_path / "many.md").read_text()
+    assert (tmp_path / "many.png").stat().st_size > 5000
 
 
 STAND_IN = """#!/usr/bin/env bash

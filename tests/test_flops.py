@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("no_shape_checks")
 
 FAMILIES: list[dict[str, Any]] = [
     dict(name="esolm", alpha_0=0.25), dict(name="esolm", alpha_0=1.0), dict(name="esolm", alpha_0=0.0),
-    dict(name="esolm", alpha_0=0.5, kappa=0.75), dict(name="esolm", alpha_0_range=(0.25, 1.0)), dict(name="esolm_a", alpha_0=0.25), dict(name="mdlm"),
+    dict(name="esolm", alpha_0=0.5, kappa=0.75), dict(name="esolm", alpha_0_range=(0.25, 1.0)),
+    dict(name="esolm_a", alpha_0=0.25), dict(name="mdlm"),
     dict(name="bd3lm", block_size=16), dict(name="bd3lm", block_size=128), dict(name="ar")]
 
 
