@@ -69,8 +69,8 @@ def draw_times(draws: Draws, low: float = T_MIN, high: float = 1.0) -> Float[Arr
 
 
 def draw_alpha_0(draws: Draws, low: float, high: float) -> Float[Array, " B"]:
-    """One alpha_0 per row in [low, high], its logarithm uniform, evenly spread over the global batch. Since all rows are
-    shifted by a draw of the whole range, a row's says nothing of its time."""
+    """One alpha_0 per row in [low, high], its logarithm uniform, evenly spread over the global batch. Since all rows
+    are shifted by a draw of the whole range, a row's says nothing of its time."""
     shift = jax.random.uniform(jax.random.fold_in(draws.key, ALPHA_0))
     place = (shift + spread(draws.index, draws.total, math.e - 2) / draws.total) % 1
     return low * (high / low)**place

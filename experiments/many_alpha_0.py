@@ -24,7 +24,7 @@ from eso_jax.config import Config
 from eso_jax.console import say
 from eso_jax.data import evenly_spaced, override, windows_of
 from eso_jax.engine import perplexity
-from eso_jax.errors import require
+from eso_jax.errors import EsoError, require
 from eso_jax.evaluation.picture import COLOURS, picture
 from eso_jax.files import as_json, check_out, write_whole
 from eso_jax.quickstart import config as quickstart
@@ -53,8 +53,10 @@ def bits(run: Config, workdir: Path) -> dict[str, list[float]]:
     law = dataclasses.replace(model, config=dataclasses.replace(run, family=dataclasses.replace(
         run.family, alpha_0=1.0, alpha_0_range=None)))
     windows = np.asarray(evenly_spaced(windows_of(run, "validation"), WINDOWS)[:])
-    assert model.tokenizer is not None
-    scale = windows.size / model.tokenizer.num_bytes(windows) / np.log(2)
+    num_bytes = model.tokenizer.num_bytes(windows) if model.tokenizer else None
+    if num_bytes is None:
+        raise EsoError(f"data.tokenizer = {run.data.tokenizer!r}: it is not known how many bytes its tokens stand for")
+    scale = windows.size / num_bytes / np.log(2)
     found = {}
     for alpha_0 in ALPHAS:
         terms = perplexity.nelbo_per_window(law, windows, alpha_0, jax.random.key(0), DRAWS)

@@ -51,8 +51,8 @@ class EsoLMConfig(FamilyConfig):
                 f"other is asked for: must be in family.alpha_0_range = {self.alpha_0_range}")
         both = low < high or 0 < self.alpha_0 < 1
         require(self.kappa is None or (0 < self.kappa < 1 if both else self.kappa == self.alpha_0), "family.kappa",
-                self.kappa, f"alpha_0 = {self.alpha_0_range or self.alpha_0} needs {'both losses' if both else 'its one loss'}; "
-                "leave family.kappa unset")
+                self.kappa, f"alpha_0 = {self.alpha_0_range or self.alpha_0} needs "
+                f"{'both losses' if both else 'its one loss'}; leave family.kappa unset")
         require(0 < self.split < 1 or not both, "family.kappa", self.kappa,
                 "must leave each loss at least a 64th of the batch")
         check_loss_weight(self.loss_weight)
