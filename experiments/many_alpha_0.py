@@ -50,8 +50,8 @@ def bits(run: Config, workdir: Path) -> dict[str, list[float]]:
     train(run, workdir)
     model = load(workdir)
     # The bound does not depend on what the model was trained at: a law for all of them is compiled once.
-    law = dataclasses.replace(model, config=dataclasses.replace(run, family=dataclasses.replace(
-        run.family, alpha_0=1.0, alpha_0_range=None)))
+    law = dataclasses.replace(model, config=dataclasses.replace(run, family=run.family.change(
+        alpha_0=1.0, alpha_0_range=None)))
     windows = np.asarray(evenly_spaced(windows_of(run, "validation"), WINDOWS)[:])
     num_bytes = model.tokenizer.num_bytes(windows) if model.tokenizer else None
     if num_bytes is None:
