@@ -5,7 +5,8 @@ Command:   python experiments/many_alpha_0.py --out runs/many_alpha_0.json [sect
            it goes on where it was)
 
 Each model has the same steps, so that the one for many has a fifth of what the five others have together. All are
-measured on the same windows with the same draws, the average of the seeds; errors are over windows.
+measured on the same windows with the same draws, the average of the seeds. Errors are over windows: differences between
+models are surer.
 """
 
 from __future__ import annotations
