@@ -58,16 +58,17 @@ def needed(config: Config) -> Parts:
     pairs of a query and a key that it sees; of the head, the tokens that have a loss; of an Eso-LM's two streams, no
     z_0 copy of a clean token, which nobody sees."""
     model, length, alpha_0 = config.model, config.model.length, families.alpha_0_of(config, None)
+    alpha_0, second = getattr(config.family, "moments", (alpha_0, alpha_0**2))
     low, high = getattr(config.family, "t_range", (0.0, 1.0))
     total = dict.fromkeys(forward(config), 0)
     for each in families.get(config).passes(config):
         rows, pattern = int(config.train.batch_size * each.share), each.pattern
         two = isinstance(pattern, TwoStreams)
         # The clean tokens' share, and its mean square: alpha_0 in a sequential pass, else alpha_0 (1 - t), t uniform.
-        clean, square = alpha_0 * (1 - (low + high) / 2), alpha_0**2 / 3
+        clean, square = alpha_0 * (1 - (low + high) / 2), second / 3
         sequential = two and alpha_0 < 1
         if sequential:
-            clean, square = alpha_0, alpha_0**2
+            clean, square = alpha_0, second
         block, prefix = pattern.block or 2 * length, getattr(pattern, "prefix", False)
         pairs = length * min(length, (length + block) / 2) + prefix * square * length**2 / 2
         if two:  # the noisy stream; where it is sorted, its masked tokens are the last

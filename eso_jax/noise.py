@@ -43,15 +43,16 @@ class Draws:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, self.index)
 
 
-TIME, MASK, ORDER, MASK_0, ORDER_0, DROPOUT, RANK = range(7)  # purposes; _0: of the sequential pass
+TIME, MASK, ORDER, MASK_0, ORDER_0, DROPOUT, RANK, ALPHA_0 = range(8)  # purposes; _0 of others: the sequential pass
+Share = float | Float[Array, " B"]  # alpha_0, of all rows or of each
 
 
-def alpha(t: Float[Array, "*s"], alpha_0: float) -> Float[Array, "*s"]:
+def alpha(t: Float[Array, "*s"], alpha_0: Share) -> Float[Array, "*s"]:
     """Probability that a token is still clean at time t in [0, 1]: alpha_0 (1 - (1 - T_MIN) t)."""
     return alpha_0 * (1 - (1 - T_MIN) * t)
 
 
-def elbo_weight(t: Float[Array, "*s"], alpha_0: float) -> Float[Array, "*s"]:
+def elbo_weight(t: Float[Array, "*s"], alpha_0: Share) -> Float[Array, "*s"]:
     """Weight of -log p on a masked token in the NELBO, -alpha'_t / (1 - alpha_t) (paper, eq. 7)."""
     return alpha_0 * (1 - T_MIN) / (1 - alpha(t, alpha_0))
 
@@ -68,11 +69,20 @@ def draw_times(draws: Draws, low: float = T_MIN, high: float = 1.0) -> Float[Arr
     return low + (high - low) * ((u + rank) / draws.total % 1)
 
 
-def spread(index: Int[Array, " B"], total: Int[Array, ""] | int) -> Int[Array, " B"]:
-    """A permutation of 0, ..., total - 1 in which what follows each other is far apart: steps of the golden section."""
+def draw_alpha_0(draws: Draws, low: float, high: float) -> Float[Array, " B"]:
+    """One alpha_0 per row in [low, high], its logarithm uniform, evenly spread over the global batch. Since all rows
+    are shifted by a draw of the whole range, a row's says nothing of its time."""
+    shift = jax.random.uniform(jax.random.fold_in(draws.key, ALPHA_0))
+    place = (shift + spread(draws.index, draws.total, math.e - 2) / draws.total) % 1
+    return low * (high / low)**place
+
+
+def spread(index: Int[Array, " B"], total: Int[Array, ""] | int, part: float = 0.618034) -> Int[Array, " B"]:
+    """A permutation of 0, ..., total - 1 in which what follows each other is far apart: steps of a part of it, of the
+    golden section or another that no fraction with a small denominator is near."""
     if not isinstance(total, int):
         return index
-    step = next(n for n in range(round(total * 0.618034), total + 2) if math.gcd(n, total) == 1)
+    step = next(n for n in range(round(total * part), total + 2) if math.gcd(n, total) == 1)
     return (index.astype(jnp.uint32) * step % total).astype(jnp.int32)
 
 

@@ -7,7 +7,7 @@
 Data:      see the list; each corpus is prepared by one command.
 Hardware:  the paper's: 8 H200. On OpenWebText, 250K steps of 512 x 1024 tokens took about as many hours as the list
            says; the time of the others, and of 1M steps of 512 x 128 tokens on LM1B, is not published. The two runs at
-           length 10,240 had 64 GPUs on 8 nodes.
+           length 10,240 had 64 GPUs on 8 nodes. How those on XSum were trained is not published, but for their steps.
 Ours:      none was run at this scale; at --scale smoke see experiments/results.
 
 The recipes are those of the paper's appendix C.3 and of the authors' configs.
@@ -46,11 +46,11 @@ def owt(family: str, steps: int = 250_000, adaln: bool = True, **fields: Any) ->
     return _run(family, model, DataConfig("data/openwebtext", "gpt2"), TrainConfig(steps=steps), fields)
 
 
-def fine_tuned(config: Config, start_from: str, length: int, steps: int) -> Config:
-    """A run that goes on from another's weights at another length, with the same warm-up (2500 steps)."""
+def fine_tuned(config: Config, start_from: str, source: str, steps: int, length: int = 1024) -> Config:
+    """A run that goes on from another's weights on other data, with the same warm-up (2500 steps)."""
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, length=length),
-        data=dataclasses.replace(config.data, source=config.data.source.replace("data/", f"data/{length}/")),
+        data=dataclasses.replace(config.data, source=source),
         train=dataclasses.replace(config.train, steps=steps, start_from=start_from))
 
 
@@ -85,6 +85,7 @@ class Run(NamedTuple):
       redraws: (Gen PPL, entropy) with one try and with ten, by T (Table 3, of other checkpoints, of 1M steps).
       samples: by (alpha_0, T) for an Eso-LM (Table 13), by T for the others (Tables 14 and 15, Figure 4).
       long: of one sample of 10,240 tokens, one token per pass (Table 12).
+      summaries: by T, the most milliseconds that a summary takes, and its rescaled BERTScore (Table 16).
       step_time: of a training step, in MDLM's (the text about Figure 16).
       hours: the run's, on 8 H200.
       note: what else is to be said.
@@ -101,6 +102,7 @@ class Run(NamedTuple):
     redraws: Mapping[int | None, tuple[tuple[float, float], tuple[float, float]]] = {}
     samples: Mapping[Any, Sampled] = {}
     long: Sampled | None = None
+    summaries: Mapping[int, tuple[int, float]] = {}
     step_time: float | None = None
     hours: int | None = None
     note: str = ""
@@ -111,6 +113,7 @@ class Run(NamedTuple):
         return self.orders[max(self.orders)] if self.orders else self.likelihood
 
 
+LONG, XSUM = "data/10240/openwebtext", "data/xsum"
 ORDERS = (1, 10, 20, 50, 100, 1000, 5000)
 ZERO_SHOT = ("PTB", "WikiText", "LM1B", "LAMBADA", "AG News", "PubMed", "arXiv")
 # NFE and seconds of Eso-LM's sampler by (alpha_0, T), whatever the model was trained with: 512 samples, one H200.
@@ -272,16 +275,24 @@ RUNS: dict[str, Run] = {
     "owt/esolm_a_025": Run(owt("esolm_a", alpha_0=0.25), (10,), 23.78, hours=TWO_STREAMS),
     "owt/esolm_a_0125": Run(owt("esolm_a", alpha_0=0.125), (10,), 21.47, hours=TWO_STREAMS),
     "owt/long_bd3lm_4": Run(
-        fine_tuned(owt("bd3lm", block_size=4), "runs/paper/owt/bd3lm_4", length=10_240, steps=1000), (12,),
+        fine_tuned(owt("bd3lm", block_size=4), "runs/paper/owt/bd3lm_4", LONG, steps=1000, length=10_240), (12,),
         long=Sampled(10_240, 588.6, 29.50, 6.5, None)),
     "owt/long_esolm_0125": Run(
-        fine_tuned(owt("esolm", alpha_0=0.125), "runs/paper/owt/esolm_0125", length=10_240, steps=1000), (12,),
-        long=Sampled(10_240, 116.4, 23.40, 6.3, None))}
+        fine_tuned(owt("esolm", alpha_0=0.125), "runs/paper/owt/esolm_0125", LONG, steps=1000, length=10_240), (12,),
+        long=Sampled(10_240, 116.4, 23.40, 6.3, None)),
+    "xsum/mdlm": Run(
+        fine_tuned(owt("mdlm"), "runs/paper/owt/mdlm", XSUM, steps=10_000), (16,),
+        summaries={1: (100, -.06), 4: (200, .16), 8: (400, .21)}),
+    "xsum/esolm_1": Run(
+        fine_tuned(owt("esolm", alpha_0=1.0, loss_weight="low_var"), "runs/paper/owt/esolm_1", XSUM, steps=10_000),
+        (16,),
+        summaries={8: (100, .19), 16: (200, .22), 32: (400, .22)})}
 
 configs = {name: run.config for name, run in RUNS.items()}  # for FILE.py:RUN
 
 # Of no run here.
 SEDD_ZERO_SHOT = zero_shot(99.59, 38.55, 72.51, 52.16, 72.62, 47.07, 41.18)  # Table 5's "SEDD Absorb"
+FLAN_T5 = .42  # Table 16: BERTScore of FLAN-T5-small's summaries
 LATENCY_LENGTHS = (2048, 8192)
 LATENCY = {"AR": (13.3, 54.0), "Eso-LM": (14.6, 82.1), "BD3-LM (16)": (21.3, 268.1), "BD3-LM (4)": (24.3, 312.0),
            "MDLM": (201.3, 5438.3)}  # Table 11: seconds of one sequence on an A6000, passes alone, by length
@@ -290,7 +301,8 @@ PREPARE = {
     "LM1B": "eso-jax data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128",
     "OpenWebText": "eso-jax data prepare openwebtext --data-dir data --tokenizer gpt2 --length 1024",
     "OpenWebText at length 10,240": "eso-jax data prepare openwebtext --data-dir data --tokenizer gpt2 --length 10240 "
-                                    "--out data/10240/openwebtext"}
+                                    "--out data/10240/openwebtext",
+    "XSum": "eso-jax data prepare xsum --data-dir data --tokenizer gpt2 --length 1024"}
 
 
 def settings(config: Config) -> str:
@@ -312,6 +324,7 @@ def numbers(run: Run) -> str:
     words += [f"K = {max(run.orders)}: {run.exact:.2f}"] if run.orders else []
     if run.long:
         words += [f"Gen PPL {run.long.gen_ppl:.2f}", f"entropy {run.long.entropy}", f"{run.long.seconds} s a sample"]
+    words += [f"BERTScore {max(score for _, score in run.summaries.values())}"] if run.summaries else []
     words += [f"{run.hours} hours"] if run.hours else []
     return ", ".join([*words, *([run.note] if run.note else [])])
 

@@ -42,7 +42,7 @@ def decoding(axes: Axes, plan: Plan) -> None:
     axes.set(title=f"{plan.length} tokens in {plan.nfe} passes", xlabel="position", ylabel="forward pass")
     labels = ["masked, not computed", "decoded in parallel (diffusion)", "decoded left to right", "clean, in the cache"]
     handles = [Rectangle((0, 0), 1, 1, color=COLOURS(i)) for i in range(4)]
-    axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False)
+    axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8, frameon=False)
 
 
 def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:

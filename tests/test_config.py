@@ -100,6 +100,11 @@ ERRORS = {  # assignments -> what the message must hold: the field and its value
     ("model.cond_dim=-1",): ("model.cond_dim = -1", ">= 0"),
     ("family.kappa=0.5",): ("family.kappa = 0.5", "alpha_0 = 1.0", "leave family.kappa unset"),
     ("family.alpha_0=0.5", "family.kappa=1.0"): ("family.kappa = 1.0", "alpha_0 = 0.5", "both losses"),
+    ("family.alpha_0_range=(0,1)",): ("family.alpha_0_range = (0.0, 1.0)", "0 < low < high <= 1"),
+    ("family.alpha_0_range=(0.5,0.5)", "family.alpha_0=0.5"): ("family.alpha_0_range = (0.5, 0.5)", "low < high"),
+    ("family.alpha_0_range=(0.1,0.5)",): ("family.alpha_0 = 1.0", "must be in family.alpha_0_range = (0.1, 0.5)"),
+    ("family.alpha_0_range=(0.1,1)", "family.kappa=1"): ("family.kappa = 1.0", "(0.1, 1.0) needs both losses"),
+    ("family.alpha_0_range=0.5",): ("family.alpha_0_range = '0.5'", "tuple"),
     ("family.kappa=1.2",): ("family.kappa = 1.2", "in [0, 1]"),
     ("family.loss_weight=flat",): ("family.loss_weight = 'flat'", "elbo or low_var"),
     ("family.name=bd3lm", "family.t_range=(0.5,0.2)"): ("family.t_range = (0.5, 0.2)", "low < high"),
@@ -206,8 +211,10 @@ OLD = {"alpha_0": 1.0, "kappa": None, "loss_weight": "elbo", "block_size": 4, "t
 
 
 @pytest.mark.parametrize("name, changes, own", [
-    ("esolm", {"alpha_0": 0.25, "kappa": 0.75}, {"alpha_0": 0.25, "kappa": 0.75, "loss_weight": "elbo"}),
-    ("esolm_a", {"loss_weight": "low_var"}, {"alpha_0": 1.0, "kappa": None, "loss_weight": "low_var"}),
+    ("esolm", {"alpha_0": 0.25, "kappa": 0.75},
+     {"alpha_0": 0.25, "alpha_0_range": None, "kappa": 0.75, "loss_weight": "elbo"}),
+    ("esolm_a", {"loss_weight": "low_var"},
+     {"alpha_0": 1.0, "alpha_0_range": None, "kappa": None, "loss_weight": "low_var"}),
     ("mdlm", {"loss_weight": "low_var", "start_id": 3}, {"loss_weight": "low_var"}),
     ("bd3lm", {"t_range": [0.3, 0.8]}, {"block_size": 4, "t_range": [0.3, 0.8]}),
     ("ar", {"start_id": 3}, {"start_id": 3})])

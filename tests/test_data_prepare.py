@@ -178,6 +178,9 @@ def layouts(folder: Path) -> dict[str, dict[str, list[str]]]:
         f"arxiv-dataset__{split}_dot_txt": json.dumps({"article_id": 1, "article_text": [f"in {split}", "b ."]}) + "\n"
         for split in ("train", "val", "test")})
     names = ("train", "validation", "test")
+    for name in names:
+        write_parquet(folder / f"{name}-00000-of-00001.parquet", document=[f"in {name}", "b", " "],
+                      summary=["in short", "", "c"], id=["1", "2", "3"])
     wiki = {name: [f" = {split} = \n", " Text , text . \n"] for name, split in zip(names, ("train", "valid", "test"))}
     return {
         "text8.zip text8": {"train": ["abcdefghi " * 9], "validation": ["abcde"], "test": ["fghi "]},
@@ -189,6 +192,8 @@ def layouts(folder: Path) -> dict[str, dict[str, list[str]]]:
             name: [f'Title {name} Some "quoted" text, more', "B C"] for name in ("train", "test")},
         "arxiv-dataset.zip arxiv": {
             name: [f"in {split}\nb ."] for name, split in zip(names, ("train", "val", "test"))},
+        ",".join(f"{name}-00000-of-00001.parquet" for name in names) + " xsum": {
+            name: [f"in {name}", "in short"] for name in names},
     }
 
 

@@ -21,12 +21,17 @@ import pytest
 
 import fewer_passes
 import lab as labs
+import many_alpha_0
 import paper
 import samples
-from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs
+from conftest import random_params
+from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs, load
+from eso_jax.data import ByteTokenizer, evenly_spaced, windows_of
 from eso_jax.decoding import decoders
+from eso_jax.engine import perplexity
 from eso_jax.evaluation import throughput
 from eso_jax.model.params import init_params
+from eso_jax.run import workdir
 from eso_jax.run.train import init_state, train_step
 from lab import AS_ABOVE, RUNS, Lab
 
@@ -49,11 +54,12 @@ def test_every_run_loads_and_says_how(name: str) -> None:
     if config.train.start_from:
         source = Path(config.train.start_from).relative_to("runs/paper").as_posix()
         assert RUNS[source].config.family == config.family
-    has = {2: run.estimators, 3: run.redraws, 4: run.config.train.steps == 500_000, 5: run.zero_shot, 12: run.long}
+    has = {2: run.estimators, 3: run.redraws, 4: run.config.train.steps == 500_000, 5: run.zero_shot, 12: run.long,
+           16: run.summaries}
     assert {table for table, numbers in has.items() if numbers} == set(run.tables) & set(has)
     assert bool(run.orders) == any(table in run.tables for table in (6, 7, 8))
     assert bool(run.samples) == any(table in run.tables for table in (13, 14, 15)) or name == "owt/ar"  # Figure 4
-    assert run.nelbo or run.exact or run.long or run.diverged or "inputs shifted" in run.note
+    assert run.nelbo or run.exact or run.long or run.summaries or run.diverged or "inputs shifted" in run.note
 
 
 def test_the_list_of_runs() -> None:
@@ -65,11 +71,13 @@ def test_the_list_of_runs() -> None:
     for words in ("esolm  ", "alpha_0=0.25 ", " 250K ", " 1, 5, 8, 10, 13 ", "NELBO 24.71", "K = 1000: 23.15",
                   "37 hours"):
         assert words in lines["owt/esolm_025"]
+    assert " 16 " in lines["xsum/mdlm"] and "BERTScore 0.21" in lines["xsum/mdlm"]
     assert "alpha_0=0.5, kappa=0.25" in lines["lm1b/kappa_025_esolm_a_05"] and "diverged" in lines[
         "lm1b/kappa_025_esolm_a_05"]
     for command in ("data prepare lm1b --data-dir data --tokenizer bert-base-uncased --length 128\n",
                     "data prepare openwebtext --data-dir data --tokenizer gpt2 --length 1024\n",
                     "--length 10240 --out data/10240/openwebtext\n",
+                    "data prepare xsum --data-dir data --tokenizer gpt2 --length 1024\n",
                     "eso-jax train experiments/paper.py:RUN --workdir runs/paper/RUN\n"):
         assert command in done.stdout
     doc = paper.__doc__ or ""
@@ -94,7 +102,7 @@ def test_the_papers_numbers_stand_once() -> None:
         perplexities = [value for value in (run.nelbo, run.likelihood, *run.orders.values()) if value is not None]
         assert len(set(perplexities)) == len(perplexities), name
         typed |= set(floats(run[1:]))
-    constants = (paper.SETTINGS, paper.SEDD_ZERO_SHOT, paper.LATENCY)
+    constants = (paper.SETTINGS, paper.SEDD_ZERO_SHOT, paper.LATENCY, paper.FLAN_T5)
     typed |= set(floats(constants))
     assert len(typed) > 350
     source = (ROOT / "experiments" / "paper.py").read_text()
@@ -110,8 +118,9 @@ def test_the_papers_numbers_stand_once() -> None:
 def test_there_is_a_run_for_every_row_of_the_paper() -> None:
     families = {name: dataclasses.astuple(run.config.family) for name, run in RUNS.items()}
     by_corpus = {corpus: [f for name, f in families.items() if name.startswith(f"{corpus}/")]
-                 for corpus in ("lm1b", "owt")}
-    assert len(RUNS) == 50 == sum(map(len, by_corpus.values()))
+                 for corpus in ("lm1b", "owt", "xsum")}
+    assert len(RUNS) == 52 == sum(map(len, by_corpus.values()))
+    assert {f[0] for f in by_corpus.pop("xsum")} == {"mdlm", "esolm"}
     alphas = {corpus: sorted({f[1] for f in found if f[0] == "esolm"}) for corpus, found in by_corpus.items()}
     assert alphas == {"lm1b": [0, 0.0625, 0.125, 0.25, 0.5, 1], "owt": [0, 0.125, 0.25, 0.5, 1]}
     kappas = {(f[1], f[2]) for f in by_corpus["lm1b"] if f[0] == "esolm_a" and f[2] is not None}
@@ -163,6 +172,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "tables_09_10_a_and_b": {"ALPHAS": ("1", "0.5")},
     "table_11_latency": {"LENGTHS": {"smoke": (8, 16), "paper": (2048, 8192)}},
     "table_12_long": {"COUNT": 4, "MODELS": ["Eso-LM, alpha_0 = 0.125"]},
+    "table_16_summaries": {"MODELS": ["MDLM"], "SUMMARY": {"smoke": 8}, "COUNT": {"smoke": 6}},
     "tables_13_to_15_quality": {"TRAINED": ["1"], "ESO_LM": [(0.25, 128), (1.0, 1024)], "MDLM": [1024],
                                 "BD3LM": [4]},
     "figure_16_training_speed": {"MODELS": ["MDLM", "Eso-LM, alpha_0 = 1"], "STEPS": 2},
@@ -226,8 +236,9 @@ def test_a_table_comes_out_and_is_not_made_twice(name: str, lab: Lab, monkeypatc
     text = (lab.results / f"{name}.md").read_text()
     assert report["title"] in text and report["measured"] and report["measured"][0] in text
     assert f"{name}.py --scale smoke" in text
-    assert report["trained_on"] == ([] if name in NOT_TRAINED else ["a function, again and again"])
-    assert ("Our runs are trained on a function, again and again." in text) == (name not in NOT_TRAINED)
+    corpus = labs.PAIRS if name == "table_16_summaries" else "a function, again and again"
+    assert report["trained_on"] == ([] if name in NOT_TRAINED else [corpus])
+    assert (f"Our runs are trained on {corpus}." in text) == (name not in NOT_TRAINED)
     if name in TWO_CORPORA:
         lm1b, owt = report["tables"]
         assert lm1b.replace("LM1B", "OpenWebText").replace("Table 9", "Table 10") == owt
@@ -301,6 +312,35 @@ def test_ways_to_take_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = found["steps"]
     found = script("--seconds", 0)
     assert found["steps"] == before and found["rows"] == []
+
+
+def test_many_alpha_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits per byte of a model at each alpha_0, whatever it was trained at; the mean of seeds, as table and picture."""
+    (tmp_path / "text.py").write_text(TEXT)
+    run = many_alpha_0.run_of(many_alpha_0.MANY, 3, [
+        f"data.source={tmp_path}/text.py", "model.length=16", "model.width=16", "model.layers=1"])
+    assert run.family.alpha_0_range == (0.0625, 1) and run.family.alpha_0 == 1 and run.train.seed == 3
+    assert many_alpha_0.run_of("0.25", 1, []).family == configs.FamilyConfig(name="esolm", alpha_0=0.25)
+    params = random_params(run.model)
+    monkeypatch.setattr(many_alpha_0, "train", lambda run, folder: workdir.create(folder, run, params))
+    monkeypatch.setattr(many_alpha_0, "ALPHAS", (0.5, 1.0))
+    monkeypatch.setattr(many_alpha_0, "WINDOWS", 8)
+    found = many_alpha_0.bits(run, tmp_path / "w")
+    assert list(found) == ["0.5", "1"] and len(found["1"]) == 8
+    model = load(tmp_path / "w")
+    tokens = evenly_spaced(windows_of(run, "validation"), 8)[:]
+    bound = perplexity.nelbo(model, tokens, ByteTokenizer(), 0.5, jax.random.key(0), many_alpha_0.DRAWS)
+    assert np.mean(found["0.5"]) == pytest.approx(bound.bits_per_byte)
+
+    monkeypatch.setattr(many_alpha_0, "bits", lambda run, folder: {
+        alpha_0: [run.train.seed + float(alpha_0) + place for place in (0, 1)] for alpha_0 in ("0.5", "1")})
+    monkeypatch.setattr("sys.argv", ["many_alpha_0.py", "--out", str(tmp_path / "many.json")])
+    many_alpha_0.main()
+    rows = json.loads((tmp_path / "many.json").read_text())["trained_at"]
+    assert list(rows) == [many_alpha_0.MANY, "0.5", "1"]
+    assert rows["1"]["0.5"] == {"bits_per_byte": 2.5, "seeds": [2.0, 3.0], "standard_error": 0.5}
+    assert "| 1 | 2.500 ± 0.500 | 3.000 ± 0.500 |" in (tmp_path / "many.md").read_text()
+    assert (tmp_path / "many.png").stat().st_size > 5000
 
 
 STAND_IN = """#!/usr/bin/env bash

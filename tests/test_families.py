@@ -59,10 +59,26 @@ def test_loss_is_the_bound_per_token_on_average(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", list(families.BY_NAME))
+def test_the_loss_of_many_alpha_0_is_the_average_bound() -> None:
+    """Over a range whose logarithm is uniform: at the middles of equal parts of it."""
+    config = config_of("esolm", alpha_0_range=(0.125, 1.0))
+    weights, row = random_weights(config.model), random_tokens(config, 1)
+    rows, parts = 2048, 4
+    loss = families.get(config).loss(weights, config, jnp.tile(row, (2 * rows, 1)), draws(2 * rows, 1))
+    bounds = [families.get(config).nelbo(weights, config, jnp.tile(row, (rows, 1)), draws(rows, 2),
+                                         0.125 * 8 ** ((part + 0.5) / parts)) for part in range(parts)]
+    for term, value in loss.items():
+        per_token = np.stack([bound[term] for bound in bounds]) / config.model.length
+        error = float(per_token.std(1).mean()) / np.sqrt(rows) * (1 + parts**-0.5)
+        assert float(value) == pytest.approx(float(per_token.mean()), abs=4 * error), term
+        assert np.ptp(per_token.mean(1)) > 20 * error  # another distribution has another average
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*families.BY_NAME, "many"])
 def test_loss_depends_on_the_global_index_alone(family: str) -> None:
     """Micro-batches of a batch see the draws they would have in it, so their losses average to the whole's."""
-    config = config_of(family)
+    config = config_of("esolm", alpha_0_range=(0.25, 1.0)) if family == "many" else config_of(family)
     weights, tokens = random_weights(config.model), random_tokens(config, 8)
     whole = families.get(config).loss(weights, config, tokens, draws(8))
     parts = [families.get(config).loss(weights, config, tokens[low:low + 4],
@@ -307,10 +323,12 @@ def test_bfloat16_is_close_to_float32(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["esolm", "esolm_a"])
-def test_what_the_loss_leaves_out_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family,fields", [("esolm", {"alpha_0": 0.75}), ("esolm_a", {"alpha_0": 0.75}),
+                                           ("esolm", {"alpha_0_range": (0.5, 1.0)})], ids=["B", "A", "many"])
+def test_what_the_loss_leaves_out_changes_nothing(family: str, fields: dict[str, Any],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and gradients with the clean tokens of the noisy copy and without; and with where there is no room."""
-    config = config_of(family, alpha_0=0.75)
+    config = config_of(family, **fields)
     params, tokens = random_params(config.model), random_tokens(config, 4)
     monkeypatch.setattr(loss, "slots_for", lambda share, length: 8)  # of 12
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eso_jax import families, flops
+from eso_jax import families, flops, noise
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.decoding import loop, passes
 from eso_jax.decoding.categorical import Rule
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("no_shape_checks")
 
 FAMILIES: list[dict[str, Any]] = [
     dict(name="esolm", alpha_0=0.25), dict(name="esolm", alpha_0=1.0), dict(name="esolm", alpha_0=0.0),
-    dict(name="esolm", alpha_0=0.5, kappa=0.75), dict(name="esolm_a", alpha_0=0.25), dict(name="mdlm"),
+    dict(name="esolm", alpha_0=0.5, kappa=0.75), dict(name="esolm", alpha_0_range=(0.25, 1.0)),
+    dict(name="esolm_a", alpha_0=0.25), dict(name="mdlm"),
     dict(name="bd3lm", block_size=16), dict(name="bd3lm", block_size=128), dict(name="ar")]
 
 
@@ -93,6 +94,9 @@ def test_what_the_loss_needs(family: dict[str, Any]) -> None:
     pairs = slots = losses = 0.0
     for each in families.get(config).passes(config):
         two, alpha_0 = isinstance(each.pattern, TwoStreams), families.alpha_0_of(config, None)
+        if getattr(settings, "alpha_0_range", None):
+            draws = noise.Draws(jax.random.key(0), jnp.arange(rows), rows)
+            alpha_0 = np.array(noise.draw_alpha_0(draws, *settings.alpha_0_range))[:, None]
         sequential = two and settings.name.startswith("esolm")
         masked = uniform >= (alpha_0 if sequential else alpha_0 * (1 - (t + share) % 1))
         stream = each.pattern.clean if two else each.pattern

@@ -55,8 +55,25 @@ def test_times_are_uniform_over_seeds() -> None:
         np.testing.assert_array_less(np.abs(counts - 200), 4.5 * np.sqrt(2000 * 0.1 * 0.9))
 
 
+def test_alpha_0_is_spread_evenly_and_says_nothing_of_the_time() -> None:
+    """By its logarithm; of each row alone it is uniform over the whole range, and independent of the row's time."""
+    keys = jax.random.split(jax.random.key(0), 2000)
+    both = [noise.Draws(key, jnp.arange(N), N) for key in keys]
+    place = np.stack([1 + np.log2(noise.draw_alpha_0(each, 0.25, 1.0)) / 2 for each in both[:50]])
+    np.testing.assert_allclose(np.diff(np.sort(place), axis=1), 1 / N, atol=1e-4)
+    place, t = (np.asarray(jax.vmap(lambda key: draw(noise.Draws(key, jnp.arange(N), N)))(keys))
+                for draw in (lambda d: 1 + jnp.log2(noise.draw_alpha_0(d, 0.25, 1.0)) / 2, noise.draw_times))
+    for row in (0, 7):
+        counts, _ = np.histogram(place[:, row], bins=np.linspace(0, 1, 11))
+        assert counts.sum() == 2000
+        np.testing.assert_array_less(np.abs(counts - 200), 4.5 * np.sqrt(2000 * 0.1 * 0.9))
+    for step in range(20):  # in one batch as well the two go their own ways
+        assert abs(np.corrcoef(place[step], t[step])[0, 1]) < 0.3
+
+
 QUANTITIES: dict[str, Callable[[noise.Draws], jax.Array]] = {
     "times": noise.draw_times,
+    "alpha_0": lambda d: noise.draw_alpha_0(d, 0.0625, 1.0),
     "keys": lambda d: jax.random.key_data(d.per_example(noise.MASK)),
     "masked": lambda d: noise.draw_masked(d.per_example(noise.MASK), jnp.full((len(d.index), 1), 0.5), 10),
     "dropout": lambda d: noise.dropout(jnp.ones((len(d.index), 5, 4)), 0.5, d.per_example(noise.DROPOUT)),

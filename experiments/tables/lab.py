@@ -52,7 +52,8 @@ NOTE_AS_ABOVE = ("As above: on one text, a recipe of OpenWebText's that is LM1B'
                  "said of it is said once.")
 # What a run is trained on, by its data.source.
 CORPORA = {"stdlib": "Python's own source text", "data/lm1b": "LM1B", "data/openwebtext": "OpenWebText",
-           "data/10240/openwebtext": "OpenWebText"}
+           paper.LONG: "OpenWebText", paper.XSUM: "XSum"}
+PAIRS = "Python's functions, their first lines and what is said of them"
 
 
 def smoke(config: Config) -> Config:
@@ -60,10 +61,10 @@ def smoke(config: Config) -> Config:
     parameters. It keeps its family and its loss. What differs between the paper's runs of one length and number of
     steps differs here as well.
     """
-    full, long = config.train, config.train.start_from is not None
-    steps = 100 if long else SMOKE_STEPS // 2 if full.steps == 500_000 else SMOKE_STEPS
+    full, long, pairs = config.train, config.data.source == paper.LONG, config.data.source == paper.XSUM
+    steps = 100 if long else SMOKE_STEPS // 2 if full.steps == 500_000 or pairs else SMOKE_STEPS
     return Config(
-        model=ModelConfig(length=640 if long else 64, width=64, layers=3, heads=2, dropout=0.0,
+        model=ModelConfig(length=640 if long else 128 if pairs else 64, width=64, layers=3, heads=2, dropout=0.0,
                           cond_dim=16 if config.model.cond_dim else 0),
         family=config.family,
         data=DataConfig(),
@@ -126,7 +127,16 @@ class Lab:
         if source is not None:
             train_fields = dataclasses.replace(config.train, start_from=str(self.workdir(source)))
             config = dataclasses.replace(config, train=train_fields)
-        return smoke(config) if self.smoke else config
+        if not self.smoke:
+            return config
+        small = smoke(config)
+        data = DataConfig(str(self.data_dir / "xsum")) if config.data.source == paper.XSUM else small.data
+        return dataclasses.replace(small, data=data)
+
+    @property
+    def data_dir(self) -> Path:
+        """Where prepared corpora are, and their documents."""
+        return self.runs / "data" if self.smoke else Path("data")
 
     def workdir(self, run: str) -> Path:
         if not self.smoke:
@@ -156,7 +166,7 @@ class Lab:
     def corpus(self, run: str) -> str:
         """The name of the text that a run is trained on at this scale."""
         source = self.config(run).data.source
-        return CORPORA.get(source, source)
+        return PAIRS if self.smoke and RUNS[run].config.data.source == paper.XSUM else CORPORA.get(source, source)
 
     def heading(self, corpus: str) -> str:
         """Of a table of one of the paper's corpora ("lm1b" or "owt"): its name, and ours where it is another."""

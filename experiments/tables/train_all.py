@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
 
+import summaries
 from eso_jax.console import bar, say
 from eso_jax.errors import EsoError
 from eso_jax.files import write_whole
@@ -24,6 +25,8 @@ ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
 def run(lab: Lab) -> None:
+    if lab.smoke:
+        summaries.prepare_smoke(lab)
     todo = {lab.workdir(name): name for name in reversed(RUNS)}  # where two are one, the first name
     first = [name for name in todo.values() if not lab.config(name).train.start_from]
     then = [name for name in todo.values() if lab.config(name).train.start_from]
