@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from conftest import random_tokens, random_weights, tiny_config
+from conftest import USUAL, random_tokens, random_weights, tiny_config
 from eso_jax import families
 from eso_jax.decoding import loop, passes
 from eso_jax.decoding.categorical import Rule
@@ -45,7 +45,7 @@ def test_no_copy_the_size_of_the_cache(name: str, by_row: bool) -> None:
     state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan), run.shape)
     lowered = loop.decode_run.lower(random_weights(config.model), state, run.steps, loop.Draw(uniforms),
                                     config.model, sampler, run.shape)
-    compiled = lowered.compile()
+    compiled = lowered.compile(USUAL)
     text = compiled.as_text()
     heads, size = config.model.heads, config.model.head_size
     for cache in (f"f32[{BATCH},{heads},{size},{LENGTH}]", f"f32[{BATCH},{heads},{LENGTH},{size}]"):
@@ -95,5 +95,5 @@ def test_no_loop_whose_turns_are_data(name: str, monkeypatch: pytest.MonkeyPatch
         for begin, source in ((state, loop.Draw(uniforms, Rule(top_p=0.9, min_p=0.01))),
                               (scored, loop.Score(plan.order))):
             programs.append(loop.decode_run.lower(weights, begin, run.steps, source, config.model, sampler, run.shape))
-    whiles = [line for program in programs for line in program.compile().as_text().splitlines() if " while(" in line]
+    whiles = [line for program in programs for line in program.compile(USUAL).as_text().splitlines() if " while(" in line]
     assert len(whiles) >= 3 and all("known_trip_count" in line for line in whiles)

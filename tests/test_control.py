@@ -19,8 +19,6 @@ from eso_jax.engine.model import Model
 from eso_jax.errors import EsoError
 from eso_jax.run import workdir
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 LENGTH, MASK = 12, 8
 
 

@@ -24,8 +24,6 @@ from test_sampling import BLOCK, CONFIG, CONFIGS, CUTS, LENGTH, NAMES, WEIGHTS, 
 
 MASK = CONFIG.model.mask
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 def model_of(name: str) -> Model:
     bare = engine(CONFIGS[name], WEIGHTS)

@@ -16,8 +16,6 @@ from eso_jax.errors import EsoError
 from eso_jax.run import metrics
 from eso_jax.run.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 @pytest.fixture(scope="module")
 def short(base: Config) -> Config:

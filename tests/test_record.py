@@ -17,8 +17,6 @@ from eso_jax.engine.model import Model
 LENGTH, VOCABULARY = 8, 9
 RULES = {"top_p": 0.8, "temperature": 0.7, "min_p": 0.05}
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 @pytest.mark.parametrize("name", ["esolm", "esolm_a", "ar", "mdlm", "bd3lm"])
 def test_a_record_is_the_law_of_its_plan(name: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from jax import Array
 
+from conftest import USUAL
 from eso_jax.config import ModelConfig
 from eso_jax.model import masks, transformer
 from eso_jax.model.params import fold, init_params
@@ -53,6 +54,6 @@ def test_cpus_make_what_all_layers_share_once() -> None:
         return transformer.trunk(fold(config, params), tokens, transformer.natural_positions(tokens), view,
                                  training=training)[0].sum()
 
-    text = jax.jit(jax.grad(loss)).lower(init_params(config, jax.random.key(0))).compile().as_text()
+    text = jax.jit(jax.grad(loss)).lower(init_params(config, jax.random.key(0))).compile(USUAL).as_text()
     assert text is not None
     assert text.count(" cosine(") == text.count(" sine(") == 1 and text.count(" tanh(") == config.layers

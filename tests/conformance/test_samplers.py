@@ -104,18 +104,13 @@ SAMPLERS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _oracle() -> Iterator[None]:
-    """The oracle in the denoiser's place, and a cache that grows at the longer length.
-
-    XLA optimizes little meanwhile: this suite compiles for longer than it runs.
-    """
+    """The oracle in the denoiser's place, and a cache that grows at the longer length."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "trunk", oracle.trunk)
         patch.setattr(transformer, "head", oracle.head)
         patch.setattr(passes, "PART", 8)
-        jax.config.update("jax_disable_most_optimizations", True)
         jax.clear_caches()
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 
