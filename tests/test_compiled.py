@@ -95,5 +95,6 @@ def test_no_loop_whose_turns_are_data(name: str, monkeypatch: pytest.MonkeyPatch
         for begin, source in ((state, loop.Draw(uniforms, Rule(top_p=0.9, min_p=0.01))),
                               (scored, loop.Score(plan.order))):
             programs.append(loop.decode_run.lower(weights, begin, run.steps, source, config.model, sampler, run.shape))
-    whiles = [line for program in programs for line in program.compile(USUAL).as_text().splitlines() if " while(" in line]
+    texts = [program.compile(USUAL).as_text() for program in programs]
+    whiles = [line for text in texts for line in text.splitlines() if " while(" in line]
     assert len(whiles) >= 3 and all("known_trip_count" in line for line in whiles)
