@@ -18,8 +18,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "eso-jax-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")  # a shape that fits by chance is a mistake
-# To compile is most of what tests do: they and their child processes do it quickly, to slower programs, with fusions made
-# in an older way that XLA keeps (or ignores). As users have them: XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+# To compile is most of what tests do. They and their child processes do it quickly, to slower programs, whose fusions
+# XLA makes in its older way, if it has one. Programs as users have them: XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 
