@@ -9,9 +9,9 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Tests compile the same small programs again and again, in many processes: share them. Before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -122,6 +122,11 @@ def together(commands: list[list[str]], devices: int, limit: int = 300) -> list[
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="how often tests/test_faults.py kills a run")
+
+
+def brief(cases: Iterable[Any], *chosen: Any) -> list[Any]:
+    """Parameters of a test: the short run keeps those that are chosen."""
+    return [case if case in chosen else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
