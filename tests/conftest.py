@@ -9,15 +9,19 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Tests compile the same small programs again and again, in many processes: share them. Before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "eso-jax-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")  # a shape that fits by chance is a mistake
+# To compile is most of what tests do. They and their child processes do it quickly, to slower programs, whose fusions
+# XLA makes in its older way, if it has one. Programs as users have them: XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -39,6 +43,9 @@ GOLDENS = Path(__file__).parent / "goldens"
 LONGEST = ("test_faults.py", "test_mesh.py", "test_train.py", "test_cli.py", "test_experiments.py",
            "test_own_family.py")
 
+# For `.compile(USUAL)`, where a test reads a program or its memory: HLO as users have it.
+USUAL: dict[str, str | bool] = {"xla_backend_extra_options": ""}
+
 Run = Callable[..., str]
 
 # A run of a few seconds, but for its data.
@@ -58,24 +65,6 @@ def few_programs() -> Iterator[None]:
     if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
         jax.clear_caches()
         gc.collect()
-
-
-# Child processes compile in half the time with XLA's older way to emit fusions. An XLA without one ignores it.
-QUICK_FLAGS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-
-
-@pytest.fixture(scope="module")
-def quick_programs() -> Iterator[None]:
-    """Compiles in half the time, to slower programs, and in less in child processes: for files that ask what a command
-    does with a model, not how fast, and compare numbers with each other alone."""
-    jax.clear_caches()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +96,9 @@ def free_port() -> int:
 
 
 def emulated(devices: int) -> dict[str, str]:
-    """The environment of a process with so many devices. It compiles quickly: what is asked of it is what goes where,
-    not how fast."""
-    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}"}
+    """The environment of a process with so many devices."""
+    return {**os.environ,
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
 
 
 def launch(commands: list[list[str]], devices: int = 1, **environment: str) -> list[subprocess.Popen]:
@@ -134,6 +122,11 @@ def together(commands: list[list[str]], devices: int, limit: int = 300) -> list[
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="how often tests/test_faults.py kills a run")
+
+
+def brief(cases: Iterable[Any], *chosen: Any) -> list[Any]:
+    """Parameters of a test: the short run keeps those that are chosen."""
+    return [case if case in chosen else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,8 +15,6 @@ from eso_jax.errors import EsoError
 LENGTH, VOCABULARY = 8, 9
 DECODERS = ("entropy:1", "confidence:0.5", "likeliest:3", "margin:3")
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 def model_of(name: str) -> Model:
     config = tiny_config(name, LENGTH, VOCABULARY)

@@ -25,8 +25,6 @@ from eso_jax.decoding.rejection import unigram_entropy
 from eso_jax.evaluation import throughput
 from eso_jax.run import workdir
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,8 +19,6 @@ from eso_jax.engine.model import Model
 from eso_jax.errors import EsoError
 from eso_jax.run import workdir
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 LENGTH, MASK = 12, 8
 
 
@@ -52,7 +50,8 @@ def test_rule_seed_and_ban_reach_every_sampler(family: str) -> None:
         draw(banned=range(8))
 
 
-@pytest.mark.parametrize("family", ["esolm", pytest.param("ar", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["esolm", "ar"])
 def test_a_prompt_of_any_length_comes_back(family: str) -> None:
     model, tokens = model_of(family), np.random.default_rng(0).integers(0, MASK, (LENGTH + 1, LENGTH))
     known = np.arange(LENGTH) < np.arange(LENGTH + 1)[:, None]
@@ -129,6 +128,7 @@ def test_stops_cut_and_save_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(dots.tokens[0], whole.tokens[0])
 
 
+@pytest.mark.slow
 def test_masks_are_no_tokens_of_low_entropy() -> None:
     """A sample that ends early is drawn again for what it says, not for the masks behind it."""
     model = model_of("esolm", 272, 258)
@@ -137,6 +137,7 @@ def test_masks_are_no_tokens_of_low_entropy() -> None:
     assert model.sample(1, max_tokens=8, num_tries=2, min_entropy=5.0).tries.tolist() == [2]
 
 
+@pytest.mark.slow
 def test_a_record_says_nothing_of_what_a_stop_has_cut() -> None:
     """So that it is the same in any batch."""
     model = model_of("esolm", 64, 258)

@@ -39,8 +39,7 @@ def code(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_journey(tmp_path: Path, code: Path, run: Run, quick_programs: None,
-                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_journey(tmp_path: Path, code: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small = BASE.override("train.steps=2", "model.length=32").to_json()
     Path("small.json").write_text(small, "utf-8")

@@ -74,7 +74,6 @@ def scratch(learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_every_block_runs(page: str, scratch: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the page, word for word, but for the sizes of training."""
@@ -90,7 +89,6 @@ def test_every_block_runs(page: str, scratch: Path, run: Run, monkeypatch: pytes
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_programs")
 def test_the_notebook_runs(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cell by cell, with a small model that is trained for two steps."""
     notebook = json.loads((ROOT / "docs" / "tour.ipynb").read_text("utf-8"))

@@ -35,7 +35,7 @@ from eso_jax.run import workdir
 from eso_jax.run.train import init_state, train_step
 from lab import AS_ABOVE, RUNS, Lab
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "experiments" / "tables").glob("*.py"))

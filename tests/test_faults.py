@@ -38,7 +38,7 @@ from eso_jax.noise import Draws
 from eso_jax.run import checkpoint, metrics, multihost, stopping, train as training
 from test_train import step_lines
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
+pytestmark = pytest.mark.slow
 
 TRAIN = [sys.executable, "-m", "eso_jax", "train"]
 

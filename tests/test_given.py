@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import engine, random_tokens
+from conftest import brief, engine, random_tokens
 from eso_jax import families
 from eso_jax.decoding import passes as passes_of_plans
 from eso_jax.decoding.categorical import Rule
@@ -23,8 +23,6 @@ from eso_jax.errors import EsoError
 from test_sampling import BLOCK, CONFIG, CONFIGS, CUTS, LENGTH, NAMES, WEIGHTS, any_cuts, logits_pair, plan_of
 
 MASK = CONFIG.model.mask
-
-pytestmark = pytest.mark.usefixtures("quick_programs")
 
 
 def model_of(name: str) -> Model:
@@ -79,7 +77,7 @@ def test_given_tokens_are_as_good_as_decoded_ones(name: str, data: st.DataObject
         np.testing.assert_allclose(cached, uncached, atol=5e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", brief(NAMES, "esolm", "bd3lm"))
 def test_a_row_is_the_same_in_any_company(name: str) -> None:
     """Given nothing, something or everything: alone, twice, among others, in another order, in batches of any size."""
     model, given, rule = model_of(name), prompts(name), {"temperature": 0.8, "top_p": 0.9, "steps": 6, "seed": 5}
@@ -179,7 +177,7 @@ def test_plans_behind_given_tokens_are_checked(counts: Any, numbers: dict[str, A
         Plan(order, np.array(counts), **numbers)
 
 
-@pytest.mark.parametrize("name", ["esolm", "ar"])
+@pytest.mark.parametrize("name", brief(["esolm", "ar"], "esolm"))
 def test_a_plan_behind_given_tokens_is_scored_in_one_pass(name: str) -> None:
     """As its steps score it."""
     plans = [plan_of(name, seed, 1, CUTS, 0.5) for seed in range(3)]
@@ -190,7 +188,7 @@ def test_a_plan_behind_given_tokens_is_scored_in_one_pass(name: str) -> None:
     np.testing.assert_allclose(in_one, stepwise, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["esolm", "ar"])
+@pytest.mark.parametrize("name", brief(["esolm", "ar"], "esolm"))
 def test_what_a_plan_leaves_is_not_scored(name: str) -> None:
     """It may be masks; neither the steps nor the one pass count it."""
     model = model_of(name)

@@ -109,9 +109,12 @@ def test_a_product_of_few_rows_is_what_it_says(rows: int) -> None:
     np.testing.assert_allclose(half[0].astype(jnp.float32), whole @ w, rtol=2e-2, atol=1)
 
 
+@pytest.mark.parametrize("few_rows", [0, 32], ids=["a program a row", "shared out"])
 @pytest.mark.parametrize("rule", [Rule(), Rule(0.7, top_p=0.9), Rule(top_p=0.5, min_p=0.01)], ids=str)
-def test_the_kernel_draws_what_the_rule_draws(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_draws_what_the_rule_draws(rule: Rule, few_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random rows from flat to sharp, and some at the edges: the same tokens for the same uniforms."""
+    monkeypatch.setattr(inversion, "FEW", few_rows)
+    monkeypatch.setattr(inversion, "ROW_TILE", 128)  # several tiles
     monkeypatch.setattr(inversion, "TILE", 512)  # several programs of a row
     rows, vocabulary = 24, 1000
     logits = jax.random.normal(jax.random.key(0), (rows, vocabulary)) * jnp.linspace(0.1, 10, rows)[:, None]

@@ -17,15 +17,13 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import mesh_losses
-from conftest import emulated, tiny_config, together
+from conftest import USUAL, emulated, tiny_config, together
 from eso_jax import families, sharding
 from eso_jax.config import Config, MeshConfig
 from eso_jax.errors import EsoError
 from eso_jax.model import masks, transformer
 from eso_jax.model.params import PARAMETERS, fold, init_params, param_shardings, param_spec
 from eso_jax.run import train
-
-pytestmark = pytest.mark.usefixtures("quick_programs")
 
 SCRIPT = Path(mesh_losses.__file__)
 
@@ -138,7 +136,7 @@ def test_the_program_does_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPat
         config = mesh_losses.config_of("ar").override(f"model.layers={layers}", "train.remat=full")
         lowered = train.lower_step(config, sharding.mesh(MeshConfig()))
         begin = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(USUAL)
         seconds.append(time.perf_counter() - begin)
         lines.append((len(lowered.as_text().splitlines()), len(compiled.as_text().splitlines())))
     assert max(n for n, _ in lines) <= 1.02 * min(n for n, _ in lines), lines
@@ -155,7 +153,7 @@ def test_rematerialization_changes_no_step_and_saves_memory(remat: str, monkeypa
     for name in ("none", remat):
         config = mesh_losses.config_of("esolm").override("model.layers=8", "model.length=64", f"train.remat={name}")
         mesh = sharding.mesh(config.mesh)
-        compiled = train.lower_step(config, mesh).compile()
+        compiled = train.lower_step(config, mesh).compile(USUAL)
         tokens = sharding.put_rows(np.arange(16 * 64, dtype=np.int32).reshape(16, 64) % 32, mesh, 16)
         with jax.set_mesh(mesh):
             state = train.begin(config, mesh)

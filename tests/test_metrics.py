@@ -16,14 +16,13 @@ from eso_jax.errors import EsoError
 from eso_jax.run import metrics
 from eso_jax.run.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 @pytest.fixture(scope="module")
 def short(base: Config) -> Config:
     return base.override("train.steps=2", "train.eval_every=2", "train.save_every=2")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_log(short: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON lines stay; the other place gets the same numbers from there on, and is told the end."""
     said: list[tuple[int, dict[str, Any]]] = []

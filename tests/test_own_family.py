@@ -22,7 +22,7 @@ from eso_jax.evaluation.texts import of_tokens
 from eso_jax.families.bd3lm import BD3LM
 from eso_jax.run.workdir import read_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from conftest import Run
+from conftest import USUAL, Run, emulated
 from eso_jax import chips, config as configs, flops, sharding
 from eso_jax.aot import hlo, report, target
 from eso_jax.aot.programs import _refused
@@ -26,7 +26,7 @@ from eso_jax.model.params import init_params
 from eso_jax.run import train
 from test_flops import FAMILIES, ident, wide
 
-pytestmark = pytest.mark.usefixtures("no_shape_checks", "quick_programs")
+pytestmark = pytest.mark.usefixtures("no_shape_checks")
 
 ROOT = Path(__file__).parents[1]
 
@@ -203,7 +203,7 @@ def test_the_compiled_step_does_what_we_count(family: dict[str, Any], remat: str
     """Products alone, so to the digit, but for AdaLN's, which XLA may not write as products; "full" is scanned."""
     config = wide(**family).override(f"train.remat={remat}")
     mesh = sharding.mesh(MeshConfig(), jax.devices()[:1])
-    found = hlo.cost(train.lower_step(config, mesh).compile().as_text())
+    found = hlo.cost(train.lower_step(config, mesh).compile(USUAL).as_text())
     ours = sum(flops.training_step(config).values()) + sum(flops.recomputed(config, remat).values())
     assert found.flops == pytest.approx(ours, rel=2e-3)
     assert not found.collectives
@@ -240,9 +240,8 @@ json.dump(dict(found=found, window_of_ar=one_token, tried=tried,
 def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A plan of eight emulated devices, data 2 x fsdp 2 x tensor 2."""
     out = tmp_path_factory.mktemp("plan") / "found.json"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
-             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    subprocess.run([sys.executable, "-c", SCRIPT, str(out)], env={**os.environ, **flags}, check=True)
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    subprocess.run([sys.executable, "-c", SCRIPT, str(out)], env=emulated(8) | path, check=True)
     return json.loads(out.read_text())
 
 

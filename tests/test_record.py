@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import engine, random_weights, tiny_config
+from conftest import brief, engine, random_weights, tiny_config
 from eso_jax import families, likelihood
 from eso_jax.decoding import record
 from eso_jax.decoding.categorical import Rule
@@ -17,10 +17,8 @@ from eso_jax.engine.model import Model
 LENGTH, VOCABULARY = 8, 9
 RULES = {"top_p": 0.8, "temperature": 0.7, "min_p": 0.05}
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 
-
-@pytest.mark.parametrize("name", ["esolm", "esolm_a", "ar", "mdlm", "bd3lm"])
+@pytest.mark.parametrize("name", brief(families.BY_NAME, "esolm", "mdlm", "bd3lm"))
 def test_a_record_is_the_law_of_its_plan(name: str) -> None:
     config = tiny_config(name, LENGTH, VOCABULARY, **({"block_size": 4} if name == "bd3lm" else {}))
     made = engine(config, random_weights(config.model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from conftest import GOLDENS
+from conftest import GOLDENS, emulated
 from eso_jax import sharding
 from eso_jax.config import ModelConfig
 from eso_jax.errors import EsoError
@@ -56,9 +55,8 @@ def test_any_mesh_draws_the_same_tokens(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "eso_jax", "import", str(GOLDENS / "eso_tiny.safetensors"), "--config",
                     str(GOLDENS / "config.json"), "--out", str(tmp_path / "w")], check=True, capture_output=True)
     for count in (1, 8):
-        flags = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
         done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "w"), str(tmp_path / f"{count}.npz")],
-                              capture_output=True, text=True, env=flags)
+                              capture_output=True, text=True, env=emulated(count))
         assert done.returncode == 0, done.stderr
     one, eight = np.load(tmp_path / "1.npz"), np.load(tmp_path / "8.npz")
     for tensor in (1, 4):

@@ -24,8 +24,6 @@ from test_sampling import CONFIG, LENGTH, WEIGHTS
 
 RULE = Rule(temperature=0.7, top_p=0.95)
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 def test_a_row_is_the_same_in_any_company() -> None:
     """Given nothing, something or everything: alone and among others."""

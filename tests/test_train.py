@@ -32,8 +32,6 @@ from eso_jax.run import metrics, train as training
 from eso_jax.run.optim import optimizer, update_ema
 from eso_jax.run.timing import in_words
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 def step_lines(workdir: Path) -> list[dict[str, float]]:
     lines = [line for line in metrics.read(workdir) if "loss" in line]

@@ -13,7 +13,7 @@ from eso_jax.errors import EsoError
 from eso_jax.evaluation import training_speed
 from eso_jax.run import metrics, train
 
-pytestmark = pytest.mark.usefixtures("no_shape_checks", "quick_programs")
+pytestmark = pytest.mark.usefixtures("no_shape_checks")
 
 SMALL = ["--size", "tiny", "--length", 16, "--batch", 4, "model.width=16", "model.heads=2", "model.layers=1",
          "model.vocab_size=20", "model.cond_dim=8"]

@@ -28,7 +28,6 @@ from vocabularies import bert_like, gpt2_like
 
 NASTY = ["\t", "\n", " ", "</script><script>alert(1)</script>", "<!--", "\u2028", "\u202eabc", "שלום", "a\u0301",
          "\u0301", "\0", b"\xff\xfe", b"\xe2\x82", "&lt;", "\u00a0", "🐕", "{data}"]
-pytestmark = pytest.mark.usefixtures("quick_programs")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 
 

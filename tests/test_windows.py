@@ -13,8 +13,6 @@ from eso_jax.data import prompts
 from eso_jax.errors import EsoError
 from test_control import model_of
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 LENGTH, OVERLAP = 12, 5
 MODEL = model_of("esolm", vocab_size=258)
 GIVEN = prompts.of_array(np.array([[*b"ab", *[257] * 10], [*b"hello world!"]]), MODEL.config.model)

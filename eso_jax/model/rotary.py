@@ -39,9 +39,9 @@ rotate.defvjp(lambda x, rotary: (rotate(x, rotary), rotary),
 def _swap_halves(x: Float[Array, "B S 2 H K"]) -> Float[Array, "B S 2 H K"]:
     """x_{j + K/2} in the place of x_j, float32.
 
-    On TPUs by a product with ones and zeros, which is exact and is joined with what comes next: halves that trade places
-    go through arrays in memory there, a fifth of the traffic of a training step. Elsewhere by a flip; a roll is a
-    concatenation for XLA, which takes CPUs longer.
+    On TPUs by a product with ones and zeros, which is exact and is joined with what comes next: halves that trade
+    places go through arrays in memory there, a fifth of the traffic of a training step. Elsewhere by a flip; a roll is
+    a concatenation for XLA, which takes CPUs longer.
     """
     size = x.shape[-1]
     if sharding.platform() != "tpu":
