@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import engine, random_weights, tiny_config
+from conftest import brief, engine, random_weights, tiny_config
 from eso_jax import families, likelihood
 from eso_jax.decoding.adaptive import Entropy
 from eso_jax.engine.model import Model, Samples
@@ -27,7 +27,7 @@ def along(x: np.ndarray, samples: Samples) -> np.ndarray:
     return np.take_along_axis(x, samples.order, axis=1)
 
 
-@pytest.mark.parametrize("name", ["esolm", "mdlm"])
+@pytest.mark.parametrize("name", brief(["esolm", "mdlm"], "esolm"))
 @pytest.mark.parametrize("decoder", DECODERS[:2])
 def test_samples_have_the_law_of_the_widths_that_were_found(name: str, decoder: str) -> None:
     """Widths differ, and log p of each token as it was drawn is what the plan of these widths says."""
@@ -45,6 +45,7 @@ def test_samples_have_the_law_of_the_widths_that_were_found(name: str, decoder: 
                 assert row[steps == number].sum() - row[steps == number].max() <= 1 + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", DECODERS[2:])
 def test_each_place_is_looked_at_as_if_it_came_next(decoder: str) -> None:
     """log p of each token as it was drawn is the sequential one given the passes before, whatever else the pass did."""
@@ -62,7 +63,7 @@ def test_each_place_is_looked_at_as_if_it_came_next(decoder: str) -> None:
         np.testing.assert_allclose(along(samples.record.logp, samples)[:, slot], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", brief(DECODERS, "entropy:1", "likeliest:3"))
 def test_a_row_alone_is_what_it_is_among_others(decoder: str) -> None:
     model = model_of("esolm")
     given = np.full((3, LENGTH), model.config.model.mask)
@@ -76,7 +77,7 @@ def test_a_row_alone_is_what_it_is_among_others(decoder: str) -> None:
     assert among.passes[2] == 1
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", brief(DECODERS, "entropy:1", "likeliest:3"))
 def test_what_is_not_asked_for_is_not_decoded(decoder: str) -> None:
     samples = model_of("esolm").sample(2, decoder=decoder, max_tokens=5)
     assert ((samples.tokens == VOCABULARY - 1) == (np.arange(LENGTH) >= 5)).all()

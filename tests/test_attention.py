@@ -50,6 +50,7 @@ def test_tiles(tile: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(tiled[0][1], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("block", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_streams_in_tiles(block: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,7 @@ def test_a_plan_is_kept_replayed_and_scored(tmp_path: Path, run: Run, trained: P
     np.testing.assert_array_equal(first["tokens"], np.load(tmp_path / "c.npz")["tokens"])
 
 
+@pytest.mark.slow
 def test_the_widths_that_a_decoder_found_are_scored(tmp_path: Path, run: Run, trained: Path) -> None:
     said = run("sample", "--workdir", trained, "--num-samples", 2, "--decoder", "entropy:2", "--record", "--out",
                tmp_path / "a.npz")

@@ -32,7 +32,7 @@ def behind_prompts(order: jax.Array) -> Plan:
 
 @pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize("by_row", [False, True], ids=["shared", "by-row"])
-@pytest.mark.parametrize("name", brief(["esolm", "esolm_a", "ar", "bd3lm"], "esolm", "bd3lm"))
+@pytest.mark.parametrize("name", brief(["esolm", "esolm_a", "ar", "bd3lm"], "esolm"))
 def test_no_copy_the_size_of_the_cache(name: str, by_row: bool) -> None:
     """Of steps that rows share, or each has its own."""
     config = tiny_config(name, LENGTH, **({"block_size": 4} if name == "bd3lm" else {}))
@@ -55,6 +55,7 @@ def test_no_copy_the_size_of_the_cache(name: str, by_row: bool) -> None:
     assert aliased >= sum(x.nbytes for x in jax.tree.leaves(state.cache)), "the state is not donated"
 
 
+@pytest.mark.slow
 def test_first_step_matches_recorded_numbers() -> None:
     """A golden single step. If you changed the model, the noise or the optimizer on purpose, record the new numbers;
     if you did not, you have just learned something."""

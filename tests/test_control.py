@@ -203,6 +203,7 @@ def test_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> None:
     assert str(prompted["text"][0]).startswith(str(stopped["text"][0]))
 
 
+@pytest.mark.slow
 def test_a_plan_whose_given_tokens_a_stop_has_cut(bytes_run: Path, tmp_path: Path, run: Run) -> None:
     sample = ["sample", "--workdir", bytes_run, "--steps", 2]
     run(*sample, "--template", "a[MASK:2]xyz", "--stop", "y", "--out", tmp_path / "s.npz")

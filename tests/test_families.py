@@ -103,6 +103,7 @@ def test_alpha_0_limits() -> None:
         float(exact.mean()) / one.model.length, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_and_b_differ_only_among_clean_tokens() -> None:
     """Along the natural order with nothing clean, (A) and (B) are one model; with clean tokens they are not."""
     b, a = config_of("esolm"), config_of("esolm_a")
@@ -365,7 +366,7 @@ def test_what_the_loss_leaves_out_changes_nothing(family: str, fields: dict[str,
 
 
 @pytest.mark.parametrize("backend", [CuDNN("xla")])
-@pytest.mark.parametrize("family", brief(families.BY_NAME, "mdlm", "bd3lm", "ar"))
+@pytest.mark.parametrize("family", brief(families.BY_NAME, "ar"))
 def test_losses_by_fused_kernels_are_those_of_plain_attention(family: str, backend: Backend,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """And their gradients. In float32, by the kernels' construction; what they refuse is plain."""

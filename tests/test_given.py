@@ -77,7 +77,7 @@ def test_given_tokens_are_as_good_as_decoded_ones(name: str, data: st.DataObject
         np.testing.assert_allclose(cached, uncached, atol=5e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", brief(NAMES, "esolm", "bd3lm"))
+@pytest.mark.parametrize("name", brief(NAMES, "esolm"))
 def test_a_row_is_the_same_in_any_company(name: str) -> None:
     """Given nothing, something or everything: alone, twice, among others, in another order, in batches of any size."""
     model, given, rule = model_of(name), prompts(name), {"temperature": 0.8, "top_p": 0.9, "steps": 6, "seed": 5}
@@ -95,6 +95,7 @@ def test_a_row_is_the_same_in_any_company(name: str) -> None:
     np.testing.assert_array_equal(again.tokens, found.tokens)
 
 
+@pytest.mark.slow
 def test_what_is_drawn_by() -> None:
     """Temperature, nucleus, seed and the prompt itself change what is drawn behind a prompt."""
     model, given = model_of("esolm"), prompts("esolm")[1:2]
@@ -188,6 +189,7 @@ def test_a_plan_behind_given_tokens_is_scored_in_one_pass(name: str) -> None:
     np.testing.assert_allclose(in_one, stepwise, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", brief(["esolm", "ar"], "esolm"))
 def test_what_a_plan_leaves_is_not_scored(name: str) -> None:
     """It may be masks; neither the steps nor the one pass count it."""
@@ -202,6 +204,7 @@ def test_what_a_plan_leaves_is_not_scored(name: str) -> None:
         model.plan_log_prob(np.full_like(found.tokens, MASK), found.plan)
 
 
+@pytest.mark.slow
 def test_a_loop_ends_when_all_rows_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host is asked about a run while the next one is at work, and that one is all that is in vain."""
     monkeypatch.setattr(passes_of_plans, "PART", 2)  # many runs

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import brief
 from eso_jax.config import ModelConfig
 from eso_jax.decoding import categorical, inversion
 from eso_jax.decoding.categorical import Rule
@@ -48,6 +49,7 @@ def test_a_step_of_the_cache_is_plain_attention(pattern: Pattern, rows: dict[str
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_splits_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first window, where but one of the row's four tiles is seen."""
     monkeypatch.setattr(triton, "TILE", 16)
@@ -86,7 +88,7 @@ def test_steps_by_kernels_are_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_allclose(run(KERNEL), run(plain.Plain()), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("rows", brief([1, 3, 20], 3))
 def test_a_product_of_few_rows_is_what_it_says(rows: int) -> None:
     """Numbers of another size than in a model, in parts."""
     x, w, residual, norm = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(

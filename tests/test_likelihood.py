@@ -116,6 +116,7 @@ def test_conditional_mistakes() -> None:
         likelihood.conditional(engine(toy("mdlm")[0], weights), x, prefix, ~prefix)
 
 
+@pytest.mark.slow
 def test_a_stopped_importance_weighted_bound_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was stopped after some groups and started again equals what was not; others' partial results are refused."""
     config, weights, everything = toy("esolm")
@@ -159,6 +160,7 @@ def test_a_mistake_leaves_no_partial_result(tmp_path: Path) -> None:
     assert not (tmp_path / "partial").exists()
 
 
+@pytest.mark.slow
 def test_what_does_not_change_the_law_compiles_nothing() -> None:
     """Scores, conditionals and bounds of runs that differ in their training, their data and their name for it."""
     def use(config: Config) -> None:

@@ -78,6 +78,7 @@ def test_drafts_are_the_table_in_their_docstring() -> None:
     np.testing.assert_array_equal(nothing[2:, 0], [False, True, True])  # a draft is in the window's first slot
 
 
+@pytest.mark.slow
 def test_relations_between_masks() -> None:
     """At 12 slots, where a table of four is blind: blocks of 3, and the equalities that the docstrings claim."""
     for block in (1, 3, 4, 12):

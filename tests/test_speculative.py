@@ -69,6 +69,7 @@ def test_a_record_is_the_law_of_one_token_a_pass() -> None:
     assert '"passes":' + str(found.passes.max()) in found.show()
 
 
+@pytest.mark.slow
 def test_greedy_is_one_by_one() -> None:
     """Where a row ends, too: fewer tokens are left than drafts, or none."""
     model, how = model_of("esolm"), {"temperature": 0.0, "banned": [5], "given": prompts("esolm"), "max_tokens": 5}

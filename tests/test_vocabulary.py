@@ -66,6 +66,7 @@ def test_gradients_in_chunks(chunks: int, monkeypatch: pytest.MonkeyPatch) -> No
             assert np.linalg.norm(ours - right) <= limit * np.linalg.norm(right), dtype
 
 
+@pytest.mark.slow
 def test_gradients_by_the_kernel_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """In two chunks, whose gradients by the logits are kept, of a head that is padded."""
     monkeypatch.setattr(sharding, "on_gpu", lambda: True)

@@ -40,6 +40,7 @@ def test_each_window_goes_on_from_the_end_of_the_one_before() -> None:
         assert tokens == known
 
 
+@pytest.mark.slow
 def test_a_text_is_the_same_in_any_company_and_a_short_one_is_a_sample() -> None:
     alone = long(prompts.Given(GIVEN.tokens[:1], GIVEN.end[:1]))
     assert alone[0] == long()[0] and alone != long(seed=1)[:1]
