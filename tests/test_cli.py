@@ -144,6 +144,9 @@ def test_the_widths_that_a_decoder_found_are_scored(tmp_path: Path, run: Run, tr
         tmp_path / "scores.npz")
     drawn = np.load(tmp_path / "a.npz")["logp"].sum(1)
     np.testing.assert_allclose(np.load(tmp_path / "scores.npz")["logp"], drawn, atol=1e-3)
+    run("sample", "--workdir", trained, "--decoder", "likeliest:2", "--out", tmp_path / "b.npz")
+    assert "samples have no plan's law" in run("score", "--workdir", trained, "--tokens", tmp_path / "b.npz", "--plan",
+                                               tmp_path / "b.npz", "--out", tmp_path / "scores.npz", code=2)
 
 
 @pytest.mark.slow

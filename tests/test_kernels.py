@@ -60,7 +60,7 @@ def test_splits_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_kernel_refuses_what_it_cannot() -> None:
-    assert Triton().refuse(Task(masks.CAUSAL, 8, 16, jnp.float32)) == "for NVIDIA GPUs"
+    assert Triton().refuse(Task(masks.CAUSAL, 8, 16, jnp.float32)) == "for NVIDIA GPUs from Ampere on"
     assert KERNEL.refuse(Task(masks.CAUSAL, 8, 48, jnp.float32)) == "takes heads of 16, 32, 64, ..., not 48"
 
 

@@ -171,7 +171,8 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"{(found.tries > 1).sum()} of {len(found.tries)} samples drawn again, {found.tries.sum()} draws in all")
     running, count = found.seconds - found.compile_seconds, int((found.plan.end - found.given.sum(1)).sum())
     if arguments.decoder is not None:
-        each, entropy = found.tokens_per_pass, unigram_entropy(found.tokens, mask=model.config.model.mask)
+        each = np.broadcast_to(found.tokens_per_pass, (len(found.tokens), found.tokens_per_pass.shape[-1]))
+        count, entropy = int(each.sum()), unigram_entropy(found.tokens, mask=model.config.model.mask)
         say(f"{found.passes.mean():.1f} passes a sample, {each.sum() / max((each > 0).sum(), 1):.2f} tokens a pass; "
             f"the samples' unigrams have {entropy.mean():.2f} nats")
     say(f"NFE {found.tokens_per_pass.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "

@@ -91,10 +91,6 @@ class Along(Decoder):
 class Entropy(Along):
     """`entropy`: see the top of this file."""
 
-    law = ("that of a plan whose steps are found as it goes: a step is as wide as the entropies of its tokens, less "
-           "the largest, stay within the budget")
-    number = f"nats, at least 0 (a pass decodes {MOST} tokens at most)"
-
     def __post_init__(self) -> None:
         require(0 <= self.bound < math.inf, "entropy", self.bound, "the budget in nats must be at least 0, and finite")
 
@@ -106,10 +102,6 @@ class Entropy(Along):
 @dataclass(frozen=True)
 class Confidence(Along):
     """`confidence`: see the top of this file."""
-
-    law = ("that of a plan whose steps are found as it goes: behind its first token, a step has those whose likeliest "
-           "value is as probable as asked for")
-    number = f"a probability, in [0, 1] (a pass decodes {MOST} tokens at most)"
 
     def __post_init__(self) -> None:
         require(0 <= self.bound <= 1, "confidence", self.bound, "the probability must be in [0, 1]")
@@ -129,7 +121,6 @@ class Anywhere(Decoder):
 
     count: int = field(compare=False)
     most: int = MOST
-    number = "tokens of a pass, at least 1"
     window = 0  # a pass computes everything, and needs no room behind the length
 
     def __post_init__(self) -> None:
@@ -139,11 +130,15 @@ class Anywhere(Decoder):
     @classmethod
     def of(cls, number: float) -> Anywhere:
         """Of the number behind the name; as few programs for all as there are powers of two."""
-        require(1 <= number == number // 1, cls.__name__.lower(), number, "must be a whole number of tokens, from 1 on")
+        require(1 <= number <= 2**20 and number == int(number), cls.__name__.lower(), number,
+                f"must be a whole number of tokens, from 1 to {2**20}")
         return cls(int(number), max(MOST, 1 << (int(number) - 1).bit_length()))
 
     def begin(self, config: ModelConfig, batch: int) -> Int[Array, " B"]:
         return jnp.full(batch, self.count, jnp.int32)
+
+    def follows_a_plan(self, sampler: Sampler) -> bool:
+        return self.count == 1 or not sampler.cached
 
     @abstractmethod
     def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
@@ -174,9 +169,6 @@ class Anywhere(Decoder):
 class Likeliest(Anywhere):
     """`likeliest`: see the top of this file."""
 
-    law = ("pass by pass, of all tokens that are left those with the most probable likeliest value, each drawn given "
-           "the tokens of earlier passes")
-
     def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
         return jax.nn.softmax(logits).max(-1)
 
@@ -184,9 +176,6 @@ class Likeliest(Anywhere):
 @dataclass(frozen=True)
 class Margin(Anywhere):
     """`margin`: see the top of this file."""
-
-    law = ("pass by pass, of all tokens that are left those whose two likeliest values are furthest apart in "
-           "probability, each drawn given the tokens of earlier passes")
 
     def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
         first, second = jnp.moveaxis(jax.lax.top_k(jax.nn.softmax(logits), 2)[0], -1, 0)

@@ -62,14 +62,10 @@ class Decoder(ABC):
     """A way to decode; a frozen dataclass, since programs are compiled by it.
 
     Attributes:
-      law: which law its samples have, in one sentence.
-      number: what the number behind its name says, and its range.
       uniforms: U, at least 2.
       sequential: it needs exact conditionals of one token a pass.
     """
 
-    law: ClassVar[str]
-    number: ClassVar[str]
     uniforms: ClassVar[int] = 2
     sequential: ClassVar[bool] = False
 
@@ -90,6 +86,10 @@ class Decoder(ABC):
     def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
                  sampler: Sampler) -> Progress:
         """The progress after one pass. A row is done where `at` has reached `end`."""
+
+    def follows_a_plan(self, sampler: Sampler) -> bool:
+        """Whether the samples have the law of some plan, the one that `plan` gives."""
+        return True
 
     def plan(self, plan: Plan, found: Plan) -> Plan:
         """The plan whose law the samples have, of the one that they began with and the one of their passes, `found`."""
@@ -225,5 +225,5 @@ def named(text: str) -> Decoder:
     try:
         value = float(number)
     except ValueError:
-        raise EsoError(f"decoder = {text!r}: needs a number, as in {name}:4") from None
+        raise EsoError(f"decoder = {text!r}: needs a number, as in {name}:1") from None
     return known[name](value)

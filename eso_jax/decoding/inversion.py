@@ -36,8 +36,8 @@ ROW_DIGIT, BITS = 2, 30  # bits that a round finds, of those of floats up to 1
 
 
 def fits() -> bool:
-    """Whether the mesh in force is one NVIDIA GPU."""
-    return sharding.on_gpu() and sharding.batch_shards() * sharding.tensor_shards() == 1
+    """Whether the mesh in force is one NVIDIA GPU that has the kernels."""
+    return sharding.runs_triton() and sharding.batch_shards() * sharding.tensor_shards() == 1
 
 
 def choose(logits: Float[Array, "R V"], uniforms: Float[Array, "R 2"], temperature: float, top_p: float, min_p: float,

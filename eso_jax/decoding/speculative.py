@@ -67,8 +67,6 @@ class Speculative(Decoder):
     """
 
     drafts: int
-    law = "that of one token a pass in the same order, exactly"
-    number = f"drafts that a pass verifies, in 1..{MOST}"
     sequential = True
     uniforms = 5  # of a slot: two draw a draft, one accepts it, two draw in its place
 

@@ -64,6 +64,8 @@ class Samples(NamedTuple):
       record: when each token was decoded and what was known of it, where that was asked for; see decoding/record.py.
       caption: with it, what else a page that plays the generation needs; see viewer/caption.py.
       text: what the tokens say, up to the first stop or the last decoded token; nothing without a tokenizer.
+      law_of_plan: whether the tokens have the law of the plan that they were decoded along. Where a decoder has found
+        the order by a look at each token alone, they have not.
     """
 
     tokens: np.ndarray
@@ -78,12 +80,15 @@ class Samples(NamedTuple):
     record: Record | None = None
     caption: Caption | None = None
     text: Sequence[str] = ()
+    law_of_plan: bool = True
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What the .npz of `eso-jax sample` holds, but for the text."""
         found = {name: getattr(self, name) for name in ("tokens", "order", "tokens_per_step", "diffusion", "tries")}
         if self.tokens_per_pass is not self.tokens_per_step:
             found["tokens_per_pass"] = self.tokens_per_pass
+        if not self.law_of_plan:
+            found["law_of_plan"] = np.array(False)
         if self.given.any():
             found["given"] = self.given.sum(1)
         if self.record is None or self.caption is None:
@@ -250,7 +255,8 @@ class Model(Engine):
                 fact[tokens == model.mask] = none
         told = None if kept is None else caption(self.config, passes, tokens, kept, self.tokenizer)
         return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given, known[ready],
-                       tries[ready], passes.tokens_per_step, clock.seconds, clock.compile_seconds, kept, told, text)
+                       tries[ready], passes.tokens_per_step, clock.seconds, clock.compile_seconds, kept, told, text,
+                       decoder is None or decoder.follows_a_plan(families.get(self.config).sampler(self.config)))
 
     def lengthen(self, given: Given, max_tokens: int, overlap: int | None = None, **how: Any) -> windows.Long:
         """Texts that are longer than the model, window after window; see eso_jax/engine/windows.py."""

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from eso_jax import console
+from eso_jax.errors import require
 from eso_jax.evaluation.judges import load_pretrained
 from eso_jax.evaluation.mauve import states
 from eso_jax.evaluation.texts import Texts
@@ -103,6 +104,8 @@ def score(texts: Sequence[str], references: Sequence[str], encoder: Encoder) -> 
     """
     unrelated = encoder.unrelated
     if unrelated is None:
+        require(len(references) > 1, "references", len(references), "must be several: what unrelated texts get by this "
+                "encoder is made of them")
         unrelated = tuple(_raw([*references[1:], references[0]], references, encoder).mean(0))
     floor = np.array(unrelated)
     return (_raw(texts, references, encoder) - floor) / (1 - floor)

@@ -50,7 +50,8 @@ def attend(q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Arra
 
 
 def keeper(config: ModelConfig, pattern: Pattern, dtype: Any, wanted: str = AUTO) -> Plain:
-    """Who keeps the decoding loop's cache on the mesh in force."""
+    """Who keeps the decoding loop's cache on the mesh in force: "plain" if that is wanted, else the first that can."""
+    wanted = wanted if wanted == Plain.name else AUTO
     backend, _ = choose(Task(pattern, config.length, config.head_size, jnp.dtype(dtype)), wanted, KEEPERS)
     assert isinstance(backend, Plain)
     return backend

@@ -27,6 +27,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Float32
 
 from eso_jax import sharding
+from eso_jax.model.norm import EPSILON
 from eso_jax.model.params import Block, Norm
 
 
@@ -136,10 +137,10 @@ def _kernel(x: Any, w: Any, norm: Any, bias: Any, residual: Any, out: Any, *, cu
     nothing = jnp.zeros((height, cut.columns))
     added = nothing if bias is None else jnp.where(part == 0, over_rows(bias, column, height), 0)
     before = nothing if residual is None else jnp.where(part == 0, total(residual, column, height), 0)
-    if norm is not None:  # as transformer._layer_norm
+    if norm is not None:  # as norm.layer_norm
         mean = _sum(pieces).sum(1, keepdims=True) / depth
         pieces = [piece - mean for piece in pieces]
-        slope = jax.lax.rsqrt(_sum(piece**2 for piece in pieces).sum(1, keepdims=True) / depth + 1e-5)
+        slope = jax.lax.rsqrt(_sum(piece**2 for piece in pieces).sum(1, keepdims=True) / depth + EPSILON)
         pieces = [piece * slope * scale + shift for piece, (scale, shift) in zip(pieces, affine, strict=True)]
 
     def repeated(piece: Float[Array, "_ _"]) -> Float[Array, "R _"]:

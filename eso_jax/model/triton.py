@@ -50,8 +50,8 @@ class Triton(Plain):
     key_axes = value_axes = "BHLK"
 
     def refuse(self, task: Task) -> str | None:
-        if not self.interpret and not sharding.on_gpu():
-            return "for NVIDIA GPUs"
+        if not self.interpret and not sharding.runs_triton():
+            return "for NVIDIA GPUs from Ampere on"
         size = task.head_size
         return None if size >= 16 and size & (size - 1) == 0 else f"takes heads of 16, 32, 64, ..., not {size}"
 
