@@ -115,7 +115,7 @@ def test_who_has_no_decoder(name: str) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("guess:4", "decoder = 'guess:4': choose one of speculative:NUMBER"),
-    ("speculative", "decoder = 'speculative': needs a number, as in speculative:4"),
+    ("speculative", "decoder = 'speculative': needs a number, as in speculative:1"),
     ("speculative:x", "needs a number"), ("speculative:2.5", "must be a whole number"),
     ("speculative:0", "speculative = 0: .* in 1..64"), ("speculative:65", "in 1..64")])
 def test_decoders_that_there_are_not(text: str, message: str) -> None:
