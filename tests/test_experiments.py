@@ -116,17 +116,19 @@ def test_the_papers_numbers_stand_once() -> None:
 
 
 def test_there_is_a_run_for_every_row_of_the_paper() -> None:
-    families = {name: dataclasses.astuple(run.config.family) for name, run in RUNS.items()}
+    families = {name: dataclasses.asdict(run.config.family) for name, run in RUNS.items()}
     by_corpus = {corpus: [f for name, f in families.items() if name.startswith(f"{corpus}/")]
                  for corpus in ("lm1b", "owt", "xsum")}
     assert len(RUNS) == 52 == sum(map(len, by_corpus.values()))
-    assert {f[0] for f in by_corpus.pop("xsum")} == {"mdlm", "esolm"}
-    alphas = {corpus: sorted({f[1] for f in found if f[0] == "esolm"}) for corpus, found in by_corpus.items()}
+    assert {f["name"] for f in by_corpus.pop("xsum")} == {"mdlm", "esolm"}
+    alphas = {corpus: sorted({f["alpha_0"] for f in found if f["name"] == "esolm"})
+              for corpus, found in by_corpus.items()}
     assert alphas == {"lm1b": [0, 0.0625, 0.125, 0.25, 0.5, 1], "owt": [0, 0.125, 0.25, 0.5, 1]}
-    kappas = {(f[1], f[2]) for f in by_corpus["lm1b"] if f[0] == "esolm_a" and f[2] is not None}
+    kappas = {(f["alpha_0"], f["kappa"]) for f in by_corpus["lm1b"]
+              if f["name"] == "esolm_a" and f["kappa"] is not None}
     assert len(kappas) == 16
     for found in by_corpus.values():
-        assert {f[1] for f in found if f[0] == "bd3lm"} == {4, 8, 16}
+        assert {f["block_size"] for f in found if f["name"] == "bd3lm"} == {4, 8, 16}
 
 
 def distinct() -> dict[str, Config]:
