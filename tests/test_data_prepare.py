@@ -433,6 +433,7 @@ def test_data_that_storage_does_not_give_is_asked_for_again(
     assert tries >= 3 if what == "a shard" else tries == 3  # grain reads ahead, in other threads
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_result(tmp_path: Path, many: Path) -> None:
     one, two = (made(many, tmp_path / "data", out=tmp_path / str(n), processes=n, tokenizer=gpt2_like())
                 for n in (1, 2))

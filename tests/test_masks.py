@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import brief
 from eso_jax.config import ModelConfig
 from eso_jax.model import attention, cache, masks, plain, transformer
 from eso_jax.model.backend import Task
@@ -133,7 +134,7 @@ def sensitivity(f: Callable[..., jax.Array], *xs: jax.Array) -> list[np.ndarray]
     return [np.abs(np.asarray(jacobian)[rows, :, rows]).sum((-2, -1)) for jacobian in jacobians]
 
 
-@pytest.fixture(params=["plain", "cudnn"])
+@pytest.fixture(params=brief(["plain", "cudnn"], "plain"))
 def view_and_mask(name: str, request: pytest.FixtureRequest,
                   monkeypatch: pytest.MonkeyPatch) -> tuple[View, np.ndarray]:
     """A view, with attention computed by a backend; by cuDNN's construction, but XLA's kernel."""

@@ -80,6 +80,7 @@ QUANTITIES: dict[str, Callable[[noise.Draws], jax.Array]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTITIES)
 def test_draws_do_not_depend_on_how_the_batch_is_cut(name: str) -> None:
     """Devices, hosts and micro-batches hold subsets of the rows, in any order."""

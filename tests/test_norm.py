@@ -11,6 +11,7 @@ from eso_jax.model import norm as norms
 from eso_jax.model.params import Norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "width"), [(70, 24), (64, 32), (3, 5)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_are_those_of_the_definition(rows: int, width: int, dtype: jnp.dtype) -> None:

@@ -86,6 +86,7 @@ def test_random_then_ascending(num_random: int) -> None:
         uniform(counts, ROWS, 1 / len(pairs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha_0", [0.0, 0.3, 1.0])
 def test_likelihood_orders_are_a_binomial_random_part_then_ascending(alpha_0: float) -> None:
     """The random part's size shows in the last descent only up to chance, so its law is read off the probability that

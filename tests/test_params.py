@@ -14,6 +14,7 @@ from eso_jax.errors import EsoError
 from eso_jax.model.params import Block, Parameters, fold, init_params, param_shardings, sizes, unstack
 
 
+@pytest.mark.slow
 def test_a_key_draws_what_it_always_drew() -> None:
     """The last parameters that are drawn, with AdaLN and without: Flax numbers them, so that another order of the
     declaration would change them."""

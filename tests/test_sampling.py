@@ -78,6 +78,7 @@ def test_cached_logits_equal_uncached(name: str, cuts: list[bool], batch: int, a
         np.testing.assert_allclose(cached, uncached, atol=1e-5 * largest, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 5])
 def test_a_step_of_several_passes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logits are those of one pass without a cache, and given tokens get the same log p."""

@@ -56,6 +56,7 @@ def test_the_cache_is_exact(drafts: int) -> None:
             np.testing.assert_allclose(mine, full, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_record_is_the_law_of_one_token_a_pass() -> None:
     model = model_of("esolm")
     found = model.sample(2, given=prompts("esolm"), decoder=Speculative(3), temperature=0.7, record=True)

@@ -200,6 +200,7 @@ def test_a_work_directory_beyond_the_asked_steps_is_left_alone(base: Config, tmp
     assert (tmp_path / "w" / "config.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_work_directory_is_of_one_run(base: Config, tmp_path: Path) -> None:
     training.train(base.override("train.steps=1"), tmp_path / "w")
     before = (tmp_path / "w" / "config.json").read_text()

@@ -59,6 +59,7 @@ def test_tpus_rotate_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         assert jnp.array_equal(ours, rotary.rotate(QK.astype(dtype), table))
 
 
+@pytest.mark.slow
 def test_cpus_make_what_all_layers_share_once() -> None:
     """Sines and cosines one time each, and tanh one time in a layer, forward and backward: no second one is fused into
     what uses it, and no sigmoid of the backward pass stands for one that would be kept."""

@@ -23,6 +23,7 @@ def long(given: prompts.Given = GIVEN, max_tokens: int = 20, **how: object) -> l
     return [tokens.tolist() for tokens in found.tokens]
 
 
+@pytest.mark.slow
 def test_each_window_goes_on_from_the_end_of_the_one_before() -> None:
     """Of the first row: 2 + 10 tokens, then 7 and 3 behind the last 5; of the second, whose prompt fills a window, 7, 7
     and 6. Each window is a sample of the model that is given what is before."""
