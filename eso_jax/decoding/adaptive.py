@@ -35,11 +35,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eso_jax import sharding
 from eso_jax.config import ModelConfig
 from eso_jax.decoding import categorical
 from eso_jax.decoding.decoders import Decoder, Progress, commit, take
-from eso_jax.decoding.loop import Draw
+from eso_jax.decoding.loop import Draw, logits_of
 from eso_jax.decoding.passes import Sampler
 from eso_jax.errors import require
 from eso_jax.model import masks, transformer, vocabulary
@@ -80,7 +79,7 @@ class Along(Decoder):
         hidden, cache = transformer.trunk(weights, take(state.tokens, here), take(state.positions, here),
                                           View(sampler.pattern, at), state.cache, begin)
         hidden = take(hidden, (at - begin)[:, None] + number)
-        logits = sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
+        logits = logits_of(weights, hidden, config)
         run = jnp.cumprod(self.fits(logits, progress.memory[:, None]) | (number == 0), axis=1, dtype=jnp.int32)
         tokens = categorical.draw(logits, take(source.uniforms, at[:, None] + number), source.rule)
         progress = dataclasses.replace(progress, state=dataclasses.replace(state, cache=cache))
@@ -151,14 +150,12 @@ class Anywhere(Decoder):
         hidden, cache = transformer.trunk(weights, state.tokens, state.positions,
                                           View(masks.LONE if sampler.cached else sampler.pattern, at), state.cache)
 
-        def logits_of(hidden: Float[Array, "B _ D"]) -> Float[Array, "B _ V"]:
-            return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
-
-        certainty = vocabulary.in_chunks(lambda hidden: self.certainty(logits_of(hidden)), config.vocab_size, hidden)
+        certainty = vocabulary.in_chunks(lambda hidden: self.certainty(logits_of(weights, hidden, config)),
+                                         config.vocab_size, hidden)
         rank = jnp.where(slot < at[:, None], -jnp.inf, jnp.where(slot < end[:, None], -certainty, jnp.inf))
         order = jnp.argsort(rank, axis=1, stable=True)  # what is decoded keeps its slot, and so does what will not be
         next_slots = at[:, None] + number
-        logits = logits_of(take(hidden, take(order, next_slots)))
+        logits = logits_of(weights, take(hidden, take(order, next_slots)), config)
         tokens = categorical.draw(logits, take(source.uniforms, next_slots), source.rule)
         state = dataclasses.replace(state, cache=cache, positions=take(state.positions, order))
         return commit(dataclasses.replace(progress, state=state), tokens, logits,

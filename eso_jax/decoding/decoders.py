@@ -156,9 +156,10 @@ def start(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, s
 def until_done(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, progress: Progress, source: Draw,
                decoder: Decoder) -> Iterator[Progress]:
     """The progress after every `PACE` passes. It is gone when the next one is asked for, which updates it in place."""
-    end = jnp.asarray(np.broadcast_to(np.asarray(plan.end, np.int32), len(plan.order)))
-    while (sharding.fetch(progress.at) < sharding.fetch(end)).any():
-        progress = decode_passes(weights, progress, source, end, config, sampler, decoder)
+    end = np.broadcast_to(np.asarray(plan.end, np.int32), len(plan.order))
+    on_device = jnp.asarray(end)
+    while (sharding.fetch(progress.at) < end).any():
+        progress = decode_passes(weights, progress, source, on_device, config, sampler, decoder)
         yield progress
 
 

@@ -221,18 +221,16 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
     """Draws this step's tokens from their logits, or scores the given ones, and writes them into the state."""
     begin = taken_from(step, shape)
 
-    def logits_of(hidden: Array) -> Array:
-        return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
-
     def draw(hidden: Array, uniforms: Array) -> tuple[Array, Facts | None]:
         assert isinstance(source, Draw)
         with jax.named_scope("draw"):
-            logits = logits_of(hidden)
+            logits = logits_of(weights, hidden, config)
             tokens = categorical.draw(logits, uniforms, source.rule).astype(state.tokens.dtype)
             return tokens, None if state.facts is None else records.facts(logits, tokens, source.rule)
 
     def score(hidden: Array, tokens: Array) -> Array:
-        return jnp.take_along_axis(jax.nn.log_softmax(logits_of(hidden)), tokens[..., None], axis=-1)[..., 0]
+        logs = jax.nn.log_softmax(logits_of(weights, hidden, config))
+        return jnp.take_along_axis(logs, tokens[..., None], axis=-1)[..., 0]
 
     logp, facts = state.logp, state.facts
     if isinstance(source, Draw):
@@ -245,6 +243,11 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
         logp = replace(logp, step, shape, vocabulary.in_chunks(score, config.vocab_size, hidden, chosen))
     tokens = replace(state.tokens, step, shape, chosen, sampler.shift)
     return dataclasses.replace(state, tokens=tokens, logp=logp, facts=facts)
+
+
+def logits_of(weights: Weights, hidden: Float[Array, "B W D"], config: ModelConfig) -> Float[Array, "B W V"]:
+    """The logits of hidden states, each row's on its device."""
+    return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
 
 
 def replace(x: Shaped[Array, "B _ *s"], step: Step, shape: Shape, new: Shaped[Array, "B W *s"],

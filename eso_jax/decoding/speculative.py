@@ -31,11 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from eso_jax import sharding
 from eso_jax.config import ModelConfig
 from eso_jax.decoding import categorical
 from eso_jax.decoding.decoders import Decoder, Progress, commit, put, take
-from eso_jax.decoding.loop import Draw
+from eso_jax.decoding.loop import Draw, logits_of
 from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.plan import Plan, join
 from eso_jax.errors import require
@@ -104,7 +103,7 @@ class Speculative(Decoder):
         tokens = jnp.concatenate([tokens, jnp.full_like(masks, config.mask)], axis=1)
         positions = take(state.positions, jnp.concatenate([clean, masks], axis=1))
         hidden, cache = transformer.trunk(weights, tokens, positions, View(Drafts(drafts=k), at), state.cache, begin)
-        logits = sharding.constrain(transformer.head(weights, hidden[:, k + 1:], config.mask), sharding.BATCH)
+        logits = logits_of(weights, hidden[:, k + 1:], config)
         laws, uniforms = categorical.law(logits, source.rule), take(source.uniforms, masks)
         accepted, last = verify(laws[:, :k + 1], drafts, uniforms[:, :k + 1])
         number = jnp.arange(k + 1)[None]
