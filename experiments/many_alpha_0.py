@@ -86,7 +86,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    with picture(path, 6.0, 4.0) as figure:
+    with picture(path, 6.0, 4.2) as figure:
         axes = figure.subplots()
         for trained, row in rows.items():
             if trained != MANY:
