@@ -39,7 +39,7 @@ def extended(backend: plain.Plain, view: View, offset: jax.Array | int, batch: i
 @pytest.mark.parametrize(("pattern", "rows", "offset"), [
     (masks.CAUSAL, {}, [0, 30, 64, 97]), (masks.EVERYONE, {"length": [1, 50, 99, 100]}, 97),
     (masks.PREFIX, {"clean": [0, 3, 70, 10]}, [10, 3, 70, 63]), (Pattern(4), {}, 64),
-    (masks.Drafts(drafts=1), {"clean": [1, 5, 70, 98]}, [0, 4, 69, 97])], ids=str)
+    (masks.Drafts(drafts=1), {"clean": [2, 6, 71, 99]}, [0, 4, 69, 97])], ids=str)
 def test_a_step_of_the_cache_is_plain_attention(pattern: Pattern, rows: dict[str, list[int]],
                                                 offset: int | list[int]) -> None:
     view = View(pattern, **{name: jnp.array(value) for name, value in rows.items()})

@@ -69,14 +69,14 @@ def test_own_steps_are_the_table_in_their_docstring() -> None:
 
 
 def test_drafts_are_the_table_in_their_docstring() -> None:
-    """Behind three decoded tokens, two of which are before the window; and where there is none."""
-    for clean, begin in ((3, 2), (1, 0)):
+    """Of four tokens, decoded or drafted, two of which are before the window; of two; and where there is none."""
+    for clean, begin in ((4, 2), (2, 0)):
         view = View(masks.Drafts(drafts=1), jnp.array([clean]))
         [table] = view.table(view.pattern, begin + jnp.arange(5)[None], jnp.arange(begin + 5))
         np.testing.assert_array_equal(table[:, begin:], np.array(docstring_tables(masks.Drafts)[0], bool))
         assert table[:, :begin].all()
     nothing = View(masks.Drafts(drafts=1), jnp.array([0])).table(view.pattern, jnp.arange(5)[None], jnp.arange(5))[0]
-    np.testing.assert_array_equal(nothing[2:, 0], [False, True, True])  # a draft is in the window's first slot
+    np.testing.assert_array_equal(nothing[2:], [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]])  # masks alone
 
 
 @pytest.mark.slow

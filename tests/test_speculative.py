@@ -37,6 +37,31 @@ def test_a_row_is_the_same_in_any_company() -> None:
         np.testing.assert_array_equal(there, getattr(whole, name).reshape(10, -1))
 
 
+def test_a_rows_own_k_is_the_same_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose k differ, in a program that has room for the largest: tokens, log p and passes, alone and together."""
+    jax.clear_caches()  # of programs of another pace
+    monkeypatch.setattr(decoders, "PACE", 2)
+    found, adapt = set[tuple[int, ...]](), Speculative.adapt
+
+    def seen(self: Speculative, progress: decoders.Progress, left: np.ndarray) -> tuple[Speculative, decoders.Progress]:
+        decoder, progress = adapt(self, progress, left)
+        found.add((decoder.drafts, *progress.memory.wanted[left].tolist()))
+        return decoder, progress
+
+    monkeypatch.setattr(Speculative, "adapt", seen)
+    model, given = model_of("esolm"), prompts("esolm")[:3]
+    how = {"temperature": 1.5, "seed": 5, "decoder": "speculative", "record": True}
+    whole = model.sample(2, given=given, **how)
+    assert any(len(set(each[1:])) > 1 for each in found)
+    alone = model.sample(2, given=given, batch_size=1, **how)
+    np.testing.assert_array_equal(alone.tokens, whole.tokens)
+    np.testing.assert_array_equal(alone.passes, whole.passes)
+    assert whole.record is not None and alone.record is not None
+    np.testing.assert_allclose(alone.record.logp, whole.record.logp, atol=1e-5)
+    assert len({each for each in found if len(each) == 2}) > 1  # alone, in programs of their own
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("drafts", [1, 4])
 def test_the_cache_is_exact(drafts: int) -> None:
     """It holds what a pass over the decoded tokens gives; refused drafts and masks have left nothing."""
@@ -115,8 +140,8 @@ def test_who_has_no_decoder(name: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("guess:4", "decoder = 'guess:4': choose one of speculative:NUMBER"),
-    ("speculative", "decoder = 'speculative': needs a number, as in speculative:1"),
+    ("guess:4", "decoder = 'guess:4': choose one of speculative, speculative:NUMBER"),
+    ("entropy", "decoder = 'entropy': needs a number, as in entropy:1"),
     ("speculative:x", "needs a number"), ("speculative:2.5", "must be a whole number"),
     ("speculative:0", "speculative = 0: .* in 1..64"), ("speculative:65", "in 1..64")])
 def test_decoders_that_there_are_not(text: str, message: str) -> None:

@@ -45,8 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
     parser.add_argument("--plan", help=f"{', '.join(POLICIES)}; or the .npz of an earlier sample, to decode along its "
                                       "plan (the family's own: binomial, or left-to-right for AR)")
-    parser.add_argument("--decoder", metavar="NAME:NUMBER", help="finds by itself how many tokens each pass decodes: "
-                        "speculative:4 (drafts of a pass that the next one verifies; the law of one token a pass), "
+    parser.add_argument("--decoder", metavar="NAME[:NUMBER]", help="finds by itself how many tokens each pass decodes: "
+                        "speculative:4 (drafts of a pass that the next one verifies; the law of one token a pass; "
+                        "without a number, each sample finds its own), "
                         "entropy:0.5 (nats that the entropies of a pass may add up to, but for the largest), "
                         "confidence:0.9 (the least probability of the likeliest value behind a pass's first token), "
                         "likeliest:2 or margin:2 (so many a pass, the most certain of all that are left, by the "

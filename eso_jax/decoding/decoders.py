@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from eso_jax import sharding
 from eso_jax.config import ModelConfig
@@ -81,6 +81,10 @@ class Decoder(ABC):
 
     def begin(self, config: ModelConfig, batch: int) -> Any:
         """The memory before the first pass."""
+
+    def adapt(self, progress: Progress, left: Bool[np.ndarray, " B"]) -> tuple[Decoder, Progress]:
+        """The decoder of the next `PACE` passes, and the progress for it. `left`: rows that are not done."""
+        return self, progress
 
     @abstractmethod
     def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
@@ -158,7 +162,8 @@ def until_done(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Pl
     """The progress after every `PACE` passes. It is gone when the next one is asked for, which updates it in place."""
     end = np.broadcast_to(np.asarray(plan.end, np.int32), len(plan.order))
     on_device = jnp.asarray(end)
-    while (sharding.fetch(progress.at) < end).any():
+    while (left := sharding.fetch(progress.at) < end).any():
+        decoder, progress = decoder.adapt(progress, left)
         progress = decode_passes(weights, progress, source, on_device, config, sampler, decoder)
         yield progress
 
@@ -204,8 +209,8 @@ def put(x: Shaped[Array, "B L *s"], new: Shaped[Array, "B M *s"], at: Int[Array,
     return jax.vmap(lambda x, index, new: x.at[index].set(new, mode="drop"))(x, index, new)
 
 
-def names() -> dict[str, Callable[[float], Decoder]]:
-    """What makes a decoder of the number behind its name. One line each."""
+def names() -> dict[str, Callable[..., Decoder]]:
+    """What makes a decoder of the number behind its name; `speculative` can do without. One line each."""
     from eso_jax.decoding.adaptive import Confidence, Entropy, Likeliest, Margin
     from eso_jax.decoding.speculative import Speculative
 
@@ -214,7 +219,7 @@ def names() -> dict[str, Callable[[float], Decoder]]:
 
 
 def named(text: str) -> Decoder:
-    """The decoder of a text NAME:NUMBER.
+    """The decoder of a text NAME:NUMBER, or of `speculative` alone.
 
     Raises:
       EsoError: there is none of the name, or the number is out of its range.
@@ -222,7 +227,10 @@ def named(text: str) -> Decoder:
     name, _, number = text.partition(":")
     known = names()
     if name not in known:
-        raise EsoError(f"decoder = {text!r}: choose one of {', '.join(f'{each}:NUMBER' for each in known)}")
+        ways = ", ".join(["speculative", *(f"{each}:NUMBER" for each in known)])
+        raise EsoError(f"decoder = {text!r}: choose one of {ways}")
+    if text == "speculative":
+        return known[text]()
     try:
         value = float(number)
     except ValueError:

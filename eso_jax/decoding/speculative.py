@@ -7,6 +7,9 @@ tokens, with k drafts:
   masks      of the slots at, ..., at + 2k; mask m sees all before `at` and the first m drafts, the ones behind mask k
              all drafts and each other
 
+A row with fewer drafts than the k of the pass has more clean slots before `at`, which give what they gave before, and
+masks of theirs, which nobody looks at. So it gets what it would get alone.
+
 Mask m <= k says p, the law of its slot given everything before it: what the sampler of one token a pass would draw it
 by. With it a draft that was drawn by q is accepted with probability min(1, p / q). Where the first one is refused, the
 token is drawn by the positive part of p - q instead; where none is, mask k gives one more. So each token has the law p,
@@ -16,6 +19,10 @@ token that was drawn there; where a draft was refused, they have seen that one.
 Masks are written into the cache behind the clean part, where later passes write over them, as over refused drafts; the
 keys and values of accepted drafts are those of decoded tokens and stay.
 
+k is fixed, or each row finds its own: every `PACE` passes, twice as many if more than three in four of its drafts were
+accepted since, half as many if less than half. Drafts beyond these are dropped. Nothing of this depends on a token that
+is not decoded yet, so the law stays p.
+
 [1] Leviathan, Kalman & Matias, "Fast inference from transformers via speculative decoding", ICML 2023.
 
 Axes: B batch, L length, k drafts, M = k + 1 slots that a pass decodes at most, V vocabulary.
@@ -24,13 +31,16 @@ Axes: B batch, L length, k drafts, M = k + 1 slots that a pass decodes at most, 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from eso_jax import sharding
 from eso_jax.config import ModelConfig
 from eso_jax.decoding import categorical
 from eso_jax.decoding.decoders import Decoder, Progress, commit, put, take
@@ -43,18 +53,27 @@ from eso_jax.model.masks import Drafts, View
 from eso_jax.model.params import Weights
 
 MOST = 64  # drafts
+FIRST, LARGEST = 4, 16  # of a row that finds its own
 
 
 class Memory(NamedTuple):
-    """The drafts of the next slots.
+    """The drafts of the next slots, and how a row did with earlier ones.
 
     Attributes:
       tokens: int32 [B, k].
-      laws: float32 [B, k, V], by which they were drawn; nothing but 0 where there is no draft: it is refused.
+      laws: float32 [B, k, V], by which they were drawn.
+      drafted: int32 [B], of so many, the first, there is a draft.
+      wanted: int32 [B], so many drafts a pass makes.
+      verified: int32 [B], drafts since `wanted` was found.
+      accepted: int32 [B], of these.
     """
 
     tokens: Int[Array, "B k"]
     laws: Float[Array, "B k V"]
+    drafted: Int[Array, " B"]
+    wanted: Int[Array, " B"]
+    verified: Int[Array, " B"]
+    accepted: Int[Array, " B"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +81,12 @@ class Speculative(Decoder):
     """Drafts that are verified.
 
     Attributes:
-      drafts: k.
+      drafts: k of a pass.
+      by_row: each row finds its own, at most `LARGEST`; `drafts` is then the largest of them. Programs do not know.
     """
 
     drafts: int
+    by_row: bool = field(default=False, compare=False)
     sequential = True
     uniforms = 5  # of a slot: two draw a draft, one accepts it, two draw in its place
 
@@ -73,7 +94,10 @@ class Speculative(Decoder):
         require(1 <= self.drafts <= MOST, "speculative", self.drafts, f"the number of drafts must be in 1..{MOST}")
 
     @classmethod
-    def of(cls, number: float) -> Speculative:
+    def of(cls, number: float | None = None) -> Speculative:
+        """Of the number behind the name; without one, each row finds its own."""
+        if number is None:
+            return cls(FIRST, by_row=True)
         require(float(number).is_integer(), "speculative", number, "must be a whole number of drafts")
         return cls(int(number))
 
@@ -83,11 +107,21 @@ class Speculative(Decoder):
 
     @property
     def window(self) -> int:
-        return 3 * self.drafts + 2
+        return 3 * (LARGEST if self.by_row else self.drafts) + 2
 
     def begin(self, config: ModelConfig, batch: int) -> Memory:
-        return Memory(jnp.full((batch, self.drafts), config.mask, jnp.int32),
-                      jnp.zeros((batch, self.drafts, config.vocab_size), jnp.float32))
+        none, laws = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, self.drafts, config.vocab_size), jnp.float32)
+        return Memory(jnp.zeros((batch, self.drafts), jnp.int32), laws, none, none + self.drafts, none, none)
+
+    def adapt(self, progress: Progress, left: Bool[np.ndarray, " B"]) -> tuple[Speculative, Progress]:
+        if not self.by_row:
+            return self, progress
+        wanted, verified, accepted = sharding.fetch(progress.memory[3:])
+        fewer = np.where(2 * accepted < verified, wanted // 2, wanted)
+        wanted = np.where(4 * accepted > 3 * verified, 2 * wanted, fewer)
+        most = int(wanted.clip(1, LARGEST)[left].max())
+        memory = adapted(progress.memory, wanted.clip(1, most), most)
+        return dataclasses.replace(self, drafts=most), dataclasses.replace(progress, memory=memory)
 
     def plan(self, plan: Plan, found: Plan) -> Plan:
         left = np.broadcast_to(plan.end - np.asarray(plan.given), len(plan.order))
@@ -97,22 +131,37 @@ class Speculative(Decoder):
     def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
                  sampler: Sampler) -> Progress:
         state, at, drafts, k = progress.state, progress.at, progress.memory, self.drafts
-        begin, masks = jnp.maximum(at - 1, 0), at[:, None] + jnp.arange(2 * k + 1)[None]
-        clean = begin[:, None] + jnp.arange(k + 1)[None]
-        tokens = take(put(state.tokens, drafts.tokens, at, jnp.full_like(at, k)), clean)
+        behind = at + drafts.drafted  # decoded tokens and drafts
+        begin, mask = jnp.maximum(behind - k - 1, 0), jnp.arange(2 * k + 1)[None]
+        clean, masks = begin[:, None] + jnp.arange(k + 1)[None], (behind - k)[:, None] + mask
+        tokens = take(put(state.tokens, drafts.tokens, at, drafts.drafted), clean)
         tokens = jnp.concatenate([tokens, jnp.full_like(masks, config.mask)], axis=1)
         positions = take(state.positions, jnp.concatenate([clean, masks], axis=1))
-        hidden, cache = transformer.trunk(weights, tokens, positions, View(Drafts(drafts=k), at), state.cache, begin)
-        logits = logits_of(weights, hidden[:, k + 1:], config)
-        laws, uniforms = categorical.law(logits, source.rule), take(source.uniforms, masks)
+        view = View(Drafts(drafts=k), behind)
+        hidden, cache = transformer.trunk(weights, tokens, positions, view, state.cache, begin)
+        from_at = take(hidden[:, k + 1:], (k - drafts.drafted)[:, None] + mask)
+        logits = logits_of(weights, from_at, config)
+        laws, uniforms = categorical.law(logits, source.rule), take(source.uniforms, at[:, None] + mask)
         accepted, last = verify(laws[:, :k + 1], drafts, uniforms[:, :k + 1])
         number = jnp.arange(k + 1)[None]
         chosen = jnp.where(number < accepted[:, None], jnp.pad(drafts.tokens, [(0, 0), (0, 1)]), last[:, None])
-        behind = accepted[:, None] + 1 + number[:, :k]
-        laws, uniforms = take(laws, behind), take(uniforms, behind)
-        memory = Memory(categorical.pick(laws, uniforms[..., :2]).astype(jnp.int32), laws)
+        following = accepted[:, None] + 1 + number[:, :k]
+        laws, uniforms = take(laws, following), take(uniforms, following)
+        memory = Memory(categorical.pick(laws, uniforms[..., :2]).astype(jnp.int32), laws, drafts.wanted, drafts.wanted,
+                        drafts.verified + drafts.drafted, drafts.accepted + accepted)
         progress = dataclasses.replace(progress, state=dataclasses.replace(state, cache=cache), memory=memory)
         return commit(progress, chosen, logits[:, :k + 1], jnp.minimum(accepted + 1, end - at), source.rule)
+
+
+@functools.partial(jax.jit, static_argnames="drafts")
+def adapted(memory: Memory, wanted: Int[Array, " B"], drafts: int) -> Memory:
+    """The memory of rows that want so many drafts, with room for `drafts`."""
+    def fit(x: Array) -> Array:
+        return jnp.pad(x[:, :drafts], [(0, 0), (0, max(0, drafts - x.shape[1]))] + [(0, 0)] * (x.ndim - 2))
+
+    rows = (jnp.minimum(memory.drafted, wanted), wanted, jnp.zeros_like(wanted), jnp.zeros_like(wanted))
+    return jax.tree.map(lambda x: sharding.constrain(x, sharding.BATCH),
+                        Memory(fit(memory.tokens), fit(memory.laws), *rows))
 
 
 def verify(laws: Float[Array, "B M V"], drafts: Memory,
@@ -125,13 +174,14 @@ def verify(laws: Float[Array, "B M V"], drafts: Memory,
     def of_draft(laws: Float[Array, "B k V"]) -> Float[Array, "B k"]:
         return jnp.take_along_axis(laws, drafts.tokens[..., None], axis=-1)[..., 0]
 
-    accepts: Bool[Array, "B k"] = uniforms[:, :-1, 2] * of_draft(drafts.laws) < of_draft(laws[:, :-1])
+    there_is = jnp.arange(drafts.tokens.shape[1])[None] < drafts.drafted[:, None]
+    accepts: Bool[Array, "B k"] = there_is & (uniforms[:, :-1, 2] * of_draft(drafts.laws) < of_draft(laws[:, :-1]))
     accepted = jnp.cumprod(accepts.astype(jnp.int32), axis=1).sum(1)
 
     def there(x: Array) -> Array:
         return take(x, accepted[:, None])[:, 0]
 
-    law = there(laws)
-    rest = jnp.maximum(law - there(jnp.pad(drafts.laws, [(0, 0), (0, 1), (0, 0)])), 0)
+    law, refused = there(laws), there(jnp.pad(drafts.laws * there_is[..., None], [(0, 0), (0, 1), (0, 0)]))
+    rest = jnp.maximum(law - refused, 0)
     rest = jnp.where(rest.any(-1, keepdims=True), rest, law)  # rounding alone leaves nothing
     return accepted, categorical.pick(rest, there(uniforms)[:, 3:]).astype(jnp.int32)

@@ -208,11 +208,11 @@ class OwnSteps(Pattern):
 
 @dataclass(frozen=True)
 class Drafts(Pattern):
-    """Who sees whom in a pass that verifies drafts (eso_jax/decoding/speculative.py), of a row that has decoded `clean`
-    tokens. The window, k = `drafts`: k + 1 clean slots from clean - 1 on (from 0 where clean = 0), the last ones the
-    drafts; then 2k + 1 masks. Everyone sees the slots before the window. A clean slot sees clean ones up to itself;
-    mask m sees the decoded tokens, the drafts before it (the first m of them) and itself, and from m = k on the masks
-    from k on before it. With k = 1:
+    """Who sees whom in a pass that verifies drafts (eso_jax/decoding/speculative.py), of a row that has decoded or
+    drafted `clean` tokens. The window, k = `drafts`: k + 1 clean slots, the last of these (or from 0, where there are
+    fewer); then 2k + 1 masks. Everyone sees the slots before the window. A clean slot sees clean ones up to itself;
+    mask m sees itself and all but the last k - m of the `clean` tokens; from m = k on, all of them, and the masks from
+    k on before it. With k = 1:
 
         1 0   0 0 0
         1 1   0 0 0
@@ -226,10 +226,10 @@ class Drafts(Pattern):
 
     def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
                  clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
-        first = jnp.maximum(clean - 1, 0) + self.drafts + 1  # mask
+        first = jnp.maximum(clean, self.drafts + 1)  # mask
         mask = query - first
         own = (key >= first + self.drafts) | (key == query)
-        return causal(query, key) & ((mask < 0) | (key < clean + jnp.minimum(mask, self.drafts)) | own)
+        return causal(query, key) & ((mask < 0) | (key < clean - jnp.maximum(self.drafts - mask, 0)) | own)
 
 
 @dataclass(frozen=True)

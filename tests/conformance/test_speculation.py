@@ -24,7 +24,7 @@ from eso_jax.decoding import categorical, decoders, speculative
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.decoders import Decoded
 from eso_jax.decoding.plan import Plan
-from eso_jax.decoding.speculative import Memory, Speculative, verify
+from eso_jax.decoding.speculative import Memory, Speculative, adapted, verify
 from eso_jax.model import masks, transformer
 from test_samplers import ALARM, CERTAIN, ORDERS, ROWS, p_value
 
@@ -32,6 +32,7 @@ TOKENS, LENGTH = 3, 6
 P = oracle.joint(TOKENS, LENGTH)
 CONFIG = Config(model=oracle.model(TOKENS, LENGTH), family=FamilyConfig(name="esolm"))
 MASK = CONFIG.model.mask
+OWN = Speculative(2, by_row=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,19 +62,20 @@ def law(order: np.ndarray, given: np.ndarray, rule: Rule) -> np.ndarray:
     return total
 
 
-def decoded(drafts: int, rule: Rule = Rule(), given: np.ndarray | None = None, **how: Any) -> tuple[Decoded, Plan]:
-    """Samples in O random orders, which the rows take in turn; `given` [O, L] for each."""
+def decoded(drafts: int | None, rule: Rule = Rule(), given: np.ndarray | None = None,
+            **how: Any) -> tuple[Decoded, Plan]:
+    """Samples in O random orders, which the rows take in turn; `given` [O, L] for each. None: a k of each row."""
     given = np.full((ORDERS, LENGTH), MASK) if given is None else given
     keys = jax.random.split(jax.random.key(3), ORDERS)
     plan = families.get(CONFIG).plan(keys, CONFIG, ORDERS, 1, 0.5, "one-by-one", known=given != MASK)
     rows = np.tile(np.arange(ORDERS), ROWS // ORDERS)
     key = jax.random.key(zlib.crc32(f"{drafts} {rule}".encode()))
     found = families.sample(oracle.weights(P, shifted=False), CONFIG, plan.rows(rows), key, rule,
-                            jnp.asarray(given[rows]), decoder=Speculative(drafts), **how)
+                            jnp.asarray(given[rows]), decoder=OWN if drafts is None else Speculative(drafts), **how)
     return found, plan
 
 
-def p_value_of(drafts: int, rule: Rule = Rule(), given: np.ndarray | None = None) -> float:
+def p_value_of(drafts: int | None, rule: Rule = Rule(), given: np.ndarray | None = None) -> float:
     """0 if there is a mask, or what no law allows."""
     found, plan = decoded(drafts, rule, given)
     tokens, none = np.asarray(found.tokens), np.full((ORDERS, LENGTH), MASK)
@@ -94,8 +96,8 @@ GIVEN = np.array([[3, 3, 3, 3, 3, 3], [3, 0, 3, 3, 2, 3], [1, 3, 3, 0, 3, 1], [3
 
 @pytest.mark.parametrize(("drafts", "rule", "given"), [
     (1, Rule(), None), (2, Rule(top_p=0.7), GIVEN), (3, Rule(temperature=0.6), GIVEN),
-    (5, Rule(min_p=0.4, banned=(1,)), None)], ids=str)
-def test_the_law_is_that_of_one_token_a_pass(drafts: int, rule: Rule, given: np.ndarray | None) -> None:
+    (5, Rule(min_p=0.4, banned=(1,)), None), (None, Rule(top_p=0.7), GIVEN)], ids=str)
+def test_the_law_is_that_of_one_token_a_pass(drafts: int | None, rule: Rule, given: np.ndarray | None) -> None:
     assert p_value_of(drafts, rule, given) > ALARM
 
 
@@ -124,19 +126,32 @@ class Behind(masks.Drafts):
     """The token that a refused draft was replaced by is not seen."""
 
     def __call__(self, query: jax.Array, key: jax.Array, clean: jax.Array | int = 0) -> jax.Array:
-        first = jnp.maximum(clean - 1, 0) + self.drafts + 1
-        return super().__call__(query, key, clean) & ((query < first) | (key != clean - 1))
+        first = jnp.maximum(clean, self.drafts + 1)
+        return super().__call__(query, key, clean) & ((query < first) | (key != clean - self.drafts - 1))
+
+
+def beyond_a_rows_own(laws: jax.Array, drafts: Memory, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As many drafts as the pass has room for."""
+    return verify(laws, drafts._replace(drafted=jnp.full_like(drafts.drafted, drafts.tokens.shape[1])), uniforms)
+
+
+def by_what_they_are(memory: Memory, wanted: np.ndarray, drafts: int) -> Memory:
+    """Drafts that begin with a 0 are dropped."""
+    memory = adapted(memory, wanted, drafts)
+    return memory._replace(drafted=jnp.where(memory.tokens[:, 0] == 0, 0, memory.drafted))
 
 
 MUTANTS: dict[str, tuple[str, Any]] = {
     "p and q are exchanged": ("verify", exchanged), "the rest is forgotten": ("verify", without_a_rest),
     "drafts and laws do not belong together": ("verify", of_others),
     "the token decoded last is not seen": ("Drafts", Behind)}
+OF_OWN: dict[str, tuple[str, Any]] = {
+    "drafts are not a row's own": ("verify", beyond_a_rows_own), "drafts are chosen": ("adapted", by_what_they_are)}
 
 
-@pytest.mark.parametrize(("name", "wrong"), MUTANTS.values(), ids=list(MUTANTS))
+@pytest.mark.parametrize(("name", "wrong"), [*MUTANTS.values(), *OF_OWN.values()], ids=[*MUTANTS, *OF_OWN])
 def test_a_wrong_speculation_is_rejected(name: str, wrong: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     jax.clear_caches()
     monkeypatch.setattr(speculative, name, wrong)
-    assert p_value_of(2) < CERTAIN
+    assert p_value_of(None if (name, wrong) in OF_OWN.values() else 2) < CERTAIN
     jax.clear_caches()
