@@ -36,6 +36,10 @@ def test_samples_have_the_law_of_the_widths_that_were_found(name: str, decoder: 
     assert samples.record is not None and samples.tokens_per_step.ndim == 2
     assert (samples.tokens_per_step.sum(1) == LENGTH).all() and 1 < samples.passes.mean() < LENGTH
     assert (samples.tokens < VOCABULARY - 1).all()
+    assert samples.caption is not None and samples.caption.decoder == decoder.split(":")[0]
+    begin = np.pad(samples.plan.first, [(0, 0), (1, 0)])[:, :-1] * (name == "esolm")  # the tokens decoded last
+    np.testing.assert_array_equal(samples.caption.window[..., 0], begin)
+    assert (np.diff(samples.caption.window) == (16 if name == "esolm" else LENGTH)).all()
     expected = likelihood.plan_log_prob(model, samples.tokens, samples.plan)
     np.testing.assert_allclose(along(samples.record.logp, samples), expected, atol=1e-5)
     if decoder.startswith("entropy"):
@@ -52,6 +56,7 @@ def test_each_place_is_looked_at_as_if_it_came_next(decoder: str) -> None:
     model = model_of("esolm")
     samples = model.sample(4, decoder=decoder, record=True)
     assert samples.record is not None and (samples.passes == 3).all()
+    assert samples.caption is not None and (samples.caption.window == [0, LENGTH]).all()
     assert (np.sort(samples.order, axis=1) == np.arange(LENGTH)).all()
     assert (samples.tokens_per_step == [3, 3, 2]).all()
     for slot in range(LENGTH):

@@ -301,12 +301,12 @@ def test_ways_to_take_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                    "train.save_every=1000000", "train.compute_dtype=float32")
     assert 0 < found["steps"] < 1_000_000
     rows = {(row["decoder"], row["batch"]): row for row in found["rows"]}
-    names = ("one by one", "fixed plan", *decoders.names())
+    names = ("one by one", "fixed plan", fewer_passes.OWN, *decoders.names())
     assert set(rows) == {*((name, fewer_passes.WIDE) for name in names), ("entropy", 1)}
     for (name, _), row in rows.items():
         assert sum(width * count for width, count in enumerate(row["widths"])) == 3 * 16, name
         assert all(np.isfinite(row[value]["value"]) for value in ("own", "lost", "entropy")), name
-        if name in ("one by one", "speculative"):
+        if name in ("one by one", "speculative", fewer_passes.OWN):
             assert row["lost"]["value"] == pytest.approx(0, abs=1e-5)
     assert rows["likeliest", fewer_passes.WIDE]["passes"]["value"] == 8
     assert out.with_suffix(".png").stat().st_size > 5000

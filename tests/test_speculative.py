@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eso_jax import families, likelihood
-from eso_jax.decoding import decoders, loop
+from eso_jax.decoding import decoders, loop, speculative
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.loop import Draw
 from eso_jax.decoding.plan import left_to_right
@@ -38,14 +38,16 @@ def test_a_row_is_the_same_in_any_company() -> None:
 
 
 def test_a_rows_own_k_is_the_same_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows whose k differ, in a program that has room for the largest: tokens, log p and passes, alone and together."""
+    """Rows whose k differ, in a program that has room for the largest: tokens, log p and passes, alone and together.
+    The page is told what a row's passes compute alone."""
     jax.clear_caches()  # of programs of another pace
-    monkeypatch.setattr(decoders, "PACE", 2)
-    found, adapt = set[tuple[int, ...]](), Speculative.adapt
+    for module in (decoders, speculative):
+        monkeypatch.setattr(module, "PACE", 2)
+    found, adapt = list[list[int]](), Speculative.adapt
 
     def seen(self: Speculative, progress: decoders.Progress, left: np.ndarray) -> tuple[Speculative, decoders.Progress]:
         decoder, progress = adapt(self, progress, left)
-        found.add((decoder.drafts, *progress.memory.wanted[left].tolist()))
+        found.append([decoder.drafts, *progress.memory.wanted[left].tolist()])
         return decoder, progress
 
     monkeypatch.setattr(Speculative, "adapt", seen)
@@ -53,12 +55,15 @@ def test_a_rows_own_k_is_the_same_in_any_company(monkeypatch: pytest.MonkeyPatch
     how = {"temperature": 1.5, "seed": 5, "decoder": "speculative", "record": True}
     whole = model.sample(2, given=given, **how)
     assert any(len(set(each[1:])) > 1 for each in found)
+    found.clear()
     alone = model.sample(2, given=given, batch_size=1, **how)
     np.testing.assert_array_equal(alone.tokens, whole.tokens)
     np.testing.assert_array_equal(alone.passes, whole.passes)
-    assert whole.record is not None and alone.record is not None
+    assert whole.record is not None and alone.record is not None and alone.caption is not None
     np.testing.assert_allclose(alone.record.logp, whole.record.logp, atol=1e-5)
-    assert len({each for each in found if len(each) == 2}) > 1  # alone, in programs of their own
+    windows = [row[:passes:2] for row, passes in zip(alone.caption.window, alone.passes, strict=True)]
+    assert [(high - low - 2) // 3 for row in windows for low, high in row] == [drafts for drafts, _ in found]
+    assert len({drafts for drafts, _ in found}) > 1
     jax.clear_caches()
 
 

@@ -87,6 +87,13 @@ def test_a_stop_that_cuts_given_tokens_moves_no_phase() -> None:
     assert [sample["phases"] for sample in cut["samples"]] == [sample["phases"] for sample in whole["samples"]]
 
 
+def test_what_a_decoder_has_found_is_its_own() -> None:
+    run, = data_of(page({"": {**generation(NASTY, 1, 20), "decoder": np.array("entropy")}}))
+    [sample] = run["samples"]
+    assert run["decoder"] == "entropy" and set(sample["phase"]) == {0, 4} and set(sample["phases"]) == {4}
+    assert data_of(page({"": generation(NASTY, 1, 20)}))[0]["decoder"] == ""
+
+
 def test_what_is_no_number_stays_readable() -> None:
     made = generation(NASTY, 1, 20)
     made["logp"][0, 3] = np.nan

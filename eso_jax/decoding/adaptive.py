@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from eso_jax.config import ModelConfig
@@ -40,6 +41,7 @@ from eso_jax.decoding import categorical
 from eso_jax.decoding.decoders import Decoder, Progress, commit, take
 from eso_jax.decoding.loop import Draw, logits_of
 from eso_jax.decoding.passes import Sampler
+from eso_jax.decoding.plan import Counts, Plan
 from eso_jax.errors import require
 from eso_jax.model import masks, transformer, vocabulary
 from eso_jax.model.masks import View
@@ -66,6 +68,12 @@ class Along(Decoder):
 
     def begin(self, config: ModelConfig, batch: int) -> Float[Array, " B"]:
         return jnp.full(batch, self.bound, jnp.float32)
+
+    def windows(self, found: Plan, sampler: Sampler) -> tuple[Counts, Counts]:
+        if not sampler.cached:
+            return super().windows(found, sampler)
+        start = np.concatenate([found.first[..., :1], found.first[..., :-1]], axis=-1)
+        return start, start + self.window
 
     @abstractmethod
     def fits(self, logits: Float[Array, "B W V"], bound: Float[Array, "B 1"]) -> Bool[Array, "B W"]:

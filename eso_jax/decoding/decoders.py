@@ -7,7 +7,7 @@ time; in between the host reads how far the rows are. A row that is done changes
 Tokens are drawn by uniforms that are keyed by (the row's key, slot), as in the planned loop, so that a row alone gives
 what it gives among others.
 
-Axes: B batch, L length, M slots that a pass decodes at most, U uniforms of a slot, V vocabulary.
+Axes: B batch, L length, S passes, M slots that a pass decodes at most, U uniforms of a slot, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.loop import PACE, Done, Draw, Report, State, Watch
 from eso_jax.decoding.order import unsort
 from eso_jax.decoding.passes import Sampler
-from eso_jax.decoding.plan import Plan, join
+from eso_jax.decoding.plan import Counts, Plan, join
 from eso_jax.decoding.record import Facts
 from eso_jax.errors import EsoError
 from eso_jax.model.params import Weights
@@ -90,6 +90,10 @@ class Decoder(ABC):
     def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
                  sampler: Sampler) -> Progress:
         """The progress after one pass. A row is done where `at` has reached `end`."""
+
+    def windows(self, found: Plan, sampler: Sampler) -> tuple[Counts, Counts]:
+        """The slots that each pass computes, from and to, [S] or [B, S], of the plan that is made of the passes."""
+        return np.zeros_like(found.first), np.full_like(found.first, found.length)
 
     def follows_a_plan(self, sampler: Sampler) -> bool:
         """Whether the samples have the law of some plan, the one that `plan` gives."""

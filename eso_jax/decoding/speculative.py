@@ -44,9 +44,9 @@ from eso_jax import sharding
 from eso_jax.config import ModelConfig
 from eso_jax.decoding import categorical
 from eso_jax.decoding.decoders import Decoder, Progress, commit, put, take
-from eso_jax.decoding.loop import Draw, logits_of
+from eso_jax.decoding.loop import PACE, Draw, logits_of
 from eso_jax.decoding.passes import Sampler
-from eso_jax.decoding.plan import Plan, join
+from eso_jax.decoding.plan import Counts, Plan, join
 from eso_jax.errors import require
 from eso_jax.model import transformer
 from eso_jax.model.masks import Drafts, View
@@ -116,12 +116,25 @@ class Speculative(Decoder):
     def adapt(self, progress: Progress, left: Bool[np.ndarray, " B"]) -> tuple[Speculative, Progress]:
         if not self.by_row:
             return self, progress
-        wanted, verified, accepted = sharding.fetch(progress.memory[3:])
-        fewer = np.where(2 * accepted < verified, wanted // 2, wanted)
-        wanted = np.where(4 * accepted > 3 * verified, 2 * wanted, fewer)
-        most = int(wanted.clip(1, LARGEST)[left].max())
-        memory = adapted(progress.memory, wanted.clip(1, most), most)
+        wanted = wanted_after(*sharding.fetch(progress.memory[3:]))
+        most = int(wanted[left].max())
+        memory = adapted(progress.memory, wanted.clip(max=most), most)
         return dataclasses.replace(self, drafts=most), dataclasses.replace(progress, memory=memory)
+
+    def windows(self, found: Plan, sampler: Sampler) -> tuple[Counts, Counts]:
+        """Those that a row would have alone."""
+        counts, starts, stops = found.tokens_per_step, [], []
+        none = np.zeros(counts.shape[:-1], int)
+        wanted, drafted, verified, accepted = none + self.drafts, none, none, none
+        for number, at in enumerate(np.moveaxis(found.first, -1, 0)):
+            if self.by_row and number % PACE == 0:
+                wanted, verified, accepted = wanted_after(wanted, verified, accepted), none, none
+                drafted = np.minimum(drafted, wanted)
+            starts.append(np.maximum(at + drafted - wanted - 1, 0))
+            stops.append(starts[-1] + 3 * wanted + 2)
+            verified, accepted = verified + drafted, accepted + counts[..., number] - 1
+            drafted = wanted
+        return np.stack(starts, axis=-1), np.stack(stops, axis=-1)
 
     def plan(self, plan: Plan, found: Plan) -> Plan:
         left = np.broadcast_to(plan.end - np.asarray(plan.given), len(plan.order))
@@ -151,6 +164,13 @@ class Speculative(Decoder):
                         drafts.verified + drafts.drafted, drafts.accepted + accepted)
         progress = dataclasses.replace(progress, state=dataclasses.replace(state, cache=cache), memory=memory)
         return commit(progress, chosen, logits[:, :k + 1], jnp.minimum(accepted + 1, end - at), source.rule)
+
+
+def wanted_after(wanted: Int[np.ndarray, "..."], verified: Int[np.ndarray, "..."],
+                 accepted: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    """A row's next k."""
+    fewer = np.where(2 * accepted < verified, wanted // 2, wanted)
+    return np.where(4 * accepted > 3 * verified, 2 * wanted, fewer).clip(1, LARGEST)
 
 
 @functools.partial(jax.jit, static_argnames="drafts")

@@ -253,7 +253,7 @@ class Model(Engine):
         if kept is not None:  # of what a stop has cut: how far a row was decoded depends on the others
             for fact, none in zip(kept, (-1, 0, 0, 0, 0, 0), strict=True):
                 fact[tokens == model.mask] = none
-        told = None if kept is None else caption(self.config, passes, tokens, kept, self.tokenizer)
+        told = None if kept is None else caption(self.config, passes, tokens, kept, self.tokenizer, decoder)
         return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given, known[ready],
                        tries[ready], passes.tokens_per_step, clock.seconds, clock.compile_seconds, kept, told, text,
                        decoder is None or decoder.follows_a_plan(families.get(self.config).sampler(self.config)))

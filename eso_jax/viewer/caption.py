@@ -1,6 +1,6 @@
 """What a page needs to know of a generation beside its tokens and its record, so that no model is needed any more.
 
-Axes: S steps, M different tokens.
+Axes: N samples, S steps, M different tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from eso_jax.decoding.plan import Plan
 
 if TYPE_CHECKING:
     from eso_jax.data.tokenizers import Tokenizer
+    from eso_jax.decoding.decoders import Decoder
     from eso_jax.decoding.record import Record
 
 
@@ -23,12 +24,14 @@ class Caption(NamedTuple):
 
     Attributes:
       label: str, the family's.
-      window: int [S, 2], the slots that each step's pass runs, from and to; those before come from the cache.
+      window: int [S, 2] or [N, S, 2], the slots that each step's pass runs, from and to; those before come from the
+        cache. Drafts and masks of the same slot are two.
       piece_ids: int [M], every token drawn and every alternative.
       piece_ends: int [M], where the text of each ends in `piece_bytes`; that of a separator is empty.
       piece_bytes: uint8, their text end to end; nothing where there is no tokenizer.
       separator: int, the token between documents; -1 where there is no tokenizer.
       mask: int, the token of a position that was not decoded.
+      decoder: str, that of a decoder which has found the passes.
     """
 
     label: Any
@@ -38,12 +41,17 @@ class Caption(NamedTuple):
     piece_bytes: Any
     separator: Any
     mask: Any
+    decoder: Any = np.array("")
 
 
-def caption(config: Config, plan: Plan, tokens: np.ndarray, record: Record, tokenizer: Tokenizer | None) -> Caption:
-    """The caption of a sample."""
+def caption(config: Config, plan: Plan, tokens: np.ndarray, record: Record, tokenizer: Tokenizer | None,
+            decoder: Decoder | None = None) -> Caption:
+    """The caption of a sample, whose passes are the plan's steps."""
     family, ids = families.get(config), np.unique(np.concatenate([tokens.ravel(), record.alternatives.ravel()]))
     pieces = [b"" if tokenizer is None else tokenizer.piece(i) for i in ids.tolist()]
-    return Caption(np.array(family.label), np.stack(family.sampler(config).window(plan), axis=-1), ids,
+    sampler = family.sampler(config)
+    window = sampler.window(plan) if decoder is None else decoder.windows(plan, sampler)
+    return Caption(np.array(family.label), np.stack(window, axis=-1), ids,
                    np.cumsum([len(piece) for piece in pieces]), np.frombuffer(b"".join(pieces), np.uint8),
-                   np.array(-1 if tokenizer is None else tokenizer.separator_id), np.array(config.model.mask))
+                   np.array(-1 if tokenizer is None else tokenizer.separator_id), np.array(config.model.mask),
+                   np.array("" if decoder is None else type(decoder).__name__.lower()))

@@ -2,7 +2,8 @@
 // What has been decoded is a function of the time alone: `draw` may be called with any time after any other.
 const runs = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
-const PHASES = ["given", "diffusion", "sequential", "left"], LEFT = 3, SAID = ["given", "by diffusion", "in sequence"];
+const PHASES = ["given", "diffusion", "sequential", "left", "decided"], LEFT = 3, DECIDED = 4;
+const SAID = ["given", "by diffusion", "in sequence"];
 const SHADES = ["0%", "9%", "18%", "28%", "40%", "54%"];
 const SCALES = {
   logp: {ends: [0.9, 0.5, 0.2, 0.05, 0.01], of: x => x.p, label: ["> 90%", "> 50%", "> 20%", "> 5%", "> 1%", "less"]},
@@ -89,6 +90,7 @@ class Panel {
     const bars = phase => counts.map((count, step) => (of.phases[step] === phase && count
       ? `M${step} 1v${-count / most}h.8V1z` : "")).join("");
     this.plan.replaceChildren(make("path", {class: "diffusion", d: bars(1)}), make("path", {class: "sequential", d: bars(2)}),
+      make("path", {class: "decided", d: bars(DECIDED)}),
       this.ahead);
     this.plan.setAttribute("aria-label", `Tokens decoded by each of ${run.passes} passes, at most ${most}`);
     this.computed = [of.window.length ? of.window[0][0] : 0];  // the pass over the given tokens
@@ -116,7 +118,7 @@ class Panel {
       `${whole(length)} tokens${seconds}`;
     const [low, high] = passes ? this.window[passes - 1] : [0, 0];
     this.kept.style.width = 100 * low / length + "%";
-    this.now.style.width = 100 * (high - low) / length + "%";
+    this.now.style.width = 100 * (Math.min(high, length) - low) / length + "%";
     const computed = `computed so far: ${whole(this.computed[passes])} slots`;
     this.said.textContent = run.cached ? `cache: ${low} of ${length} slots \u00b7 this pass runs ${high - low} \u00b7 ${computed}`
       : `no cache \u00b7 this pass runs ${high - low} slots \u00b7 ${computed}`;
@@ -125,7 +127,7 @@ class Panel {
   }
 }
 
-const when = token => token.step < 0 ? "given" : `pass ${token.step + 1}, ${SAID[token.phase]}`;
+const when = token => token.step < 0 ? "given" : `pass ${token.step + 1}, ${SAID[token.phase] ?? "by " + token.run.decoder}`;
 const spoken = token => `position ${token.at}, ${plain(written(token.run.pieces[token.id], token.id))}, ${when(token)}` +
   (token.step < 0 ? "" : `, log p ${nats(token.logp)}, entropy ${nats(token.entropy)}`);
 
@@ -147,6 +149,7 @@ const state = {by: "pass", time: ends.pass, playing: false, last: 0};
 if (!runs.every(run => run.seconds > 0)) $("by").hidden = true;
 if (!runs.some(run => run.samples.some(sample => sample.phase.includes(0))))
   document.querySelector(".given-key").hidden = true;
+document.querySelector(".decided-key").hidden = !runs.some(run => run.decoder);
 
 const passesOf = run => Math.min(run.passes, Math.floor(state.by === "pass" ? state.time
   : state.time / run.seconds * run.passes + 1e-6));

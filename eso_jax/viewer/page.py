@@ -23,9 +23,11 @@ from eso_jax.errors import EsoError, require
 from eso_jax.viewer.caption import Caption
 
 TITLE = "A generation, pass by pass"
-GIVEN, DIFFUSION, SEQUENTIAL, LEFT = range(4)
+GIVEN, DIFFUSION, SEQUENTIAL, LEFT, DECIDED = range(5)
 HEIGHT = 760  # of the frame in a notebook, in pixels
-NEEDED = ("tokens", "order", "tokens_per_step", "diffusion", "seconds", *Record._fields, *Caption._fields)
+NEEDED = ("tokens", "order", "tokens_per_step", "diffusion", "seconds", *Record._fields,
+          *(name for name in Caption._fields if name != "decoder"))
+LATER = ("given", "tokens_per_pass", "decoder")  # older files have none
 
 Generation = Mapping[str, np.ndarray]
 
@@ -49,7 +51,7 @@ def read(path: str) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files if name in (*NEEDED, "given", "tokens_per_pass")}
+            arrays = {name: file[name] for name in file.files if name in (*NEEDED, *LATER)}
     except FileNotFoundError as error:
         raise EsoError(f"NPZ = {path!r}: no such file") from error
     except Exception as error:  # NumPy raises what its parts raise; an array that is no .npz has no `files`
@@ -97,9 +99,12 @@ def _run(name: str, arrays: Generation) -> dict[str, Any]:
     diffused = given + arrays["diffusion"]
     slot = np.argsort(order, axis=1)
     phase = np.where(record.step < 0, GIVEN, np.where(slot < diffused[:, None], DIFFUSION, SEQUENTIAL))
+    decoder = str(arrays.get("decoder", ""))
+    if decoder:
+        phase = np.where(record.step < 0, GIVEN, DECIDED)
     phase = np.where(left, LEFT, phase)
     first = given[:, None] + np.cumsum(counts, axis=1) - counts
-    phases = np.where(first < diffused[:, None], DIFFUSION, SEQUENTIAL)
+    phases = np.where(first < diffused[:, None], DIFFUSION, SEQUENTIAL) if not decoder else np.full_like(first, DECIDED)
     samples = [{"tokens": arrays["tokens"][row].tolist(), "phase": phase[row].tolist(), "counts": counts[row].tolist(),
                 "phases": phases[row].tolist(), "window": windows[row].tolist(),
                 **{field: _plain(value[row]) for field, value in record._asdict().items()}} for row in range(rows)]
@@ -107,7 +112,7 @@ def _run(name: str, arrays: Generation) -> dict[str, Any]:
     text = arrays["piece_bytes"].tobytes()
     pieces = {int(i): None if i == arrays["separator"] else text[low:high].decode("utf-8", "surrogateescape")
               for i, low, high in zip(arrays["piece_ids"], [0, *ends], ends, strict=False)}
-    return {"name": name, "label": str(arrays["label"]), "length": length, "passes": passes,
+    return {"name": name, "label": str(arrays["label"]), "decoder": decoder, "length": length, "passes": passes,
             "seconds": float(arrays["seconds"]), "cached": bool((window[..., 0] > 0).any()), "pieces": pieces,
             "samples": samples}
 
