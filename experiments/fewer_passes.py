@@ -65,11 +65,12 @@ SIZES = {
         train=TrainConfig(steps=100_000, batch_size=128, learning_rate=1e-3, warmup=200, ema=0.999, log_every=100,
                           eval_every=100_000, save_every=100_000)),
     "paper": paper.RUNS["owt/esolm_1"].config}
+OWN = "speculative, own k"
 # Of each way to decode, the most wanted first. A fixed plan has T = L / number.
-NUMBERS = {"one by one": (1,), "fixed plan": (4, 2, 8, 1, 16), "speculative": (4, 8, 2, 16, 1),
+NUMBERS = {"one by one": (1,), "fixed plan": (4, 2, 8, 1, 16), "speculative": (4, 8, 2, 16, 1), OWN: (0,),
            "entropy": (4, 2, 8, 1, 0.3), "confidence": (0.3, 0.6, 0.1, 0.9), "likeliest": (2, 1, 4, 8),
            "margin": (2, 1, 4, 8)}
-ALONE = ("one by one", "fixed plan", "speculative", "entropy")  # of which the first two are measured at batch 1 too
+ALONE = ("one by one", "fixed plan", "speculative", OWN, "entropy")  # of which the first two are run at batch 1 too
 WIDE = 16  # samples decoded together, where there is more than one
 AT_HAND = 4  # samples decoded one by one
 BITS = 1 / np.log(2)
@@ -95,6 +96,8 @@ def trained(config: Config, workdir: Path, seconds: float | None) -> Model:
 def settings(model: Model) -> list[tuple[str, float, int, dict[str, Any]]]:
     """(decoder, its number, batch, arguments of `sample`), the most wanted first."""
     def how(name: str, number: float) -> dict[str, Any]:
+        if name == OWN:
+            return {"decoder": "speculative"}
         if name in decoders.names():
             return {"decoder": f"{name}:{number}"}
         return {"plan": "one-by-one"} if name == "one by one" else {"steps": model.config.model.length // int(number)}
@@ -151,12 +154,13 @@ def run(model: Model, alpha_0: float | None, count: int, judge: Judge | None, de
         if time.monotonic() > deadline:
             break
         several = count if batch > 1 else min(count, AT_HAND)
-        # Its law is no plan's, so that each token's own must be kept.
-        how = {**how, "record": name in ("likeliest", "margin")}
-        samples = model.sample(several, alpha_0=alpha_0, batch_size=batch, **how)
+        draw = functools.partial(model.sample, several, alpha_0=alpha_0, batch_size=batch, **how)
+        timed = samples = draw()
+        if name in ("likeliest", "margin"):  # its law is no plan's: each token's own must be kept, which takes time
+            samples = draw(record=True)
         row = {"decoder": name, "number": number, "batch": batch,
-               "seconds": (samples.seconds - samples.compile_seconds) / several,
-               "compile_seconds": samples.compile_seconds, **measure(model, samples, judge)}
+               "seconds": (timed.seconds - timed.compile_seconds) / several,
+               "compile_seconds": timed.compile_seconds, **measure(model, samples, judge)}
         rows.append(row)
         say(f"{name}:{number:g}, batch {batch}: {row['tokens_per_pass']:.2f} tokens a pass, {row['seconds']:.3f} s; "
             f"bits: own {row['own']['value']:.3f}, lost {row['lost']['value']:.3f}, unigrams "
@@ -167,7 +171,7 @@ def run(model: Model, alpha_0: float | None, count: int, judge: Judge | None, de
 
 def draw(path: Path, found: dict[str, Any]) -> None:
     """Quality against passes, seconds and variety, and how wide passes are."""
-    names, colours = list(NUMBERS), dict(zip(NUMBERS, [*COLOURS, "#333333"], strict=True))
+    names, colours = list(NUMBERS), dict(zip(NUMBERS, [*COLOURS, "#333333", "#999999"], strict=True))
 
     def rows_of(name: str, batch: int = WIDE) -> list[dict[str, Any]]:
         rows = [row for row in found["rows"] if row["decoder"] == name and row["batch"] == batch]
@@ -205,7 +209,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         drafts.plot(numbers, [row["tokens_per_pass"] for row in verified], "o-", color=colours["speculative"])
         drafts.plot(numbers, [number + 1 for number in numbers], "k:", linewidth=1, label="all drafts accepted")
         drafts.set(xscale="log", yscale="log", xlabel="drafts of a pass", title="Tokens a pass of speculation")
-        for name in ("entropy", "confidence", "speculative"):
+        for name in ("entropy", "confidence", "speculative", OWN):
             for row in rows_of(name)[len(rows_of(name)) // 2:][:1]:
                 share = np.array(row["widths"])[1:] / sum(row["widths"])
                 wide.plot(1 + np.arange(len(share)), share, "o-", markersize=4, color=colours[name],

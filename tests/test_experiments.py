@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import equal_passes
 import fewer_passes
 import lab as labs
 import many_alpha_0
@@ -283,7 +284,8 @@ def test_what_depends_on_a_changed_constant_is_measured_again(lab: Lab, monkeypa
 
 def test_ways_to_take_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                                    ) -> None:
-    """Every decoder of a model that is trained for no time, then of the same model for no time."""
+    """Every decoder of a model that is trained for no time, as the one for a GPU is but smaller; then of the same model
+    for no time; and the entropy budget against plans of as many passes."""
     text, workdir, out = tmp_path / "text.py", tmp_path / "w", tmp_path / "passes.json"
     text.write_text(TEXT)
     monkeypatch.setattr(fewer_passes, "NUMBERS", {name: (2 if name != "confidence" else 0.5,)
@@ -296,10 +298,11 @@ def test_ways_to_take_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         fewer_passes.main()
         return json.loads(out.read_text())
 
-    found = script("--train-seconds", 10, f"data.source={text}", "model.length=16", "model.width=16", "model.layers=1",
-                   "model.cond_dim=8", "train.eval_windows=8", "train.steps=1000000", "train.eval_every=1000000",
-                   "train.save_every=1000000", "train.compute_dtype=float32")
-    assert 0 < found["steps"] < 1_000_000
+    shapes = jax.eval_shape(lambda: init_params(fewer_passes.SIZES["20m"].model, jax.random.key(0)))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) > 20e6
+    found = script("--size", "20m", "--train-seconds", 10, f"data.source={text}", "model.length=16", "model.width=16",
+                   "model.layers=1", "model.heads=1", "train.eval_windows=8", "train.compute_dtype=float32")
+    assert 0 < found["steps"] < fewer_passes.SIZES["20m"].train.steps
     rows = {(row["decoder"], row["batch"]): row for row in found["rows"]}
     names = ("one by one", "fixed plan", fewer_passes.OWN, *decoders.names())
     assert set(rows) == {*((name, fewer_passes.WIDE) for name in names), ("entropy", 1)}
@@ -314,6 +317,15 @@ def test_ways_to_take_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = found["steps"]
     found = script("--seconds", 0)
     assert found["steps"] == before and found["rows"] == []
+
+    monkeypatch.setattr(equal_passes, "BUDGETS", (20,))
+    monkeypatch.setattr("sys.argv", ["equal_passes.py", str(workdir), "--samples", "3", "--out", str(out)])
+    equal_passes.main()
+    [row] = json.loads(out.read_text())["models"]["w"]
+    assert set(row["plans"]) == {"even", "binomial", "mean"} and out.with_suffix(".png").stat().st_size > 5000
+    for plan in row["plans"].values():
+        assert abs(plan["passes"] - row["passes"]) < 1.5
+        assert plan["more"]["value"] == pytest.approx(plan["lost"]["value"] - row["lost"]["value"])
 
 
 def test_many_alpha_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
