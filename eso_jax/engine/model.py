@@ -228,21 +228,22 @@ class Model(Engine):
                         if stops:
                             stops.cut(row, own)
                     again = np.flatnonzero(unigram_entropy(ended, mask=model.mask) < min_entropy)
-                if len(again):
-                    keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
-                    try:
-                        found = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
-                                       stops.done if stops and stop else done, record, watch, decoder)
-                    except KeyboardInterrupt:
-                        if keep and attempt:  # all have been drawn before
-                            break
-                        raise
-                    ready = again[:len(found.tokens)]
-                    for all_rows, part in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
-                        all_rows[ready] = part
-                    tries[ready] += 1
-                    if len(ready) < len(again):
+                if not len(again):
+                    break
+                keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
+                try:
+                    found = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
+                                   stops.done if stops and stop else done, record, watch, decoder)
+                except KeyboardInterrupt:
+                    if keep and attempt:  # all have been drawn before
                         break
+                    raise
+                ready = again[:len(found.tokens)]
+                for all_rows, part in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+                    all_rows[ready] = part
+                tries[ready] += 1
+                if len(ready) < len(again):
+                    break
         ready = np.flatnonzero(tries)
         plan, whole = plan.rows(ready), jax.tree.map(lambda x: x[ready], whole)
         passes = plan if decoder is None else decoders.plan_of_passes(plan, whole.order, whole.step)

@@ -50,13 +50,14 @@ def lengthen(model: Model, given: Given, max_tokens: int, overlap: int | None = 
     """
     length, mask = model.config.model.length, model.config.model.mask
     overlap = length // 2 if overlap is None else overlap
-    require(max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
+    require(1 <= max_tokens < 2**31, "max_tokens", max_tokens, "must be at least 1, and less than 2**31")
     require(1 <= overlap < length, "overlap", overlap, f"must be in [1, {length}), the model's length")
     known = given.tokens != mask
     prompts = known.sum(1)
     only = (known == (np.arange(length) < prompts[:, None])).all() and (given.end == length).all()
     require(bool(only), "given", "more than prompts",
-            "a text of several windows has nothing given behind its beginning")
+            "a text of several windows has nothing given behind its beginning; give prompts alone, or a smaller "
+            "max_tokens")
     stops = Stops.of(stop, model.tokenizer)
     done = stops.done if stops is not None and stop else None
     texts = [row[:count] for row, count in zip(given.tokens, prompts, strict=True)]
