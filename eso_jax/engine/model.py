@@ -204,7 +204,7 @@ class Model(Engine):
             plan = "one-by-one" if plan is None else plan
         if not isinstance(plan, Plan):
             policy: Any = {} if plan is None else {"policy": plan}
-            plan = _plan(self.config, row_keys(plan_key, given, known), plan_key, ~asked, steps, alpha_0, **policy)
+            plan = _plan(self.config, _keys_of(plan_key, given, known), plan_key, ~asked, steps, alpha_0, **policy)
             plan = plan if (known | asked).all() else leave(plan, known, asked)
         else:
             require(max_tokens is None, "max_tokens", max_tokens, "a plan that is given says what is decoded")
@@ -230,7 +230,7 @@ class Model(Engine):
                     again = np.flatnonzero(unigram_entropy(ended, mask=model.mask) < min_entropy)
                 if not len(again):
                     break
-                keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
+                keys = _keys_of(jax.random.fold_in(draw_key, attempt), given, known)
                 try:
                     found = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
                                    stops.done if stops and stop else done, record, watch, decoder)
@@ -290,7 +290,7 @@ def _plan(config: Config, keys: Key[Array, " N"], key: Key[Array, ""], known: Bo
     return join(parts).rows(np.argsort(np.argsort(~free, kind="stable")))
 
 
-def row_keys(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.ndarray, "N L"]) -> Key[Array, " N"]:
+def _keys_of(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.ndarray, "N L"]) -> Key[Array, " N"]:
     """A key for each row: of what it is given, and its number among the rows that are given the same."""
     names = [row.astype("<i4").tobytes() for row in given]
     seen = Counter[bytes]()
