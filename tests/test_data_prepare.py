@@ -209,7 +209,7 @@ def test_the_other_layouts(tmp_path: Path) -> None:
 
 def test_a_field_is_refused_where_a_corpus_has_fields_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(EsoError, match="--field = 'summary': of xsum, document and summary are read; leave it out"):
-        prepare("xsum", tmp_path, ByteTokenizer(), 8, reading=Reading("summary"))
+        prepare.prepare("xsum", tmp_path, ByteTokenizer(), 8, reading=Reading("summary"))
 
 
 def test_folders_of_text_json_lines_and_parquet(tmp_path: Path) -> None:
