@@ -66,9 +66,8 @@ def test_a_stop_may_stand_across_two_windows() -> None:
     ([[97]], {"max_tokens": 10**30}, "must be at least 1, and less than"),
 ])
 def test_what_cannot_be_lengthened(tokens: list[list[int]], how: dict[str, int], said: str) -> None:
-    given = prompts.of_array(np.array(tokens), MODEL.config.model)
     with pytest.raises(EsoError, match=said):
-        MODEL.lengthen(given, **{"max_tokens": 20, **how})
+        MODEL.lengthen(np.array(tokens), **{"max_tokens": 20, **how})
 
 
 @pytest.mark.slow

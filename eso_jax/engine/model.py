@@ -259,7 +259,8 @@ class Model(Engine):
                        tries[ready], passes.tokens_per_step, clock.seconds, clock.compile_seconds, kept, told, text,
                        decoder is None or decoder.follows_a_plan(families.get(self.config).sampler(self.config)))
 
-    def lengthen(self, given: Given, max_tokens: int, overlap: int | None = None, **how: Any) -> windows.Long:
+    def lengthen(self, given: Given | np.ndarray, max_tokens: int, overlap: int | None = None,
+                 **how: Any) -> windows.Long:
         """Texts that are longer than the model, window after window; see eso_jax/engine/windows.py."""
         return windows.lengthen(self, given, max_tokens, overlap, **how)
 
