@@ -448,7 +448,7 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
                                  ("--alpha-0", 1.5, "--alpha-0 = 1.5"), ("--num-samples", 0, "--num-samples = 0"),
                                  ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value"),
                                  ("--min-p", 1, "--min-p = 1.0"), ("--num-tries", 0, "--num-tries = 0"),
-                                 ("--num-tries", 2, "min_entropy = None: goes with num_tries"),
+                                 ("--num-tries", 2, "--num-tries = 2: needs min_entropy"),
                                  ("--min-entropy", 2, "--min-entropy = 2.0: goes with num_tries"),
                                  ("--plan", "zigzag", "plan = 'zigzag': choose one of binomial"),
                                  ("--plan", tmp_path / "no.npz", "no such file"),

@@ -179,8 +179,9 @@ class Model(Engine):
         require(steps >= 1, "steps", steps, "T must be at least 1")
         require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
         require(num_tries >= 1, "num_tries", num_tries, "must be at least 1")
-        require((num_tries > 1) == (min_entropy is not None), "min_entropy", min_entropy,
-                "goes with num_tries > 1: the nats below which a sample is drawn again")
+        require(num_tries == 1 or min_entropy is not None, "num_tries", num_tries,
+                "needs min_entropy, the nats below which a sample is drawn again")
+        require(num_tries > 1 or min_entropy is None, "min_entropy", min_entropy, "goes with num_tries > 1")
         require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
         alpha_0 = families.alpha_0_of(self.config, alpha_0)
         rule = Rule(temperature, top_p, min_p, tuple(banned))
