@@ -54,7 +54,7 @@ def log_prob(engine: Engine, tokens: np.ndarray, orders: np.ndarray) -> Float[np
 
     def score(weights: Weights, tokens: Array, order: Array) -> Array:
         if family.one_pass:
-            return _log_prob_in_order(weights, law, tokens, order).sum(axis=1)
+            return log_prob_in_order(weights, law, tokens, order).sum(axis=1)
         plan = Plan(order, np.ones(order.shape[1], np.int64))
         return families.plan_log_prob(weights, config, plan, tokens).sum(axis=1)
 
@@ -64,8 +64,9 @@ def log_prob(engine: Engine, tokens: np.ndarray, orders: np.ndarray) -> Float[np
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _log_prob_in_order(weights: Weights, config: Config, tokens: Int[Array, "B L"],
+def log_prob_in_order(weights: Weights, config: Config, tokens: Int[Array, "B L"],
                        order: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """`Family.log_likelihood` of the config's family, compiled: log p of each token in nats, in the order."""
     return families.get(config).log_likelihood(weights, config, tokens, order)
 
 

@@ -13,31 +13,22 @@ Axes: B windows, L length.
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from eso_jax import families, load
+from eso_jax import families, likelihood, load
 from eso_jax.cli import exit_code_of, keep_compilations
-from eso_jax.config import Config
 from eso_jax.console import say
 from eso_jax.data import evenly_spaced, windows_of
 from eso_jax.engine.model import Model
 from eso_jax.errors import require
 from eso_jax.evaluation.picture import COLOURS, picture
 from eso_jax.files import as_json, check_out, write_whole
-from eso_jax.model.params import Weights
 
 SPANS = (1, 2, 4, 8, 16, 32)
 GIVEN = ("the left", "both sides", "both, shuffled")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def score(config: Config, weights: Weights, tokens: jax.Array, order: jax.Array) -> jax.Array:
-    return families.get(config).log_likelihood(weights, config, tokens, order)
 
 
 def span_nll(model: Model, windows: np.ndarray, span: int, given: str) -> np.ndarray:
@@ -52,7 +43,8 @@ def span_nll(model: Model, windows: np.ndarray, span: int, given: str) -> np.nda
     if given == "both, shuffled":
         rank[:, ~wanted] = np.random.default_rng(0).random((len(windows), length - span))
     order = np.argsort(rank, axis=1, kind="stable").astype(np.int32)
-    by_slot = model.rows(functools.partial(score, model.config.law()), len(windows),
+    law = model.config.law()
+    by_slot = model.rows(lambda weights, *arrays: likelihood.log_prob_in_order(weights, law, *arrays), len(windows),
                          lambda rows: (windows[rows].astype(np.int32), order[rows]))
     known = first if given == "the left" else length - span
     return -by_slot[:, known:known + span].mean(axis=1)

@@ -77,7 +77,9 @@ def test_mistakes() -> None:
     model = model_of(tiny_config(length=12, vocab_size=258))
     ids = dataclasses.replace(model, tokenizer=None)
     for one, context, options, message in (
-            (model, "a", [], "give at least one"), (model, "a", [""], r"options\[0\] = '': must be at least"),
+            (model, "a", [], "give at least one"), (model, "a", "bc", "options = 'bc': give several, as a list"),
+            (model, "a", [np.array([1.5])], "ids are integers"),
+            (model, "a", [""], r"options\[0\] = '': must be at least"),
             (model, "a[MASK]b[MASK]", ["c"], "several blanks"), (model, "a" * 12, ["b"], "is 13 tokens"),
             (model, np.array([1, 257] + [3] * 10), ["a", "bc"], r"options\[1\] = 'bc': is 2 tokens, .* room for 1"),
             (ids, "a", [np.array([1])], "context = 'a.MASK:1.': .* no tokenizer"),

@@ -157,7 +157,7 @@ def test_a_plan_behind_given_tokens_is_replayed_and_scored(tmp_path: Path, run: 
     known, counts = np.array([2, 5]), np.array([[3, 11, 0], [4, 4, 3]])
     np.savez(tmp_path / "plan.npz", order=order, tokens_per_step=counts, given=known, tokens=tokens)
     sample = ["sample", "--workdir", trained, "--plan", tmp_path / "plan.npz", "--out", tmp_path / "a.npz"]
-    assert "--num-samples = 1: tokens are given to the 2 samples" in run(*sample, code=2)
+    assert "--num-samples = 1: the plan is that of 2 samples" in run(*sample, code=2)
     assert "NFE 3 per batch" in run(*sample, "--num-samples", 2)
     found = np.load(tmp_path / "a.npz")
     assert found["given"].tolist() == [2, 5] and found["diffusion"].tolist() == [14, 11]
@@ -448,14 +448,15 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
                                  ("--alpha-0", 1.5, "--alpha-0 = 1.5"), ("--num-samples", 0, "--num-samples = 0"),
                                  ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value"),
                                  ("--min-p", 1, "--min-p = 1.0"), ("--num-tries", 0, "--num-tries = 0"),
-                                 ("--num-tries", 2, "min_entropy = None: goes with num_tries"),
+                                 ("--num-tries", 2, "--num-tries = 2: needs min_entropy"),
                                  ("--min-entropy", 2, "--min-entropy = 2.0: goes with num_tries"),
                                  ("--plan", "zigzag", "plan = 'zigzag': choose one of binomial"),
                                  ("--plan", tmp_path / "no.npz", "no such file"),
                                  ("--tensor", 3, "tensor = 3: must divide"), ("--dtype", "float16", "invalid choice")):
         assert message in run(*sample, flag, value, code=2)
     np.savez(tmp_path / "plan.npz", order=orders[0], tokens_per_step=np.full(4, 4))
-    assert "must have shape [1, 16]" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
+    assert "--num-samples = 1: the plan is that of 4 samples" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
+    assert "is one array" in run(*score, tmp_path / "good.npy", "--plan", tmp_path / "good.npy", code=2)
     np.savez(tmp_path / "plan.npz", order=orders[0], tokens_per_step=np.full(5, 4))
     assert "must be positive and sum to at most 16" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
     np.savez(tmp_path / "plan.npz", order=orders[0] // 2, tokens_per_step=np.full(4, 4))

@@ -167,6 +167,10 @@ def test_an_interrupt_of_a_later_try_keeps_what_there_is(monkeypatch: pytest.Mon
         model.sample(2, 3, num_tries=3, min_entropy=9.0)
 
 
+def test_tries_end_where_nothing_is_to_be_drawn_again() -> None:
+    assert model_of("esolm").sample(2, 3, num_tries=10**12, min_entropy=0.0).tries.tolist() == [1, 1]
+
+
 @pytest.fixture(scope="module")
 def bytes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(length=16, vocab_size=258)
@@ -203,6 +207,27 @@ def test_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> None:
     assert str(prompted["text"][0]).startswith(str(stopped["text"][0]))
 
 
+def test_the_command_says_which_samples_came_to_a_stop(bytes_run: Path, tmp_path: Path, run: Run) -> None:
+    """One always does; another one never. What is cut counts neither as a token nor, for sure, as a pass."""
+    (tmp_path / "p.jsonl").write_text('{"template": "a[MASK:2]xy"}\n{"template": "b[MASK:2]z"}\n')
+    sample = ["sample", "--workdir", bytes_run, "--prompts", tmp_path / "p.jsonl", "--steps", 1, "--ban", "x", "--out"]
+    said = run(*sample, tmp_path / "s.jsonl", "--stop", "x")
+    found = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text("utf-8").splitlines()]
+    assert [row["stopped"] for row in found] == [True, False] and found[1]["text"][-1] == "z"
+    assert "1 of 2 samples came to a stop" in said and "NFE at most " in said and "; 4 tokens in" in said
+    said = run(*sample, tmp_path / "s.jsonl")
+    assert "stop" not in said and "at most" not in said and "stopped" not in (tmp_path / "s.jsonl").read_text("utf-8")
+
+
+def test_a_file_that_is_read_is_not_written(bytes_run: Path, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "ab"}\n')
+    said = run("sample", "--workdir", bytes_run, "--prompts", path, "--out", f"{tmp_path}/./p.jsonl", code=2)
+    assert "p.jsonl': is given for prompts too, and would be overwritten; give another name" in said
+    assert path.read_text() == '{"prompt": "ab"}\n'
+    assert "given for samples too" in run("view", path, "--out", path, code=2)
+
+
 @pytest.mark.slow
 def test_a_plan_whose_given_tokens_a_stop_has_cut(bytes_run: Path, tmp_path: Path, run: Run) -> None:
     sample = ["sample", "--workdir", bytes_run, "--steps", 2]
@@ -226,7 +251,10 @@ def test_mistakes_of_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> N
         (["--stop", ""], "stop = '': must not be empty"),
         (["--ban", "ab"], "--ban = 'ab': is 2 tokens of tokenizer 'bytes'"),
         (["--ban-id", 258], "banned = 258"),
-        (["--max-tokens", 0], "--max-tokens = 0")]
+        (["--max-tokens", 0], "--max-tokens = 0"), (["--show", -1], "--show = -1: must be at least 0"),
+        (["--max-tokens", 10**30], f"--max-tokens = {10**30}: with its prompt it is longer than the model's 16"),
+        (["--ban", "\udcff"], "--ban: '\\udcff': is not UTF-8"), (["--stop", "\udcff"], "--stop: '\\udcff': is not"),
+        (["--html", tmp_path / "s.npz"], "is given for html too, and would be overwritten")]
     for arguments, message in cases:
         said = run("sample", "--workdir", bytes_run, "--out", tmp_path / "s.npz", *arguments, code=2)
         assert message in said, said

@@ -32,6 +32,7 @@ from eso_jax.data import (ByteTokenizer, Tokenizer, evenly_spaced, is_prepared, 
 from eso_jax.data.catalog import CORPORA, Corpus
 from eso_jax.data.pipeline import batches
 from eso_jax.data.prepared import PreparedWindows, check
+from eso_jax.data.rows import Reading
 from eso_jax.errors import EsoError, RunAgain
 from eso_jax.run import train as training
 from vocabularies import BERT_WORDS, bert_like, gpt2_like
@@ -204,6 +205,11 @@ def test_the_other_layouts(tmp_path: Path) -> None:
         files, name = sources.split(" ")
         builder.documents(name, tmp_path / "documents", [str(tmp_path / "published" / f) for f in files.split(",")])
         assert documents_of(tmp_path, name) == expected
+
+
+def test_a_field_is_refused_where_a_corpus_has_fields_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(EsoError, match="--field = 'summary': of xsum, document and summary are read; leave it out"):
+        prepare.prepare("xsum", tmp_path, ByteTokenizer(), 8, reading=Reading("summary"))
 
 
 def test_folders_of_text_json_lines_and_parquet(tmp_path: Path) -> None:

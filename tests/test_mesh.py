@@ -183,6 +183,37 @@ assert not any(s.endswith((",33]", ",36]")) for s in shapes), shapes
     assert done.returncode == 0, done.stderr
 
 
+ON_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from conftest import random_params, tiny_config
+from eso_jax import sharding
+from eso_jax.engine.model import Model
+from eso_jax.model.params import for_inference
+
+config = tiny_config("esolm", 12, 9).override("model.layers=1")
+given = np.full((5, 12), 8)  # five rows, which divide over no mesh; the mask is 8
+given[1, 3:6], given[2, :4] = 5, 2
+for decoder in ("speculative:3", "entropy:2", "likeliest:3"):
+    found = []
+    for devices, tensor in ((1, 1), (4, 2)):
+        mesh = sharding.inference_mesh(config.model, tensor, jax.devices()[:devices])
+        weights = for_inference(config.model, random_params(config.model), jnp.float32, mesh)
+        samples = Model(config, weights, mesh, 3, step=0, tokenizer=None).sample(1, given=given, decoder=decoder)
+        found.append([samples.tokens, samples.order, samples.passes])
+    for one, four in zip(*found, strict=True):
+        np.testing.assert_array_equal(four, one, err_msg=decoder)
+    assert found[0][2].max() < 12 and len(set(found[0][2])) > 1, found[0][2]  # each row has widths of its own
+"""
+
+
+@pytest.mark.slow
+def test_decoders_that_decide_as_they_go_draw_the_same_on_a_mesh() -> None:
+    """On one device, and on two pairs: a pair shares the weights, and both share the rows."""
+    path = {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", ON_DEVICES], capture_output=True, text=True, env=emulated(4) | path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_rows_of_one_process_are_all() -> None:
     mesh = sharding.mesh(MeshConfig())
     assert sharding.rows_of_process(mesh, 6).tolist() == list(range(6))

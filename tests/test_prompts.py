@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +55,8 @@ def test_a_template_has_blanks_and_an_end() -> None:
     assert found.tokens[0].tolist() == [*pieces, *[mask] * (8 - len(pieces))] and found.end.tolist() == [len(pieces)]
     for text, message in (("a[MASK:8]", "is 9 tokens"), (f"a[MASK:{'9' * 30}]", "tokens, and the model has length"),
                           ("abc", "has no blank"), ("[mask]", "has no blank"), ("a[MASK:0]b", "of no token"),
-                          (f"[MASK:{'9' * 5000}]", "is 9999999 tokens")):
+                          (f"[MASK:{'9' * 5000}]", "is 9999999 tokens"),
+                          ("[MASK: 3]", r"has '\[MASK: 3\]', which is no blank"), ("[MASK:-1]a[MASK]", "is no blank")):
         with pytest.raises(EsoError, match=message):
             prompts.of_template(text, BYTES, MODEL)
 
@@ -73,8 +77,19 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
                           (["{"], "line 1 is no JSON"), ([{"template": "a"}], "line 1 has no blank"), ([], "no rows")):
         with pytest.raises(EsoError, match=f"--prompts = '{path}': .*{message}"):
             read(*rows)
-    with pytest.raises(EsoError, match="no such file"):
-        prompts.of_rows(str(tmp_path / "none.jsonl"), BYTES, MODEL)
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n')[:-9])
+    for name, message in (("none.jsonl", "no such file"), ("", "Is a directory"), ("cut.gz", "cannot be read .*EOF")):
+        with pytest.raises(EsoError, match=message):
+            prompts.of_rows(str(tmp_path / name), BYTES, MODEL)
+
+
+def test_rows_of_a_pipe(tmp_path: Path) -> None:
+    """Which can be read but once."""
+    os.mkfifo(tmp_path / "p")
+    writer = threading.Thread(target=(tmp_path / "p").write_text, args=('{"prompt": "ab"}\n',), daemon=True)
+    writer.start()
+    assert prompts.of_rows(str(tmp_path / "p"), BYTES, MODEL).tokens.tolist() == [row(*b"ab")]
+    writer.join()
 
 
 def test_arrays_of_ids() -> None:

@@ -63,11 +63,11 @@ def test_a_stop_may_stand_across_two_windows() -> None:
     ([[97] + [257] * 10 + [98]], {}, "has nothing given behind its beginning"),
     ([[97]], {"overlap": LENGTH}, r"overlap = 12: must be in \[1, 12\)"),
     ([[97]], {"max_tokens": 0}, "max_tokens = 0: must be at least 1"),
+    ([[97]], {"max_tokens": 10**30}, "must be at least 1, and less than"),
 ])
 def test_what_cannot_be_lengthened(tokens: list[list[int]], how: dict[str, int], said: str) -> None:
-    given = prompts.of_array(np.array(tokens), MODEL.config.model)
     with pytest.raises(EsoError, match=said):
-        MODEL.lengthen(given, **{"max_tokens": 20, **how})
+        MODEL.lengthen(np.array(tokens), **{"max_tokens": 20, **how})
 
 
 @pytest.mark.slow

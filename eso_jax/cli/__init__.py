@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     """Runs the command. An error about a field whose value an option gave names the option."""
     try:
+        _check_out(arguments)
         arguments.command.run(arguments)
     except EsoError as error:
         field, _, rest = str(error).partition(" = ")
@@ -61,6 +62,18 @@ def _run(arguments: argparse.Namespace) -> None:
         if value is None or not rest.startswith(f"{value!r}:"):
             raise
         raise EsoError(f"--{name.replace('_', '-')} = {rest}") from error
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+    """Refuses to write over what another option names: a file that is read, or a second one that is written."""
+    out = getattr(arguments, "out", None)
+    if not isinstance(out, str) or os.path.exists(out) and not os.path.isfile(out):
+        return
+    for name, value in vars(arguments).items():
+        paths = value if isinstance(value, list) else [value]
+        if name != "out" and any(isinstance(path, str) and os.path.realpath(path) == os.path.realpath(out)
+                                 for path in paths):
+            raise EsoError(f"--out = {out!r}: is given for {name} too, and would be overwritten; give another name")
 
 
 def exit_code_of(action: Callable[[], None]) -> int:

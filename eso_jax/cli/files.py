@@ -38,8 +38,9 @@ def read_plan(path: str) -> Plan:
     integers = all(np.issubdtype(array.dtype, np.integer) for array in (order, counts))
     require(order.ndim == 2 and counts.ndim in (1, 2) and integers, "--plan", path,
             "must hold order, int [N, L], and tokens_per_step, int [steps] or [N, steps]")
-    numbers = {}
-    with np.load(path) as arrays:
+    numbers, arrays = {}, np.load(path)
+    require(isinstance(arrays, np.lib.npyio.NpzFile), "--plan", path, "is one array; give the .npz of eso-jax sample")
+    with arrays:
         for name in {"diffusion", "given"} & set(arrays):
             value = arrays[name]
             require(value.ndim <= 1 and np.issubdtype(value.dtype, np.integer), "--plan", path,

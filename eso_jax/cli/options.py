@@ -33,6 +33,10 @@ def of_precision(parser: argparse.ArgumentParser) -> None:
 
 def text(given: str) -> str:
     """The type of an option that is text, not a path."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:  # bytes that the shell gave
+        raise argparse.ArgumentTypeError(f"{given!r}: is not UTF-8") from error
     return given
 
 

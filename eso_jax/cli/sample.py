@@ -16,6 +16,8 @@ from eso_jax.errors import EsoError, require
 from eso_jax.files import check_out, npz, write_whole
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from eso_jax.data.prompts import Given
     from eso_jax.engine.model import Model
 
@@ -32,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--given", help=".npy, int [N, K <= L], ids, with the mask where a token is not given")
     parser.add_argument("--max-tokens", type=int, help="how many tokens to decode of each sample, besides the "
                         "given ones (all of them); more than the model has: window after window")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a text at which a "
-                        "sample ends, and is cut; several times for several")
+    parser.add_argument("--stop", action="append", default=[], type=options.text, metavar="TEXT", help="a text at "
+                        "which a sample ends, and is cut; several times for several")
     parser.add_argument("--stop-at-separator", action="store_true", help="a sample ends where its document ends")
-    parser.add_argument("--ban", action="append", default=[], metavar="TEXT", help="a token that is never drawn; "
-                        "several times for several")
+    parser.add_argument("--ban", action="append", default=[], type=options.text, metavar="TEXT", help="a token that is "
+                        "never drawn; several times for several")
     parser.add_argument("--ban-id", action="append", default=[], type=int, metavar="ID", help="the same, by its id")
     parser.add_argument("--steps", type=int, help="T, diffusion steps (128); plans of one token per step have none")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; 1 keeps all (%(default)s)")
@@ -113,6 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     require(Path(arguments.out).suffix in ("", ".npz", ".jsonl"), "--out", arguments.out, "must end in .npz or .jsonl")
     for stop in arguments.stop:
         require(bool(stop), "--stop", stop, "must not be empty")
+    require(arguments.show >= 0, "--show", arguments.show, "must be at least 0")
     if arguments.html:
         check_out(arguments.html, "--html")
     model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor,
@@ -126,12 +129,11 @@ def run(arguments: argparse.Namespace) -> None:
             raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
         plan = read_plan(arguments.plan)
         require(given is None, "--plan", arguments.plan, "says what is given; leave out --prompt and the like")
+        require(count == len(plan.order), "--num-samples", count, f"the plan is that of {len(plan.order)} samples; "
+                "give their number")
         tokens = read_given(arguments.plan, plan, model.config.model.mask)
         if tokens is not None:
-            given = of_array(tokens, model.config.model)
-            require(count == len(tokens), "--num-samples", count,
-                    f"tokens are given to the {len(tokens)} samples of the plan; give their number")
-            count = 1
+            given, count = of_array(tokens, model.config.model), 1
     require(arguments.decoder is None or arguments.steps is None, "--steps", arguments.steps, "a decoder finds its own "
             "steps; leave it out")
     if arguments.watch and model.tokenizer is None:
@@ -150,14 +152,16 @@ def run(arguments: argparse.Namespace) -> None:
                              given=given, max_tokens=arguments.max_tokens, stop=stop,
                              record=arguments.record or bool(arguments.html), watch=watch)
     text, wanted = found.text, count * (1 if given is None else len(given.tokens))
+    left = found.tokens != model.config.model.mask
+    stopped = left.sum(1) < found.plan.end
     if len(found.tokens) < wanted:
         say(f"interrupted: the first {len(found.tokens)} of {wanted} samples are kept")
     if lines:
-        more: list[dict[str, Any]] = [{} for _ in text]
+        more: list[dict[str, Any]] = _stopped(stopped, stop)
         if found.record is not None and arguments.record:
             decoded = found.record.step >= 0
-            more = [{"logp": float(logp), "decoded": int(count)}
-                    for logp, count in zip((found.record.logp * decoded).sum(1), decoded.sum(1), strict=True)]
+            more = [{**fields, "logp": float(logp), "decoded": int(count)} for fields, logp, count in
+                    zip(more, (found.record.logp * decoded).sum(1), decoded.sum(1), strict=True)]
         write_whole(arguments.out, _lines(text, more))
     else:
         extra: dict[str, Any] = {"text": np.array(text)} if text else {}
@@ -166,17 +170,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.html:
         write_whole(arguments.html, page({Path(arguments.out).stem: found.arrays()}), "--html")
         say(f"wrote {arguments.html}")
-    for index, sequence in enumerate(text[:arguments.show]):
-        say(f"--- sample {index}\n{sequence}")
+    _show(text[:arguments.show], stopped, stop)
     if arguments.num_tries > 1:
         say(f"{(found.tries > 1).sum()} of {len(found.tries)} samples drawn again, {found.tries.sum()} draws in all")
-    running, count = found.seconds - found.compile_seconds, int((found.plan.end - found.given.sum(1)).sum())
+    running, count = found.seconds - found.compile_seconds, int((left & ~found.given).sum())
     if arguments.decoder is not None:
         each = np.broadcast_to(found.tokens_per_pass, (len(found.tokens), found.tokens_per_pass.shape[-1]))
-        count, entropy = int(each.sum()), unigram_entropy(found.tokens, mask=model.config.model.mask)
+        entropy = unigram_entropy(found.tokens, mask=model.config.model.mask)
         say(f"{found.passes.mean():.1f} passes a sample, {each.sum() / max((each > 0).sum(), 1):.2f} tokens a pass; "
             f"the samples' unigrams have {entropy.mean():.2f} nats")
-    say(f"NFE {found.tokens_per_pass.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
+    most = "at most " if stopped.any() and arguments.decoder is None else ""
+    say(f"NFE {most}{found.tokens_per_pass.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
         f"{count / found.seconds:.0f} tokens/s; {count / running:.0f} without the {found.compile_seconds:.2f} s of "
         "compilation")
 
@@ -184,8 +188,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _is_longer(prompts: Given, max_tokens: int, model: Model) -> bool:
     """Whether a prompt and what is to follow are longer than the model. (Behind a template nothing follows.)"""
     config = model.config.model
-    tokens = (prompts.tokens != config.mask).sum(1) + max_tokens
-    return bool((tokens > config.length)[prompts.end == config.length].any())
+    room = (prompts.tokens == config.mask).sum(1)
+    return bool((room < max_tokens)[prompts.end == config.length].any())
 
 
 def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps: int, stop: list[str]) -> None:
@@ -203,11 +207,24 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
                            top_p=arguments.top_p, min_p=arguments.min_p, temperature=arguments.temperature,
                            seed=arguments.seed, plan=arguments.plan, decoder=arguments.decoder,
                            banned=banned_of(arguments, model))
-    write_whole(arguments.out, _lines(found.text, [{} for _ in found.text]))
+    stopped = np.array([len(tokens) for tokens in found.tokens]) < (rows.tokens != model.config.model.mask).sum(1) + (
+        arguments.max_tokens)
+    write_whole(arguments.out, _lines(found.text, _stopped(stopped, stop)))
     say(f"wrote {arguments.out}")
-    for index, text in enumerate(found.text[:arguments.show]):
-        say(f"--- sample {index}\n{text}")
+    _show(found.text[:arguments.show], stopped, stop)
     say(f"{sum(map(len, found.tokens))} tokens, prompts included, in {found.windows.sum()} windows of {length}")
+
+
+def _stopped(stopped: np.ndarray, stop: list[str]) -> list[dict[str, Any]]:
+    """What a .jsonl says of each sample where stops were asked for: whether one came up."""
+    return [{"stopped": bool(each)} if stop else {} for each in stopped]
+
+
+def _show(texts: Sequence[str], stopped: np.ndarray, stop: list[str]) -> None:
+    for index, text in enumerate(texts):
+        say(f"--- sample {index}\n{text}")
+    if stop:
+        say(f"{stopped.sum()} of {len(stopped)} samples came to a stop")
 
 
 def _lines(texts: Sequence[str], more: Sequence[dict[str, Any]]) -> str:

@@ -72,7 +72,9 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
     wrapping = CORPORA[name].wrapping if wrapping is None else wrapping
     require(WRAPPINGS[wrapping].payload(length) >= 1, "--length", length, "leaves no room for text")
     require(held_out is None or CORPORA[name].held_out > 0, "--held-out", held_out, f"{name} has splits of its own")
-    held_out = held_out or CORPORA[name].held_out
+    held_out, fields = held_out or CORPORA[name].held_out, CORPORA[name].fields
+    require(reading is None or reading.field is None or not fields, "--field", reading and reading.field,
+            f"of {name}, {' and '.join(fields)} are read; leave it out, or prepare your own text")
     from eso_jax.data import builder
 
     folder = out or data_dir / name

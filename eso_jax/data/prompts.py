@@ -20,9 +20,10 @@ from jaxtyping import Int
 from eso_jax.config import ModelConfig
 from eso_jax.data import rows, streams
 from eso_jax.data.tokenizers import Tokenizer, encode_shown
-from eso_jax.errors import EsoError, require
+from eso_jax.errors import EsoError, reason_of, require
 
 BLANK = re.compile(r"\[MASK(?::(\d+))?\]")
+MISTYPED = re.compile(r"\[MASK[: ][^\]]*\]")  # where a blank was meant
 FIELDS = ("prompt", "template", *rows.FIELDS)  # of a row of a file; the first there is
 
 
@@ -65,13 +66,17 @@ def of_rows(path: str, tokenizer: Tokenizer | None, model: ModelConfig, name: st
     tokenizer = _checked(tokenizer, name, path)
     found = []
     try:
-        for place, row in rows.each(path, streams.decompress(streams.of_file(Path(path))), rows.Reading(flag=name)):
+        opener = streams.decompress(streams.of_bytes(Path(path).read_bytes()))  # read once: it may be a pipe
+        for place, row in rows.each(path, opener, rows.Reading(flag=name)):
             try:
                 found.append(_row(row, tokenizer, model))
             except (rows.BadRow, EsoError) as error:
                 raise EsoError(f"{name} = {path!r}: {place} {error}") from error
-    except (OSError, rows.NotText) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+    except EsoError:
+        raise
+    except Exception as error:  # every library raises its own
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) if isinstance(
+            error, rows.NotText) else f"cannot be read ({getattr(error, 'strerror', None) or reason_of(error)})"
         raise EsoError(f"{name} = {path!r}: {reason}") from error
     require(bool(found), name, path, 'holds no rows; write one {"prompt": ...} a line')
     return _stacked(found, model)
@@ -123,10 +128,12 @@ def _row(row: Any, tokenizer: Tokenizer, model: ModelConfig) -> tuple[np.ndarray
 def _pieces(text: str, mask: int) -> Any:
     """Texts, and arrays of masks."""
     found = BLANK.split(text)  # text, number or None, text, ...
-    if len(found) == 1:
+    if len(found) == 1 and not MISTYPED.search(text):
         raise rows.BadRow("has no blank; write [MASK:n] for n unknown tokens, or give it as a prompt")
     for at, piece in enumerate(found):
         if at % 2 == 0:
+            if wrong := MISTYPED.search(piece):
+                raise rows.BadRow(f"has {wrong[0]!r}, which is no blank; write [MASK:n] for n unknown tokens")
             yield piece
         else:
             # Of a huge number some digits will do: it is refused by its length, not by Python or for want of memory.

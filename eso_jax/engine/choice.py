@@ -49,6 +49,7 @@ def choose(model: Model, context: str | np.ndarray, options: Sequence[str | np.n
     Raises:
       EsoError: a row does not fit the model, an option is empty, or the family has no such conditionals.
     """
+    require(not isinstance(options, str), "options", options, "give several, as a list")
     require(len(options) >= 1, "options", list(options), "give at least one")
     length, mask = model.config.model.length, model.config.model.mask
     tokens = np.zeros((len(options), length), np.int32)
@@ -76,6 +77,7 @@ def _ids(model: Model, option: str | np.ndarray, name: str) -> np.ndarray:
     else:
         ids = encode_shown(model.tokenizer, option)
     require(ids.ndim == 1 and len(ids) > 0, name, option, "must be at least one token")
+    require(np.issubdtype(ids.dtype, np.integer), name, option, "ids are integers")
     return ids
 
 

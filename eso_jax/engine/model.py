@@ -179,8 +179,9 @@ class Model(Engine):
         require(steps >= 1, "steps", steps, "T must be at least 1")
         require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
         require(num_tries >= 1, "num_tries", num_tries, "must be at least 1")
-        require((num_tries > 1) == (min_entropy is not None), "min_entropy", min_entropy,
-                "goes with num_tries > 1: the nats below which a sample is drawn again")
+        require(num_tries == 1 or min_entropy is not None, "num_tries", num_tries,
+                "needs min_entropy, the nats below which a sample is drawn again")
+        require(num_tries > 1 or min_entropy is None, "min_entropy", min_entropy, "goes with num_tries > 1")
         require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
         alpha_0 = families.alpha_0_of(self.config, alpha_0)
         rule = Rule(temperature, top_p, min_p, tuple(banned))
@@ -204,7 +205,7 @@ class Model(Engine):
             plan = "one-by-one" if plan is None else plan
         if not isinstance(plan, Plan):
             policy: Any = {} if plan is None else {"policy": plan}
-            plan = _plan(self.config, row_keys(plan_key, given, known), plan_key, ~asked, steps, alpha_0, **policy)
+            plan = _plan(self.config, _keys_of(plan_key, given, known), plan_key, ~asked, steps, alpha_0, **policy)
             plan = plan if (known | asked).all() else leave(plan, known, asked)
         else:
             require(max_tokens is None, "max_tokens", max_tokens, "a plan that is given says what is decoded")
@@ -228,21 +229,22 @@ class Model(Engine):
                         if stops:
                             stops.cut(row, own)
                     again = np.flatnonzero(unigram_entropy(ended, mask=model.mask) < min_entropy)
-                if len(again):
-                    keys = row_keys(jax.random.fold_in(draw_key, attempt), given, known)
-                    try:
-                        found = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
-                                       stops.done if stops and stop else done, record, watch, decoder)
-                    except KeyboardInterrupt:
-                        if keep and attempt:  # all have been drawn before
-                            break
-                        raise
-                    ready = again[:len(found.tokens)]
-                    for all_rows, part in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
-                        all_rows[ready] = part
-                    tries[ready] += 1
-                    if len(ready) < len(again):
+                if not len(again):
+                    break
+                keys = _keys_of(jax.random.fold_in(draw_key, attempt), given, known)
+                try:
+                    found = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
+                                   stops.done if stops and stop else done, record, watch, decoder)
+                except KeyboardInterrupt:
+                    if keep and attempt:  # all have been drawn before
                         break
+                    raise
+                ready = again[:len(found.tokens)]
+                for all_rows, part in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+                    all_rows[ready] = part
+                tries[ready] += 1
+                if len(ready) < len(again):
+                    break
         ready = np.flatnonzero(tries)
         plan, whole = plan.rows(ready), jax.tree.map(lambda x: x[ready], whole)
         passes = plan if decoder is None else decoders.plan_of_passes(plan, whole.order, whole.step)
@@ -258,7 +260,8 @@ class Model(Engine):
                        tries[ready], passes.tokens_per_step, clock.seconds, clock.compile_seconds, kept, told, text,
                        decoder is None or decoder.follows_a_plan(families.get(self.config).sampler(self.config)))
 
-    def lengthen(self, given: Given, max_tokens: int, overlap: int | None = None, **how: Any) -> windows.Long:
+    def lengthen(self, given: Given | np.ndarray, max_tokens: int, overlap: int | None = None,
+                 **how: Any) -> windows.Long:
         """Texts that are longer than the model, window after window; see eso_jax/engine/windows.py."""
         return windows.lengthen(self, given, max_tokens, overlap, **how)
 
@@ -289,7 +292,7 @@ def _plan(config: Config, keys: Key[Array, " N"], key: Key[Array, ""], known: Bo
     return join(parts).rows(np.argsort(np.argsort(~free, kind="stable")))
 
 
-def row_keys(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.ndarray, "N L"]) -> Key[Array, " N"]:
+def _keys_of(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.ndarray, "N L"]) -> Key[Array, " N"]:
     """A key for each row: of what it is given, and its number among the rows that are given the same."""
     names = [row.astype("<i4").tobytes() for row in given]
     seen = Counter[bytes]()

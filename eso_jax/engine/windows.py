@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from eso_jax.data.prompts import Given
+from eso_jax.data.prompts import Given, of_array
 from eso_jax.data.stops import Stops
 from eso_jax.errors import require
 
@@ -36,12 +36,12 @@ class Long(NamedTuple):
     windows: np.ndarray
 
 
-def lengthen(model: Model, given: Given, max_tokens: int, overlap: int | None = None, stop: Sequence[str] = (),
-             seed: int = 0, **how: Any) -> Long:
+def lengthen(model: Model, given: Given | np.ndarray, max_tokens: int, overlap: int | None = None,
+             stop: Sequence[str] = (), seed: int = 0, **how: Any) -> Long:
     """Texts that go on for `max_tokens` tokens behind their prompts, or to a stop.
 
     Args:
-      given: prompts, one for each text.
+      given: prompts, one for each text: int [N, K <= L], or what eso_jax.data.prompts makes of texts.
       overlap: tokens of a window that are the last of the one before; None: half of them.
       how: other arguments of `Model.sample`, the same for each window.
 
@@ -50,13 +50,15 @@ def lengthen(model: Model, given: Given, max_tokens: int, overlap: int | None = 
     """
     length, mask = model.config.model.length, model.config.model.mask
     overlap = length // 2 if overlap is None else overlap
-    require(max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
+    require(1 <= max_tokens < 2**31, "max_tokens", max_tokens, "must be at least 1, and less than 2**31")
     require(1 <= overlap < length, "overlap", overlap, f"must be in [1, {length}), the model's length")
+    given = given if isinstance(given, Given) else of_array(np.asarray(given), model.config.model)
     known = given.tokens != mask
     prompts = known.sum(1)
     only = (known == (np.arange(length) < prompts[:, None])).all() and (given.end == length).all()
     require(bool(only), "given", "more than prompts",
-            "a text of several windows has nothing given behind its beginning")
+            "a text of several windows has nothing given behind its beginning; give prompts alone, or a smaller "
+            "max_tokens")
     stops = Stops.of(stop, model.tokenizer)
     done = stops.done if stops is not None and stop else None
     texts = [row[:count] for row, count in zip(given.tokens, prompts, strict=True)]
