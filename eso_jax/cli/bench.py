@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eso_jax.config import SIZES
+from eso_jax.config import ATTENTION, SIZES
 from eso_jax.files import check_out
 
 EXAMPLE = "eso-jax bench sampling --preset cpu --out bench.json"
@@ -40,7 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                           help="cpu: 256 x 8 layers, L = 2048, float32; table11, table13: the paper's, for a GPU")
     sampling.add_argument("--lengths", type=int, nargs="+", help="instead of the preset's")
     sampling.add_argument("--batches", type=int, nargs="+", help="instead of the preset's")
-    sampling.add_argument("--repeats", type=int, default=3, help="generations timed, for the median (%(default)s)")
+    sampling.add_argument("--samplers", nargs="+", metavar="NAME", help='of the preset, by the names in its table, such '
+                          'as "Eso-LM" "BD3-LM (16)" (all)')
+    sampling.add_argument("--attention", nargs="+", choices=ATTENTION, default=["auto"], help="what computes it, one "
+                          "beside the other; plain turns the kernels for a cache off as well (auto)")
+    sampling.add_argument("--passes", type=int, help="time so many in the middle of each plan, and scale them")
+    sampling.add_argument("--repeats", type=int, default=3, help="generations timed, for the median; 0: compile only "
+                          "(%(default)s)")
     sampling.add_argument("--out", required=True, help=OUT)
 
     training = parts.add_parser("training", help="the training step: speed, work, memory",
@@ -69,4 +75,5 @@ def run(arguments: argparse.Namespace) -> None:
         from eso_jax.evaluation import throughput
 
         throughput.run(arguments.preset, out, overrides=overrides, lengths=arguments.lengths,
-                       batches=arguments.batches, repeats=arguments.repeats)
+                       batches=arguments.batches, repeats=arguments.repeats, samplers=arguments.samplers,
+                       attention=arguments.attention, few_passes=arguments.passes)
