@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                           help="cpu: 256 x 8 layers, L = 2048, float32; table11, table13: the paper's, for a GPU")
     sampling.add_argument("--lengths", type=int, nargs="+", help="instead of the preset's")
     sampling.add_argument("--batches", type=int, nargs="+", help="instead of the preset's")
-    sampling.add_argument("--samplers", nargs="+", metavar="NAME", help='of the preset, by the names in its table, such '
-                          'as "Eso-LM" "BD3-LM (16)" (all)')
+    sampling.add_argument("--samplers", nargs="+", metavar="NAME", help="of the preset, by the names in its table "
+                          "(all)")
     sampling.add_argument("--attention", nargs="+", choices=ATTENTION, default=["auto"], help="what computes it, one "
                           "beside the other; plain turns the kernels for a cache off as well (auto)")
     sampling.add_argument("--passes", type=int, help="time so many in the middle of each plan, and scale them")

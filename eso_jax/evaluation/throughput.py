@@ -166,9 +166,9 @@ def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence
     todo = [(length, batch) for length in lengths for batch in batches]
     for length, batch in bar(todo, unit="size"):
         model = configs[length, chosen.cases[0]].model
-        timed = [_fastest([Timed(_engine(folded.replace(attention=wanted), configs[length, case], count), case, batch,
-                                 chosen.rule, few_passes)
-                           for count in _device_counts(batch)], repeats) for case in chosen.cases for wanted in attention]
+        timed = [_fastest([Timed(_engine(dataclasses.replace(folded, attention=wanted), configs[length, case], count),
+                                 case, batch, chosen.rule, few_passes) for count in _device_counts(batch)], repeats)
+                 for case in chosen.cases for wanted in attention]
         for _ in range(repeats):  # in turn, since machines drift
             for one in timed:
                 one.seconds.append(one.generate())
@@ -435,5 +435,5 @@ def _line(row: dict[str, Any]) -> str:
 def plot(header: dict[str, Any], found: list[dict[str, Any]], path: Path) -> None:
     """Seconds per batch on a logarithmic axis, a bar per row, its floor marked."""
     bars(path, f"{header['what']}\n{header['machine']}", "seconds per batch, draws included",
-         {f"{row['sampler']}, L {row['length']}, batch {row['batch']}, {row['attention']}": (row["seconds"], row["floor_seconds"])
-          for row in found}, "measured", "floor of this machine", scale="log")
+         {f"{row['sampler']}, L {row['length']}, batch {row['batch']}, {row['attention']}":
+          (row["seconds"], row["floor_seconds"]) for row in found}, "measured", "floor of this machine", scale="log")
