@@ -56,7 +56,7 @@ from eso_jax.model import attention as attention_of
 from eso_jax.model.attention import AUTO
 from eso_jax.model.backend import Task
 from eso_jax.model.params import Weights, fold, init_params, unstack, weight_shardings
-from eso_jax.run.timing import Stopwatch
+from eso_jax.run.timing import Stopwatch, wait_for
 
 GREEDY = Rule(temperature=0.0)
 # In how many places and for how many steps variants of a plan's steps are compared. (Only on CPUs: elsewhere the
@@ -123,18 +123,20 @@ class Machine(NamedTuple):
 
 def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence[int] | None = None,
         batches: Sequence[int] | None = None, repeats: int = 3, samplers: Sequence[str] | None = None,
-        attention: Sequence[str] = (AUTO,), few_passes: int | None = None) -> list[dict[str, Any]]:
+        attention: Sequence[str] = (AUTO,), few_passes: int | None = None,
+        turn: Path | None = None) -> list[dict[str, Any]]:
     """Measures a preset; writes `out` (JSON) as it goes, and a table (.md) and a picture (.png) beside it.
 
     Args:
       overrides: model.field=value, for its sizes.
       lengths, batches: instead of the preset's.
-      repeats: generations timed; their median counts. 0: compiles only, without a picture.
+      repeats: generations timed; their median counts.
       samplers: of the preset, by their labels; None: all of them.
       attention: the backends that are wanted for it, of eso_jax.config.ATTENTION; each is measured.
       few_passes: so many passes are timed and scaled, not generations.
+      turn: a file that is waited for before anything is timed.
     """
-    require(repeats >= 0, "--repeats", repeats, "must be at least 0")
+    require(repeats >= 1, "--repeats", repeats, "must be at least 1")
     require(few_passes is None or few_passes >= 1, "--passes", few_passes, "must be at least 1")
     require(out.suffix == ".json", "--out", str(out), "must end in .json; a table and a picture are written beside it")
     for override in overrides:
@@ -154,34 +156,32 @@ def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence
         require(case.policy != "binomial" or case.kind is MDLM, "--passes", few_passes,
                 f"those of {case.label} are not alike; choose others by --samplers")
     dtype = jnp.dtype(chosen.dtype)
-    machine = measure_machine(dtype)
     found: list[dict[str, Any]] = []
+    say(f"{chosen.what}; {describe_machine()}, {chosen.dtype}")
+    folded = random_weights(configs[lengths[0], chosen.cases[0]].model, dtype)
+    todo = [[[Timed(_engine(dataclasses.replace(folded, attention=wanted), configs[length, case], count), case, batch,
+                    chosen.rule, few_passes) for count in _device_counts(batch)]
+             for case in chosen.cases for wanted in attention] for length in lengths for batch in batches]
+    wait_for(turn)
+    machine = measure_machine(dtype)
     header = {"preset": preset, "what": chosen.what, "dtype": chosen.dtype, "rule": dataclasses.asdict(chosen.rule),
               "machine": describe_machine(), "bandwidth_bytes_per_s": machine.bandwidth,
               "matmul_flops_per_s": machine.flops, "date": datetime.date.today().isoformat(), "repeats": repeats,
               "passes": few_passes}
-    say(f"{chosen.what}; {header['machine']}; {machine.bandwidth / 1e9:.0f} GB/s, {machine.flops / 1e9:.0f} GFLOP/s "
-         f"in {chosen.dtype}")
-    folded = random_weights(configs[lengths[0], chosen.cases[0]].model, dtype)
-    todo = [(length, batch) for length in lengths for batch in batches]
-    for length, batch in bar(todo, unit="size"):
-        model = configs[length, chosen.cases[0]].model
-        timed = [_fastest([Timed(_engine(dataclasses.replace(folded, attention=wanted), configs[length, case], count),
-                                 case, batch, chosen.rule, few_passes) for count in _device_counts(batch)], repeats)
-                 for case in chosen.cases for wanted in attention]
-        for _ in range(repeats):  # in turn, since machines drift
+    for candidates in bar(todo, unit="size"):
+        timed = [_fastest(those) for those in candidates]
+        for left in reversed(range(repeats)):  # in turn, since machines drift
             for one in timed:
                 one.seconds.append(one.generate())
-        for one in timed:
-            found.append(one.row(machine, repeats))
-            _relate(found)
-            say(_line(found[-1]))
-            write_whole(out, as_json({**header, "model": dataclasses.asdict(model), "results": found}))
+                if left == 0:
+                    found.append(one.row(machine, repeats))
+                    _relate(found)
+                    say(_line(found[-1]))
+                    write_whole(out, as_json({**header, "model": dataclasses.asdict(one.config.model),
+                                              "results": found}))
     write_whole(out.with_suffix(".md"), table(header, found))
-    if repeats:
-        plot(header, found, out.with_suffix(".png"))
-    say(f"\n{table(header, found)}\nwrote {out}, {out.with_suffix('.md')}"
-        + (f" and {out.with_suffix('.png')}" if repeats else ""))
+    plot(header, found, out.with_suffix(".png"))
+    say(f"\n{table(header, found)}\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
     return found
 
 
@@ -220,6 +220,7 @@ class Timed:
         self.sampler = family.sampler(config)
         self.scaled_from = few_passes or (None if self.sampler.cached else 1)
         self.seconds: list[float] = []
+        self.warm = False
         with jax.set_mesh(self.mesh), Stopwatch() as watch:
             if self.scaled_from:
                 program, self.few_passes = _runner(self.weights, config, self.plan, "padded", rule, self.plan.nfe // 2,
@@ -239,7 +240,10 @@ class Timed:
         return attention_of.choose(Task(pattern, model.length, model.head_size, dtype), wanted)[0].name
 
     def generate(self) -> float:
-        """Seconds of one generation."""
+        """Seconds of one generation; not of the first, which is slow."""
+        if not self.warm:
+            self.warm = True
+            self.generate()
         if self.scaled_from:
             with jax.set_mesh(self.mesh):
                 return _seconds(self.few_passes) * self.plan.nfe / self.scaled_from
@@ -250,16 +254,13 @@ class Timed:
         """The row of the table: seconds for a batch, and what they are made of."""
         devices, plan, case, nfe = self.mesh.size, self.plan, self.case, self.plan.nfe
         floors = step_floors(plan, self.sampler, self.config.model, self.weights, machine, devices)
-        floor = float(floors.sum())
+        median, floor = statistics.median(self.seconds), float(floors.sum())
         row = {"sampler": case.label, "length": self.config.model.length, "batch": len(plan.order), "devices": devices,
-               "attention": self.attention, "alpha_0": case.alpha_0, "steps": case.steps, "nfe": nfe, "seconds": None,
-               "all_seconds": self.seconds, "scaled_from_passes": self.scaled_from, "launches_per_pass": self.launches,
-               "compile_seconds": self.compile_seconds, "floor_seconds": floor}
-        if not repeats:
-            return row
-        median = statistics.median(self.seconds)
-        row |= {"seconds": median, "seconds_per_pass": median / nfe, "tokens_per_s": plan.order.size / median,
-                "of_the_floor": floor / median}
+               "attention": self.attention, "alpha_0": case.alpha_0, "steps": case.steps, "nfe": nfe,
+               "seconds": median, "all_seconds": self.seconds, "scaled_from_passes": self.scaled_from,
+               "seconds_per_pass": median / nfe, "launches_per_pass": self.launches,
+               "tokens_per_s": plan.order.size / median, "compile_seconds": self.compile_seconds,
+               "floor_seconds": floor, "of_the_floor": floor / median}
         if sharding.platform() == "cpu" and (self.scaled_from or 1) == 1:
             variants = {"padded": self.rule, "exact": self.rule, "greedy": GREEDY}
             count, steps = (1, 1) if self.scaled_from else (SECTIONS, SECTION_STEPS)
@@ -271,11 +272,9 @@ class Timed:
         return row
 
 
-def _fastest(candidates: list[Timed], repeats: int) -> Timed:
-    """The one whose generation takes least, by one try; each warm, if anything is to be timed."""
-    for candidate in candidates if repeats else ():
-        candidate.generate()
-    return candidates[0] if len(candidates) == 1 or not repeats else min(candidates, key=Timed.generate)
+def _fastest(candidates: list[Timed]) -> Timed:
+    """The one whose generation takes least, by one try."""
+    return candidates[0] if len(candidates) == 1 else min(candidates, key=Timed.generate)
 
 
 def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> jax.stages.Compiled:
@@ -308,6 +307,8 @@ def _from_sections(weights: Weights, config: Config, plan: Plan, floors: Float[n
         runners = {name: _runner(weights, config, plan, name, rule, index, steps)[1]
                    for name, rule in variants.items()}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for go in runners.values():  # what runs first is slow
+            go()
         for _ in range(repeats):  # in turn, since machines drift
             for name, go in runners.items():
                 seconds[name].append(_seconds(go) / steps)
@@ -325,15 +326,18 @@ def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule,
     run, of = next((run, of) for run in passes.schedule(
         plan, sampler, name == "exact", passes.row_cost(model)) for of in
                    np.flatnonzero((run.steps.first <= slot) & (slot < run.steps.first + run.steps.count)))
-    state = loop.grow(loop.start(weights, model, sampler, plan), run.shape)
+
+    def start() -> loop.State:
+        return loop.grow(loop.start(weights, model, sampler, plan), run.shape)
+
     table = jax.tree.map(lambda field: np.full(steps, field[of]), run.steps)  # again and again
-    program = loop.decode_run.lower(weights, state, table, source, model, sampler, run.shape).compile()
+    program = loop.decode_run.lower(weights, start(), table, source, model, sampler, run.shape).compile()
+    state = None  # until it is run: it is large
 
     def go() -> None:
         nonlocal state
-        state = jax.block_until_ready(program(weights, state, table, source))
+        state = jax.block_until_ready(program(weights, state or start(), table, source))
 
-    go()
     return program, go
 
 
@@ -392,12 +396,12 @@ def _relate(found: list[dict[str, Any]]) -> None:
     for row in found:
         eso = [r for r in found if r["sampler"].startswith("Eso-LM") and all(r[key] == row[key] for key in same)]
         eso.sort(key=lambda r: r["attention"] != row["attention"])  # its own comes first
-        row["times_eso_lm"] = row["seconds"] / eso[0]["seconds"] if eso and row["seconds"] else None
+        row["times_eso_lm"] = row["seconds"] / eso[0]["seconds"] if eso else None
 
 
-def _shown(field: str, show: str, scale: float = 1) -> Callable[[Row], str]:
+def _shown(field: str, show: str) -> Callable[[Row], str]:
     """A column of a field that not every row has."""
-    return lambda row: "" if row.get(field) is None else format(scale * row[field], show)
+    return lambda row: "" if row.get(field) is None else format(row[field], show)
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -406,16 +410,16 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "batch": lambda r: str(r["batch"]) + (f" on {r['devices']} devices" if r["devices"] > 1 else ""),
     "attention": lambda r: r["attention"],
     "NFE": lambda r: str(r["nfe"]),
-    "seconds": lambda r: _shown("seconds", ".3g")(r) + (
-        f" (scaled from {r['scaled_from_passes']})" if r["seconds"] and r["scaled_from_passes"] else ""),
-    "ms a pass": _shown("seconds_per_pass", ".3g", 1e3),
+    "seconds": lambda r: f"{r['seconds']:.3g}" + (
+        f" (scaled from {r['scaled_from_passes']})" if r["scaled_from_passes"] else ""),
+    "ms a pass": lambda r: f"{1e3 * r['seconds_per_pass']:.3g}",
     "launches": _shown("launches_per_pass", "d"),
-    "tokens/s": _shown("tokens_per_s", ".0f"),
+    "tokens/s": lambda r: f"{r['tokens_per_s']:.0f}",
     "x Eso-LM": _shown("times_eso_lm", ".2f"),
-    "of the floor": _shown("of_the_floor", ".0%"),
+    "of the floor": lambda r: f"{r['of_the_floor']:.0%}",
     "without draws, s": _shown("seconds_without_draws", ".3g"),
     "padding": _shown("padding_and_bookkeeping", "+.0%"),
-    "compile, s": _shown("compile_seconds", ".1f"),
+    "compile, s": lambda r: f"{r['compile_seconds']:.1f}",
 }
 
 
