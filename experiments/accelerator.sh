@@ -52,7 +52,7 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-.venv/bin/python} scratch=$(mktemp -d) failed=0 SECONDS=0
 declare -A pids
-export XLA_PYTHON_CLIENT_PREALLOCATE=false  # all of them share the card's memory
+export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=0.9  # all of them share the card's memory
 
 pack() {
   tar -czf "$scratch/all" --exclude=checkpoints -C "${out%/*}/" "${out##*/}"

@@ -25,6 +25,7 @@ import lab as labs
 import many_alpha_0
 import paper
 import samples
+import step_shares
 from conftest import random_params
 from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs, load
 from eso_jax.data import ByteTokenizer, evenly_spaced, windows_of
@@ -344,6 +345,27 @@ def test_many_alpha_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["1"]["0.5"] == {"bits_per_byte": 2.5, "seeds": [2.0, 3.0], "standard_error": 0.5}
     assert "| 1 | 2.500 ± 0.500 | 3.000 ± 0.500 |" in (tmp_path / "many.md").read_text()
     assert (tmp_path / "many.png").stat().st_size > 5000
+
+
+def test_the_parts_of_a_step(tmp_path: Path) -> None:
+    """By the scopes of a program, and by a profile of it."""
+    def loss(x: jax.Array) -> jax.Array:
+        with jax.named_scope("attention"):
+            x = x @ x
+        with jax.named_scope("loss"):
+            return jnp.sum(jnp.sin(x @ x.T))
+
+    def step(x: jax.Array) -> jax.Array:
+        return jnp.sort(x + jax.grad(loss)(x), axis=0)
+
+    program = jax.jit(step).lower(x := jnp.ones((200, 200))).compile()
+    parts = step_shares.parts_of(program.as_text() or "")
+    assert set(parts.values()) == {"attention", "head and loss", "optimizer and draws"}
+    assert step_shares.part_of("jit(train_step)/transpose(jvp(block))/dot_general") == "layers"
+    with jax.profiler.trace(str(tmp_path)):
+        program(x).block_until_ready()
+    seconds = step_shares.seconds_of(tmp_path, parts)
+    assert seconds["attention"] > 0 and set(seconds) == set(parts.values())
 
 
 STAND_IN = """#!/usr/bin/env bash
