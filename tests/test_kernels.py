@@ -1,5 +1,5 @@
-"""The kernels of a decoding step on GPUs: each is the plain computation that it stands for. They are interpreted, or run
-where there is a GPU."""
+"""The kernels of a decoding step on GPUs: each is the plain computation that it stands for. They are interpreted, or
+run where there is a GPU."""
 
 from __future__ import annotations
 
