@@ -26,8 +26,8 @@ total=475 out=${1:-}
 tests=(env XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0) fast=()
 tiny=() step=(--length 1024) batch=64 others=(32 128) pace=10
 long=(--lengths 8192 --batches 1 16) both=(--lengths 1024 8192 --batches 1 16) wide=(--lengths 1024 --batches 512)
-model=(--size 20m) learn=240 curves=38 samples=64 quickstart=()
-torch=(--batch 64)
+model=(--size 20m) learn=240 curves=38 samples=64 torch=(--batch 64)
+brief=(train.steps=20 train.eval_windows=64) quickstart=()
 case $out in
   --help) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"; exit ;;
   "" | -*) echo "accelerator.sh: error: give a folder for the results; see --help" >&2; exit 2 ;;
@@ -39,8 +39,8 @@ if [ "${1:-}" = --small ]; then
   tests=(env) fast=(-m "not slow")
   tiny=(model.width=32 model.heads=2 model.layers=1 model.vocab_size=500) step=(--length 64) batch=4 others=(2) pace=2
   long=(--lengths 64 --batches 2) both=(--lengths 32 --batches 1) wide=(--lengths 32 --batches 2)
-  quickstart=(model.width=32 model.length=32 train.steps=20 train.eval_windows=64)
-  model=(--size smoke "${quickstart[@]}") learn=30 curves=5 samples=16
+  brief=(model.width=32 model.length=32 "${brief[@]}") quickstart=("${brief[@]}")
+  model=(--size smoke "${brief[@]}") learn=60 curves=60 samples=16
   torch=(--batch 2 --layers 1 --width 32 --heads 2 --length 32 --vocab 500)
 fi
 for name in "$@"; do
@@ -110,12 +110,12 @@ start curves before-curves timeout "$learn" "${decoders[@]}" --workdir "$scratch
   --samples 16 --out "$scratch/curves.json" train.steps=2 train.warmup=1
 check goldens tests/test_goldens.py
 check kernels tests/test_{kernels,softmax,norm}.py tests/test_attention.py::test_kernels_are_plain_attention
-# shellcheck disable=SC2016  # $0 is the model
-start check-cache check-cache bash -c '"$@" train quickstart --workdir "$0" train.steps=20 train.eval_windows=64 &&
-  "$@" check-cache --workdir "$0" && "$@" check-cache --workdir "$0" --dtype bfloat16
-  ' "$out/cached" "$python" -m eso_jax
+# shellcheck disable=SC2016  # $0 is the interpreter, $1 the model
+start check-cache check-cache bash -c '"$0" -m eso_jax train quickstart --workdir "$@" || exit
+  for type in float32 bfloat16; do "$0" -m eso_jax check-cache --workdir "$1" --dtype $type || exit; done
+  ' "$python" "$out/cached" "${brief[@]}"
 for family in ar mdlm esolm; do training training "training-$family" "$family" "$batch"; done
-table ratio table11 --samplers Eso-LM "BD3-LM (16)" MDLM "${long[@]}" --passes 16
+table ratio table11 --samplers Eso-LM "BD3-LM (16)" MDLM "${long[@]}" --passes 16 --repeats 1
 table passes table11 --samplers Eso-LM AR "${both[@]}" --passes 64 --attention auto plain
 start shares shares "$python" experiments/step_shares.py --families ar,esolm --batch "$batch" "${step[@]}" \
   --wait-for "$scratch/shares" --out "$out/shares.json" "${tiny[@]}"
