@@ -27,7 +27,7 @@ tests=(env XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0) fast=()
 tiny=() step=(--length 1024) batch=64 others=(32 128) pace=10
 long=(--lengths 8192 --batches 1 16) both=(--lengths 1024 8192 --batches 1 16) wide=(--lengths 1024 --batches 512)
 model=(--size 20m) learn=240 curves=38 samples=64 torch=(--batch 64)
-brief=(train.steps=20 train.eval_windows=64) quickstart=()
+brief=(train.steps=100 train.warmup=1 train.learning_rate=0.01 train.eval_windows=64) quickstart=()
 case $out in
   --help) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"; exit ;;
   "" | -*) echo "accelerator.sh: error: give a folder for the results; see --help" >&2; exit 2 ;;
