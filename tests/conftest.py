@@ -46,6 +46,9 @@ LONGEST = ("test_faults.py", "test_mesh.py", "test_train.py", "test_cli.py", "te
 # For `.compile(USUAL)`, where a test reads a program or its memory: HLO as users have it.
 USUAL: dict[str, str | bool] = {"xla_backend_extra_options": ""}
 
+# Whether the kernels for GPUs are interpreted in tests. On a GPU (JAX_PLATFORMS=cuda) they run.
+INTERPRET = os.environ["JAX_PLATFORMS"] != "cuda"
+
 Run = Callable[..., str]
 
 # A run of a few seconds, but for its data.

@@ -239,7 +239,7 @@ def test_bench_at_a_reduced_size(tmp_path: Path, run: Run, monkeypatch: pytest.M
         for row in found["results"]:
             assert row["seconds"] > 0 and row["of_the_floor"] > 0 and row["seconds_without_draws"] > 0
             assert row["tokens_per_s"] == pytest.approx(64 / row["seconds"])
-            assert row["scaled_from_one_pass"] == row["sampler"].startswith("MDLM")
+            assert row["scaled_from_passes"] == (1 if row["sampler"].startswith("MDLM") else None)
         if preset == "cpu":
             assert [row["nfe"] for row in found["results"]] == [32] * 5
             assert found["results"][1]["times_eso_lm"] == 1
@@ -247,11 +247,33 @@ def test_bench_at_a_reduced_size(tmp_path: Path, run: Run, monkeypatch: pytest.M
         assert out.with_suffix(".md").read_text().strip() in text
     for arguments, message in ((["model.widht=3"], "did you mean model.width?"), (["--batches", 0], "--batches = 0"),
                                (["--repeats", 0], "--repeats = 0"), (["model.heads=3"], "model.heads = 3"),
+                               (["--samplers", "GPT"], "--samplers = 'GPT': choose of AR, Eso-LM, BD3-LM (16)"),
+                               (["--passes", 0], "--passes = 0"),
                                (["family.name=ar"], "only model's fields"), (["model.length=8"], "give --lengths"),
                                (["--out", tmp_path / "no.png"], "must end in .json")):
         command = ["bench", "sampling", "--preset", "cpu", "--out", tmp_path / "no.json", *arguments]
         assert message in run(*command, code=2)
     assert not (tmp_path / "no.json").exists()
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_bench_of_passes(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one sampler, with two backends, once all is compiled and its turn comes."""
+    monkeypatch.setattr(throughput, "measure_machine", lambda dtype: throughput.Machine(1e10, 1e11))
+    seconds, turns = iter([9.0, 0.5, 9.0, 0.6, 0.7, 0.8]), list[Path]()  # the first of each is not counted
+    monkeypatch.setattr(throughput, "_seconds", lambda action: action() or next(seconds))
+    monkeypatch.setattr(throughput, "wait_for", turns.append)
+    small = ["model.width=8", "model.heads=2", "model.layers=1", "model.vocab_size=20", "--lengths", 32, "--batches", 2]
+    command = ["bench", "sampling", "--out", tmp_path / "b.json", "--passes", 4, *small]
+    run(*command, "--preset", "cpu", "--samplers", "Eso-LM", "--attention", "plain", "auto", "--repeats", 2,
+        "--wait-for", tmp_path / "go")
+    rows = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert [(row["sampler"], row["attention"], row["scaled_from_passes"], row["launches_per_pass"])
+            for row in rows] == [("Eso-LM", "plain", 4, None)] * 2
+    np.testing.assert_allclose([row["all_seconds"] for row in rows], [[4.0, 5.6], [4.8, 6.4]])
+    assert turns == [tmp_path / "go"] and rows[0]["seconds_per_pass"] == rows[0]["seconds"] / 32
+    text = run(*command, "--preset", "table13", code=2)
+    assert "--passes = 4: those of Eso-LM a0=1 T=16 are not alike" in text
 
 
 def test_floor_by_hand() -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import lab as labs
 import many_alpha_0
 import paper
 import samples
+import step_shares
 from conftest import random_params
 from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs, load
 from eso_jax.data import ByteTokenizer, evenly_spaced, windows_of
@@ -357,36 +359,83 @@ def test_many_alpha_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "many.png").stat().st_size > 5000
 
 
+def test_the_parts_of_a_step(tmp_path: Path) -> None:
+    """By the scopes of a program, and by a profile of it."""
+    def loss(x: jax.Array) -> jax.Array:
+        with jax.named_scope("attention"):
+            x = x @ x
+        with jax.named_scope("loss"):
+            return jnp.sum(jnp.sin(x @ x.T))
+
+    def step(x: jax.Array) -> jax.Array:
+        return jnp.sort(x + jax.grad(loss)(x), axis=0)
+
+    program = jax.jit(step).lower(x := jnp.ones((200, 200))).compile()
+    parts = step_shares.parts_of(program.as_text() or "")
+    assert set(parts.values()) == {"attention", "head and loss", "optimizer and draws"}
+    assert step_shares.part_of("jit(train_step)/transpose(jvp(block))/dot_general") == "layers"
+    with jax.profiler.trace(str(tmp_path)):
+        program(x).block_until_ready()
+    seconds = step_shares.seconds_of(tmp_path, parts)
+    assert seconds["attention"] > 0 and set(seconds) == set(parts.values())
+
+
 STAND_IN = """#!/usr/bin/env bash
-if [ "$1" = -c ]; then echo "cuda A card"; exit; fi
+[ "$1" != -c ] || { echo "cuda A card"; exit; }
 echo "$JAX_PLATFORMS python $*" >>"$CALLS"
-[ "${3:-}" != check-cache ] || exit 1
+case "$*" in *MDLM*) exit 1 ;; *table13*) sleep "$HANGS" ;; esac
+while [ $# -gt 0 ] && [ "$1" != --wait-for ]; do shift; done
+[ $# -gt 0 ] || exit 0
+until [ -e "$2" ]; do sleep 0.01; done
+echo "turn ${2##*/}" >>"$CALLS"
 """
 
 
 def test_the_first_run_on_an_accelerator(tmp_path: Path) -> None:
     """Every step runs, also behind one that fails, or those named; on the accelerator, where tests are for CPUs
-    otherwise."""
-    script, python = ROOT / "experiments" / "accelerator.sh", tmp_path / "python"
+    otherwise. What is timed waits for its turn."""
+    script, python, out = ROOT / "experiments" / "accelerator.sh", tmp_path / "python", tmp_path / "out"
     python.write_text(STAND_IN)
     python.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python), "CALLS": str(tmp_path / "calls"), "JAX_PLATFORMS": ""}
-    command = ["bash", script, tmp_path / "out", "--small"]
+    environment = {**os.environ, "PYTHON": str(python), "CALLS": str(tmp_path / "calls"), "JAX_PLATFORMS": "",
+                   "HANGS": "0"}
+    command = ["bash", script, out, "--small"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "accelerator.sh: cuda A card" in done.stdout
+    timed = ["training-ar", "training-mdlm", "training-esolm", "ratio", "passes", "shares", "torch", "batch-2",
+             "table13", "sampling"]
+    failed = {"ratio", "table13"}  # those with MDLM
     assert re.findall(r"^(\S+): (\S+)", done.stdout, re.M)[1:] == [
-        ("goldens", "done"), ("attention", "done"), ("training", "done"), ("sampling", "done"), ("quickstart", "done"),
-        ("check-cache-float32", "FAILED"), ("check-cache-bfloat16", "FAILED")]
+        (name, "FAILED" if name in failed else "done,")
+        for name in ("goldens", "kernels", "check-cache", "curves", *timed)]
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[0] == "cuda python -m pytest -n 0 tests/test_goldens.py"
-    assert calls[1].startswith("cuda python -m pytest -n 0 tests/test_attention")
-    assert calls[2].endswith(f"--families ar,mdlm,esolm --alpha-0 1 0.5 --out {tmp_path}/out/training.json")
-    assert calls[3].endswith(f"--lengths 64 --batches 2 --preset table11 --repeats 1 --out "
-                             f"{tmp_path}/out/sampling.json")
-    assert calls[4].endswith(f"quickstart.py --workdir {tmp_path}/out/quickstart model.width=32 model.length=32 "
-                             "train.steps=20 train.eval_windows=64")
-    done = subprocess.run([*command, "sampling", "training"], capture_output=True, text=True, env=environment)
+    assert [call for call in calls if call.startswith("turn")] == [f"turn {name}" for name in timed
+                                                                   if name not in failed]
+    for call in ("cuda python -m pytest -n 0 -m not slow tests/test_goldens.py",
+                 f" python -m eso_jax check-cache --workdir {out}/cached --dtype bfloat16"):
+        assert call in calls
+    assert [f"--out {out}/training-esolm.json" in call for call in calls if "--families esolm" in call] == [True]
+    with tarfile.open(f"{out}.tar.gz") as packed:
+        assert {f"out/{name}.log" for name in timed} < set(packed.getnames())
+    done = subprocess.run([*command, "passes", "training"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0
-    assert re.findall(r"^(\S+): done", done.stdout, re.M) == ["training", "sampling"]
-    for arguments, code in (([], 2), (["--help"], 0), ([tmp_path / "out", "--small", "gold"], 2)):
+    assert re.findall(r"^(\S+): done", done.stdout, re.M) == [*timed[:3], "passes"]
+    for arguments, code in (([], 2), (["--help"], 0), ([out, "--small", "gold"], 2)):
         assert subprocess.run(["bash", script, *arguments], capture_output=True).returncode == code
+
+
+def test_what_an_accelerator_gave_is_packed_when_it_is_taken_away(tmp_path: Path) -> None:
+    script, python, out = ROOT / "experiments" / "accelerator.sh", tmp_path / "python", tmp_path / "out"
+    python.write_text(STAND_IN.replace("*MDLM*) exit 1 ;; ", ""))
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "CALLS": str(tmp_path / "calls"), "HANGS": "60"}
+    with subprocess.Popen(["bash", script, out, "--small", "passes", "table13"], stdout=subprocess.PIPE, text=True,
+                          env=environment) as running:
+        assert running.stdout is not None
+        while not running.stdout.readline().startswith("passes: done"):
+            pass
+        running.terminate()
+        running.communicate()
+    assert running.returncode == 143
+    with tarfile.open(f"{out}.tar.gz") as packed:
+        assert {"out/passes.log", "out/table13.log"} < set(packed.getnames())

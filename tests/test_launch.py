@@ -145,7 +145,7 @@ def test_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("no shellcheck; install the extra test")
-    files = [*(f"launch/{name}" for name in FILES), "tests/run.sh", ".ci/run"]
+    files = [*(f"launch/{name}" for name in FILES), "tests/run.sh", ".ci/run", "experiments/accelerator.sh"]
     done = subprocess.run([shellcheck, "--external-sources", *files], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,4 +1,4 @@
-"""The gradient of layer normalization by a kernel, against that of the definition."""
+"""The gradient of layer normalization by a kernel (interpreted, or run on a GPU), against that of the definition."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import INTERPRET
 from eso_jax.model import norm as norms
 from eso_jax.model.params import Norm
 
@@ -19,7 +20,7 @@ def test_gradients_are_those_of_the_definition(rows: int, width: int, dtype: jnp
     x = 3 * jax.random.normal(keys[0], (rows, width)) + 1
     norm = Norm(jax.random.normal(keys[1], (width,)), jax.random.normal(keys[2], (width,)))
     sent = jax.random.normal(keys[3], (rows, width)), jax.random.normal(keys[4], (rows, width)).astype(dtype)
-    out, back = jax.vjp(lambda x, norm: norms._fused(x, norm, dtype, True), x, norm)
+    out, back = jax.vjp(lambda x, norm: norms._fused(x, norm, dtype, INTERPRET), x, norm)
     right, right_back = jax.vjp(lambda x, norm: (x, norms.layer_norm(x, norm, dtype)), x, norm)
     for one, other in zip(jax.tree.leaves((out, back(sent))), jax.tree.leaves((right, right_back(sent))), strict=True):
         assert one.dtype == other.dtype

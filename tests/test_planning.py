@@ -168,6 +168,7 @@ def test_kernels_of_libraries_count_by_formula() -> None:
                                 "branch_computations={%large, %small}")
     for text in (KERNELS, by_number):
         assert hlo.cost(text).flops == 2 * 8 * 64 * 32 + 4 * 64 * pairs[0] + 10 * 64 * pairs[1]
+        assert hlo.turn(text) == hlo.cost(text)  # a turn is all of it where there is no loop
 
 
 def test_how_often_a_loop_runs() -> None:

@@ -145,11 +145,11 @@ def cost(text: str) -> Cost:
 
 
 def turn(text: str) -> Cost:
-    """The cost of one turn of a program's loop, the largest if there are several."""
+    """The cost of one turn of a program's loop, the largest if there are several; of all of it if there is none."""
     counter, entry = _counter_of(text)
     turns = [counter.computation(_callee(op, "body")) for op in counter.computations[entry].instructions.values()
              if op.opcode == "while"]
-    return max(turns, key=lambda turn: turn.flops)
+    return max(turns or [counter.computation(entry)], key=lambda turn: turn.flops)
 
 
 def unbounded(text: str) -> list[str]:

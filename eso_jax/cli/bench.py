@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eso_jax.config import SIZES
+from eso_jax.config import ATTENTION, SIZES
 from eso_jax.files import check_out
 
 EXAMPLE = "eso-jax bench sampling --preset cpu --out bench.json"
@@ -26,6 +26,7 @@ mfu             model_flops / step_seconds / (the chips' bfloat16 peak, eso_jax/
 peak_bytes      of one device: what goes in (it is reused for what comes out) and temporaries, by the compiler
 attention       the backends that compute it
 """
+WAIT = "once it is compiled, until there is such a file: several can compile together and be timed one by one"
 OUT = ".json; a table (.md) and a picture (.png) are written beside it"
 
 
@@ -40,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                           help="cpu: 256 x 8 layers, L = 2048, float32; table11, table13: the paper's, for a GPU")
     sampling.add_argument("--lengths", type=int, nargs="+", help="instead of the preset's")
     sampling.add_argument("--batches", type=int, nargs="+", help="instead of the preset's")
+    sampling.add_argument("--samplers", nargs="+", metavar="NAME", help="of the preset, by the names in its table "
+                          "(all)")
+    sampling.add_argument("--attention", nargs="+", choices=ATTENTION, default=["auto"], help="what computes it, one "
+                          "beside the other; plain turns the kernels for a cache off as well (auto)")
+    sampling.add_argument("--passes", type=int, help="time so many in the middle of each plan, and scale them")
     sampling.add_argument("--repeats", type=int, default=3, help="generations timed, for the median (%(default)s)")
+    sampling.add_argument("--wait-for", type=Path, metavar="FILE", help=WAIT)
     sampling.add_argument("--out", required=True, help=OUT)
 
     training = parts.add_parser("training", help="the training step: speed, work, memory",
@@ -54,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--batch", type=int, default=32, help="sequences of a step, over all devices (%(default)s)")
     training.add_argument("--steps", type=int, default=20, help="steps timed, behind three that are not; 0: compile "
                           "and count only (%(default)s)")
+    training.add_argument("--wait-for", type=Path, metavar="FILE", help=WAIT)
     training.add_argument("--out", required=True, help=OUT)
 
 
@@ -64,9 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
         from eso_jax.evaluation import training_speed
 
         training_speed.run(arguments.families.split(","), out, arguments.size, arguments.length, arguments.batch,
-                           arguments.steps, arguments.alpha_0, overrides)
+                           arguments.steps, arguments.alpha_0, overrides, arguments.wait_for)
     else:
         from eso_jax.evaluation import throughput
 
         throughput.run(arguments.preset, out, overrides=overrides, lengths=arguments.lengths,
-                       batches=arguments.batches, repeats=arguments.repeats)
+                       batches=arguments.batches, repeats=arguments.repeats, samplers=arguments.samplers,
+                       attention=arguments.attention, few_passes=arguments.passes, turn=arguments.wait_for)

@@ -2,7 +2,8 @@
 
 Speed does not depend on the weights, so they are random. Every sampler runs its own plan with draws included; compiling
 (or loading what an earlier run compiled) is timed apart. MDLM, whose passes are all alike, is timed on one of them and
-scaled to its NFE. The samplers take turns, repeat by repeat.
+scaled to its NFE; on request every sampler is, on passes in the middle of its plan, where the cache is half full. The
+samplers take turns, repeat by repeat.
 
 The floor of a plan is the least time that any program could take for its steps. In each, every weight is read once and
 so is the live cache, at the memory bandwidth; the products take their operations, at the matrix peak; the longer of the
@@ -35,6 +36,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from eso_jax import families, sharding
+from eso_jax.aot import hlo
 from eso_jax.console import bar, say
 from eso_jax.config import Config, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.decoding import loop, passes
@@ -50,13 +52,16 @@ from eso_jax.families.bd3lm import BD3LM
 from eso_jax.families.esolm import EsoLM
 from eso_jax.families.mdlm import MDLM
 from eso_jax.files import as_json, write_whole
+from eso_jax.model import attention as attention_of
+from eso_jax.model.attention import AUTO
+from eso_jax.model.backend import Task
 from eso_jax.model.params import Weights, fold, init_params, unstack, weight_shardings
-from eso_jax.run.timing import Stopwatch
+from eso_jax.run.timing import Stopwatch, wait_for
 
 GREEDY = Rule(temperature=0.0)
-# In how many places and for how many steps variants of a plan's steps are compared. (Elsewhere than on a CPU a program
-# takes longer to compile than all its steps take, and they vary less.)
-SECTIONS, SECTIONS_ELSEWHERE, SECTION_STEPS = 8, 1, 8
+# In how many places and for how many steps variants of a plan's steps are compared. (Only on CPUs: elsewhere the
+# programs take longer to compile than whole generations take.)
+SECTIONS, SECTION_STEPS = 8, 8
 
 
 class Case(NamedTuple):
@@ -117,47 +122,63 @@ class Machine(NamedTuple):
 
 
 def run(preset: str, out: Path, overrides: Sequence[str] = (), lengths: Sequence[int] | None = None,
-        batches: Sequence[int] | None = None, repeats: int = 3) -> list[dict[str, Any]]:
+        batches: Sequence[int] | None = None, repeats: int = 3, samplers: Sequence[str] | None = None,
+        attention: Sequence[str] = (AUTO,), few_passes: int | None = None,
+        turn: Path | None = None) -> list[dict[str, Any]]:
     """Measures a preset; writes `out` (JSON) as it goes, and a table (.md) and a picture (.png) beside it.
 
     Args:
       overrides: model.field=value, for its sizes.
       lengths, batches: instead of the preset's.
       repeats: generations timed; their median counts.
+      samplers: of the preset, by their labels; None: all of them.
+      attention: the backends that are wanted for it, of eso_jax.config.ATTENTION; each is measured.
+      few_passes: so many passes are timed and scaled, not generations.
+      turn: a file that is waited for before anything is timed.
     """
     require(repeats >= 1, "--repeats", repeats, "must be at least 1")
+    require(few_passes is None or few_passes >= 1, "--passes", few_passes, "must be at least 1")
     require(out.suffix == ".json", "--out", str(out), "must end in .json; a table and a picture are written beside it")
     for override in overrides:
         require(override.startswith("model."), "override", override, "only model's fields can be changed")
         require(not override.startswith("model.length"), "override", override, "give --lengths")
     chosen = PRESETS[preset]
+    cases = {case.label: case for case in chosen.cases}
+    for label in samplers or ():
+        require(label in cases, "--samplers", label, f"choose of {', '.join(cases)}")
+    chosen = chosen._replace(cases=[cases[label] for label in samplers or cases])
     lengths, batches = lengths or chosen.lengths, batches or chosen.batches
     for batch in batches:
         require(batch >= 1, "--batches", batch, "must be at least 1")
     # All configs before any work: a mistake in one costs nothing.
     configs = {(length, case): _config(chosen, length, case, overrides) for length in lengths for case in chosen.cases}
+    for case in chosen.cases if few_passes else ():
+        require(case.policy != "binomial" or case.kind is MDLM, "--passes", few_passes,
+                f"those of {case.label} are not alike; choose others by --samplers")
     dtype = jnp.dtype(chosen.dtype)
-    machine = measure_machine(dtype)
     found: list[dict[str, Any]] = []
+    say(f"{chosen.what}; {describe_machine()}, {chosen.dtype}")
+    folded = random_weights(configs[lengths[0], chosen.cases[0]].model, dtype)
+    todo = [[[Timed(_engine(dataclasses.replace(folded, attention=wanted), configs[length, case], count), case, batch,
+                    chosen.rule, few_passes) for count in _device_counts(batch)]
+             for case in chosen.cases for wanted in attention] for length in lengths for batch in batches]
+    wait_for(turn)
+    machine = measure_machine(dtype)
     header = {"preset": preset, "what": chosen.what, "dtype": chosen.dtype, "rule": dataclasses.asdict(chosen.rule),
               "machine": describe_machine(), "bandwidth_bytes_per_s": machine.bandwidth,
-              "matmul_flops_per_s": machine.flops, "date": datetime.date.today().isoformat(), "repeats": repeats}
-    say(f"{chosen.what}; {header['machine']}; {machine.bandwidth / 1e9:.0f} GB/s, {machine.flops / 1e9:.0f} GFLOP/s "
-         f"in {chosen.dtype}")
-    folded = random_weights(configs[lengths[0], chosen.cases[0]].model, dtype)
-    todo = [(length, batch) for length in lengths for batch in batches]
-    for length, batch in bar(todo, unit="size"):
-        model = configs[length, chosen.cases[0]].model
-        timed = [_fastest([Timed(_engine(folded, configs[length, case], count), case, batch, chosen.rule)
-                           for count in _device_counts(batch)]) for case in chosen.cases]
-        for _ in range(repeats):  # in turn, since machines drift
+              "matmul_flops_per_s": machine.flops, "date": datetime.date.today().isoformat(), "repeats": repeats,
+              "passes": few_passes}
+    for candidates in bar(todo, unit="size"):
+        timed = [_fastest(those) for those in candidates]
+        for left in reversed(range(repeats)):  # in turn, since machines drift
             for one in timed:
                 one.seconds.append(one.generate())
-        for one in timed:
-            found.append(one.row(machine, repeats))
-            _relate(found)
-            say(_line(found[-1]))
-            write_whole(out, as_json({**header, "model": dataclasses.asdict(model), "results": found}))
+                if left == 0:
+                    found.append(one.row(machine, repeats))
+                    _relate(found)
+                    say(_line(found[-1]))
+                    write_whole(out, as_json({**header, "model": dataclasses.asdict(one.config.model),
+                                              "results": found}))
     write_whole(out.with_suffix(".md"), table(header, found))
     plot(header, found, out.with_suffix(".png"))
     say(f"\n{table(header, found)}\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
@@ -192,47 +213,63 @@ def _engine(weights: Weights, config: Config, count: int) -> Engine:
 class Timed:
     """A case with its plan and its programs, compiled, and the seconds of its generations."""
 
-    def __init__(self, engine: Engine, case: Case, batch: int, rule: Rule) -> None:
+    def __init__(self, engine: Engine, case: Case, batch: int, rule: Rule, few_passes: int | None) -> None:
         self.engine, self.mesh, self.weights, self.config = engine, engine.mesh, engine.weights, engine.config
         self.case, self.rule, config, family = case, rule, engine.config, families.get(engine.config)
         self.plan = family.plan(jax.random.key(0), config, batch, case.steps, case.alpha_0, case.policy)
         self.sampler = family.sampler(config)
-        self.scaled = not self.sampler.cached
+        self.scaled_from = few_passes or (None if self.sampler.cached else 1)
         self.seconds: list[float] = []
+        self.warm = False
         with jax.set_mesh(self.mesh), Stopwatch() as watch:
-            if self.scaled:
-                self.one_pass = _runner(self.weights, config, self.plan, "padded", rule, self.plan.nfe // 2, 1)
+            if self.scaled_from:
+                program, self.few_passes = _runner(self.weights, config, self.plan, "padded", rule, self.plan.nfe // 2,
+                                                   self.scaled_from)
             else:
-                _compile(self.weights, config, self.plan, rule)
+                program = _compile(self.weights, config, self.plan, rule)
+            gpu, self.attention = sharding.on_gpu(), self._attention()
         self.compile_seconds = watch.compile_seconds
+        self.launches = hlo.turn(program.as_text() or "").launches if gpu else None
+
+    def _attention(self) -> str:
+        """Who computes it."""
+        model, pattern, wanted = self.config.model, self.sampler.pattern, self.weights.attention
+        dtype = self.weights.head.kernel.dtype
+        if self.sampler.cached:
+            return attention_of.keeper(model, pattern, dtype, wanted).name
+        return attention_of.choose(Task(pattern, model.length, model.head_size, dtype), wanted)[0].name
 
     def generate(self) -> float:
-        """Seconds of one generation."""
-        if self.scaled:
+        """Seconds of one generation; not of the first, which is slow."""
+        if not self.warm:
+            self.warm = True
+            self.generate()
+        if self.scaled_from:
             with jax.set_mesh(self.mesh):
-                return _seconds(self.one_pass) * self.plan.nfe
+                return _seconds(self.few_passes) * self.plan.nfe / self.scaled_from
         batch = len(self.plan.order)
         return _seconds(lambda: decode(self.engine, self.plan, _keys(self.plan), self.rule, np.arange(batch), batch))
 
     def row(self, machine: Machine, repeats: int) -> dict[str, Any]:
         """The row of the table: seconds for a batch, and what they are made of."""
-        devices = self.mesh.size
-        floors = step_floors(self.plan, self.sampler, self.config.model, self.weights, machine, devices)
-        sections = SECTIONS if sharding.platform() == "cpu" else SECTIONS_ELSEWHERE
-        count, steps = (1, 1) if self.scaled else (sections, SECTION_STEPS)
-        variants = {"padded": self.rule, "exact": self.rule, "greedy": GREEDY}
-        with jax.set_mesh(self.mesh):
-            totals = _from_sections(self.weights, self.config, self.plan, floors, variants, repeats, count, steps)
-        median, case, nfe, floor = statistics.median(self.seconds), self.case, self.plan.nfe, float(floors.sum())
-        return {"sampler": case.label, "length": self.config.model.length, "batch": len(self.plan.order),
-                "devices": devices,
-                "alpha_0": case.alpha_0, "steps": case.steps, "nfe": nfe, "seconds": median,
-                "all_seconds": self.seconds, "scaled_from_one_pass": self.scaled,
-                "tokens_per_s": self.plan.order.size / median, "compile_seconds": self.compile_seconds,
-                "floor_seconds": floor, "of_the_floor": floor / median,
-                # Of the same few steps, timed in turn.
-                "seconds_without_draws": median * totals["greedy"] / totals["padded"],
-                "padding_and_bookkeeping": (totals["padded"] if self.scaled else median) / totals["exact"] - 1}
+        devices, plan, case, nfe = self.mesh.size, self.plan, self.case, self.plan.nfe
+        floors = step_floors(plan, self.sampler, self.config.model, self.weights, machine, devices)
+        median, floor = statistics.median(self.seconds), float(floors.sum())
+        row = {"sampler": case.label, "length": self.config.model.length, "batch": len(plan.order), "devices": devices,
+               "attention": self.attention, "alpha_0": case.alpha_0, "steps": case.steps, "nfe": nfe,
+               "seconds": median, "all_seconds": self.seconds, "scaled_from_passes": self.scaled_from,
+               "seconds_per_pass": median / nfe, "launches_per_pass": self.launches,
+               "tokens_per_s": plan.order.size / median, "compile_seconds": self.compile_seconds,
+               "floor_seconds": floor, "of_the_floor": floor / median}
+        if sharding.platform() == "cpu" and (self.scaled_from or 1) == 1:
+            variants = {"padded": self.rule, "exact": self.rule, "greedy": GREEDY}
+            count, steps = (1, 1) if self.scaled_from else (SECTIONS, SECTION_STEPS)
+            with jax.set_mesh(self.mesh):
+                totals = _from_sections(self.weights, self.config, plan, floors, variants, repeats, count, steps)
+            # Of the same few steps, timed in turn.
+            row |= {"seconds_without_draws": median * totals["greedy"] / totals["padded"],
+                    "padding_and_bookkeeping": (totals["padded"] if self.scaled_from else median) / totals["exact"] - 1}
+        return row
 
 
 def _fastest(candidates: list[Timed]) -> Timed:
@@ -240,8 +277,8 @@ def _fastest(candidates: list[Timed]) -> Timed:
     return candidates[0] if len(candidates) == 1 else min(candidates, key=Timed.generate)
 
 
-def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
-    """Decodes along the plan once, so that all its programs are there."""
+def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> jax.stages.Compiled:
+    """Compiles all programs of the plan; that of its last pass."""
     model, sampler = config.model, families.get(config).sampler(config)
     source = loop.Draw(loop.draw_uniforms(_keys(plan), plan.length), rule)
     state, lowered = loop.start(weights, model, sampler, plan), {}
@@ -250,8 +287,7 @@ def _compile(weights: Weights, config: Config, plan: Plan, rule: Rule) -> None:
         if program not in lowered:
             lowered[program] = loop.decode_run.lower(weights, state, run.steps, source, model, sampler, run.shape)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles side by side what Python can only trace in turn
-        list(pool.map(lambda program: program.compile(), lowered.values()))
-    families.sample(weights, config, plan, jax.random.key(1), rule).block_until_ready()
+        return list(pool.map(lambda program: program.compile(), lowered.values()))[-1]
 
 
 def _keys(plan: Plan) -> Key[Array, " B"]:
@@ -268,8 +304,11 @@ def _from_sections(weights: Weights, config: Config, plan: Plan, floors: Float[n
     share = np.cumsum(floors) / floors.sum()
     ratios: dict[str, list[float]] = {name: [] for name in variants}  # seconds over the step's floor
     for index in np.searchsorted(share, (np.arange(count) + 0.5) / count).tolist():
-        runners = {name: _runner(weights, config, plan, name, rule, index, steps) for name, rule in variants.items()}
+        runners = {name: _runner(weights, config, plan, name, rule, index, steps)[1]
+                   for name, rule in variants.items()}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for go in runners.values():  # what runs first is slow
+            go()
         for _ in range(repeats):  # in turn, since machines drift
             for name, go in runners.items():
                 seconds[name].append(_seconds(go) / steps)
@@ -279,24 +318,27 @@ def _from_sections(weights: Weights, config: Config, plan: Plan, floors: Float[n
 
 
 def _runner(weights: Weights, config: Config, plan: Plan, name: str, rule: Rule, index: int,
-            steps: int) -> Callable[[], None]:
-    """Does the step `index` so many times whenever it is called, in the variant's shape; compiled already."""
+            steps: int) -> tuple[jax.stages.Compiled, Callable[[], None]]:
+    """(a program, what runs it): it does the step `index` so many times, in the variant's shape."""
     model, sampler = config.model, families.get(config).sampler(config)
     source = loop.Draw(loop.draw_uniforms(_keys(plan), plan.length), rule)
     slot = plan.first[index]
     run, of = next((run, of) for run in passes.schedule(
         plan, sampler, name == "exact", passes.row_cost(model)) for of in
                    np.flatnonzero((run.steps.first <= slot) & (slot < run.steps.first + run.steps.count)))
-    state = loop.grow(loop.start(weights, model, sampler, plan), run.shape)
+
+    def start() -> loop.State:
+        return loop.grow(loop.start(weights, model, sampler, plan), run.shape)
+
     table = jax.tree.map(lambda field: np.full(steps, field[of]), run.steps)  # again and again
+    program = loop.decode_run.lower(weights, start(), table, source, model, sampler, run.shape).compile()
+    state = None  # until it is run: it is large
 
     def go() -> None:
         nonlocal state
-        state = loop.decode_run(weights, state, table, source, model, sampler, run.shape)
-        jax.block_until_ready(state)
+        state = jax.block_until_ready(program(weights, state or start(), table, source))
 
-    go()
-    return go
+    return program, go
 
 
 def step_floors(plan: Plan, sampler: passes.Sampler, model: ModelConfig, weights: Weights, machine: Machine,
@@ -353,20 +395,30 @@ def _relate(found: list[dict[str, Any]]) -> None:
     same = ("length", "batch", "steps", "alpha_0")
     for row in found:
         eso = [r for r in found if r["sampler"].startswith("Eso-LM") and all(r[key] == row[key] for key in same)]
+        eso.sort(key=lambda r: r["attention"] != row["attention"])  # its own comes first
         row["times_eso_lm"] = row["seconds"] / eso[0]["seconds"] if eso else None
+
+
+def _shown(field: str, show: str) -> Callable[[Row], str]:
+    """A column of a field that not every row has."""
+    return lambda row: "" if row.get(field) is None else format(row[field], show)
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "sampler": lambda r: r["sampler"],
     "L": lambda r: str(r["length"]),
     "batch": lambda r: str(r["batch"]) + (f" on {r['devices']} devices" if r["devices"] > 1 else ""),
+    "attention": lambda r: r["attention"],
     "NFE": lambda r: str(r["nfe"]),
-    "seconds": lambda r: f"{r['seconds']:.3g}" + (" (scaled from one pass)" if r["scaled_from_one_pass"] else ""),
+    "seconds": lambda r: f"{r['seconds']:.3g}" + (
+        f" (scaled from {r['scaled_from_passes']})" if r["scaled_from_passes"] else ""),
+    "ms a pass": lambda r: f"{1e3 * r['seconds_per_pass']:.3g}",
+    "launches": _shown("launches_per_pass", "d"),
     "tokens/s": lambda r: f"{r['tokens_per_s']:.0f}",
-    "x Eso-LM": lambda r: "" if r["times_eso_lm"] is None else f"{r['times_eso_lm']:.2f}",
-    "of the floor": lambda r: f"{100 * r['of_the_floor']:.0f}%",
-    "without draws, s": lambda r: f"{r['seconds_without_draws']:.3g}",
-    "padding": lambda r: f"{100 * r['padding_and_bookkeeping']:+.0f}%",
+    "x Eso-LM": _shown("times_eso_lm", ".2f"),
+    "of the floor": lambda r: f"{r['of_the_floor']:.0%}",
+    "without draws, s": _shown("seconds_without_draws", ".3g"),
+    "padding": _shown("padding_and_bookkeeping", "+.0%"),
     "compile, s": lambda r: f"{r['compile_seconds']:.1f}",
 }
 
@@ -375,7 +427,8 @@ def table(header: dict[str, Any], found: list[dict[str, Any]]) -> str:
     """Markdown."""
     return (f"{header['what']}; {header['machine']}; {header['dtype']}, "
             f"{header['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s, {header['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s; "
-            f"{header['date']}; draws included, compilation not, median of {header['repeats']}\n\n"
+            f"{header['date']}; draws included, compilation not, median of {header['repeats']}; scaled from so many "
+            "passes where that is said\n\n"
             + markdown(COLUMNS, found))
 
 
@@ -386,5 +439,5 @@ def _line(row: dict[str, Any]) -> str:
 def plot(header: dict[str, Any], found: list[dict[str, Any]], path: Path) -> None:
     """Seconds per batch on a logarithmic axis, a bar per row, its floor marked."""
     bars(path, f"{header['what']}\n{header['machine']}", "seconds per batch, draws included",
-         {f"{row['sampler']}, L {row['length']}, batch {row['batch']}": (row["seconds"], row["floor_seconds"])
-          for row in found}, "measured", "floor of this machine", scale="log")
+         {f"{row['sampler']}, L {row['length']}, batch {row['batch']}, {row['attention']}":
+          (row["seconds"], row["floor_seconds"]) for row in found}, "measured", "floor of this machine", scale="log")

@@ -27,12 +27,14 @@ from eso_jax.evaluation.table import Row, bars, markdown
 from eso_jax.evaluation.throughput import describe_machine
 from eso_jax.files import as_json, write_whole
 from eso_jax.run import metrics, train
+from eso_jax.run.timing import wait_for
 
 WARM_UP = 3  # steps that are not timed
 
 
 def run(names: Sequence[str], out: Path, size: str = "small", length: int = 1024, batch_size: int = 32,
-        steps: int = 20, alpha_0: Sequence[float] = (1.0,), overrides: Sequence[str] = ()) -> list[Row]:
+        steps: int = 20, alpha_0: Sequence[float] = (1.0,), overrides: Sequence[str] = (),
+        turn: Path | None = None) -> list[Row]:
     """Measures families; writes `out` (JSON) as it goes, and a table (.md) and a picture (.png) beside it.
 
     Args:
@@ -41,6 +43,7 @@ def run(names: Sequence[str], out: Path, size: str = "small", length: int = 1024
       steps: that are timed; 0: compiles and counts only.
       alpha_0: of those families that have a choice.
       overrides: fields of model, train and mesh.
+      turn: a file that is waited for before a step is timed.
 
     Raises:
       EsoError: an option or a field cannot be, or the devices ran out of memory.
@@ -59,7 +62,7 @@ def run(names: Sequence[str], out: Path, size: str = "small", length: int = 1024
     say(_title(header))
     rows: list[Row] = []
     for config in configs:
-        rows.append(measure(config, mesh, steps))
+        rows.append(measure(config, mesh, steps, turn))
         say("  " + ", ".join(f"{name} {show(rows[-1])}" for name, show in COLUMNS.items() if show(rows[-1])))
         write_whole(out, as_json({**header, "rows": rows}))
     table = f"{_title(header)}\n\n{markdown(COLUMNS, rows)}"
@@ -88,7 +91,7 @@ def configs_of(names: Sequence[str], size: str, length: int, batch_size: int, al
         [{"alpha_0": share} for share in alpha_0] if families.BY_NAME[name].only_alpha_0 is None else [{}])]
 
 
-def measure(config: Config, mesh: Mesh, steps: int) -> Row:
+def measure(config: Config, mesh: Mesh, steps: int, turn: Path | None = None) -> Row:
     """The row of one config: its step compiled, counted and, with steps, timed."""
     settings, family = config.train, families.get(config)
     with (jax.set_mesh(mesh), catch_out_of_memory(f"--batch = {settings.batch_size}",
@@ -96,6 +99,7 @@ def measure(config: Config, mesh: Mesh, steps: int) -> Row:
         begun = time.perf_counter()
         step = train.lower_step(config, mesh).compile()
         compile_seconds = time.perf_counter() - begun
+        wait_for(turn)
         seconds = _step_seconds(config, mesh, step, steps) if steps else None
         attention = train.attention_of(config)
     memory, text = step.memory_analysis(), step.as_text()

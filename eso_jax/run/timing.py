@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import jax.monitoring
@@ -37,6 +38,13 @@ class Stopwatch:
         if event in _COMPILE_EVENTS:
             now = time.perf_counter()
             self._compiling.append((now - duration_secs, now))
+
+
+def wait_for(turn: Path | None) -> None:
+    """Waits until there is a file, if one is named: whoever runs several measurements can then let them compile side by
+    side and be timed one by one."""
+    while turn is not None and not turn.exists():
+        time.sleep(0.05)
 
 
 def in_words(seconds: float) -> str:
