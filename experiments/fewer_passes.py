@@ -208,7 +208,8 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         numbers = [row["number"] for row in verified]
         drafts.plot(numbers, [row["tokens_per_pass"] for row in verified], "o-", color=colours["speculative"])
         drafts.plot(numbers, [number + 1 for number in numbers], "k:", linewidth=1, label="all drafts accepted")
-        drafts.set(xscale="log", yscale="log", xlabel="drafts of a pass", title="Tokens a pass of speculation")
+        scale = "log" if numbers else "linear"  # none: there was no time for it
+        drafts.set(xscale=scale, yscale=scale, xlabel="drafts of a pass", title="Tokens a pass of speculation")
         for name in ("entropy", "confidence", "speculative", OWN):
             for row in rows_of(name)[len(rows_of(name)) // 2:][:1]:
                 share = np.array(row["widths"])[1:] / sum(row["widths"])
