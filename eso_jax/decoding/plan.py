@@ -81,7 +81,7 @@ class Plan:
 
         counts = own(self.tokens_per_step, 1)
         counts = counts[..., np.atleast_2d(counts).any(0)]  # without the steps of other rows
-        return Plan(self.order[index], counts, own(self.diffusion), own(self.given))
+        return Plan(jnp.asarray(np.asarray(self.order)[index]), counts, own(self.diffusion), own(self.given))
 
     @property
     def length(self) -> int:

@@ -95,8 +95,8 @@ def fingerprint(tree: Any) -> int:
 
     Each number, as an integer, times an odd number made of its place; the sum modulo 2**32.
     """
-    # A CPU's arrays are at hand, and a program for them would take longer to compile than most take to add up.
-    at_hand = jax.default_backend() == "cpu" and jax.process_count() == 1
+    # On CPU arrays are at hand, and a program for them would take longer to compile than most take to add up.
+    at_hand = jax.default_backend() == "cpu" and jax.device_count() == 1
     with np.errstate(over="ignore"):
         return int(_weighted_sum(jax.device_get(tree)) if at_hand else jax.jit(_weighted_sum)(tree))
 
@@ -107,7 +107,7 @@ def _weighted_sum(tree: Any) -> Any:
         of = x.__array_namespace__()  # numpy or jax.numpy
         place = of.zeros(x.shape, np.uint32)  # in the flattened array; by axis, so that no device makes all of them
         for axis, size in enumerate(x.shape):
-            place = place * size + of.arange(size, dtype=np.uint32).reshape(-1, *[1] * (x.ndim - 1 - axis))
+            place = place * size + of.arange(size, dtype=np.uint32).reshape(*[1] * axis, -1, *[1] * (x.ndim - 1 - axis))
         total += (2 * number + 1) * of.sum(x.view(np.uint32) * (2 * place + 1), dtype=np.uint32)
     return total
 
