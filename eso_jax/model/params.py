@@ -310,7 +310,7 @@ def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh, a
     """
     fold_layer, fold_kernel = inference_folds(config, dtype, mesh)
     layers = [jax.block_until_ready(fold_layer(params, layer)) for layer in range(config.layers)]
-    blocks, norm, bias = tuple(block for block, *_ in layers), *layers[0][1:]
+    blocks, (_, norm, bias) = tuple(block for block, *_ in layers), layers[0]
     embedding, kernel = params["embedding"], params["head_kernel"]
     params.clear()
     return Weights(embedding, blocks, Head(norm, fold_kernel(kernel), bias), attention)
@@ -326,12 +326,13 @@ def inference_folds(config: ModelConfig, dtype: Any, mesh: Mesh) -> tuple[Any, A
     def fold_layer(params: Params, layer: Int[Array, ""]) -> tuple[Any, Norm, Array]:
         own = {name: jax.lax.dynamic_slice_in_dim(x, layer, 1) if PARAMETERS[name].stacked else x
                for name, x in params.items()}
-        weights = unstack(fold(dataclasses.replace(config, layers=1), own, dtype))
-        return weights.blocks[0], weights.head.norm, weights.head.bias
+        weights = fold(dataclasses.replace(config, layers=1), own, dtype)
+        return jax.tree.map(lambda w: w[0], weights.blocks), weights.head.norm, weights.head.bias
 
     def fold_kernel(kernel: Array) -> Array:
         return _pad_columns(kernel.astype(dtype), mesh)
 
+    assert isinstance(where.blocks, tuple)  # alike
     return (jax.jit(fold_layer, out_shardings=(where.blocks[0], where.head.norm, where.head.bias)),
             jax.jit(fold_kernel, out_shardings=where.head.kernel))
 
