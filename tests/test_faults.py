@@ -211,16 +211,17 @@ def test_storage_that_does_not_answer_is_asked_again_and_breaks_nothing(
 def test_any_flipped_bit_of_the_values_is_seen(nine_steps: Path) -> None:
     dice = random.Random(0)
     params = jax.device_get(params_of(nine_steps))
-    right = int(checkpoint.fingerprint(params))
+    right = checkpoint.fingerprint(params)
     for _ in range(50):
         name = dice.choice(sorted(params))
         wrong = {**params, name: params[name].copy()}
         bits = wrong[name].reshape(-1).view(np.uint32)
         bits[dice.randrange(len(bits))] ^= np.uint32(1 << dice.randrange(32))
-        assert int(checkpoint.fingerprint(wrong)) != right
+        assert checkpoint.fingerprint(wrong) != right
+    assert jax.jit(checkpoint._weighted_sum)(params) == right  # as where it is compiled
     for swapped in ({**params, "qkv": params["qkv"][..., ::-1]},
                     {**params, "sigma_in_bias": params["sigma_out_bias"], "sigma_out_bias": params["sigma_in_bias"]}):
-        assert int(checkpoint.fingerprint(swapped)) != right
+        assert checkpoint.fingerprint(swapped) != right
 
 
 def test_values_that_changed_unseen_by_the_storage_are_caught(nine_steps: Path, base: Config, tmp_path: Path,

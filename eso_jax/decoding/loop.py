@@ -283,7 +283,6 @@ def uniforms_of(keys: Key[Array, "..."], plan: Plan, count: int = 2) -> Float[Ar
 def draw_uniforms(keys: Key[Array, " B"], length: int, count: int = 2) -> Float[Array, "B L U"]:
     """`count` uniforms per row and slot, keyed by (the row's key, slot). Drawn before the loop: drawn within it, they
     would make two thirds of every program's compilation."""
-    def draw(key: Array, slot: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, slot), (count,))
-
-    return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(keys, jnp.arange(length))
+    batch = len(keys)  # flat: two maps, one in the other, take half as long again to compile
+    own = jax.vmap(jax.random.fold_in)(jnp.repeat(keys, length), jnp.tile(jnp.arange(length), batch))
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(own).reshape(batch, length, count)

@@ -57,6 +57,7 @@ def sort(x: Shaped[Array, "B L"], order: Int[Array, "B L"]) -> Shaped[Array, "B 
     return jnp.take_along_axis(x, order, axis=1)
 
 
+@jax.jit
 def unsort(x: Shaped[Array, "B L *s"], order: Int[Array, "B L"]) -> Shaped[Array, "B L *s"]:
     """The inverse of `sort`: out[b, order[b, i]] = x[b, i]."""
     index = jnp.argsort(order, axis=1)

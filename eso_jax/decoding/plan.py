@@ -81,7 +81,7 @@ class Plan:
 
         counts = own(self.tokens_per_step, 1)
         counts = counts[..., np.atleast_2d(counts).any(0)]  # without the steps of other rows
-        return Plan(self.order[index], counts, own(self.diffusion), own(self.given))
+        return Plan(jnp.asarray(np.asarray(self.order)[index]), counts, own(self.diffusion), own(self.given))
 
     @property
     def length(self) -> int:
@@ -216,17 +216,22 @@ def binomial(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: 
     Args:
       most: random numbers are drawn for so many tokens, of which there are `length`: one program for all lengths.
     """
+    phase, step, shuffled = (np.asarray(x) for x in _draw(key, steps, batch, most or length))
+    _, counts = np.unique(step[:length][phase[:length] < alpha_0], return_counts=True)
+    return _then_ascending(shuffled, length, counts)
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "most"))
+def _draw(key: Key[Array, ""], steps: Int[Array, ""] | int, batch: int, most: int) -> tuple[Array, Array, Array]:
+    """Of `most` tokens, what decides on the phase and the step in it; and the orders [B, most]."""
     phase_key, step_key, order_key = jax.random.split(key, 3)
-    most = most or length
-    in_diffusion = np.asarray(jax.random.uniform(phase_key, (most,)))[:length] < alpha_0
-    step = np.asarray(jax.random.randint(step_key, (most,), 0, steps))[:length][in_diffusion]
-    _, counts = np.unique(step, return_counts=True)
-    return _then_ascending(order_key, batch, length, counts, most)
+    return (jax.random.uniform(phase_key, (most,)), jax.random.randint(step_key, (most,), 0, steps),
+            _shuffle(order_key, batch, most))
 
 
 def balanced(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float, most: int | None = None) -> Plan:
     """alpha_0 L tokens (rounded) in T steps that differ by at most one token, then one token per step."""
-    return _then_ascending(key, batch, length, _equal_parts(round(alpha_0 * length), steps), most or length)
+    return _then_ascending(_shuffle(key, batch, most or length), length, _equal_parts(round(alpha_0 * length), steps))
 
 
 def one_by_one(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: float,
@@ -236,15 +241,20 @@ def one_by_one(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0
     count_key, order_key = jax.random.split(key)
     most = most or length
     count = int((np.asarray(jax.random.uniform(count_key, (most,)))[:length] < alpha_0).sum())
-    return _then_ascending(order_key, batch, length, np.ones(count, np.int64), most)
+    return _then_ascending(_shuffle(order_key, batch, most), length, np.ones(count, np.int64))
 
 
-def _then_ascending(key: Key[Array, ""], batch: int, length: int, counts: Int[np.ndarray, " S"], most: int) -> Plan:
-    """Random positions by `counts`, each row its own, then the rest one by one in ascending order."""
-    diffusion = int(counts.sum())
+@functools.partial(jax.jit, static_argnames=("batch", "most"))
+def _shuffle(key: Key[Array, ""], batch: int, most: int) -> Int[Array, "B _"]:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    shuffled = np.asarray(jax.vmap(lambda k: jax.random.permutation(k, most))(keys))
-    shuffled = shuffled[shuffled < length].reshape(batch, length)
+    return jax.vmap(lambda k: jax.random.permutation(k, most))(keys)
+
+
+def _then_ascending(shuffled: Int[Any, "B _"], length: int, counts: Int[np.ndarray, " S"]) -> Plan:
+    """Random positions by `counts`, each row its own, then the rest one by one in ascending order. Of the positions
+    those that there are count, the first `length`."""
+    diffusion, shuffled = int(counts.sum()), np.asarray(shuffled)
+    shuffled = shuffled[shuffled < length].reshape(-1, length)
     orders = np.concatenate([shuffled[:, :diffusion], np.sort(shuffled[:, diffusion:])], axis=1)
     return Plan(jnp.asarray(orders), np.concatenate([counts, np.ones(length - diffusion, np.int64)]), diffusion)
 

@@ -25,7 +25,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from eso_jax import sharding
 from eso_jax.config import ModelConfig
@@ -308,8 +308,9 @@ def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh, a
     No device ever holds more than its share of parameters and weights. For that `params` is emptied, and what it held
     is freed once it is used.
     """
-    fold_blocks, fold_kernel = inference_folds(config, dtype, mesh)
-    blocks, norm, bias = jax.block_until_ready(fold_blocks(params))
+    fold_layer, fold_kernel = inference_folds(config, dtype, mesh)
+    layers = [jax.block_until_ready(fold_layer(params, layer)) for layer in range(config.layers)]
+    blocks, (_, norm, bias) = tuple(block for block, *_ in layers), layers[0]
     embedding, kernel = params["embedding"], params["head_kernel"]
     params.clear()
     return Weights(embedding, blocks, Head(norm, fold_kernel(kernel), bias), attention)
@@ -317,19 +318,22 @@ def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh, a
 
 @functools.lru_cache(maxsize=8)  # so that models of one kind are compiled once
 def inference_folds(config: ModelConfig, dtype: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """The two compiled functions behind `for_inference`. The first makes, of parameters, the blocks, and norm and bias
-    of the head. The second makes the kernel of the head: its columns are padded to a multiple of the devices that share
-    it (`head` drops their logits), and split. The embedding is the parameter itself."""
+    """The two compiled functions behind `for_inference`. The first makes, of parameters and the number of a layer, its
+    block, and norm and bias of the head. The second makes the kernel of the head: its columns are padded to a multiple
+    of the devices that share it (`head` drops their logits), and split. The embedding is the parameter itself."""
     where = jax.tree.map(lambda x: x.sharding, abstract_weights(config, dtype, mesh))
 
-    def fold_blocks(params: Params) -> tuple[Any, Norm, Array]:
-        weights = unstack(fold(config, params, dtype))
-        return weights.blocks, weights.head.norm, weights.head.bias
+    def fold_layer(params: Params, layer: Int[Array, ""]) -> tuple[Any, Norm, Array]:
+        own = {name: jax.lax.dynamic_slice_in_dim(x, layer, 1) if PARAMETERS[name].stacked else x
+               for name, x in params.items()}
+        weights = fold(dataclasses.replace(config, layers=1), own, dtype)
+        return jax.tree.map(lambda w: w[0], weights.blocks), weights.head.norm, weights.head.bias
 
     def fold_kernel(kernel: Array) -> Array:
         return _pad_columns(kernel.astype(dtype), mesh)
 
-    return (jax.jit(fold_blocks, out_shardings=(where.blocks, where.head.norm, where.head.bias)),
+    assert isinstance(where.blocks, tuple)  # alike
+    return (jax.jit(fold_layer, out_shardings=(where.blocks[0], where.head.norm, where.head.bias)),
             jax.jit(fold_kernel, out_shardings=where.head.kernel))
 
 

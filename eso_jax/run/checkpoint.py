@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, UInt32
 
 from eso_jax.config import ModelConfig
 from eso_jax import files
@@ -90,20 +89,26 @@ def last(workdir: Path) -> str:
     return f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
 
 
-@jax.jit
-def fingerprint(tree: Any) -> UInt32[Array, ""]:
+def fingerprint(tree: Any) -> int:
     """A checksum of arrays of 32-bit numbers: any one changed bit changes it, several do but for a rare chance. It is
     the same on every mesh.
 
     Each number, as an integer, times an odd number made of its place; the sum modulo 2**32.
     """
-    total = jnp.uint32(0)
+    # On CPU arrays are at hand, and a program for them would take longer to compile than most take to add up.
+    at_hand = jax.default_backend() == "cpu" and jax.device_count() == 1
+    with np.errstate(over="ignore"):
+        return int(_weighted_sum(jax.device_get(tree)) if at_hand else jax.jit(_weighted_sum)(tree))
+
+
+def _weighted_sum(tree: Any) -> Any:
+    total = np.uint32(0)
     for number, x in enumerate(jax.tree.leaves(tree)):
-        place = jnp.zeros(x.shape, jnp.uint32)  # in the flattened array; made axis by axis, so that no device makes all
+        of = x.__array_namespace__()  # numpy or jax.numpy
+        place = of.zeros(x.shape, np.uint32)  # in the flattened array; by axis, so that no device makes all of them
         for axis, size in enumerate(x.shape):
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        total += (2 * number + 1) * jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32) * (2 * place + 1),
-                                            dtype=jnp.uint32)
+            place = place * size + of.arange(size, dtype=np.uint32).reshape(*[1] * axis, -1, *[1] * (x.ndim - 1 - axis))
+        total += (2 * number + 1) * of.sum(x.view(np.uint32) * (2 * place + 1), dtype=np.uint32)
     return total
 
 
@@ -155,7 +160,7 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
         with _silence():
             try:
                 loaded = checkpoints.load_checkpointables(step, abstract)
-                wrong = [name for name in parts if int(fingerprint(loaded[name])) != int(loaded["step"][name])]
+                wrong = [name for name in parts if fingerprint(loaded[name]) != int(loaded["step"][name])]
                 damage = f"{', '.join(wrong)}: not what was saved" if wrong else ""
             except Exception as error:  # Orbax raises what its storage layers raise
                 damage, failure = (reason_of(error), None) if _is_damage(error) else ("", error)
@@ -263,7 +268,7 @@ class Saver:
         """
         self.wait()
         about = {"step": np.array(step, np.int32), "length": np.array(self._config.length, np.int32)}
-        about |= {name: np.asarray(fingerprint(parts[name]) if name in parts else 0, np.uint32) for name in PARTS}
+        about |= {name: np.array(fingerprint(parts[name]) if name in parts else 0, np.uint32) for name in PARTS}
         begin = functools.partial(self._checkpoints.save_checkpointables_async, step, {**parts, "step": about})
         self._step, is_retry, self.is_due = step, self.is_due, False
         try:
