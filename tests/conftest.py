@@ -19,9 +19,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")  # a shape that fits by chance is a mistake
 # To compile is most of what tests do. They and their child processes do it quickly, to slower programs, whose fusions
-# XLA makes in its older way, if it has one. Programs as users have them: XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+# XLA makes in its older way, if it has one, and each in one part, not in 32: the cores are busy with other tests.
+# Programs as users have them: XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+                      "--xla_cpu_parallel_codegen_split_count=1")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
