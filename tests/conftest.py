@@ -61,8 +61,11 @@ BASE = Config().override(
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
     """Drops the compiled programs after a file that leaves many: each holds several memory maps, and Linux gives a
-    process 65,530. Past them the compiler fails with a segmentation fault."""
+    process 65,530. Past them the compiler fails with a segmentation fault. And no file turns optimizations on for
+    all that come after it."""
+    fast = jax.config.values["jax_disable_most_optimizations"]
     yield
+    assert jax.config.values["jax_disable_most_optimizations"] == fast
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
         jax.clear_caches()
