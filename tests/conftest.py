@@ -19,9 +19,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")  # a shape that fits by chance is a mistake
 # To compile is most of what tests do. They and their child processes do it quickly, to slower programs, whose fusions
-# XLA makes in its older way, if it has one. Programs as users have them: XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+# XLA makes in its older way, if it has one, and each in one part, not in 32: the cores are busy with other tests.
+# Programs as users have them: XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+                      "--xla_cpu_parallel_codegen_split_count=1")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -62,8 +64,11 @@ BASE = Config().override(
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
     """Drops the compiled programs after a file that leaves many: each holds several memory maps, and Linux gives a
-    process 65,530. Past them the compiler fails with a segmentation fault."""
+    process 65,530. Past them the compiler fails with a segmentation fault. And no file turns optimizations on for
+    all that come after it."""
+    fast = jax.config.values["jax_disable_most_optimizations"]
     yield
+    assert jax.config.values["jax_disable_most_optimizations"] == fast
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
         jax.clear_caches()
@@ -134,6 +139,12 @@ def brief(cases: Iterable[Any], *chosen: Any) -> list[Any]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

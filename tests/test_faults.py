@@ -26,7 +26,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import eso_jax
-from conftest import BASE, emulated, free_port, launch, params_of, together
+from conftest import BASE, as_family, emulated, free_port, launch, params_of, together
 from eso_jax import files
 from eso_jax.config import Config
 from eso_jax.data import windows_of
@@ -41,6 +41,12 @@ from test_train import step_lines
 pytestmark = pytest.mark.slow
 
 TRAIN = [sys.executable, "-m", "eso_jax", "train"]
+
+
+@pytest.fixture(scope="module")
+def base(base: Config) -> Config:
+    """Of a family that draws at every step, and whose programs are compiled in half the time: each process does it."""
+    return base.override(*as_family("mdlm"))
 
 
 def start(run: Path, workdir: Path, processes: int = 1, *overrides: str) -> list[subprocess.Popen]:

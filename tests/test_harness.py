@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,27 +18,30 @@ from eso_jax.data import ByteTokenizer
 from eso_jax.errors import EsoError
 from test_quality import made, subwords
 
-pytestmark = pytest.mark.slow
-
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-
-from eso_jax.evaluation.harness import HarnessModel  # noqa: E402
+# Imported by what runs: the short run would wait for it.
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None,
+                                                   reason="the extra eval is not installed")]
 
 LENGTH = 24
 
 
+def of(workdir: Path, **how: object) -> Any:
+    """The HarnessModel of a work directory."""
+    from eso_jax.evaluation.harness import HarnessModel
+
+    return HarnessModel(str(workdir), **how)
+
+
 @pytest.fixture(scope="module", params=["ar", "esolm"])
-def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HarnessModel:
-    return HarnessModel(str(made(tmp_path_factory.mktemp("harness") / "w", request.param)), batch_size=3)
+def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return of(made(tmp_path_factory.mktemp("harness") / "w", request.param), batch_size=3)
 
 
 def ids(text: str) -> list[int]:
     return [int(token) for token in ByteTokenizer().encode(text)]
 
 
-def plain(harness: HarnessModel, context: list[int], continuation: list[int]) -> float:
+def plain(harness: Any, context: list[int], continuation: list[int]) -> float:
     """log p by the exact likelihood of a whole row: of context and continuation, less that of the context."""
     row = np.array([(context + continuation + [0] * LENGTH)[:LENGTH]])
     given, wanted = np.zeros((2, 1, LENGTH), bool)
@@ -46,11 +51,13 @@ def plain(harness: HarnessModel, context: list[int], continuation: list[int]) ->
     return float(both[0] - likelihood.conditional(harness.model, row, given, wanted)[0])
 
 
-def requests(kind: str, *arguments: tuple[str, ...]) -> list[Instance]:
+def requests(kind: str, *arguments: tuple[str, ...]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
     return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
 
 
-def test_loglikelihood(harness: HarnessModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loglikelihood(harness: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Exact, whatever else is in the batch; an empty context is a separator; too long contexts lose their left end."""
     pairs = [("the cat", " sat"), ("", "dog"), ("a", "b"), ("x" * 40, " end"), ("ends in a space ", "here"),
              ("y" * 40, "z")]
@@ -68,7 +75,7 @@ def test_loglikelihood(harness: HarnessModel, capsys: pytest.CaptureFixture[str]
     assert harness.loglikelihood([], disable_tqdm=True) == []
 
 
-def test_greedy_is_what_greedy_decoding_would_give(harness: HarnessModel) -> None:
+def test_greedy_is_what_greedy_decoding_would_give(harness: Any) -> None:
     context, continuation = ids("the "), []
     for _ in range(3):  # the likeliest byte, three times
         scores = [plain(harness, context + continuation, [byte]) for byte in range(256)]
@@ -78,7 +85,7 @@ def test_greedy_is_what_greedy_decoding_would_give(harness: HarnessModel) -> Non
     assert [greedy for _, greedy in found] == [True, False]
 
 
-def test_rolling_scores_every_token_once(harness: HarnessModel) -> None:
+def test_rolling_scores_every_token_once(harness: Any) -> None:
     text = "the dog sat on the dog, and the dog sat on the cat"
     tokens = [256, *ids(text)]
     total, step = 0.0, LENGTH - 1
@@ -93,7 +100,7 @@ def test_rolling_scores_every_token_once(harness: HarnessModel) -> None:
     assert found[1] == pytest.approx(plain(harness, [256], ids("short")), abs=1e-3)
 
 
-def test_generated_texts(harness: HarnessModel) -> None:
+def test_generated_texts(harness: Any) -> None:
     """Each as if it were alone, whatever the others' settings; a long context loses its left end; without one
     there is a separator; the text ends before the first stop."""
     settings = {"until": ["\n"], "max_gen_toks": 6, "do_sample": True}
@@ -114,22 +121,22 @@ def test_generated_texts(harness: HarnessModel) -> None:
 
 def test_subwords_are_split_where_the_context_ends(tmp_path: Path) -> None:
     """The context and the whole are encoded; what the whole has more of is the continuation, a blank moved to it."""
-    harness = HarnessModel(str(subwords(tmp_path)))
+    harness = of(subwords(tmp_path))
     whole = harness.tok_encode("the cat")
     found = harness.loglikelihood(requests("loglikelihood", ("the ", "cat"), ("the", " cat")), disable_tqdm=True)
     assert whole[0] == harness.tok_encode("the")[0] and len(whole) == 3
     assert found[0] == found[1] == (pytest.approx(plain(harness, whole[:1], whole[1:]), abs=1e-3), found[0][1])
 
 
-def test_what_it_cannot_do_it_says(harness: HarnessModel, tmp_path: Path) -> None:
+def test_what_it_cannot_do_it_says(harness: Any, tmp_path: Path) -> None:
     with pytest.raises(EsoError, match="max_gen_toks = 256: must leave room for a context"):
         harness.generate_until(requests("generate_until", ("a", {"until": ["b"]})))
     with pytest.raises(EsoError, match="only an Eso-LM"):
-        HarnessModel(str(made(tmp_path / "mdlm", "mdlm")))
+        of(made(tmp_path / "mdlm", "mdlm"))
     with pytest.raises(EsoError, match="no tokenizer fits its vocabulary of 9"):
-        HarnessModel(str(made(tmp_path / "small", config=tiny_config("ar"))))
+        of(made(tmp_path / "small", config=tiny_config("ar")))
     with pytest.raises(EsoError, match="batch_size = 'auto'"):
-        HarnessModel(str(made(tmp_path / "ar")), batch_size="auto")
+        of(made(tmp_path / "ar"), batch_size="auto")
 
 
 def test_a_task_of_its_own(tmp_path: Path) -> None:
@@ -160,7 +167,7 @@ metric_list:
     tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     found = lm_eval.simple_evaluate(model="eso_jax", model_args=f"workdir={workdir},batch_size=8",
                                     tasks=["tiny_choice"], task_manager=tasks, bootstrap_iters=0)
-    harness = HarnessModel(str(workdir))
+    harness = of(workdir)
     best = [int(np.argmax([plain(harness, ids(d["question"]), ids(choice)) for choice in d["choices"]]))
             for d in documents]
     accuracy = np.mean([choice == d["answer"] for choice, d in zip(best, documents, strict=True)])
@@ -182,4 +189,4 @@ def test_it_takes_devices(tmp_path: Path) -> None:
     command = [sys.executable, "-c", DEVICES, str(workdir)]
     done = subprocess.run(command, capture_output=True, text=True, env=emulated(4))
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(plain(HarnessModel(str(workdir)), [1, 2, 3], [4, 4]), rel=1e-4)
+    assert float(done.stdout) == pytest.approx(plain(of(workdir), [1, 2, 3], [4, 4]), rel=1e-4)

@@ -40,10 +40,8 @@ def _oracle() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "trunk", oracle.trunk)
         patch.setattr(transformer, "head", oracle.head)
-        jax.config.update("jax_disable_most_optimizations", True)
         jax.clear_caches()
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 

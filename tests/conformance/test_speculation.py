@@ -41,10 +41,8 @@ def _oracle() -> Iterator[None]:
         patch.setattr(transformer, "trunk", oracle.trunk)
         patch.setattr(transformer, "head", oracle.head)
         patch.setattr(decoders, "PACE", 2)  # few passes do
-        jax.config.update("jax_disable_most_optimizations", True)
         jax.clear_caches()
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 
