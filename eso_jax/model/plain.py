@@ -25,6 +25,7 @@ HIDDEN = -1e30  # the score of a key that may not be seen
 # Scores at once, of more than a few queries: on CPU, tiles that stay in its cache make long sequences 7 times as fast.
 TILE = {"cpu": 2**21}
 TILE_ELSEWHERE = 2**28
+PART, PARTS = 256, 4  # queries, and their parts, at most: more save little, and each is compiled on its own
 FEW_QUERIES = 64  # are not tiled: the tiles of a batch copy its keys and values
 
 
@@ -97,30 +98,48 @@ def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array
     """
     mine = tuple(heads_first(x) for x in (q, *(noisy or ())))  # [B, H, S, K] each: what is split with the queries
     batch, heads, slots, size = mine[0].shape
-    keys = jnp.arange(k.shape[-1])
-    most = TILE.get(sharding.platform(), TILE_ELSEWHERE) // (heads * k.shape[-1])  # queries in a tile
-    if batch * slots <= most or slots <= FEW_QUERIES:
-        return _dense(mine, k, v, view.table(pattern, windows.numbers(offset, slots), keys), block)
-    s = block * _divisor(slots // block, most // block)
-    b = _divisor(batch, most // s)
+    length = k.shape[-1]
+    most = TILE.get(sharding.platform(), TILE_ELSEWHERE) // heads  # pairs in a tile
+    parts = _parts(slots, offset, length, pattern)
+    if len(parts) == 1 and (batch * slots * length <= most or slots <= FEW_QUERIES):
+        return _dense(mine, k, v, view.table(pattern, windows.numbers(offset, slots), jnp.arange(length)), block)
+    b = _divisor(batch, most // (slots * length))
 
     def rows(xs: tuple[tuple[Array, ...], Array, Array, View, tuple[Array, ...]]) -> Array:
-        """b rows, s queries at a time."""
+        """b rows, a tile of queries at a time."""
         mine, k, v, view, own = xs
         begin = own[0] if own else offset
 
-        def tile(xs: tuple[tuple[Array, ...], Array]) -> Array:
-            mine, first = xs
-            return _dense(mine, k, v, view.table(pattern, windows.numbers(begin + first, s), keys), block)
+        def part(start: int, stop: int, seen: int) -> Array:
+            # Tiles of one turn would not be a loop for XLA, which holds those of all parts in memory at once.
+            blocks = (stop - start) // block
+            s = block * _divisor(blocks, min(most // (b * seen * block), blocks // min(2, len(parts))))
 
-        tiles = tuple(jnp.moveaxis(x.reshape(b, heads, -1, s, size), 2, 0) for x in mine)
-        out = jax.lax.map(jax.checkpoint(tile), (tiles, jnp.arange(0, slots, s)))
-        return jnp.moveaxis(out, 0, 1).reshape(b, slots, heads, size)
+            def tile(xs: tuple[tuple[Array, ...], Array]) -> Array:
+                mine, first = xs
+                mask = view.table(pattern, windows.numbers(begin + first, s), jnp.arange(seen))
+                return _dense(mine, k[..., :seen], v[..., :seen, :], mask, block)
+
+            tiles = tuple(jnp.moveaxis(x[:, :, start:stop].reshape(b, heads, -1, s, size), 2, 0) for x in mine)
+            out = jax.lax.map(jax.checkpoint(tile), (tiles, jnp.arange(start, stop, s)))
+            return jnp.moveaxis(out, 0, 1).reshape(b, stop - start, heads, size)
+
+        return jnp.concatenate([part(*each) for each in parts], axis=1)
 
     view = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), view)
     own = () if jnp.ndim(offset) == 0 else (offset,)
     xs = jax.tree.map(lambda x: x.reshape(-1, b, *x.shape[1:]), (mine, k, v, view, own))
     return jax.lax.map(rows, xs).reshape(q.shape)
+
+
+def _parts(slots: int, offset: windows.Place, length: int, pattern: Pattern) -> list[tuple[int, int, int]]:
+    """The queries in parts, and how many keys some query of a part may see: (first, last + 1, keys)."""
+    if not isinstance(offset, int) or not pattern.ordered:
+        return [(0, slots, length)]
+    block = pattern.block or 1
+    size = block * -(-max(PART, length // PARTS) // block)
+    ends = [*range(size - offset % size, slots, size), slots]
+    return [(start, end, min(length, offset + end)) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _divisor(n: int, most: int) -> int:
