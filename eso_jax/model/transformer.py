@@ -166,8 +166,8 @@ def natural_positions(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 @jax.custom_vjp
 def gelu_linear(x: Float[Array, "R F"], w: Float[Array, "F D"]) -> Float[Array, "R D"]:
-    """GELU by tanh, and a product. For its gradient x alone is kept, and what that needs made again: by a sigmoid, since
-    XLA for CPUs finds a second tanh and keeps the first, and behind the gradient, or it were made at once and kept."""
+    """GELU by tanh, and a product. For its gradient x alone is kept, and what that needs is made again: by a sigmoid,
+    since XLA for CPUs finds a second tanh and keeps the first; and of the gradient too, or it makes that at once."""
     return linear(nn.gelu(x, approximate=True), w)
 
 
