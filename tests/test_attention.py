@@ -130,7 +130,7 @@ def test_two_streams_need_little_more_memory_than_one(monkeypatch: pytest.Monkey
     (masks.CAUSAL, {}), (masks.EVERYONE, {"length": [200, 256]}), (masks.PREFIX, {"clean": [0, 130]}),
     pytest.param(masks.Pattern(4), {}, marks=pytest.mark.slow),
     pytest.param(masks.TwoStreams(), {}, marks=pytest.mark.slow),
-    (masks.TwoStreams(skip=128, prefix=True), {"clean": [3, 256]}),
+    (masks.TwoStreams(skip=112, prefix=True), {"clean": [3, 256]}),
     (masks.TwoStreams(4), {"length": [101, 256]})], ids=str)
 def test_splash_is_plain_attention(pattern: masks.Pattern | masks.TwoStreams, rows: dict[str, list[int]]) -> None:
     """Its kernel, interpreted, over several tiles: values and gradients."""
