@@ -2,7 +2,8 @@
 
 A multiply and an add are two operations, and only products of matrices count (and folding AdaLN into the weights, which
 is as large as a few rows of the batch). Softmax, norms, activations, draws and the optimizer, a few per cent at the
-paper's sizes, do not. Attention counts every pair of a query and a key it scores, hidden ones too.
+paper's sizes, do not. Attention counts every pair of a query and a key, also those that a mask hides and a backend
+leaves out.
 
 *Model FLOPs* are the forward pass and a backward pass of twice its cost; MFU divides them by the chip's peak. What
 `train.remat` computes again is counted apart, by `recomputed`. XLA's own count agrees where the layers are unrolled

@@ -49,7 +49,6 @@ def masked_hidden(weights: Weights, mask: int, x: Int[Array, "B L"], masked: Boo
 
 def slots_for(share: float, length: int) -> int:
     """How many slots the noisy copy gets where so large a share of the tokens is masked, and these come last: their
-    mean and six standard deviations of a draw for each token; a multiple of 128 (of 16 for a short sequence)."""
-    part = 128 if length % 128 == 0 and length >= 1024 else 16
+    mean and six standard deviations of a draw for each token; a multiple of 16."""
     least = share * length + 6 * math.sqrt(share * (1 - share) * length)
-    return min(length, -(-math.ceil(least) // part) * part)
+    return min(length, -(-math.ceil(least) // 16) * 16)

@@ -54,6 +54,11 @@ class Pattern:
             return blocks_before(query, key, self.block)
         return prefix(query, key, clean, self.block) if self.prefix else blocks_up_to(query, key, self.block)
 
+    @property
+    def ordered(self) -> bool:
+        """Whether no query sees a block behind its own."""
+        return self.block is not None and not self.prefix
+
 
 EVERYONE, CAUSAL, PREFIX = Pattern(None), Pattern(), Pattern(prefix=True)
 
@@ -199,6 +204,8 @@ class OwnSteps(Pattern):
     """
 
     length: int = 0
+
+    ordered = False
 
     def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
                  clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:

@@ -8,12 +8,13 @@ Axes: B batch, S query slots, L key slots (or the length), H heads, K head size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from eso_jax import sharding
 from eso_jax.model import slots as windows
@@ -25,6 +26,7 @@ HIDDEN = -1e30  # the score of a key that may not be seen
 # Scores at once, of more than a few queries: on CPU, tiles that stay in its cache make long sequences 7 times as fast.
 TILE = {"cpu": 2**21}
 TILE_ELSEWHERE = 2**28
+PART, PARTS = 256, 4  # queries, and their parts, at most: more save little, and each is compiled on its own
 FEW_QUERIES = 64  # are not tiled: the tiles of a batch copy its keys and values
 
 
@@ -96,31 +98,155 @@ def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array
       block: queries in a block; divides S.
     """
     mine = tuple(heads_first(x) for x in (q, *(noisy or ())))  # [B, H, S, K] each: what is split with the queries
-    batch, heads, slots, size = mine[0].shape
-    keys = jnp.arange(k.shape[-1])
-    most = TILE.get(sharding.platform(), TILE_ELSEWHERE) // (heads * k.shape[-1])  # queries in a tile
-    if batch * slots <= most or slots <= FEW_QUERIES:
-        return _dense(mine, k, v, view.table(pattern, windows.numbers(offset, slots), keys), block)
-    s = block * _divisor(slots // block, most // block)
-    b = _divisor(batch, most // s)
+    batch, heads, slots, _ = mine[0].shape
+    length = k.shape[-1]
+    most = TILE.get(sharding.platform(), TILE_ELSEWHERE) // heads  # pairs in a tile
+    parts = _parts(slots, offset, length, pattern)
+    if len(parts) == 1 and (batch * slots * length <= most or slots <= FEW_QUERIES):
+        mask = view.table(pattern, windows.numbers(offset, slots), jnp.arange(length))
+        out, total, _ = _dense(mine, k, v, mask, block)
+        return jnp.swapaxes(out / total[..., None], 1, 2).astype(q.dtype)
+    rows = _divisor(batch, most // (slots * length))
 
-    def rows(xs: tuple[tuple[Array, ...], Array, Array, View, tuple[Array, ...]]) -> Array:
-        """b rows, s queries at a time."""
-        mine, k, v, view, own = xs
-        begin = own[0] if own else offset
+    def tiled(part: _Part) -> _Part:
+        # Tiles of one turn would not be a loop for XLA, which holds those of all parts in memory at once.
+        blocks = (part.stop - part.start) // block
+        fitting = min(most // (rows * part.keys * block), blocks // min(2, len(parts)))
+        return part._replace(tile=block * _divisor(blocks, fitting))
 
-        def tile(xs: tuple[tuple[Array, ...], Array]) -> Array:
-            mine, first = xs
-            return _dense(mine, k, v, view.table(pattern, windows.numbers(begin + first, s), keys), block)
+    first, by_row = (offset, None) if isinstance(offset, int) else (0, jnp.reshape(offset, -1))
+    numbers = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), (view.clean, view.length, by_row))
+    return _tiled(mine, k, v, numbers, _Tiles(pattern, first, block, rows, tuple(map(tiled, parts))))
 
-        tiles = tuple(jnp.moveaxis(x.reshape(b, heads, -1, s, size), 2, 0) for x in mine)
-        out = jax.lax.map(jax.checkpoint(tile), (tiles, jnp.arange(0, slots, s)))
-        return jnp.moveaxis(out, 0, 1).reshape(b, slots, heads, size)
 
-    view = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), view)
-    own = () if jnp.ndim(offset) == 0 else (offset,)
-    xs = jax.tree.map(lambda x: x.reshape(-1, b, *x.shape[1:]), (mine, k, v, view, own))
-    return jax.lax.map(rows, xs).reshape(q.shape)
+class _Part(NamedTuple):
+    """Queries start, ..., stop - 1, so many to a tile, and how many keys some of them may see."""
+
+    start: int
+    stop: int
+    keys: int
+    tile: int = 1
+
+
+class _Tiles(NamedTuple):
+    """How attention is cut: so many rows at a time, their queries in parts, and these in tiles."""
+
+    pattern: Pattern
+    offset: int  # the first query's slot, if it is not each row's own
+    block: int
+    rows: int
+    parts: tuple[_Part, ...]
+
+
+def _parts(slots: int, offset: windows.Place, length: int, pattern: Pattern) -> list[_Part]:
+    """One part, unless queries see no keys behind them: then PARTS, of at least PART queries."""
+    if not isinstance(offset, int) or not pattern.ordered:
+        return [_Part(0, slots, length)]
+    block = pattern.block or 1
+    size = block * -(-max(PART, length // PARTS) // block)
+    ends = [*range(size - offset % size, slots, size), slots]
+    return [_Part(start, end, min(length, offset + end)) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _tiled(mine: tuple[Float[Array, "B H S K"], ...], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
+           numbers: Any, tiles: _Tiles) -> Float[Array, "B S H K"]:
+    """Attention in tiles. For its gradient scores are made again, from their log-sum-exps, which are kept (as in
+    arXiv:2205.14135).
+
+    Args:
+      mine: queries, and the noisy keys and values if there are any.
+      numbers: the view's two, and the first query's slot; each by row, or None.
+    """
+    return _tiled_forward(mine, k, v, numbers, tiles)[0]
+
+
+def _tiled_forward(mine: tuple[Array, ...], k: Array, v: Array, numbers: Any, tiles: _Tiles) -> tuple[Array, Any]:
+    def some_rows(xs: Any) -> tuple[Array, Array]:
+        mine, k, v, numbers = xs
+
+        def part(part: _Part) -> tuple[Array, Array]:
+            def tile(xs: tuple[tuple[Array, ...], Array]) -> tuple[Array, Array]:
+                mine, first = xs
+                mask = _mask(numbers, tiles, part, first)
+                out, total, top = _dense(mine, k[..., :part.keys], v[..., :part.keys, :], mask, tiles.block)
+                return (out / total[..., None]).astype(v.dtype), top + jnp.log(total)
+
+            return _untile(jax.lax.map(tile, (_tile(mine, part), _firsts(part))))
+
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *map(part, tiles.parts))
+
+    out, sums = jax.tree.map(_merge, jax.lax.map(some_rows, _groups((mine, k, v, numbers), tiles)))
+    out = jnp.swapaxes(out, 1, 2)
+    return out, (mine, k, v, numbers, out, sums)
+
+
+def _tiled_backward(tiles: _Tiles, residuals: Any, gradient: Float[Array, "B S H K"]) -> tuple[Any, ...]:
+    """With scores less their log-sum-exps, out = p v and 1 = sum p for p = exp(scores). The gradient is that of the
+    former, and of the latter what makes p sum to 1: less gradient x out. It takes the place of queries, keys and
+    values, row by row: arrays of its own would be in memory from the beginning of the step."""
+    mine, k, v, numbers, out, sums = residuals
+    shift = jnp.swapaxes(-(gradient.astype(jnp.float32) * out).sum(-1), 1, 2)
+    given = _groups((jnp.swapaxes(gradient, 1, 2), sums, shift, numbers), tiles)
+
+    def some_rows(number: Array, arrays: Any) -> Any:
+        mine, k, v = jax.tree.map(lambda x: x[number], arrays)
+        *split, numbers = jax.tree.map(lambda x: x[number], given)
+        to_k, to_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        to_mine = []
+        for part in tiles.parts:
+            def tile(so_far: tuple[Array, Array], xs: Any, part: _Part = part) -> tuple[tuple[Array, Array], Any]:
+                mine, (gradient, sums, shift), first = xs
+                mask = _mask(numbers, tiles, part, first)
+                _, back = jax.vjp(lambda mine, k, v: _dense(mine, k, v, mask, tiles.block, sums)[:2], mine,
+                                  k[..., :part.keys], v[..., :part.keys, :])
+                to_mine, to_k, to_v = back((gradient.astype(jnp.float32), shift))
+                return (so_far[0] + to_k, so_far[1] + to_v), to_mine
+
+            seen = to_k[..., :part.keys], to_v[..., :part.keys, :]
+            (more_k, more_v), to_tiles = jax.lax.scan(tile, seen, (_tile(mine, part), _tile(tuple(split), part),
+                                                                   _firsts(part)))
+            to_k, to_v = to_k.at[..., :part.keys].set(more_k), to_v.at[..., :part.keys, :].set(more_v)
+            to_mine.append(_untile(to_tiles))
+        new = (jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *to_mine), to_k.astype(k.dtype), to_v.astype(v.dtype))
+        return jax.tree.map(lambda x, y: x.at[number].set(y), arrays, new)
+
+    arrays = jax.lax.fori_loop(0, len(k) // tiles.rows, some_rows, _groups((mine, k, v), tiles))
+    return *jax.tree.map(_merge, arrays), None
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+def _groups(tree: Any, tiles: _Tiles) -> Any:
+    """[B, ...] -> [B / rows, rows, ...]"""
+    return jax.tree.map(lambda x: x.reshape(-1, tiles.rows, *x.shape[1:]), tree)
+
+
+def _merge(x: Shaped[Array, "G R *s"]) -> Shaped[Array, "B *s"]:
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _tile(xs: tuple[Array, ...], part: _Part) -> tuple[Array, ...]:
+    """Of [R, H, S, ...] a part's queries, tile by tile: [tiles, R, H, T, ...]."""
+    return tuple(jnp.moveaxis(x[:, :, part.start:part.stop].reshape(*x.shape[:2], -1, part.tile, *x.shape[3:]), 2, 0)
+                 for x in xs)
+
+
+def _untile(tree: Any) -> Any:
+    """The inverse, of one part."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:]), tree)
+
+
+def _firsts(part: _Part) -> Int[Array, " _"]:
+    return jnp.arange(part.start, part.stop, part.tile)
+
+
+def _mask(numbers: Any, tiles: _Tiles, part: _Part, first: Int[Array, ""]) -> Bool[Array, "_ _ _"]:
+    """Of the tile that begins with a query."""
+    clean, length, offset = numbers
+    queries = windows.numbers((tiles.offset if offset is None else offset) + first, part.tile)
+    return View(tiles.pattern, clean, length).table(tiles.pattern, queries, jnp.arange(part.keys))
 
 
 def _divisor(n: int, most: int) -> int:
@@ -129,17 +255,23 @@ def _divisor(n: int, most: int) -> int:
 
 
 def _dense(mine: tuple[Float[Array, "B H S K"], ...], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
-           mask: Bool[Array, "#B S L"], block: int) -> Float[Array, "B S H K"]:
+           mask: Bool[Array, "#B S L"], block: int,
+           top: Float[Array, "B H S"] | None = None) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S"], Array]:
+    """Values weighed by exp(score - top), the sum of these weights, and top: if none is given, the highest score."""
     q, *noisy = mine
-    if not noisy:
-        (weights,), total = joint_softmax(scores(q, k, mask))
-        return normalize(weigh(weights, v), total, q.dtype)
-    q_block, k_block, v_block = (x.reshape(*x.shape[:2], -1, block, x.shape[-1]) for x in mine)  # [B, H, J, block, K]
-    own = multiply("bhjqk,bhjlk->bhjql", scaled(q_block), k_block)
-    (weights, own_weights), total = joint_softmax(scores(q, k, mask), own.reshape(*q.shape[:3], block))
-    own_weights = own_weights.reshape(own.shape).astype(v.dtype)
-    out = multiply("bhjql,bhjlk->bhjqk", own_weights, v_block).reshape(q.shape)
-    return normalize(weigh(weights, v) + out, total, q.dtype)
+    parts = [scores(q, k, mask)]
+    if noisy:
+        q_block, k_block, v_block = (x.reshape(*x.shape[:2], -1, block, x.shape[-1]) for x in mine)  # [B, H, J, n, K]
+        own = multiply("bhjqk,bhjlk->bhjql", scaled(q_block), k_block)
+        parts.append(own.reshape(*q.shape[:3], block))
+    if top is None:
+        top = jax.lax.stop_gradient(jnp.stack([part.max(-1) for part in parts]).max(0))
+    weights = [jnp.exp(part - top[..., None]) for part in parts]
+    out = multiply("bhsl,bhlk->bhsk", weights[0].astype(v.dtype), v)
+    if noisy:
+        own_weights = weights[1].reshape(own.shape).astype(v.dtype)
+        out += multiply("bhjql,bhjlk->bhjqk", own_weights, v_block).reshape(q.shape)
+    return out, jnp.stack([w.sum(-1) for w in weights]).sum(0), top
 
 
 def heads_first(x: Float[Array, "B S H K"]) -> Float[Array, "B H S K"]:
@@ -160,18 +292,3 @@ def scores(q: Float[Array, "B H S K"], k: Float[Array, "B H K L"],
            mask: Bool[Array, "#B S L"]) -> Float[Array, "B H S L"]:
     """Masked q.k / sqrt(K), in float32."""
     return jnp.where(mask[:, None], multiply("bhsk,bhkl->bhsl", scaled(q), k), HIDDEN)
-
-
-def joint_softmax(*parts: Float[Array, "B H S _"]) -> tuple[list[Float[Array, "B H S _"]], Float[Array, "B H S"]]:
-    """One softmax over the keys of all parts, unnormalized: exp(score - max) per part, and their sum over all keys."""
-    top = jax.lax.stop_gradient(jnp.stack([part.max(-1) for part in parts]).max(0))[..., None]
-    weights = [jnp.exp(part - top) for part in parts]
-    return weights, jnp.stack([w.sum(-1) for w in weights]).sum(0)
-
-
-def weigh(weights: Float[Array, "B H S L"], v: Float[Array, "B H L K"]) -> Float[Array, "B H S K"]:
-    return multiply("bhsl,bhlk->bhsk", weights.astype(v.dtype), v)
-
-
-def normalize(out: Float[Array, "B H S K"], total: Float[Array, "B H S"], dtype: Any) -> Float[Array, "B S H K"]:
-    return jnp.swapaxes(out / total[..., None], 1, 2).astype(dtype)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from eso_jax import sharding
 from eso_jax.model.backend import Task
 from eso_jax.model.fused import Fused
-from eso_jax.model.masks import Pattern, TwoStreams
+from eso_jax.model.masks import Pattern
 
 LANES = 128  # slots come in multiples of these
 LARGEST_TILE = 512  # slots
@@ -38,9 +38,8 @@ class Splash(Fused):
     def refuse(self, task: Task) -> str | None:
         if not self.interpret and sharding.platform() != "tpu":
             return "for TPUs"
-        skip = task.pattern.skip if isinstance(task.pattern, TwoStreams) else 0
-        if task.length % LANES or skip % LANES:
-            return f"takes multiples of {LANES} slots, not {task.length}" + (f" less {skip}" if skip else "")
+        if task.length % LANES:
+            return f"takes multiples of {LANES} slots, not {task.length}"
         exact = self.interpret or task.dtype == jnp.bfloat16
         return None if exact else f"computes in bfloat16, not {jnp.dtype(task.dtype).name}"
 
@@ -50,7 +49,10 @@ class Splash(Fused):
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-        (batch, slots, heads, _), keys = q.shape, k.shape[1]
+        keys = k.shape[1]
+        more = -q.shape[1] % LANES  # slots that were left out and come back, as queries of zeros
+        q = jnp.pad(q, ((0, 0), (more, 0), (0, 0), (0, 0)))
+        batch, slots, heads, _ = q.shape
         skip = keys - slots
         mask: masks.Mask
         if pattern.block is None:
@@ -71,7 +73,7 @@ class Splash(Fused):
                                          (jnp.arange(keys)[None] >= length[:, None]).astype(jnp.int32))
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
         with jax.named_scope(f"pairs{computed_pairs(slots, keys, pattern.block)}"):  # for eso_jax/aot/hlo.py
-            return jnp.swapaxes(jax.vmap(attend)(q, k, v, segments), 1, 2)
+            return jnp.swapaxes(jax.vmap(attend)(q, k, v, segments), 1, 2)[:, more:]
 
 
 def tile_of(slots: int) -> int:

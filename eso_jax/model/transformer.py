@@ -86,8 +86,8 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
         x = x + drop(linear(out.reshape(-1, *out.shape[2:]), w.out, axes=2), layer, 0)
         x, normal = stream_and_norm(x, w.norm2, w.qkv.dtype)
         hidden = linear(normal, w.mlp_in.kernel)
-        hidden = gelu(hidden + over(w.mlp_in.bias, hidden).astype(hidden.dtype))
-        x = x + drop(linear(hidden, w.mlp_out.kernel) + over(w.mlp_out.bias, x), layer, 1)
+        hidden = gelu_linear(hidden + over(w.mlp_in.bias, hidden).astype(hidden.dtype), w.mlp_out.kernel)
+        x = x + drop(hidden + over(w.mlp_out.bias, x), layer, 1)
         return (sharding.constrain(x, sharding.BATCH), cache), None
 
     block = jax.named_scope("block")(block)
@@ -165,19 +165,22 @@ def natural_positions(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 @jax.custom_vjp
-def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """GELU by tanh. For its gradient x alone is kept: what that needs is made again, by a sigmoid, since XLA for CPUs
-    finds a second tanh and keeps the first."""
-    return nn.gelu(x, approximate=True)
+def gelu_linear(x: Float[Array, "R F"], w: Float[Array, "F D"]) -> Float[Array, "R D"]:
+    """GELU by tanh, and a product. For its gradient x alone is kept, and what that needs is made again: by a sigmoid,
+    since XLA for CPUs finds a second tanh and keeps the first; and of the gradient too, or it makes that at once."""
+    return linear(nn.gelu(x, approximate=True), w)
 
 
-def _gelu_gradient(x: Float[Array, "*s"], gradient: Float[Array, "*s"]) -> tuple[Float[Array, "*s"]]:
-    wide, slope = x.astype(jnp.float32), 2 * math.sqrt(2 / math.pi)
+def _gelu_linear_gradient(kept: tuple[Array, Array], gradient: Float[Array, "R D"]) -> tuple[Array, Array]:
+    (x, w), slope = kept, 2 * math.sqrt(2 / math.pi)
+    wide = x.astype(jnp.float32) + 0 * gradient[:, :1]
     s = nn.sigmoid(slope * (wide + 0.044715 * wide**3))  # (1 + tanh) / 2
-    return ((gradient * s * (1 + wide * (1 - s) * slope * (1 + 3 * 0.044715 * wide**2))).astype(x.dtype),)
+    _, back = jax.vjp(linear, (wide * s).astype(x.dtype), w)
+    to_hidden, to_w = back(gradient)
+    return (to_hidden * s * (1 + wide * (1 - s) * slope * (1 + 3 * 0.044715 * wide**2))).astype(x.dtype), to_w
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
+gelu_linear.defvjp(lambda x, w: (gelu_linear(x, w), (x, w)), _gelu_linear_gradient)
 
 
 def over(w: Array, x: Array) -> Array:
