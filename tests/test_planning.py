@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from eso_jax import chips, config as configs, flops, sharding
 from eso_jax.aot import hlo, report, target
 from eso_jax.aot.programs import _refused
 from eso_jax.cli import main
-from eso_jax.config import MeshConfig
+from eso_jax.config import Config, MeshConfig
 from eso_jax.errors import EsoError
 from eso_jax.model import splash
 from eso_jax.model.params import init_params
@@ -150,6 +152,55 @@ ENTRY %main (q: bf16[3,128,64]) -> bf16[3,128,64] {
 def test_splash_counts_the_pairs_it_says() -> None:
     """Forward and backward; its metadata stands on lines of its own."""
     assert hlo.cost(SPLASH).flops == (4 + 10) * 3 * 128 * 128 * 64
+
+
+KERNEL = re.compile(r"splash_mha_(fwd|dkv)")
+EVERY_FAMILY = [FAMILIES[n] for n in (0, 5, 6, 7, 9)]  # Eso-LM (B) and (A), MDLM, BD3-LM, AR
+
+
+def at_full_length(**family: Any) -> Config:
+    """Two layers at L = 1024, all else as small as it gets."""
+    return wide(**family).override("model.length=1024", "model.vocab_size=64", "model.width=128", "model.cond_dim=8",
+                                   "train.compute_dtype=bfloat16")
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=ident)
+def test_every_family_trains_by_splash_on_tpus(family: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, in the program that the compiler gets; no TPU and no compiler for one is needed."""
+    config = at_full_length(**family)
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    assert train.attention_of(config) == "splash"
+    state = jax.eval_shape(functools.partial(train.init_state, config))
+    tokens = jax.ShapeDtypeStruct((config.train.batch_size, config.model.length), np.int32)
+    step = jax.jit(functools.partial(train.train_step, config))
+    assert set(KERNEL.findall(step.trace(state, tokens).lower(lowering_platforms=("tpu",)).as_text())) == {"fwd", "dkv"}
+
+
+COMPILED = """
+import sys
+from eso_jax import chips, sharding
+from eso_jax.aot import hlo, target
+topology = chips.topology(sys.argv[1])
+target.prepare(topology)
+from test_planning import EVERY_FAMILY, KERNEL, at_full_length, train
+for family in EVERY_FAMILY:
+    config = at_full_length(**family)
+    mesh = sharding.mesh(config.mesh, target.devices(topology))
+    computations, _ = hlo.parse(train.lower_step(config, mesh).compile().as_text())
+    calls = [op.attributes for one in computations.values() for op in one.instructions.values()
+             if "tpu_custom_call" in op.attributes]
+    print(family["name"], *sorted(set(KERNEL.findall(" ".join(calls)))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+def test_splash_is_in_every_compiled_step(topology: str) -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILED, topology], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{family['name']} dkv fwd" for family in EVERY_FAMILY]
 
 
 @pytest.mark.parametrize("block", [None, 1, 16, 256])
