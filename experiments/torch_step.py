@@ -11,7 +11,6 @@ of a query and a key, logits of every token, backward twice forward.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from eso_jax.files import as_json, check_out, write_whole
 
 PEAK = 989_500_000_000_000  # of an H100 or H200 SXM in bfloat16, as in eso_jax/chips.py
 DROPOUT = 1 / 10
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--wait-for", type=Path, metavar="FILE", help="after a step, until there is such a file")
     parser.add_argument("--out", type=Path, required=True, help=".json")
     a = parser.parse_args()
+    check_out(a.out)
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     torch.set_float32_matmul_precision("high")
@@ -114,8 +116,8 @@ def main() -> None:
              "step_seconds": seconds, "rounds": rounds[1:], "tokens_per_s": count / seconds, "model_flops": flops,
              "mfu": flops / seconds / PEAK if cuda else None, "compile_seconds": compile_seconds,
              "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None, "losses": [first, last]}
-    a.out.write_text(json.dumps(found, indent=1))
-    print(json.dumps(found))
+    write_whole(a.out, as_json(found))
+    print(as_json(found))
 
 
 if __name__ == "__main__":
