@@ -43,7 +43,7 @@ from eso_jax.decoding.loop import Draw, logits_of
 from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.plan import Counts, Plan
 from eso_jax.errors import require
-from eso_jax.model import masks, transformer, vocabulary
+from eso_jax.model import masks, vocabulary
 from eso_jax.model.masks import View
 from eso_jax.model.params import Weights
 
@@ -84,10 +84,10 @@ class Along(Decoder):
         state, at, number = progress.state, progress.at, jnp.arange(self.most)[None]
         begin = progress.clean if sampler.cached else jnp.zeros_like(at)
         here = begin[:, None] + jnp.arange(self.window if sampler.cached else config.length)[None]
-        hidden, cache = transformer.trunk(weights, take(state.tokens, here), take(state.positions, here),
-                                          View(sampler.pattern, at), state.cache, begin)
+        hidden, cache = sampler.denoiser.trunk(weights, take(state.tokens, here), take(state.positions, here),
+                                               View(sampler.pattern, at), state.cache, begin)
         hidden = take(hidden, (at - begin)[:, None] + number)
-        logits = logits_of(weights, hidden, config)
+        logits = logits_of(weights, hidden, config, sampler)
         run = jnp.cumprod(self.fits(logits, progress.memory[:, None]) | (number == 0), axis=1, dtype=jnp.int32)
         tokens = categorical.draw(logits, take(source.uniforms, at[:, None] + number), source.rule)
         progress = dataclasses.replace(progress, state=dataclasses.replace(state, cache=cache))
@@ -155,15 +155,15 @@ class Anywhere(Decoder):
                  sampler: Sampler) -> Progress:
         state, at = progress.state, progress.at
         slot, number = jnp.arange(config.length)[None], jnp.arange(min(self.most, config.length))[None]
-        hidden, cache = transformer.trunk(weights, state.tokens, state.positions,
-                                          View(masks.LONE if sampler.cached else sampler.pattern, at), state.cache)
+        view = View(masks.LONE if sampler.cached else sampler.pattern, at)
+        hidden, cache = sampler.denoiser.trunk(weights, state.tokens, state.positions, view, state.cache)
 
-        certainty = vocabulary.in_chunks(lambda hidden: self.certainty(logits_of(weights, hidden, config)),
+        certainty = vocabulary.in_chunks(lambda hidden: self.certainty(logits_of(weights, hidden, config, sampler)),
                                          config.vocab_size, hidden)
         rank = jnp.where(slot < at[:, None], -jnp.inf, jnp.where(slot < end[:, None], -certainty, jnp.inf))
         order = jnp.argsort(rank, axis=1, stable=True)  # what is decoded keeps its slot, and so does what will not be
         next_slots = at[:, None] + number
-        logits = logits_of(weights, take(hidden, take(order, next_slots)), config)
+        logits = logits_of(weights, take(hidden, take(order, next_slots)), config, sampler)
         tokens = categorical.draw(logits, take(source.uniforms, next_slots), source.rule)
         state = dataclasses.replace(state, cache=cache, positions=take(state.positions, order))
         return commit(dataclasses.replace(progress, state=state), tokens, logits,

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from eso_jax.decoding.order import unsort
 from eso_jax.decoding.passes import Sampler, Shape, Step
 from eso_jax.decoding.plan import Plan
 from eso_jax.engine.rows import Engine
-from eso_jax.model import slots, transformer
+from eso_jax.model import slots
 from eso_jax.model.params import Weights
 
 
@@ -47,7 +47,7 @@ def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan:
             if step.count.any():
                 left[index] -= int(step.count.sum())
                 if left[index] == 0:
-                    yield _logits(weights, config, plan, index, last)
+                    yield _logits(weights, config, sampler, plan, index, last)
                     index += 1
 
 
@@ -63,14 +63,14 @@ def uncached_logits(weights: Weights, config: ModelConfig, sampler: Sampler, pla
         known = jnp.arange(x.shape[1])[None] < first.reshape(-1, 1) + sampler.shift
         step = Step(jnp.zeros_like(first), first, jnp.asarray(plan.tokens_per_step[..., index]), diffused)
         hidden = _pass(weights, jnp.where(known, inputs, config.mask), plan.order, step, sampler)
-        yield _logits(weights, config, plan, index, hidden)
+        yield _logits(weights, config, sampler, plan, index, hidden)
 
 
-def _logits(weights: Weights, config: ModelConfig, plan: Plan, index: int,
+def _logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, index: int,
             hidden: Float[Array, "B L D"]) -> Float[Array, "B _ V"]:
     """Those of a step's slots."""
     first, count = (jnp.asarray(x[..., index]).reshape(-1, 1) for x in (plan.first, plan.tokens_per_step))
-    return _head(weights, hidden, first, count, int(count.max()), config.mask)
+    return _head(weights, hidden, first, count, int(count.max()), config.mask, sampler.denoiser)
 
 
 class Difference(NamedTuple):
@@ -134,12 +134,12 @@ def _filled(engine: Engine, sampler: Sampler, plan: Plan,
     return engine.weights, engine.config.model, sampler, dataclasses.replace(plan.rows(rows), order=order), tokens
 
 
-@functools.partial(jax.jit, static_argnames=("most", "mask_id"))
+@functools.partial(jax.jit, static_argnames=("most", "mask_id", "denoiser"))
 def _head(weights: Weights, hidden: Float[Array, "B L D"], first: Int[Array, "#B 1"], count: Int[Array, "#B 1"],
-          most: int, mask_id: int) -> Float[Array, "B S V"]:
+          most: int, mask_id: int, denoiser: Any) -> Float[Array, "B S V"]:
     number = jnp.arange(most)[None]
     own = jnp.broadcast_to(jnp.minimum(first + number, hidden.shape[1] - 1), (len(hidden), most))
-    logits = transformer.head(weights, jnp.take_along_axis(hidden, own[..., None], axis=1), mask_id)
+    logits = denoiser.head(weights, jnp.take_along_axis(hidden, own[..., None], axis=1), mask_id)
     return sharding.constrain(jnp.where((number < count)[..., None], logits, 0), sharding.BATCH)
 
 
@@ -155,4 +155,4 @@ def _forced_pass(weights: Weights, state: State, last: Float[Array, "B L D"], st
 @functools.partial(jax.jit, static_argnames="sampler")
 def _pass(weights: Weights, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], step: Step,
           sampler: Sampler) -> Float[Array, "B L D"]:
-    return transformer.trunk(weights, tokens, positions, sampler.view(step))[0]
+    return sampler.denoiser.trunk(weights, tokens, positions, sampler.view(step))[0]

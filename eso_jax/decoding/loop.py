@@ -45,7 +45,7 @@ from eso_jax.decoding.order import sort, unsort
 from eso_jax.decoding.passes import Run, Sampler, Shape, Step
 from eso_jax.decoding.plan import Plan
 from eso_jax.decoding.record import Facts
-from eso_jax.model import attention, cache as kv, slots, transformer, vocabulary
+from eso_jax.model import attention, cache as kv, slots, vocabulary
 from eso_jax.model.params import Weights
 
 PACE = 8  # passes after which a watcher is told what there is, and whoever ends rows is asked
@@ -212,7 +212,7 @@ def hidden_of(weights: Weights, state: State, step: Step, sampler: Sampler,
               shape: Shape) -> tuple[Float[Array, "B W D"], kv.KVCache | None]:
     """One pass over the window: the hidden states of `shape.width` slots, and the cache with the window written."""
     tokens, positions = (slots.take(x, step.start, shape.window) for x in (state.tokens, state.positions))
-    hidden, cache = transformer.trunk(weights, tokens, positions, sampler.view(step), state.cache, step.start)
+    hidden, cache = sampler.denoiser.trunk(weights, tokens, positions, sampler.view(step), state.cache, step.start)
     return slots.take(hidden, taken_from(step, shape) - step.start, shape.width), cache
 
 
@@ -224,12 +224,12 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
     def draw(hidden: Array, uniforms: Array) -> tuple[Array, Facts | None]:
         assert isinstance(source, Draw)
         with jax.named_scope("draw"):
-            logits = logits_of(weights, hidden, config)
+            logits = logits_of(weights, hidden, config, sampler)
             tokens = categorical.draw(logits, uniforms, source.rule).astype(state.tokens.dtype)
             return tokens, None if state.facts is None else records.facts(logits, tokens, source.rule)
 
     def score(hidden: Array, tokens: Array) -> Array:
-        logs = jax.nn.log_softmax(logits_of(weights, hidden, config))
+        logs = jax.nn.log_softmax(logits_of(weights, hidden, config, sampler))
         return jnp.take_along_axis(logs, tokens[..., None], axis=-1)[..., 0]
 
     logp, facts = state.logp, state.facts
@@ -245,9 +245,10 @@ def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W 
     return dataclasses.replace(state, tokens=tokens, logp=logp, facts=facts)
 
 
-def logits_of(weights: Weights, hidden: Float[Array, "B W D"], config: ModelConfig) -> Float[Array, "B W V"]:
+def logits_of(weights: Weights, hidden: Float[Array, "B W D"], config: ModelConfig,
+              sampler: Sampler) -> Float[Array, "B W V"]:
     """The logits of hidden states, each row's on its device."""
-    return sharding.constrain(transformer.head(weights, hidden, config.mask), sharding.BATCH)
+    return sharding.constrain(sampler.denoiser.head(weights, hidden, config.mask), sharding.BATCH)
 
 
 def replace(x: Shaped[Array, "B _ *s"], step: Step, shape: Shape, new: Shaped[Array, "B W *s"],

@@ -29,7 +29,7 @@ from jaxtyping import Int
 from eso_jax import sharding
 from eso_jax.config import ModelConfig
 from eso_jax.decoding.plan import Counts, Plan
-from eso_jax.model import masks
+from eso_jax.model import masks, transformer
 from eso_jax.model.masks import Pattern, View
 
 # A pass costs as much as its slots and so many more: it reads the weights, elsewhere for all rows of a batch at once.
@@ -72,12 +72,14 @@ class Sampler(NamedTuple):
       cached: whether keys and values before the window come from a cache.
       start_id: the token before the first, if a slot's logits come from the slot before it (AR); None if they come
         from its own mask.
+      denoiser: what computes `trunk` and `head`, as model/transformer.py does.
     """
 
     window: Callable[[Plan], tuple[Counts, Counts]]
     pattern: Pattern
     cached: bool = True
     start_id: int | None = None
+    denoiser: Any = transformer
 
     @property
     def shift(self) -> int:

@@ -48,7 +48,6 @@ from eso_jax.decoding.loop import PACE, Draw, logits_of
 from eso_jax.decoding.passes import Sampler
 from eso_jax.decoding.plan import Counts, Plan, join
 from eso_jax.errors import require
-from eso_jax.model import transformer
 from eso_jax.model.masks import Drafts, View
 from eso_jax.model.params import Weights
 
@@ -151,9 +150,9 @@ class Speculative(Decoder):
         tokens = jnp.concatenate([tokens, jnp.full_like(masks, config.mask)], axis=1)
         positions = take(state.positions, jnp.concatenate([clean, masks], axis=1))
         view = View(Drafts(drafts=k), behind)
-        hidden, cache = transformer.trunk(weights, tokens, positions, view, state.cache, begin)
+        hidden, cache = sampler.denoiser.trunk(weights, tokens, positions, view, state.cache, begin)
         from_at = take(hidden[:, k + 1:], (k - drafts.drafted)[:, None] + mask)
-        logits = logits_of(weights, from_at, config)
+        logits = logits_of(weights, from_at, config, sampler)
         laws, uniforms = categorical.law(logits, source.rule), take(source.uniforms, at[:, None] + mask)
         accepted, last = verify(laws[:, :k + 1], drafts, uniforms[:, :k + 1])
         number = jnp.arange(k + 1)[None]

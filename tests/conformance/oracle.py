@@ -19,12 +19,16 @@ E = V^L states of knowledge (per position: a token, or nothing), K = L V (positi
 from __future__ import annotations
 
 import functools
+import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eso_jax.config import ModelConfig
+from eso_jax import families
+from eso_jax.config import Config, ModelConfig
+from eso_jax.decoding.passes import Sampler
 from eso_jax.model import attention, cache as kv
 from eso_jax.model.masks import View
 from eso_jax.model.params import Head, Norm, Weights
@@ -61,6 +65,11 @@ def law_by_slot(p: np.ndarray, order: np.ndarray, tokens_per_step: np.ndarray) -
 def law(p: np.ndarray, order: np.ndarray, tokens_per_step: np.ndarray) -> np.ndarray:
     """The law of a sample of this order [L] and these steps, float64 [X, ..., X]."""
     return functools.reduce(np.multiply, law_by_slot(p, order, tokens_per_step))
+
+
+def sampler(config: Config, **changes: Any) -> Sampler:
+    """The family's, with this file for its denoiser."""
+    return families.get(config).sampler(config)._replace(denoiser=sys.modules[__name__], **changes)
 
 
 def model(tokens: int, length: int) -> ModelConfig:
@@ -104,7 +113,7 @@ def _conditionals(p: np.ndarray) -> np.ndarray:
 
 def trunk(weights: Weights, tokens: jax.Array, positions: jax.Array, view: View, cache: kv.KVCache | None = None,
           offset: jax.Array | int = 0, training: None = None) -> tuple[jax.Array, kv.KVCache | None]:
-    """log p of each slot's token given the tokens that it sees, [B, S, X]: stands in for `transformer.trunk`.
+    """log p of each slot's token given the tokens that it sees, [B, S, X]: in place of `transformer.trunk`.
 
     A slot whose view is not a set of distinct positions (a slot never written to, or a position twice) gets NaN.
     """
@@ -128,5 +137,5 @@ def trunk(weights: Weights, tokens: jax.Array, positions: jax.Array, view: View,
 
 
 def head(weights: Weights, hidden: jax.Array, mask_id: int) -> jax.Array:
-    """Logits [B, S, V]: stands in for `transformer.head`."""
+    """Logits [B, S, V]: in place of `transformer.head`."""
     return jnp.pad(hidden, ((0, 0), (0, 0), (0, 1)), constant_values=MASK_LOGIT)

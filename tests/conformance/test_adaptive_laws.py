@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,30 +19,18 @@ import numpy as np
 import pytest
 
 import oracle
-from eso_jax import families
 from eso_jax.config import Config, FamilyConfig
-from eso_jax.decoding import loop
+from eso_jax.decoding import decoders, loop
 from eso_jax.decoding.adaptive import Confidence, Entropy, Likeliest, Margin
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.decoders import Decoded, Decoder
 from eso_jax.decoding.plan import Plan
-from eso_jax.model import transformer
 from test_samplers import ALARM, CERTAIN, p_value
 
 TOKENS, LENGTH, ROWS, ORDERS = 3, 5, 2**14, 4
 RULE = Rule(temperature=0.7, top_p=0.85)
 # Laws of what is left -> (its order, how many of it are decoded).
 Decide = Callable[[list[np.ndarray]], tuple[list[int], int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _oracle() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "trunk", oracle.trunk)
-        patch.setattr(transformer, "head", oracle.head)
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
 
 
 def along(count: Callable[[list[np.ndarray]], int], most: int) -> Decide:
@@ -116,9 +104,9 @@ def law_of(decide: Decide, p: np.ndarray, order: np.ndarray, given: dict[int, in
 def decode(family: str, decoder: Decoder, plan: Plan, given: np.ndarray, rule: Rule = Rule(),
            p: np.ndarray | None = None) -> Decoded:
     p = oracle.joint(TOKENS, LENGTH) if p is None else p
-    keys = loop.row_keys(jax.random.key(1), jnp.arange(len(given)))
-    found = families.sample(oracle.weights(p, shifted=False), config_of(family), plan, keys, rule, jnp.asarray(given),
-                            decoder=decoder)
+    keys, config = loop.row_keys(jax.random.key(1), jnp.arange(len(given))), config_of(family)
+    found = decoders.sample(oracle.weights(p, shifted=False), config.model, oracle.sampler(config), plan, keys, decoder,
+                            rule, jnp.asarray(given))
     return jax.tree.map(np.asarray, found)
 
 

@@ -25,7 +25,7 @@ from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.decoders import Decoded
 from eso_jax.decoding.plan import Plan
 from eso_jax.decoding.speculative import Memory, Speculative, adapted, verify
-from eso_jax.model import masks, transformer
+from eso_jax.model import masks
 from test_samplers import ALARM, CERTAIN, ORDERS, ROWS, p_value
 
 TOKENS, LENGTH = 3, 6
@@ -36,10 +36,8 @@ OWN = Speculative(2, by_row=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _oracle() -> Iterator[None]:
+def _short_runs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "trunk", oracle.trunk)
-        patch.setattr(transformer, "head", oracle.head)
         patch.setattr(decoders, "PACE", 2)  # few passes do
         jax.clear_caches()
         yield
@@ -68,8 +66,9 @@ def decoded(drafts: int | None, rule: Rule = Rule(), given: np.ndarray | None = 
     plan = families.get(CONFIG).plan(keys, CONFIG, ORDERS, 1, 0.5, "one-by-one", known=given != MASK)
     rows = np.tile(np.arange(ORDERS), ROWS // ORDERS)
     key = jax.random.key(zlib.crc32(f"{drafts} {rule}".encode()))
-    found = families.sample(oracle.weights(P, shifted=False), CONFIG, plan.rows(rows), key, rule,
-                            jnp.asarray(given[rows]), decoder=OWN if drafts is None else Speculative(drafts), **how)
+    decoder = OWN if drafts is None else Speculative(drafts)
+    found = decoders.sample(oracle.weights(P, shifted=False), CONFIG.model, oracle.sampler(CONFIG), plan.rows(rows),
+                            key, decoder, rule, jnp.asarray(given[rows]), **how)
     return found, plan
 
 
