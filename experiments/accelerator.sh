@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What to run first on a machine with a GPU or a TPU: is all of it right there, and how fast? In eight minutes at most.
+# What to run first on a machine with a GPU: is all of it right there, and how fast? In eight minutes at most.
 #   bash experiments/accelerator.sh OUT [--small] [STEP...]
 # OUT is a folder for logs, numbers and pictures; OUT.tar.gz has all of them after each step, so also if one is killed.
 # All steps, or those named, begin at once, in processes of their own. While a model trains for four minutes, tests run
@@ -18,8 +18,9 @@
 #   table13      six rows of Table 13 at batch 512, a generation of each
 #   sampling     Table 11 by whole generations, one of each
 #   quickstart   the small model at full size: trained, bounds, samples (only if it is named)
-# A step that fails or finds no time left does not keep the others from running. --small: the same steps at sizes for
-# any machine, without limits. PYTHON=COMMAND is the interpreter (.venv/bin/python).
+# Compilers try out products and attention while others are at work on the card, so a figure may be a little worse than
+# that of the same command by itself. A step that fails or finds no time left does not keep the others from running.
+# --small: the same steps at sizes for any machine, without limits. PYTHON=COMMAND is the interpreter (.venv/bin/python).
 set -uo pipefail
 steps=(goldens kernels check-cache curves training ratio passes shares torch batches table13 sampling)
 total=475 out=${1:-}
@@ -101,6 +102,7 @@ training() { bench "$1" "$2" training --families "$3" --alpha-0 0.5 --batch "$4"
 
 kind=$("$python" -c 'import jax; print(jax.default_backend().replace("gpu", "cuda"), jax.devices()[0].device_kind)')
 echo "accelerator.sh: $kind"
+case $kind in tpu*) echo "accelerator.sh: error: all steps begin at once, and a TPU serves one process" >&2; exit 2 ;; esac
 tests+=(JAX_PLATFORMS="${kind%% *}")
 decoders=("$python" experiments/fewer_passes.py "${model[@]}")
 start curves curves "${decoders[@]}" --workdir "$out/model" --train-seconds "$learn" --seconds "$curves" \

@@ -57,9 +57,10 @@ def widths_of(found: Samples, rng: np.random.Generator) -> dict[str, np.ndarray]
     parts = round(passes)
     reached = np.mean([np.interp(np.arange(parts + 1) / parts * own, np.arange(own + 1), [0, *row[:own]])
                        for row, own in zip(until, found.passes, strict=True)], axis=0)
+    widths = np.diff(np.maximum.accumulate(np.maximum(np.round(reached), np.arange(parts + 1)))).astype(int)
     return {"even": np.diff(np.arange(parts + 1) * length // parts),
             "binomial": np.stack([np.pad(row, (0, max(map(len, drawn)) - len(row))) for row in drawn]),
-            "mean": np.diff(np.maximum.accumulate(np.maximum(np.round(reached), np.arange(parts + 1)))).astype(int)}
+            "mean": widths[widths > 0]}
 
 
 def compare(model: Model, count: int) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ def spied(module: Any, name: str, counts: list[float]) -> None:
 
 def main(out: str, *meshes: str) -> None:
     counts: list[float] = []
-    for module, name in ((perplexity, "_estimate"), (likelihood, "_log_prob_in_order"), (likelihood, "_conditionals"),
+    for module, name in ((perplexity, "_estimate"), (likelihood, "log_prob_in_order"), (likelihood, "_conditionals"),
                          (mauve, "_mean_states"), (loop, "decode_run")):
         spied(module, name, counts)
     found: dict[str, Any] = {}

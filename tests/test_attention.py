@@ -143,7 +143,7 @@ def test_kernels_are_plain_attention(pattern: masks.Pattern | masks.TwoStreams, 
     """Values and gradients: splash interpreted, over several tiles; cuDNN's where there is a GPU, in bfloat16, or its
     construction by XLA."""
     skip, streams = (pattern.skip, 2) if isinstance(pattern, masks.TwoStreams) else (0, 1)
-    dtype, limit = (jnp.float32, 2e-5) if INTERPRET else (jnp.bfloat16, 1e-2)
+    dtype, limit = (jnp.float32, 2e-5) if INTERPRET else (jnp.bfloat16, 3e-2)
     if isinstance(kernel, CuDNN) and pattern.block == 4:
         pytest.skip("it has no blocks")
     assert kernel.refuse(Task(pattern, 256, 8, jnp.dtype(dtype))) is None
@@ -161,4 +161,5 @@ def test_kernels_are_plain_attention(pattern: masks.Pattern | masks.TwoStreams, 
         return out, *gradients
 
     for ours, right in zip(run(kernel, dtype), run(plain.Plain(), jnp.float32), strict=True):
-        assert np.linalg.norm(np.float32(ours) - right) <= limit * np.linalg.norm(right)
+        off, size = (np.linalg.norm(x, axis=-1) for x in (np.float32(ours) - right, right))
+        assert (off <= limit * size.mean()).all()

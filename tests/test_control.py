@@ -219,13 +219,16 @@ def test_the_command_says_which_samples_came_to_a_stop(bytes_run: Path, tmp_path
     assert "stop" not in said and "at most" not in said and "stopped" not in (tmp_path / "s.jsonl").read_text("utf-8")
 
 
-def test_a_file_that_is_read_is_not_written(bytes_run: Path, tmp_path: Path, run: Run) -> None:
+def test_a_file_that_is_read_is_not_written(bytes_run: Path, tmp_path: Path, run: Run,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "ab"}\n')
     said = run("sample", "--workdir", bytes_run, "--prompts", path, "--out", f"{tmp_path}/./p.jsonl", code=2)
     assert "p.jsonl': is given for prompts too, and would be overwritten; give another name" in said
     assert path.read_text() == '{"prompt": "ab"}\n'
     assert "given for samples too" in run("view", path, "--out", path, code=2)
+    monkeypatch.chdir(tmp_path)
+    assert "overwritten" not in run("import", "mdlm.ckpt", "--family", "mdlm", "--out", "mdlm", code=2)  # no file
 
 
 @pytest.mark.slow

@@ -432,10 +432,9 @@ def test_what_an_accelerator_gave_is_packed_when_it_is_taken_away(tmp_path: Path
     with subprocess.Popen(["bash", script, out, "--small", "passes", "table13"], stdout=subprocess.PIPE, text=True,
                           env=environment) as running:
         assert running.stdout is not None
-        while not running.stdout.readline().startswith("passes: done"):
-            pass
+        assert any(line.startswith("passes: done") for line in running.stdout)
         running.terminate()
-        running.communicate()
+        running.communicate(timeout=60)
     assert running.returncode == 143
     with tarfile.open(f"{out}.tar.gz") as packed:
         assert {"out/passes.log", "out/table13.log"} < set(packed.getnames())

@@ -172,7 +172,7 @@ def test_what_does_not_change_the_law_compiles_nothing() -> None:
         perplexity.nelbo_per_window(model, tokens, 0.5, jax.random.key(0))
 
     config = tiny_config("esolm", alpha_0=0.5)
-    functions = (likelihood._log_prob_in_order, likelihood._conditionals, perplexity._estimate)
+    functions = (likelihood.log_prob_in_order, likelihood._conditionals, perplexity._estimate)
     use(config)
     before = [function._cache_size() for function in functions]
     use(config.override("train.log_every=7", "data.source=elsewhere", "train.batch_size=6", "train.remat=full",

@@ -193,7 +193,7 @@ from eso_jax.model.params import for_inference
 config = tiny_config("esolm", 12, 9).override("model.layers=1")
 given = np.full((5, 12), 8)  # five rows, which divide over no mesh; the mask is 8
 given[1, 3:6], given[2, :4] = 5, 2
-for decoder in ("speculative:3", "entropy:2", "likeliest:3"):
+for decoder in ("speculative:3", "speculative", "entropy:2", "likeliest:3"):
     found = []
     for devices, tensor in ((1, 1), (4, 2)):
         mesh = sharding.inference_mesh(config.model, tensor, jax.devices()[:devices])

@@ -56,7 +56,8 @@ def test_a_template_has_blanks_and_an_end() -> None:
     for text, message in (("a[MASK:8]", "is 9 tokens"), (f"a[MASK:{'9' * 30}]", "tokens, and the model has length"),
                           ("abc", "has no blank"), ("[mask]", "has no blank"), ("a[MASK:0]b", "of no token"),
                           (f"[MASK:{'9' * 5000}]", "is 9999999 tokens"),
-                          ("[MASK: 3]", r"has '\[MASK: 3\]', which is no blank"), ("[MASK:-1]a[MASK]", "is no blank")):
+                          ("[MASK: 3]", r"has '\[MASK: 3\]', which is no blank"), ("[MASK:-1]a[MASK]", "is no blank"),
+                          ("[MASK a][MASK]", "is 9 tokens")):
         with pytest.raises(EsoError, match=message):
             prompts.of_template(text, BYTES, MODEL)
 

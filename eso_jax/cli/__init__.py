@@ -67,12 +67,12 @@ def _run(arguments: argparse.Namespace) -> None:
 def _check_out(arguments: argparse.Namespace) -> None:
     """Refuses to write over what another option names: a file that is read, or a second one that is written."""
     out = getattr(arguments, "out", None)
-    if not isinstance(out, str) or os.path.exists(out) and not os.path.isfile(out):
+    if not isinstance(out, str):
         return
     for name, value in vars(arguments).items():
         paths = value if isinstance(value, list) else [value]
-        if name != "out" and any(isinstance(path, str) and os.path.realpath(path) == os.path.realpath(out)
-                                 for path in paths):
+        if name != "out" and (name == "html" or os.path.isfile(out)) and any(
+                isinstance(path, str) and os.path.realpath(path) == os.path.realpath(out) for path in paths):
             raise EsoError(f"--out = {out!r}: is given for {name} too, and would be overwritten; give another name")
 
 

@@ -23,7 +23,7 @@ from eso_jax.data.tokenizers import Tokenizer, encode_shown
 from eso_jax.errors import EsoError, reason_of, require
 
 BLANK = re.compile(r"\[MASK(?::(\d+))?\]")
-MISTYPED = re.compile(r"\[MASK[: ][^\]]*\]")  # where a blank was meant
+MISTYPED = re.compile(r"\[MASK(\s*:[^\]]*|\s+\d+\s*)\]")  # where a blank was meant
 FIELDS = ("prompt", "template", *rows.FIELDS)  # of a row of a file; the first there is
 
 

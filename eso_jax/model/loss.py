@@ -10,7 +10,6 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eso_jax import sharding
 from eso_jax.model import transformer, vocabulary
 from eso_jax.model.masks import Pattern, TwoStreams, View
 from eso_jax.model.params import Weights
@@ -50,8 +49,8 @@ def masked_hidden(weights: Weights, mask: int, x: Int[Array, "B L"], masked: Boo
 
 def slots_for(share: float, length: int) -> int:
     """How many slots the noisy copy gets where so large a share of the tokens is masked, and these come last: their
-    mean and six standard deviations of a draw for each token; a multiple of 16, and of 128 where GPUs and TPUs have
-    long sequences: XLA fails to compile some other sizes for TPUs, and tiles have that size."""
-    part = 128 if length % 128 == 0 and length >= 1024 and sharding.platform() != "cpu" else 16
+    mean and six standard deviations of a draw for each token; a multiple of 128, of which XLA for TPUs fails to
+    compile some others (of 16 for a short sequence)."""
+    part = 128 if length % 128 == 0 and length >= 1024 else 16
     least = share * length + 6 * math.sqrt(share * (1 - share) * length)
     return min(length, -(-math.ceil(least) // part) * part)

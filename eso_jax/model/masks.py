@@ -56,8 +56,8 @@ class Pattern:
 
     @property
     def ordered(self) -> bool:
-        """Whether no query sees a block behind its own."""
-        return self.block is not None and not self.prefix
+        """Whether no query sees a block behind its own. A subclass may say so of itself."""
+        return type(self) is Pattern and self.block is not None and not self.prefix
 
 
 EVERYONE, CAUSAL, PREFIX = Pattern(None), Pattern(), Pattern(prefix=True)
@@ -204,8 +204,6 @@ class OwnSteps(Pattern):
     """
 
     length: int = 0
-
-    ordered = False
 
     def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
                  clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:

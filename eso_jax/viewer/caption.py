@@ -50,8 +50,9 @@ def caption(config: Config, plan: Plan, tokens: np.ndarray, record: Record, toke
     family, ids = families.get(config), np.unique(np.concatenate([tokens.ravel(), record.alternatives.ravel()]))
     pieces = [b"" if tokenizer is None else tokenizer.piece(i) for i in ids.tolist()]
     sampler = family.sampler(config)
-    window = sampler.window(plan) if decoder is None else decoder.windows(plan, sampler)
-    return Caption(np.array(family.label), np.stack(window, axis=-1), ids,
+    start, stop = sampler.window(plan) if decoder is None else decoder.windows(plan, sampler)
+    stop = np.where(plan.tokens_per_step > 0, stop, start)  # a row that is done computes nothing of its own
+    return Caption(np.array(family.label), np.stack(np.broadcast_arrays(start, stop), axis=-1), ids,
                    np.cumsum([len(piece) for piece in pieces]), np.frombuffer(b"".join(pieces), np.uint8),
                    np.array(-1 if tokenizer is None else tokenizer.separator_id), np.array(config.model.mask),
                    np.array("" if decoder is None else type(decoder).__name__.lower()))
