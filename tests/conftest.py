@@ -70,9 +70,18 @@ def few_programs() -> Iterator[None]:
     yield
     assert jax.config.values["jax_disable_most_optimizations"] == fast
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 10_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Programs as users have them, for a test that computes for longer than it compiles."""
+    fast = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", fast)
 
 
 @pytest.fixture(scope="module")

@@ -204,6 +204,7 @@ def test_tail_is_exact() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_tail_of_a_joint_float32_gumbel_draw_is_not() -> None:
     """The trap that positions-first avoids. A token or the mask in one draw, as ancestral samplers do it, loses a third
     of the tokens with p < 1e-4, which hold 36% of the mass, and over half of those with p < 1e-5, which hold 15%. At

@@ -224,7 +224,7 @@ def test_any_flipped_bit_of_the_values_is_seen(nine_steps: Path) -> None:
         bits = wrong[name].reshape(-1).view(np.uint32)
         bits[dice.randrange(len(bits))] ^= np.uint32(1 << dice.randrange(32))
         assert checkpoint.fingerprint(wrong) != right
-    assert jax.jit(checkpoint._weighted_sum)(params) == right  # as where it is compiled
+    assert int(jax.jit(checkpoint._weighted_sum)(params)) == right  # as where it is compiled
     for swapped in ({**params, "qkv": params["qkv"][..., ::-1]},
                     {**params, "sigma_in_bias": params["sigma_out_bias"], "sigma_out_bias": params["sigma_in_bias"]}):
         assert checkpoint.fingerprint(swapped) != right
