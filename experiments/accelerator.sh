@@ -20,7 +20,7 @@
 #   quickstart   the small model at full size: trained, bounds, samples (only if it is named)
 # Compilers try out products and attention while others are at work on the card, so a figure may be a little worse than
 # that of the same command by itself. A step that fails or finds no time left does not keep the others from running.
-# --small: the same steps at sizes for any machine, without limits. PYTHON=COMMAND is the interpreter (.venv/bin/python).
+# --small: the same steps at sizes for any machine, within an hour. PYTHON=COMMAND is the interpreter (.venv/bin/python).
 set -uo pipefail
 steps=(goldens kernels check-cache curves training ratio passes shares torch batches table13 sampling)
 total=475 out=${1:-}
@@ -124,6 +124,8 @@ start shares shares "$python" experiments/step_shares.py --families ar,esolm --b
 if "$python" -c 'import importlib.util as i; raise SystemExit(i.find_spec("torch") is None)'; then
   start torch torch "$python" experiments/torch_step.py "${torch[@]}" --steps "$pace" --wait-for "$scratch/torch" \
     --out "$out/torch.json"
+elif [[ " ${steps[*]} " == *" torch "* ]]; then
+  echo "torch: left out, $python has none"
 fi
 for size in "${others[@]}"; do training batches "batch-$size" ar "$size"; done
 table table13 table13 "${wide[@]}" --repeats 1 --samplers "Eso-LM a0=1 T=128" "MDLM a0=1 T=64" "Eso-LM a0=1 T=1024" \
