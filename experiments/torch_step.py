@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eso_jax.chips import CHIPS
 from eso_jax.files import as_json, check_out, write_whole
+from eso_jax.run.timing import wait_for
 
-PEAK = 989_500_000_000_000  # of an H100 or H200 SXM in bfloat16, as in eso_jax/chips.py
+PEAK = CHIPS["h100"].flops  # an H200's too
 DROPOUT = 1 / 10
 
 
@@ -104,8 +106,7 @@ def main() -> None:
     compile_seconds, rounds = time.perf_counter() - begun, list[float]()
     if cuda:
         torch.cuda.empty_cache()  # others need it meanwhile
-    while a.wait_for is not None and not a.wait_for.exists():
-        time.sleep(1 / 20)
+    wait_for(a.wait_for)
     for _ in range(4):  # each waits only at its end; the first is not counted
         begun = time.perf_counter()
         for _ in range(a.steps):
