@@ -31,22 +31,27 @@ def behind_prompts(order: jax.Array) -> Plan:
 
 
 @pytest.mark.usefixtures("no_shape_checks")
-@pytest.mark.parametrize("by_row", [False, True], ids=["shared", "by-row"])
+@pytest.mark.parametrize("steps", ["shared", "by-row", "wide"])
 @pytest.mark.parametrize("name", brief(["esolm", "esolm_a", "ar", "bd3lm"], "esolm"))
-def test_no_copy_the_size_of_the_cache(name: str, by_row: bool) -> None:
-    """Of steps that rows share, or each has its own."""
-    config = tiny_config(name, LENGTH, **({"block_size": 4} if name == "bd3lm" else {}))
+def test_no_copy_the_size_of_the_cache(name: str, steps: str) -> None:
+    """Of steps that rows share, or each has its own, or that are of several widths with a large vocabulary."""
+    large = {"vocab_size": 400} if steps == "wide" else {}
+    config = tiny_config(name, LENGTH, **large, **({"block_size": 4} if name == "bd3lm" else {}))
     plan: Plan = left_to_right(BATCH, LENGTH)
-    if by_row:
+    if steps == "by-row":
         plan = behind_prompts(plan.order)
+    elif steps == "wide" and name != "ar":
+        plan = Plan(plan.order, np.array([1, 1, 2] * (LENGTH // 4)), LENGTH)
     sampler = families.get(config).sampler(config)
     uniforms = loop.draw_uniforms(loop.row_keys(jax.random.key(0), jnp.arange(BATCH)), LENGTH)
-    run = max(passes.schedule(plan, sampler), key=lambda run: len(run.steps.first))
+    runs = passes.schedule(plan, sampler, row=passes.row_cost(config.model))
+    run = max(runs, key=lambda run: len(run.steps.first))
     state = loop.grow(loop.start(random_weights(config.model), config.model, sampler, plan), run.shape)
     lowered = loop.decode_run.lower(random_weights(config.model), state, run.steps, loop.Draw(uniforms),
                                     config.model, sampler, run.shape)
     compiled = lowered.compile(USUAL)
     text = compiled.as_text()
+    assert (" conditional(" in text) == (steps == "wide" and name != "ar")
     heads, size = config.model.heads, config.model.head_size
     for cache in (f"f32[{BATCH},{heads},{size},{LENGTH}]", f"f32[{BATCH},{heads},{LENGTH},{size}]"):
         assert cache in text  # or the search below finds nothing for the wrong reason

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import engine, random_tokens, random_weights, tiny_config
+from conftest import brief, engine, random_tokens, random_weights, tiny_config
 from eso_jax import families
 from eso_jax.config import Config
 from eso_jax.decoding import categorical, check, loop, passes as passes_of_plans
@@ -225,10 +225,30 @@ def test_rows_do_not_know_their_batch(name: str) -> None:
     np.testing.assert_array_equal(whole[4:], families.sample(WEIGHTS, CONFIGS[name], part, keys))
 
 
+@pytest.mark.parametrize("name", brief(NAMES, "esolm"))
+def test_rows_of_logits_are_chosen_pass_by_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the head costs most; tokens and scores are those of loops of one width."""
+    config = tiny_config(name, LENGTH, vocab_size=400, **({"block_size": BLOCK} if name == "bd3lm" else {}))
+    weights, plan, key = random_weights(config.model), plan_of(name, 4, 2, CUTS), jax.random.key(1)
+    sampler = families.get(config).sampler(config)
+    rows, draw = list[int](), categorical.draw
+    monkeypatch.setattr(categorical, "draw", lambda logits, *rest: rows.append(logits.shape[1]) or draw(logits, *rest))
+    found = families.sample(weights, config, plan, key)
+    logp = loop.log_prob(weights, config.model, sampler, plan, found)
+    loop.decode_run.clear_cache()
+    branches = len(rows)
+    monkeypatch.setattr(passes_of_plans, "switches", lambda _: False)
+    np.testing.assert_array_equal(families.sample(weights, config, plan, key), found)
+    np.testing.assert_allclose(loop.log_prob(weights, config.model, sampler, plan, found), logp, rtol=1e-5, atol=1e-5)
+    assert set(rows) <= {1, 2}
+    assert (branches > len(rows) - branches) == (name != "ar")  # whose steps are of one token
+
+
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(NAMES), cuts=any_cuts(), alpha_0=st.sampled_from([0.0, 0.5, 1.0]), batch=st.integers(1, 2),
-       size=st.sampled_from([None, 1, 2, 3, 5]))
-def test_schedule_covers_every_step(name: str, cuts: list[bool], alpha_0: float, batch: int, size: int | None) -> None:
+       size=st.sampled_from([None, 1, 2, 3, 5]), row=st.sampled_from([0.5, 2.0]))
+def test_schedule_covers_every_step(name: str, cuts: list[bool], alpha_0: float, batch: int, size: int | None,
+                                    row: float) -> None:
     """Each slot is decoded once. Then the last pass over every slot before its step came after that was decoded, and
     over its step's own slots before any of them was; whatever windows are rounded to, cut into and filled up with."""
     plan = plan_of(name, 0, batch, cuts, alpha_0)
@@ -240,7 +260,7 @@ def test_schedule_covers_every_step(name: str, cuts: list[bool], alpha_0: float,
         if size is not None:  # windows of any size, and single rows of logits
             patch.setattr(passes_of_plans, "_cheapest_sizes",
                           lambda needed, _, *window: np.full(len(needed), size if window else 1))
-        runs = schedule(plan, sampler)
+        runs = schedule(plan, sampler, row=row)
     for run in runs:
         assert live <= run.shape.live <= LENGTH
         live = run.shape.live

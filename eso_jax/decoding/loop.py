@@ -201,8 +201,18 @@ def decode_run(weights: Weights, state: State, steps: Step, source: Draw | Score
 
     def body(state: State, step: Step) -> tuple[State, None]:
         hidden, cache = hidden_of(weights, state, step, sampler, shape)
-        state = dataclasses.replace(state, cache=cache)
-        return write(weights, state, step, hidden, source, config, sampler, shape), None
+
+        def write_rows(width: int, state: State) -> State:
+            own = shape._replace(width=width)
+            rows = slots.take(hidden, taken_from(step, own) - taken_from(step, shape), width)
+            return write(weights, state, step, rows, source, config, sampler, own)
+
+        widths = passes.widths(shape.width, passes.row_cost(config))
+        least = (np.array(widths[:-1]) < step.count.max()).sum()
+        # Without the cache, which a branch might copy.
+        state = jax.lax.switch(least, [functools.partial(write_rows, width) for width in widths],
+                               dataclasses.replace(state, cache=None))
+        return dataclasses.replace(state, cache=cache), None
 
     steps = jax.tree.map(lambda x: sharding.constrain(x, None, sharding.BATCH) if x.ndim == 2 else x, steps)
     return jax.lax.scan(body, state, steps)[0]

@@ -7,9 +7,11 @@ the bounds of the loop data, a GPU would ask the host after each pass.) Programs
 and used by later runs and plans, so there should be few. A window that is too wide begins earlier or ends later than
 needed: earlier slots are recomputed to the same values, later ones cannot be seen and are overwritten. A window that is
 too narrow for a step takes several passes. A run that is too long repeats its last pass and decodes nothing, as does a
-row that is done, or waits for others. All this costs time and changes nothing. (Instead, one loop could hold a
-`lax.switch` over the shapes. On 2 CPU cores, L = 256, T = 256, batch 4, it ran 7% slower; and the cache could not grow
-with the plan.)
+row that is done, or waits for others. All this costs time and changes nothing.
+
+Where the head costs most, a loop on a CPU chooses pass by pass of how many rows it computes logits (`widths`). A loop
+that chose among windows as well ran 7% slower (2 CPU cores, L = 256, T = 256, batch 4), and its cache could not grow
+with the plan.
 
 Axes: B batch, L length, S steps of a plan, P passes.
 """
@@ -33,6 +35,7 @@ from eso_jax.model import masks, transformer
 from eso_jax.model.masks import Pattern, View
 
 # A pass costs as much as its slots and so many more: it reads the weights, elsewhere for all rows of a batch at once.
+# On CPU it is multiplied by `row_cost` where the head's weights are more than those of the layers.
 FREE, FREE_ELSEWHERE = 8, 256
 WORTH = 1 / 16  # of a plan's cost: what a window of another width must save
 LEAST_GIVEN = 16  # slots of a pass over given tokens
@@ -96,7 +99,7 @@ class Shape(NamedTuple):
 
     Attributes:
       window: slots in a pass.
-      width: rows whose logits are computed, at least the step's count.
+      width: rows whose logits are computed, at least the step's count; or the most of them, where a loop chooses.
       live: slots of the cache.
     """
 
@@ -115,6 +118,17 @@ class Run(NamedTuple):
 def row_cost(config: ModelConfig) -> float:
     """What a row of logits costs, in slots of a pass: the products with the head over those with the layers."""
     return config.vocab_size / (12 * config.layers * config.width)
+
+
+def switches(row: float) -> bool:
+    """Whether a loop chooses among widths pass by pass, by `row_cost`: on CPU, where the head costs more than the
+    layers. A GPU would wait for the host at each choice."""
+    return sharding.platform() == "cpu" and row >= 1
+
+
+def widths(most: int, row: float) -> list[int]:
+    """The widths among which a loop of width `most` chooses, ascending: few, since each is compiled on its own."""
+    return sorted({-(-most // 4), -(-most // 2), most}) if switches(row) else [most]
 
 
 def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5) -> list[Run]:
@@ -138,7 +152,7 @@ def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5
         window, width = needed, _most(steps.count)
         steps = _start_within(steps, window, length)
     elif sampler.cached and sampler.pattern == masks.CAUSAL and steps.first.ndim == steps.count.ndim == 1:
-        free = FREE if cpu else max(FREE, FREE_ELSEWHERE // batch)
+        free = round(FREE * max(1, row)) if cpu else max(FREE, FREE_ELSEWHERE // batch)
         steps, window, width = _cut_steps(steps, stop, needed, length, free, row)
     else:
         steps, window, width = _round_shapes(steps, needed, length)
@@ -189,6 +203,8 @@ def _cut_steps(steps: Step, stop: Int[np.ndarray, " S"], needed: Int[np.ndarray,
     counts = np.maximum(steps.count, 1)
 
     def width_of(passes: Any) -> Int[np.ndarray, " _"]:
+        if switches(row):
+            return _sizes(int(counts[passes].max()))[-1:].clip(max=window[passes][0])
         sizes = _cheapest_sizes(counts[passes], round((free + int(window[passes][0])) / row))
         return np.clip(sizes, inner[passes].max(), window[passes])
 
