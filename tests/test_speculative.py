@@ -4,13 +4,14 @@ an oracle in tests/conformance/test_speculation.py.)"""
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eso_jax import families, likelihood
+from eso_jax import families, likelihood, sharding
 from eso_jax.decoding import decoders, loop, speculative
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.loop import Draw
@@ -42,12 +43,15 @@ def test_a_rows_own_k_is_the_same_in_any_company(monkeypatch: pytest.MonkeyPatch
     The page is told what a row's passes compute alone."""
     jax.clear_caches()  # of programs of another pace
     for module in (decoders, speculative):
-        monkeypatch.setattr(module, "PACE", 2)
+        monkeypatch.setattr(module, "PACE", 1)
     found, adapt = list[list[int]](), Speculative.adapt
 
-    def seen(self: Speculative, progress: decoders.Progress, left: np.ndarray) -> tuple[Speculative, decoders.Progress]:
-        decoder, progress = adapt(self, progress, left)
-        found.append([decoder.drafts, *progress.memory.wanted[left].tolist()])
+    def seen(self: Speculative, progress: decoders.Progress, noted: Any,
+             left: np.ndarray) -> tuple[Speculative, decoders.Progress]:
+        decoder, progress = adapt(self, progress, noted, left)
+        really = np.asarray(progress.at) < LENGTH
+        assert (left | ~really).all()
+        found.extend([[decoder.drafts, *progress.memory.wanted[really].tolist()]] * bool(really.any()))
         return decoder, progress
 
     monkeypatch.setattr(Speculative, "adapt", seen)
@@ -61,9 +65,48 @@ def test_a_rows_own_k_is_the_same_in_any_company(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_array_equal(alone.passes, whole.passes)
     assert whole.record is not None and alone.record is not None and alone.caption is not None
     np.testing.assert_allclose(alone.record.logp, whole.record.logp, atol=1e-5)
-    windows = [row[:passes:2] for row, passes in zip(alone.caption.window, alone.passes, strict=True)]
+    windows = [row[:passes] for row, passes in zip(alone.caption.window, alone.passes, strict=True)]
     assert [(high - low - 2) // 3 for row in windows for low, high in row] == [drafts for drafts, _ in found]
     assert len({drafts for drafts, _ in found}) > 1
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", ["speculative:2", "speculative", "entropy:1", "likeliest:1"])
+def test_the_host_reads_while_the_next_passes_are_at_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the beginning, what it reads is of the passes before the last. At most one loop decodes nothing: none where
+    each pass decodes one token, so that the end is known."""
+    jax.clear_caches()
+    monkeypatch.setattr(decoders, "PACE", 3)
+    events, ours = list[str | int](), dict[int, int]()  # a loop was begun, or the rows after this one were read
+    fetch, passes, at = sharding.fetch, decoders.decode_passes, list[int]()
+
+    def fetched(tree: Any) -> Any:
+        if isinstance(tree, tuple) and id(tree[0]) in ours:
+            events.append(ours[id(tree[0])])
+        return fetch(tree)
+
+    def begun(*arguments: Any) -> decoders.Progress:
+        events.append("begin")
+        return passes(*arguments)
+
+    decoder, plan = decoders.named(name), left_to_right(2, LENGTH)
+    sampler = families.get(CONFIG).sampler(CONFIG)
+    source = Draw(loop.uniforms_of(jax.random.key(1), plan, decoder.uniforms), RULE)
+    copy, kept = jnp.copy, []
+
+    def copied(x: jax.Array) -> jax.Array:
+        kept.append(copy(x))  # ids stay theirs
+        ours[id(kept[-1])] = events.count("begin")
+        return kept[-1]
+
+    monkeypatch.setattr(sharding, "fetch", fetched)
+    monkeypatch.setattr(decoders, "decode_passes", begun)
+    monkeypatch.setattr(decoders.jnp, "copy", copied)
+    progress = decoders.start(WEIGHTS, CONFIG.model, sampler, plan, source, decoder)
+    for progress in decoders.until_done(WEIGHTS, CONFIG.model, sampler, plan, progress, source, decoder):
+        at.append(int(progress.at.min()))
+    assert events == [0, "begin", 0, *(event for number in range(1, len(at)) for event in ("begin", number))]
+    assert at[-1] == LENGTH and (at.count(LENGTH) == 1 if name == "likeliest:1" else at.count(LENGTH) <= 2)
     jax.clear_caches()
 
 

@@ -2,7 +2,7 @@
 
 The planned loop (loop.py) runs passes whose numbers are known beforehand. Here the order of a row is still that of its
 plan, given tokens first, but its next pass depends on what came before. Passes run in a compiled loop of `PACE` at a
-time; in between the host reads how far the rows are. A row that is done changes nothing any more.
+time. How far the rows are, the host reads while the next loop is at work. A row that is done changes nothing any more.
 
 Tokens are drawn by uniforms that are keyed by (the row's key, slot), as in the planned loop, so that a row alone gives
 what it gives among others.
@@ -82,8 +82,16 @@ class Decoder(ABC):
     def begin(self, config: ModelConfig, batch: int) -> Any:
         """The memory before the first pass."""
 
-    def adapt(self, progress: Progress, left: Bool[np.ndarray, " B"]) -> tuple[Decoder, Progress]:
-        """The decoder of the next `PACE` passes, and the progress for it. `left`: rows that are not done."""
+    def noted(self, memory: Any) -> Any:
+        """What `adapt` goes by, a tree of arrays [B]."""
+
+    def adapt(self, progress: Progress, noted: Any, left: Bool[np.ndarray, " B"]) -> tuple[Decoder, Progress]:
+        """The decoder of the next `PACE` passes, and the progress for it.
+
+        Args:
+          noted: as numpy arrays, after the `PACE` passes before the last ones; of the beginning, where there are none.
+          left: rows that may not be done.
+        """
         return self, progress
 
     @abstractmethod
@@ -163,12 +171,25 @@ def start(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, s
 
 def until_done(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, progress: Progress, source: Draw,
                decoder: Decoder) -> Iterator[Progress]:
-    """The progress after every `PACE` passes. It is gone when the next one is asked for, which updates it in place."""
+    """The progress after every `PACE` passes. It is gone when the next one is asked for, which updates it in place.
+
+    The host reads how far the rows are, and what a decoder adapts to, while the next passes are at work: a device does
+    not wait for it. So up to `PACE` passes may be in vain: they decode nothing.
+    """
+    def copied(progress: Progress) -> Any:
+        return jax.tree.map(jnp.copy, (progress.at, decoder.noted(progress.memory)))
+
     end = np.broadcast_to(np.asarray(plan.end, np.int32), len(plan.order))
-    on_device = jnp.asarray(end)
-    while (left := sharding.fetch(progress.at) < end).any():
-        decoder, progress = decoder.adapt(progress, left)
+    on_device, at_work = jnp.asarray(end), 0
+    before = last = copied(progress)
+    while True:
+        at, noted = sharding.fetch(before)
+        left = at + at_work < end  # a pass decodes a token at least
+        if not left.any():
+            return
+        decoder, progress = decoder.adapt(progress, noted, left)
         progress = decode_passes(weights, progress, source, on_device, config, sampler, decoder)
+        before, last, at_work = last, copied(progress), PACE
         yield progress
 
 

@@ -19,9 +19,10 @@ token that was drawn there; where a draft was refused, they have seen that one.
 Masks are written into the cache behind the clean part, where later passes write over them, as over refused drafts; the
 keys and values of accepted drafts are those of decoded tokens and stay.
 
-k is fixed, or each row finds its own: every `PACE` passes, twice as many if more than three in four of its drafts were
-accepted since, half as many if less than half. Drafts beyond these are dropped. Nothing of this depends on a token that
-is not decoded yet, so the law stays p.
+k is fixed, or each row finds its own. `PACE` passes have one k, and it is found from the k of the passes before the last
+ones: twice that if more than three in four of their drafts were accepted, half of it if less than half. (The last ones
+are still at work when the host decides; the first and the second k are the same.) Drafts beyond these are dropped.
+Nothing of this depends on a token that is not decoded yet, so the law stays p.
 
 [1] Leviathan, Kalman & Matias, "Fast inference from transformers via speculative decoding", ICML 2023.
 
@@ -63,7 +64,7 @@ class Memory(NamedTuple):
       laws: float32 [B, k, V], by which they were drawn.
       drafted: int32 [B], of so many, the first, there is a draft.
       wanted: int32 [B], so many drafts a pass makes.
-      verified: int32 [B], drafts since `wanted` was found.
+      verified: int32 [B], drafts since `wanted` was set.
       accepted: int32 [B], of these.
     """
 
@@ -112,10 +113,14 @@ class Speculative(Decoder):
         none, laws = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, self.drafts, config.vocab_size), jnp.float32)
         return Memory(jnp.zeros((batch, self.drafts), jnp.int32), laws, none, none + self.drafts, none, none)
 
-    def adapt(self, progress: Progress, left: Bool[np.ndarray, " B"]) -> tuple[Speculative, Progress]:
+    def noted(self, memory: Memory) -> tuple[Array, ...]:
+        return (memory.wanted, memory.verified, memory.accepted) if self.by_row else ()
+
+    def adapt(self, progress: Progress, noted: tuple[np.ndarray, ...],
+              left: Bool[np.ndarray, " B"]) -> tuple[Speculative, Progress]:
         if not self.by_row:
             return self, progress
-        wanted = wanted_after(*sharding.fetch(progress.memory[3:]))
+        wanted = wanted_after(*noted)
         most = int(wanted[left].max())
         memory = adapted(progress.memory, wanted.clip(max=most), most)
         return dataclasses.replace(self, drafts=most), dataclasses.replace(progress, memory=memory)
@@ -125,9 +130,11 @@ class Speculative(Decoder):
         counts, starts, stops = found.tokens_per_step, [], []
         none = np.zeros(counts.shape[:-1], int)
         wanted, drafted, verified, accepted = none + self.drafts, none, none, none
+        last = wanted, verified, accepted
         for number, at in enumerate(np.moveaxis(found.first, -1, 0)):
             if self.by_row and number % PACE == 0:
-                wanted, verified, accepted = wanted_after(wanted, verified, accepted), none, none
+                before, last = last, (wanted, verified, accepted)
+                wanted, verified, accepted = wanted_after(*before), none, none
                 drafted = np.minimum(drafted, wanted)
             starts.append(np.maximum(at + drafted - wanted - 1, 0))
             stops.append(starts[-1] + 3 * wanted + 2)
@@ -167,7 +174,7 @@ class Speculative(Decoder):
 
 def wanted_after(wanted: Int[np.ndarray, "..."], verified: Int[np.ndarray, "..."],
                  accepted: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-    """A row's next k."""
+    """A row's k after passes of this k, by what was verified and accepted in them."""
     fewer = np.where(2 * accepted < verified, wanted // 2, wanted)
     return np.where(4 * accepted > 3 * verified, 2 * wanted, fewer).clip(1, LARGEST)
 
