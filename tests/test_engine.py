@@ -106,19 +106,27 @@ def test_rows_come_back_in_order_without_the_padding() -> None:
         engine(config, model.weights, 0)
 
 
+@pytest.mark.parametrize("where", ["read", "function"])
 @pytest.mark.parametrize(("stop", "keep", "kept"), [(3, True, 4), (3, False, None), (1, True, None)])
-def test_an_interrupt_keeps_the_batches_that_are_done(stop: int, keep: bool, kept: int | None) -> None:
-    """Only if that is asked for, and if there are any."""
+def test_an_interrupt_keeps_the_batches_that_are_done(stop: int, keep: bool, kept: int | None, where: str) -> None:
+    """Only if that is asked for, and if there are any; wherever in a turn it comes."""
     config, batches = tiny_config(), iter(range(1, 5))
     model = engine(config, random_weights(config.model), 2)
 
-    def function(_: Any, rows: jax.Array) -> jax.Array:
-        if next(batches) == stop:
+    def interrupt(here: str) -> None:
+        if here == where and next(batches) == stop:
             raise KeyboardInterrupt
+
+    def function(_: Any, rows: jax.Array) -> jax.Array:
+        interrupt("function")
         return rows
 
+    def read(rows: np.ndarray) -> list[np.ndarray]:
+        interrupt("read")
+        return [rows.astype(np.int32)]
+
     def rows() -> Any:
-        return model.rows(function, 7, lambda rows: [rows.astype(np.int32)], keep=keep)
+        return model.rows(function, 7, read, keep=keep)
 
     if kept is None:
         pytest.raises(KeyboardInterrupt, rows)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from conftest import Run
 from eso_jax.data import prompts
+from eso_jax.engine import model as engine_model
+from eso_jax.engine.model import Model, Samples
 from eso_jax.errors import EsoError
 from test_control import model_of
 
@@ -57,6 +60,54 @@ def test_a_stop_may_stand_across_two_windows() -> None:
     found = MODEL.lengthen(GIVEN, 20, OVERLAP, stop=[stop], steps=3, alpha_0=0.5)
     assert found.text[0] == decode(np.array(whole))[:end] and found.windows[0] <= 2
     assert found.tokens[0].tolist() == whole[:len(found.tokens[0])] and len(found.tokens[0]) < LENGTH
+
+
+def test_an_interrupt_keeps_the_windows_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only if that is asked for, and if there are any."""
+    whole, sample = long(), Model.sample
+
+    def interrupt_at(number: int) -> None:
+        windows = iter(range(9))
+
+        def interrupted(*arguments: Any, **how: Any) -> Samples:
+            if next(windows) == number:
+                raise KeyboardInterrupt
+            return sample(*arguments, **how)
+
+        monkeypatch.setattr(Model, "sample", interrupted)
+
+    interrupt_at(2)
+    found = MODEL.lengthen(GIVEN, 20, OVERLAP, steps=3, alpha_0=0.5, keep=True)
+    assert found.windows.tolist() == [2, 2] and found.left.tolist() == [3, 6]
+    assert [tokens.tolist() for tokens in found.tokens] == [whole[0][:-3], whole[1][:-6]]
+    for number, how in ((2, {}), (0, {"keep": True})):
+        interrupt_at(number)
+        with pytest.raises(KeyboardInterrupt):
+            long(**how)
+
+
+@pytest.mark.slow
+def test_the_command_says_what_an_interrupt_kept(trained: Path, run: Run, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, or windows."""
+    out, decode, windows = tmp_path / "long.jsonl", engine_model.decode, list[int]()
+
+    def interrupted(*arguments: Any) -> Any:
+        windows.append(0)
+        if len(windows) == 2:
+            raise KeyboardInterrupt
+        return decode(*arguments)
+
+    monkeypatch.setattr(engine_model, "decode", interrupted)
+    arguments = ["sample", "--workdir", trained, "--steps", 4, "--out", out, "--max-tokens"]
+    said = run(*arguments, 500, "--stop", "no such text")
+    assert "interrupted: 0 of 1 texts are whole; the others end where a window did" in said
+    assert json.loads(out.read_text("utf-8"))["stopped"] is False
+    for number, words in ((500, "interrupted before the first windows were done, so nothing is written"),
+                          (9, "interrupted before the first batch was done, so nothing is written; a smaller")):
+        windows[:] = [0]
+        said = run(*arguments, number, code=130)
+        assert words in said and "training" not in said
 
 
 @pytest.mark.parametrize(("tokens", "how", "said"), [

@@ -85,7 +85,9 @@ def exit_code_of(action: Callable[[], None]) -> int:
             code, words = ending(error)
             if code == 1:
                 raise
-            tell(f"eso-jax: {'error: ' if code == 2 else ''}{GOES_ON if code == 130 else words}")
+            if code == 130:
+                words = str(error) or GOES_ON
+            tell(f"eso-jax: {'error: ' if code == 2 else ''}{words}")
             return code
         return 0
 

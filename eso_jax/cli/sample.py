@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +145,8 @@ def run(arguments: argparse.Namespace) -> None:
         prompts = of_array(np.zeros((1, 0), int), model.config.model) if given is None else given
         if _is_longer(prompts, arguments.max_tokens, model):
             return _lengthen(arguments, model, prompts, steps, stop)
-    with watching(model.tokenizer, arguments.show, arguments.watch) as watch:
+    with (watching(model.tokenizer, arguments.show, arguments.watch) as watch,
+          _lost("the first batch was done, so nothing is written; a smaller --batch-size keeps more")):
         found = model.sample(count, steps, arguments.alpha_0, arguments.top_p,
                              arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
                              decoder=arguments.decoder, num_tries=arguments.num_tries,
@@ -203,16 +205,29 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
     if refused:
         raise EsoError(f"{limit}: texts of several windows have no --{refused[0].replace('_', '-')}; leave it out")
     rows = type(prompts)(*(np.repeat(part, arguments.num_samples, axis=0) for part in prompts))
-    found = model.lengthen(rows, arguments.max_tokens, stop=stop, steps=steps, alpha_0=arguments.alpha_0,
-                           top_p=arguments.top_p, min_p=arguments.min_p, temperature=arguments.temperature,
-                           seed=arguments.seed, plan=arguments.plan, decoder=arguments.decoder,
-                           banned=banned_of(arguments, model))
-    stopped = np.array([len(tokens) for tokens in found.tokens]) < (rows.tokens != model.config.model.mask).sum(1) + (
-        arguments.max_tokens)
+    with _lost("the first windows were done, so nothing is written"):
+        found = model.lengthen(rows, arguments.max_tokens, stop=stop, steps=steps, alpha_0=arguments.alpha_0,
+                               top_p=arguments.top_p, min_p=arguments.min_p, temperature=arguments.temperature,
+                               seed=arguments.seed, keep=True, plan=arguments.plan, decoder=arguments.decoder,
+                               banned=banned_of(arguments, model))
+    whole = found.left == 0
+    if not whole.all():
+        say(f"interrupted: {whole.sum()} of {len(whole)} texts are whole; the others end where a window did")
+    stopped = whole & (np.array([len(tokens) for tokens in found.tokens]) < arguments.max_tokens + (
+        rows.tokens != model.config.model.mask).sum(1))
     write_whole(arguments.out, _lines(found.text, _stopped(stopped, stop)))
     say(f"wrote {arguments.out}")
     _show(found.text[:arguments.show], stopped, stop)
     say(f"{sum(map(len, found.tokens))} tokens, prompts included, in {found.windows.sum()} windows of {length}")
+
+
+@contextlib.contextmanager
+def _lost(before: str) -> Iterator[None]:
+    """Around the sampling: an interrupt that comes through says before what it came."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted before {before}") from None
 
 
 def _stopped(stopped: np.ndarray, stop: list[str]) -> list[dict[str, Any]]:

@@ -222,17 +222,17 @@ class Model(Engine):
         with Stopwatch() as clock:
             for attempt in range(num_tries):
                 again = np.arange(num_samples)
-                if min_entropy is not None and attempt:
-                    # What others of its batch had a row decode behind its end does not count.
-                    ended = whole.tokens.copy()
-                    for row, own in zip(ended, known, strict=True):
-                        if stops:
-                            stops.cut(row, own)
-                    again = np.flatnonzero(unigram_entropy(ended, mask=model.mask) < min_entropy)
-                if not len(again):
-                    break
-                keys = _keys_of(jax.random.fold_in(draw_key, attempt), given, known)
                 try:
+                    if min_entropy is not None and attempt:
+                        # What others of its batch had a row decode behind its end does not count.
+                        ended = whole.tokens.copy()
+                        for row, own in zip(ended, known, strict=True):
+                            if stops:
+                                stops.cut(row, own)
+                        again = np.flatnonzero(unigram_entropy(ended, mask=model.mask) < min_entropy)
+                    if not len(again):
+                        break
+                    keys = _keys_of(jax.random.fold_in(draw_key, attempt), given, known)
                     found = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
                                    stops.done if stops and stop else done, record, watch, decoder)
                 except KeyboardInterrupt:

@@ -78,17 +78,16 @@ class Engine:
         size = self.size(count) if size is None else size
         own, results = sharding.rows_of_process(self.mesh, size), list[Any]()
         with jax.set_mesh(self.mesh), catch_out_of_memory(f"batch_size = {size}", REMEDY):
-            for low in console.bar(range(0, count, size), label is not None and count > size, desc=label, unit="batch",
-                                   leave=False):
-                numbers = np.resize(np.arange(low, min(low + size, count)), size)  # padded by rows of the same batch
-                arrays = [sharding.put_rows(array, self.mesh, size) for array in read(numbers[own])]
-                try:
+            try:
+                for low in console.bar(range(0, count, size), label is not None and count > size, desc=label,
+                                       unit="batch", leave=False):
+                    numbers = np.resize(np.arange(low, min(low + size, count)), size)  # padded by rows of the batch
+                    arrays = [sharding.put_rows(array, self.mesh, size) for array in read(numbers[own])]
                     found = sharding.fetch(function(self.weights, *arrays))
-                except KeyboardInterrupt:
-                    if keep and results:
-                        break
+                    results.append(jax.tree.map(lambda x, low=low: x[:count - low], found))
+            except KeyboardInterrupt:
+                if not (keep and results):
                     raise
-                results.append(jax.tree.map(lambda x: x[:count - low], found))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 

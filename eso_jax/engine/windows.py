@@ -29,20 +29,23 @@ class Long(NamedTuple):
       tokens: N arrays int32, what was given included, up to the first stop.
       text: what they say; nothing without a tokenizer.
       windows: how many each text took, int [N].
+      left: int [N], tokens that an interrupt has left out.
     """
 
     tokens: list[np.ndarray]
     text: list[str]
     windows: np.ndarray
+    left: np.ndarray
 
 
 def lengthen(model: Model, given: Given | np.ndarray, max_tokens: int, overlap: int | None = None,
-             stop: Sequence[str] = (), seed: int = 0, **how: Any) -> Long:
+             stop: Sequence[str] = (), seed: int = 0, keep: bool = False, **how: Any) -> Long:
     """Texts that go on for `max_tokens` tokens behind their prompts, or to a stop.
 
     Args:
       given: prompts, one for each text: int [N, K <= L], or what eso_jax.data.prompts makes of texts.
       overlap: tokens of a window that are the last of the one before; None: half of them.
+      keep: an interrupt (Ctrl-C) ends the work and leaves the windows that are done, if there are any.
       how: other arguments of `Model.sample`, the same for each window.
 
     Raises:
@@ -73,8 +76,13 @@ def lengthen(model: Model, given: Given | np.ndarray, max_tokens: int, overlap: 
         number = int(windows.max())
         # Another seed for each window: a text that repeats itself must not repeat its draws.
         fresh = int(np.random.default_rng([seed, number]).integers(2**32)) if number else seed
-        samples = model.sample(1, given=Given(tokens, np.minimum(length, begin + left[rows])), done=done, seed=fresh,
-                               **how)
+        try:
+            samples = model.sample(1, given=Given(tokens, np.minimum(length, begin + left[rows])), done=done,
+                                   seed=fresh, **how)
+        except KeyboardInterrupt:
+            if keep and number:
+                break
+            raise
         windows[rows] += 1
         for row, own, count in zip(rows, samples.tokens, begin, strict=True):
             new = own[count:]
@@ -87,4 +95,4 @@ def lengthen(model: Model, given: Given | np.ndarray, max_tokens: int, overlap: 
         if stops is not None:
             text.append(stops.cut(tokens, np.arange(len(tokens)) < prompts[index]))
             texts[index] = tokens[tokens != mask]
-    return Long(texts, text, windows)
+    return Long(texts, text, windows, left)
