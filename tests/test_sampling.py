@@ -4,6 +4,7 @@ one, and draws know only their row."""
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from conftest import brief, engine, random_tokens, random_weights, tiny_config
 from eso_jax import families
 from eso_jax.config import Config
-from eso_jax.decoding import categorical, check, loop, passes as passes_of_plans
+from eso_jax.decoding import categorical, check, decoders, loop, passes as passes_of_plans
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.order import random_then_ascending, sort, unsort
 from eso_jax.decoding.passes import schedule
@@ -342,10 +343,32 @@ def test_plans_share_their_programs() -> None:
     assert loop.decode_run._cache_size() - before == len(programs) <= 13
 
 
-def test_progress_is_reported_token_by_token() -> None:
-    plan, counts = binomial(jax.random.key(0), 3, LENGTH, 4, 0.5), list[int]()
-    families.sample(WEIGHTS, CONFIG, plan, jax.random.key(0), Rule(temperature=0.9), report=counts.append)
-    assert sum(counts) == 3 * LENGTH
+@pytest.mark.parametrize("decoder", [None, "speculative:2"])
+def test_progress_is_reported_every_few_passes(decoder: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some passes while the next ones are at work. Where nobody asks, a plan stays in few runs, and the tokens are
+    the same."""
+    monkeypatch.setattr(loop, "PACE", 3)
+    module, name = (loop, "decode_run") if decoder is None else (decoders, "decode_passes")
+    events, begin, plan = list[int | str](), getattr(module, name), left_to_right(3, LENGTH)
+
+    def begun(*arguments: Any) -> Any:
+        events.append("begin")
+        return begin(*arguments)
+
+    def tokens(**how: Any) -> Any:
+        events.clear()
+        return families.sample(WEIGHTS, CONFIG, plan, jax.random.key(0), Rule(temperature=0.9), **how)
+
+    monkeypatch.setattr(module, name, begun)
+    if decoder is None:
+        told = tokens(report=events.append)
+        assert events == ["begin", *["begin", 3 * 3] * (LENGTH // 3 - 1), 3 * 3]
+        np.testing.assert_array_equal(told, tokens())
+        assert events == ["begin"]
+    else:
+        tokens(report=events.append, decoder=decoders.named(decoder))
+        assert events[:2] == ["begin"] * 2 and len(events) > 3
+        assert sum(count for count in events if isinstance(count, int)) == 3 * LENGTH
 
 
 def test_positions_matter_not_slots() -> None:

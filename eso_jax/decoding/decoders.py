@@ -140,12 +140,10 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     """Decodes a batch in the order of the plan, as loop.sample does along it."""
     source = Draw(loop.uniforms_of(keys, plan, decoder.uniforms), rule)
     progress = start(weights, config, sampler, plan, source, decoder, given, record)
-    states, before = ((each.state, each) for each in until_done(weights, config, sampler, plan, progress, source,
-                                                                decoder)), int(progress.at.sum())
-    for _, progress in loop.follow(states, config, sampler, plan, done, watch):
-        if report is not None:
-            report(int(progress.at.sum()) - before)
-            before = int(progress.at.sum())
+    states = ((each.state, each)
+              for each in until_done(weights, config, sampler, plan, progress, source, decoder))
+    for _, progress in loop.follow(states, config, sampler, plan, report, done, watch):
+        pass
     state = progress.state
     facts = jax.tree.map(lambda x: unsort(x, state.positions), state.facts)
     return Decoded(loop.natural(state, sampler), facts, state.positions, progress.step)

@@ -48,7 +48,7 @@ from eso_jax.decoding.record import Facts
 from eso_jax.model import attention, cache as kv, slots, vocabulary
 from eso_jax.model.params import Weights
 
-PACE = 8  # passes after which a watcher is told what there is, and whoever ends rows is asked
+PACE = 8  # passes after which who watches or counts is told what there is, and whoever ends rows is asked
 
 
 @struct.dataclass
@@ -103,7 +103,7 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
       weights: of params.fold, unstacked.
       keys: one for each row; or one, of which row b's is fold_in(key, b).
       given: the tokens that the plan takes for given, by natural position; others are not looked at.
-      report: is told after each run how many tokens the rows have got in it.
+      report: is told every few passes how many more tokens the rows have got; while the next passes are at work.
       record: the facts of each token, [B, L] and [B, L, A], are returned with the tokens.
       done: says of tokens, in natural order with masks, and of which were given, which rows need no more; the plan is
         left when all are done or decoded. It is asked about a run while the next one is at work, which is all that can
@@ -114,29 +114,39 @@ def sample(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, 
     state = start(weights, config, sampler, plan, given)
     if record:
         state = dataclasses.replace(state, facts=records.empty(len(plan.order), plan.length, config.vocab_size))
-    states = planned(weights, config, sampler, plan, state, source, PACE if done or watch else None)
-    for state, run in follow(states, config, sampler, plan, done, watch):
-        if report is not None:
-            jax.block_until_ready(state.tokens)
-            report(int(run.steps.count.sum()) * (len(plan.order) if run.steps.count.ndim == 1 else 1))
+    states = planned(weights, config, sampler, plan, state, source, PACE if report or done or watch else None)
+    for state, _ in follow(states, config, sampler, plan, report, done, watch):
+        pass
     tokens = natural(state, sampler)
     return (tokens, jax.tree.map(lambda x: unsort(x, plan.order), state.facts)) if record else tokens
 
 
-def follow(states: Iterator[tuple[State, T]], config: ModelConfig, sampler: Sampler, plan: Plan, done: Done | None,
-           watch: Watch | None) -> Iterator[tuple[State, T]]:
-    """The states with what comes with them, until `done` says that it is enough. For both see `sample`."""
-    before = None
+def follow(states: Iterator[tuple[State, T]], config: ModelConfig, sampler: Sampler, plan: Plan, report: Report | None,
+           done: Done | None, watch: Watch | None) -> Iterator[tuple[State, T]]:
+    """The states with what comes with them, until `done` says that it is enough. For the last three see `sample`."""
+    before, count = None, int(plan.known.sum()) if report else 0
+
+    def tell(tokens: Int[np.ndarray, "B L"]) -> None:
+        nonlocal count
+        if report is not None:
+            now = int((tokens != config.mask).sum())
+            report(now - count)
+            count = now
+
     for state, more in states:
         yield state, more
         if watch is not None:
             watch(sharding.fetch(natural(state, sampler)))
-        if done is not None:
+        if report is not None or done is not None:
             if before is not None:
                 tokens = sharding.fetch(before)
-                if (done(tokens, plan.known) | ((tokens != config.mask).sum(1) >= plan.end)).all():
+                tell(tokens)
+                if done is not None and (done(tokens, plan.known) | (
+                        (tokens != config.mask).sum(1) >= plan.end)).all():
                     break
             before = natural(state, sampler)
+    if report is not None and before is not None:
+        tell(sharding.fetch(before))
 
 
 def natural(state: State, sampler: Sampler) -> Int[Array, "B L"]:
