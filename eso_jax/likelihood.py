@@ -72,16 +72,22 @@ def log_prob_in_order(weights: Weights, config: Config, tokens: Int[Array, "B L"
 
 def plan_log_prob(engine: Engine, tokens: np.ndarray, plan: Plan) -> Float[np.ndarray, "B L"]:
     """log p of each token in nats, in the order, when tokens [B, L] are decoded along the plan; 0 for those that are
-    given, or that it leaves, which may be masks. One pass per step."""
+    given, or that it leaves, which may be masks. In one pass where the family has it (Eso-LM (B), AR), elsewhere by the
+    sampler's own steps, a pass each."""
     tokens, order = np.asarray(tokens), np.asarray(plan.order)
     require(order.shape == tokens.shape, "plan", order.shape, f"its order must have shape {tokens.shape}")
     mask, is_left = engine.config.model.mask, order.argsort(axis=1) >= np.reshape(plan.end, (-1, 1))
     tokens = np.where(is_left & (tokens == mask), int(mask == 0), tokens)  # any id but the mask
     check_tokens(tokens, engine.config)
 
+    if families.get(engine.config).one_pass_plans:
+        log_p, config = families.plan_log_likelihood, engine.config.law()
+    else:
+        log_p, config = families.plan_log_prob, engine.config
+
     def score(weights: Weights, tokens: Array, order: Array, rows: Array) -> Array:
         here = dataclasses.replace(plan.rows(sharding.fetch(rows)), order=order)
-        return families.plan_log_prob(weights, engine.config, here, tokens)
+        return log_p(weights, config, here, tokens)
 
     found: np.ndarray = engine.rows(score, len(tokens), lambda rows: (tokens[rows].astype(np.int32), order[rows],
                                                                       rows.astype(np.int32)), "scoring")

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import eso_jax  # noqa: F401  (what XLA must be told before JAX starts)
 import test_vocabulary
 from conftest import random_params, tiny_config
-from eso_jax import likelihood, sharding
+from eso_jax import families, likelihood, sharding
 from eso_jax.config import MeshConfig
 from eso_jax.data import ByteTokenizer
 from eso_jax.decoding import loop
@@ -108,7 +108,7 @@ def spied(module: Any, name: str, counts: list[float]) -> None:
 def main(out: str, *meshes: str) -> None:
     counts: list[float] = []
     for module, name in ((perplexity, "_estimate"), (likelihood, "log_prob_in_order"), (likelihood, "_conditionals"),
-                         (mauve, "_mean_states"), (loop, "decode_run")):
+                         (mauve, "_mean_states"), (loop, "decode_run"), (families, "_plan_log_likelihood")):
         spied(module, name, counts)
     found: dict[str, Any] = {}
     for shape in meshes:

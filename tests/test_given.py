@@ -192,6 +192,18 @@ def test_a_plan_behind_given_tokens_is_scored_in_one_pass(name: str) -> None:
     np.testing.assert_allclose(in_one, stepwise, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["esolm", "ar", "esolm_a", "mdlm", "bd3lm"])
+def test_a_model_scores_a_plan_in_one_pass_where_it_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by its steps elsewhere."""
+    one_pass, plan, tokens = name in ("esolm", "ar"), plan_of(name, 0, 3, CUTS, 0.5), random_tokens(CONFIG, 3)
+    stepwise = families.plan_log_prob(WEIGHTS, CONFIGS[name], plan, tokens)
+    with monkeypatch.context() as patch:
+        patch.delattr(families, "plan_log_prob" if one_pass else "plan_log_likelihood")
+        found = model_of(name).plan_log_prob(np.asarray(tokens), plan)
+    np.testing.assert_allclose(found, stepwise, atol=1e-5)
+    assert families.get(CONFIGS[name]).one_pass_plans == one_pass
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", brief(["esolm", "ar"], "esolm"))
 def test_what_a_plan_leaves_is_not_scored(name: str) -> None:
@@ -201,8 +213,8 @@ def test_what_a_plan_leaves_is_not_scored(name: str) -> None:
     logp = model.plan_log_prob(found.tokens, found.plan)
     assert (np.count_nonzero(logp, axis=1) == 5).all()
     tokens = jnp.asarray(np.where(found.tokens == MASK, 0, found.tokens))
-    in_one = families.plan_log_likelihood(WEIGHTS, CONFIGS[name], found.plan, tokens)
-    np.testing.assert_allclose(in_one, logp, atol=1e-5)
+    stepwise = families.plan_log_prob(WEIGHTS, CONFIGS[name], found.plan, tokens)
+    np.testing.assert_allclose(stepwise, logp, atol=1e-5)
     with pytest.raises(EsoError, match="is the mask"):
         model.plan_log_prob(np.full_like(found.tokens, MASK), found.plan)
 

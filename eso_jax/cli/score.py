@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", required=True, help=".npy, int [B, L], or the .npz of eso-jax sample")
     parser.add_argument("--orders", help=".npy, int [K, B, L], or a .npz with orders; drawn if absent")
     parser.add_argument("--num-orders", type=int, help="K, orders to draw per sequence (1)")
-    parser.add_argument("--plan", help=".npz of eso-jax sample: score along its plan by the sampler's own steps; "
+    parser.add_argument("--plan", help=".npz of eso-jax sample: score along its plan, as the sampler would; "
                                       "writes logp [B] and logp_in_order [B, L]")
     parser.add_argument("--given", help=".npy, bool [B, L], or int [B, L] with the mask where a token is not given: "
                                        "score the others, given these (Eso-LM (B), AR); writes logp [B] and "

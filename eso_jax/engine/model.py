@@ -271,7 +271,7 @@ class Model(Engine):
 
     def plan_log_prob(self, tokens: np.ndarray, plan: Plan) -> np.ndarray:
         """log p of each token of [B, L] in nats, in the order, when decoded along the plan: the law of `sample` given
-        its plan. One pass per step."""
+        its plan. In one pass where the family has it; see likelihood.plan_log_prob."""
         return likelihood.plan_log_prob(self, tokens, plan)
 
     def choose(self, context: str | np.ndarray, options: Sequence[str | np.ndarray]) -> choice.Choice:

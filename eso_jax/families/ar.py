@@ -69,6 +69,10 @@ class AR(Family):
         """Of the shifted input; the order must be the natural one (see check_orders)."""
         return _trunk(weights, shift(config, tokens))
 
+    @property
+    def one_pass_plans(self) -> bool:
+        return True
+
     def plan_log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], order: Int[Array, "B L"],
                             first: Int[Array, "#B L"],
                             training: transformer.Training | None = None) -> Float[Array, "B L"]:

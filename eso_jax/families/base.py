@@ -78,6 +78,11 @@ class Family(ABC):
         require(self.only_alpha_0 is None or alpha_0 in self.only_alpha_0, "alpha_0", alpha_0,
                 f"only Eso-LMs have a choice; leave it out for family.name = {self.name!r}")
 
+    @property
+    def one_pass_plans(self) -> bool:
+        """`plan_log_likelihood` scores a plan in one pass. Without it, a plan takes a pass per step of the sampler."""
+        return False
+
     # Training and its bound.
 
     @abstractmethod

@@ -205,6 +205,10 @@ class EsoLM(Family):
         return loss.masked_hidden(weights, config.model.mask, sort(tokens, order), all_masked, order,
                                   self.two_streams(config))
 
+    @property
+    def one_pass_plans(self) -> bool:
+        return not self.prefix
+
     def plan_log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], order: Int[Array, "B L"],
                             first: Int[Array, "#B L"],
                             training: transformer.Training | None = None) -> Float[Array, "B L"]:
