@@ -214,13 +214,14 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             for row in rows_of(name)[len(rows_of(name)) // 2:][:1]:
                 share = np.array(row["widths"])[1:] / sum(row["widths"])
                 wide.plot(1 + np.arange(len(share)), share, "o-", markersize=4, color=colours[name],
-                          label=f"{name}:{row['number']:g}")
+                          label=name if name == OWN else f"{name}:{row['number']:g}")
         wide.set(xlabel="tokens of a pass", title="Share of the passes that are so wide")
-        for axes in (varied, drafts, wide):
+        for axes in (drafts, wide):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend()
         for axes in (lost, seconds, own, drafts):
             axes.minorticks_off()
+        figure.legend(*varied.get_legend_handles_labels(), loc="outside lower center", ncols=9)
 
 
 def main() -> None:

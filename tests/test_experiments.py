@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import importlib
+import contextlib
 import json
 import os
 import re
@@ -282,6 +283,20 @@ def test_what_depends_on_a_changed_constant_is_measured_again(lab: Lab, monkeypa
         monkeypatch.setattr(module, "TRIALS", trials)
         module.run(lab)
     assert made == [3, 4]
+
+
+def test_the_picture_of_fewer_passes_names_each_line_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ways, and the held-out text, in one legend for all panels that have them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    monkeypatch.setattr(fewer_passes, "picture", lambda *_: contextlib.nullcontext(figure))
+    path = Path(fewer_passes.__file__).parent / "figures" / "fewer_passes.json"
+    fewer_passes.draw(path, json.loads(path.read_text()))
+    [legend], own = figure.legends, [axes.get_legend() for axes in figure.axes]
+    assert {text.get_text() for text in legend.get_texts()} == {*fewer_passes.NUMBERS, "held-out text"}
+    said = [text.get_text() for each in own if each for text in each.get_texts()]
+    assert fewer_passes.OWN in said and "speculative:4" in said and not {"entropy", "held-out text"} & set(said)
 
 
 def test_ways_to_take_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
