@@ -165,7 +165,11 @@ def test_it_ends_when_all_rows_are_done() -> None:
 
 
 @pytest.mark.usefixtures("no_shape_checks")
-def test_no_loop_waits_for_data() -> None:
+@pytest.mark.parametrize("cpu", [True, False])
+def test_no_loop_waits_for_data(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But on a CPU. Nowhere is the cache copied."""
+    jax.clear_caches()
+    monkeypatch.setattr(decoders, "sees_the_end", lambda: cpu)
     decoder, plan = Speculative(2), left_to_right(2, LENGTH)
     sampler = families.get(CONFIG).sampler(CONFIG)
     source = Draw(loop.uniforms_of(jax.random.key(1), plan, decoder.uniforms), Rule(top_p=0.9))
@@ -174,10 +178,24 @@ def test_no_loop_waits_for_data() -> None:
                                             decoder).compile()
     text, cache = compiled.as_text(), f"f32[2,{CONFIG.model.heads},{CONFIG.model.head_size},{LENGTH + decoder.window}]"
     whiles = [line for line in text.splitlines() if " while(" in line]
-    assert whiles and all("known_trip_count" in line for line in whiles)
+    assert whiles and sum("known_trip_count" not in line for line in whiles) == cpu
     assert cache in text and not re.findall(rf"= {re.escape(cache)}\S* copy\(", text)
     assert compiled.memory_analysis().alias_size_in_bytes >= sum(
         x.nbytes for x in jax.tree.leaves(progress.state.cache)), "the progress is not donated"
+    jax.clear_caches()
+
+
+def test_a_cpu_makes_no_pass_when_all_rows_are_done() -> None:
+    decoder, plan = Speculative(2), left_to_right(2, LENGTH)
+    sampler = families.get(CONFIG).sampler(CONFIG)
+    source = Draw(loop.uniforms_of(jax.random.key(1), plan, decoder.uniforms), Rule())
+    progress = decoders.start(WEIGHTS, CONFIG.model, sampler, plan, source, decoder)
+    for progress in decoders.until_done(WEIGHTS, CONFIG.model, sampler, plan, progress, source, decoder):
+        pass
+    before = jax.device_get((progress.passes, progress.memory))
+    assert before[1].verified.max() <= 2 * before[0].max()  # each pass verifies two drafts
+    progress = decoders.decode_passes(WEIGHTS, progress, source, jnp.full(2, LENGTH), CONFIG.model, sampler, decoder)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((progress.passes, progress.memory)), before)
 
 
 @pytest.mark.parametrize("name", ["ar", "esolm_a", "mdlm", "bd3lm"])

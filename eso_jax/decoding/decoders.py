@@ -172,7 +172,7 @@ def until_done(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Pl
     """The progress after every `PACE` passes. It is gone when the next one is asked for, which updates it in place.
 
     The host reads how far the rows are, and what a decoder adapts to, while the next passes are at work: a device does
-    not wait for it. So up to `PACE` passes may be in vain: they decode nothing.
+    not wait for it. So the last `PACE` passes may decode nothing.
     """
     def copied(progress: Progress) -> Any:
         return jax.tree.map(jnp.copy, (progress.at, decoder.noted(progress.memory)))
@@ -194,11 +194,20 @@ def until_done(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Pl
 @functools.partial(jax.jit, donate_argnames="progress", static_argnames=("config", "sampler", "decoder"))
 def decode_passes(weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
                   sampler: Sampler, decoder: Decoder) -> Progress:
-    """`PACE` passes in one compiled loop; the progress is donated and updated in place."""
-    def body(progress: Progress, _: None) -> tuple[Progress, None]:
-        return decoder.one_pass(weights, progress, source, end, config, sampler), None
+    """`PACE` passes in one compiled loop; the progress is donated and updated in place. Where the loop can see that all
+    rows are done, it leaves out the rest."""
+    def body(_: Any, progress: Progress) -> Progress:
+        return decoder.one_pass(weights, progress, source, end, config, sampler)
 
-    return jax.lax.scan(body, progress, length=PACE)[0]
+    if not sees_the_end():
+        return jax.lax.fori_loop(0, PACE, body, progress)
+    return jax.lax.while_loop(lambda at: (at[0] < PACE) & (at[1].at < end).any(),
+                              lambda at: (at[0] + 1, body(*at)), (0, progress))[1]
+
+
+def sees_the_end() -> bool:
+    """Whether a loop asks before each pass if there is more to do: on CPU. A GPU would wait for the host each time."""
+    return sharding.platform() == "cpu"
 
 
 def commit(progress: Progress, tokens: Int[Array, "B M"], logits: Float[Array, "B M V"], count: Int[Array, " B"],
