@@ -19,10 +19,10 @@ token that was drawn there; where a draft was refused, they have seen that one.
 Masks are written into the cache behind the clean part, where later passes write over them, as over refused drafts; the
 keys and values of accepted drafts are those of decoded tokens and stay.
 
-k is fixed, or each row finds its own. `PACE` passes have one k, and it is found from the k of the passes before the last
-ones: twice that if more than three in four of their drafts were accepted, half of it if less than half. (The last ones
-are still at work when the host decides; the first and the second k are the same.) Drafts beyond these are dropped.
-Nothing of this depends on a token that is not decoded yet, so the law stays p.
+k is fixed, or each row finds its own. `PACE` passes have one k, found from that of the `PACE` passes before the last
+ones: twice as many if more than three in four of their drafts were accepted, half as many if less than half. (The last
+ones are still at work when the host decides; the first two k are the same.) Drafts beyond these are dropped. Nothing of
+this depends on a token that is not decoded yet, so the law stays p.
 
 [1] Leviathan, Kalman & Matias, "Fast inference from transformers via speculative decoding", ICML 2023.
 
