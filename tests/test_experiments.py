@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import importlib
-import contextlib
 import json
 import os
 import re
