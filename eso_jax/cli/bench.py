@@ -8,7 +8,7 @@ from pathlib import Path
 from eso_jax.config import ATTENTION, SIZES
 from eso_jax.files import check_out
 
-EXAMPLE = "eso-jax bench sampling --preset cpu --out bench.json"
+EXAMPLE = "eso-jax bench sampling --preset laptop --out bench.json"
 TRAINING = "eso-jax bench training --families esolm,mdlm --alpha-0 0.5 --length 1024 --out training.json"
 USAGE = "%(prog)s [-h] {sampling,training} [model.field=value ...] --out OUT [options]"
 FORMULAS = """
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling = parts.add_parser("sampling", help="the samplers, and the machine's floor",
                                 usage="%(prog)s [-h] --preset PRESET --out OUT [options] [model.field=value ...]",
                                 epilog=f"example: {EXAMPLE}")
-    sampling.add_argument("--preset", required=True, choices=["cpu", "table11", "table13"],
-                          help="cpu: 256 x 8 layers, L = 2048, float32; table11, table13: the paper's, for a GPU")
+    sampling.add_argument("--preset", required=True, choices=["laptop", "cpu", "table11", "table13"],
+                          help="laptop, cpu: 256 x 8 layers, L = 512 and 2048, float32; table11, table13: the paper's, for a GPU")
     sampling.add_argument("--lengths", type=int, nargs="+", help="instead of the preset's")
     sampling.add_argument("--batches", type=int, nargs="+", help="instead of the preset's")
     sampling.add_argument("--samplers", nargs="+", metavar="NAME", help="of the preset, by the names in its table "
