@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                 usage="%(prog)s [-h] --preset PRESET --out OUT [options] [model.field=value ...]",
                                 epilog=f"example: {EXAMPLE}")
     sampling.add_argument("--preset", required=True, choices=["laptop", "cpu", "table11", "table13"],
-                          help="laptop, cpu: 256 x 8 layers, L = 512 and 2048, float32; table11, table13: the paper's, for a GPU")
+                          help="laptop, cpu: 256 x 8 layers, float32, L = 512 or 2048; table11, table13: the paper's, "
+                          "for a GPU")
     sampling.add_argument("--lengths", type=int, nargs="+", help="instead of the preset's")
     sampling.add_argument("--batches", type=int, nargs="+", help="instead of the preset's")
     sampling.add_argument("--samplers", nargs="+", metavar="NAME", help="of the preset, by the names in its table "

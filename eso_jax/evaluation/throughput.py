@@ -107,7 +107,8 @@ TABLE_13 = ([Case(EsoLM, "binomial", steps, alpha_0) for alpha_0, all_steps in
 
 PRESETS = {
     "cpu": Preset("one token per pass on a CPU", "tiny", "float32", Rule(), (2048,), (1, 16), ONE_BY_ONE),
-    "laptop": Preset("one token per pass, in three minutes on a laptop", "tiny", "float32", Rule(), (512,), (1,), ONE_BY_ONE),
+    "laptop": Preset("one token per pass, in minutes on a laptop", "tiny", "float32", Rule(), (512,), (1,),
+                     ONE_BY_ONE),
     "table11": Preset("the paper's Table 11: NFE = L", "small", "bfloat16", Rule(), (2048, 8192), (1, 16), ONE_BY_ONE),
     "table13": Preset("the paper's Tables 13 to 15: quality against time, 512 samples at a time", "small", "bfloat16",
                       Rule(top_p=0.9), (1024,), (512,), TABLE_13),
