@@ -468,6 +468,7 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
     for flag, value, message in (("--top-p", 0, "--top-p = 0.0: must be in (0, 1]"),
                                  ("--steps", 0, "steps = 0: T must be"),
                                  ("--alpha-0", 1.5, "--alpha-0 = 1.5"), ("--num-samples", 0, "--num-samples = 0"),
+                                 ("--num-samples", 10**20, f"--num-samples = {10**20}: all of them together take"),
                                  ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value"),
                                  ("--min-p", 1, "--min-p = 1.0"), ("--num-tries", 0, "--num-tries = 0"),
                                  ("--num-tries", 2, "--num-tries = 2: needs min_entropy"),

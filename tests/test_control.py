@@ -266,6 +266,7 @@ def test_mistakes_of_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> N
         (["--ban-id", 258], "banned = 258"),
         (["--max-tokens", 0], "--max-tokens = 0"), (["--show", -1], "--show = -1: must be at least 0"),
         (["--max-tokens", 10**30], f"--max-tokens = {10**30}: with its prompt it is longer than the model's 16"),
+        (["--max-tokens", 17, "--num-samples", 0, "--out", tmp_path / "s.jsonl"], "--num-samples = 0: must be"),
         (["--ban", "\udcff"], "--ban: '\\udcff': is not UTF-8"), (["--stop", "\udcff"], "--stop: '\\udcff': is not"),
         (["--html", tmp_path / "s.npz"], "is given for html too, and would be overwritten")]
     for arguments, message in cases:

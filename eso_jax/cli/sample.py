@@ -188,7 +188,7 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
     refused = [name for name in ("html", "watch", "record", "min_entropy") if getattr(arguments, name)]
     if refused:
         raise EsoError(f"{limit}: texts of several windows have no --{refused[0].replace('_', '-')}; leave it out")
-    rows = type(prompts)(*(np.repeat(part, arguments.num_samples, axis=0) for part in prompts))
+    rows = prompts.repeat(arguments.num_samples)
     found = model.lengthen(rows, arguments.max_tokens, stop=stop, steps=steps, alpha_0=arguments.alpha_0,
                            top_p=arguments.top_p, min_p=arguments.min_p, temperature=arguments.temperature,
                            seed=arguments.seed, plan=arguments.plan, decoder=arguments.decoder,

@@ -174,7 +174,6 @@ class Model(Engine):
           EsoError: an argument is out of range, the family cannot follow the plan or be given these tokens, or the
             devices ran out of memory.
         """
-        require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
         require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "must be at least 1")
         require(steps >= 1, "steps", steps, "T must be at least 1")
         require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
@@ -191,7 +190,7 @@ class Model(Engine):
         rows = given if isinstance(given, Given) else of_array(
             np.zeros((1, 0), int) if given is None else np.asarray(given), model)
         families.get(self.config).check_known(self.config, rows.tokens != model.mask)
-        given, end = (np.repeat(each, num_samples, axis=0) for each in rows)
+        given, end = rows.repeat(num_samples)
         known, num_samples = given != model.mask, len(given)
         require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
         asked = ~known & (np.arange(model.length) < end[:, None])
