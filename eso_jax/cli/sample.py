@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eso_jax.cli import options
-from eso_jax.cli.files import read_array, read_given, read_plan
+from eso_jax.cli.files import given_of_plan, read_array, read_plan
 from eso_jax.console import say
 from eso_jax.decoding.plan import POLICIES, Plan
 from eso_jax.errors import EsoError, require
@@ -113,11 +113,11 @@ def run(arguments: argparse.Namespace) -> None:
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:
             raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
-        plan = read_plan(arguments.plan)
+        plan, arrays = read_plan(arguments.plan)
         require(given is None, "--plan", arguments.plan, "says what is given; leave out --prompt and the like")
         require(count == len(plan.order), "--num-samples", count, f"the plan is that of {len(plan.order)} samples; "
                 "give their number")
-        tokens = read_given(arguments.plan, plan, model.config.model.mask)
+        tokens = given_of_plan(arguments.plan, plan, arrays.get("tokens"), model.config.model.mask)
         if tokens is not None:
             given, count = of_array(tokens, model.config.model), 1
     require(arguments.decoder is None or arguments.steps is None, "--steps", arguments.steps, "a decoder finds its own "
