@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -150,8 +151,15 @@ def test_the_widths_that_a_decoder_found_are_scored(tmp_path: Path, run: Run, tr
 
 
 @pytest.mark.slow
-def test_a_plan_behind_given_tokens_is_replayed_and_scored(tmp_path: Path, run: Run, trained: Path) -> None:
-    """Rows that are given two and five tokens, of a plan in the .npz that `sample` writes."""
+def test_a_plan_behind_given_tokens_is_replayed_and_scored(tmp_path: Path, run: Run, trained: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are given two and five tokens, of a plan in the .npz that `sample` writes, which is read once."""
+    names, load = list[str](), np.load
+
+    def noted(file: Any) -> Any:
+        names.append(Path(getattr(file, "name", file)).name)
+        return load(file)
+
     tokens = np.random.default_rng(0).integers(0, 250, (2, 16))
     order = np.argsort(np.random.default_rng(1).random((2, 16)), axis=1)
     known, counts = np.array([2, 5]), np.array([[3, 11, 0], [4, 4, 3]])
@@ -165,15 +173,18 @@ def test_a_plan_behind_given_tokens_is_replayed_and_scored(tmp_path: Path, run: 
     first = np.arange(16) < known[:, None]
     ours, theirs = (np.take_along_axis(x, order, axis=1) for x in (found["tokens"], tokens))
     assert (ours[first] == theirs[first]).all() and (ours[~first] != theirs[~first]).any()
+    monkeypatch.setattr(np, "load", noted)
     run("sample", "--workdir", trained, "--plan", tmp_path / "a.npz", "--num-samples", 2, "--out", tmp_path / "b.npz")
-    np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "b.npz")["tokens"])
-    run("score", "--workdir", trained, "--tokens", tmp_path / "a.npz", "--plan", tmp_path / "a.npz",
+    run("score", "--workdir", trained, "--tokens", tmp_path / "b.npz", "--plan", tmp_path / "a.npz",
         "--out", tmp_path / "s.npz")
+    monkeypatch.undo()
+    assert names == ["a.npz", "b.npz", "a.npz"]
+    np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "b.npz")["tokens"])
     scores = np.load(tmp_path / "s.npz")["logp_in_order"]
     assert (scores[first] == 0).all() and (scores[~first] < 0).all()
     np.savez(tmp_path / "bare.npz", order=order, tokens_per_step=counts, given=known)
-    assert "not a readable .npy file, nor a .npz with 'tokens'" in run(*sample[:4], tmp_path / "bare.npz", *sample[5:],
-                                                                       "--num-samples", 2, code=2)
+    assert "must hold tokens, some of which are given, int (2, 16)" in run(
+        *sample[:4], tmp_path / "bare.npz", *sample[5:], "--num-samples", 2, code=2)
 
 
 @pytest.mark.slow
@@ -469,6 +480,7 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
     for flag, value, message in (("--top-p", 0, "--top-p = 0.0: must be in (0, 1]"),
                                  ("--steps", 0, "steps = 0: T must be"),
                                  ("--alpha-0", 1.5, "--alpha-0 = 1.5"), ("--num-samples", 0, "--num-samples = 0"),
+                                 ("--num-samples", 10**20, f"--num-samples = {10**20}: all of them together take"),
                                  ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value"),
                                  ("--min-p", 1, "--min-p = 1.0"), ("--num-tries", 0, "--num-tries = 0"),
                                  ("--num-tries", 2, "--num-tries = 2: needs min_entropy"),
@@ -479,7 +491,7 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
         assert message in run(*sample, flag, value, code=2)
     np.savez(tmp_path / "plan.npz", order=orders[0], tokens_per_step=np.full(4, 4))
     assert "--num-samples = 1: the plan is that of 4 samples" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
-    assert "is one array" in run(*score, tmp_path / "good.npy", "--plan", tmp_path / "good.npy", code=2)
+    assert "must be a .npz that" in run(*score, tmp_path / "good.npy", "--plan", tmp_path / "good.npy", code=2)
     np.savez(tmp_path / "plan.npz", order=orders[0], tokens_per_step=np.full(5, 4))
     assert "must be positive and sum to at most 16" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
     np.savez(tmp_path / "plan.npz", order=orders[0] // 2, tokens_per_step=np.full(4, 4))

@@ -16,7 +16,8 @@ import eso_jax
 from conftest import BASE
 from eso_jax.cli import main
 from eso_jax.data import ByteTokenizer, get_tokenizer
-from eso_jax.data.tokenizers import CharacterTokenizer, LibraryTokenizer, Tokenizer, dtype_of, sha256, train_tokenizer
+from eso_jax.data.tokenizers import CharacterTokenizer, LibraryTokenizer, Tokenizer
+from eso_jax.data.tokenizers import dtype_of, sha256, token_ids, train_tokenizer
 from eso_jax.errors import EsoError
 from eso_jax.run import train as training
 from vocabularies import BERT_WORDS, bert_like, gpt2_like
@@ -69,6 +70,18 @@ def test_special_tokens() -> None:
     characters = CharacterTokenizer()
     assert (characters.vocab_size, characters.separator_id, characters.mask_id) == (29, 27, 28)
     assert characters.decode([0, 28, 26, 27, 25]) == "a▒ \n\f\nz"
+
+
+def test_tokens_by_id_or_as_text() -> None:
+    assert token_ids("e", BYTES, "banned") == token_ids(["e"], BYTES, "banned") == (101,)
+    assert token_ids(range(2), None, "banned") == (0, 1) and token_ids(np.int64(3), None, "banned") == (3,)
+    assert token_ids(["\n\f\n", 5], BYTES, "banned") == (256, 5) and token_ids((), None, "banned") == ()
+    for tokens, tokenizer, message in (
+            ("the", BYTES, "banned = 'the': is 3 tokens of tokenizer 'bytes'"), ("", BYTES, "is 0 tokens"),
+            ("e", None, "banned = 'e': the model has no tokenizer, so that text has no ids; give ids"),
+            ([1.0], BYTES, "banned = 1.0: give ids, which are integers, or texts")):
+        with pytest.raises(EsoError, match=message):
+            token_ids(tokens, tokenizer, "banned")
 
 
 def test_gpt2_has_a_mask_after_its_last_id() -> None:

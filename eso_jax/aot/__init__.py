@@ -54,7 +54,7 @@ def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor:
     program = programs.training(config, topology, devices)
     result["training"] = report.training(program, config, topology)
     _say_all(say, report.lines("Training", result["training"]))
-    if not program.fits:
+    if program.fits is False:
         result["instead"] = None
         if better := fit.first_that_fits(config, topology, devices, say):
             change, program = better
@@ -64,14 +64,14 @@ def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor:
             _say_all(say, report.lines(f"With {where}{' '.join(change.overrides)}, training",
                                        result["instead"]["training"]))
         else:
-            say("nothing that was tried fits; use larger chips, or more of mesh.tensor")
+            say("nothing that was tried compiles and fits; use larger chips, or more of mesh.tensor")
 
     while True:
         step, program = programs.sampling(config, topology, devices, batch_per_copy, tensor, rule)
         result["sampling"] = report.sampling(program, step, topology)
         name = f"Sampling, {step.batch} sequences, a copy of the model to {tensor} device{'s' * (tensor > 1)}, a pass"
         _say_all(say, report.lines(name, result["sampling"]))
-        if program.fits or len(devices) % (2 * tensor) or config.model.heads % (2 * tensor):
+        if program.fits is not False or len(devices) % (2 * tensor) or config.model.heads % (2 * tensor):
             return result
         tensor *= 2
 

@@ -46,7 +46,7 @@ def sampling(program: Program, step: Sampling, topology: Topology) -> dict[str, 
 def _program(program: Program, topology: Topology) -> dict[str, Any]:
     chip, cost = topology.chip, program.cost
     facts: dict[str, Any] = {
-        "fits": program.fits, "memory": program.memory, "memory_total": program.total,
+        "fits": program.fits, "failure": program.failure, "memory": program.memory, "memory_total": program.total,
         "memory_available": program.available or chip.memory / chip.devices,
         "flops": {"model": program.model_flops / topology.devices}, "compile_seconds": program.compile_seconds}
     if cost is not None:
@@ -63,6 +63,11 @@ def _program(program: Program, topology: Topology) -> dict[str, Any]:
 
 def lines(name: str, facts: dict[str, Any]) -> list[str]:
     """The facts of a program for people, per device."""
+    if facts["failure"]:
+        return [f"{name}: NOT COMPILED, after {facts['compile_seconds']:.0f} s, so that nobody knows whether it fits. "
+                "For a kernel the compiler had too little of the chip's own memory: a limit of its own, not of HBM. "
+                "Other sizes of model or batch, or another libtpu, may compile.",
+                f"  it says    {facts['failure'][:300]}"]
     parts = ", ".join(f"{part} {size(count)}" for part, count in facts["memory"].items())
     out = [f"{name}: {'fits' if facts['fits'] else 'DOES NOT FIT'}; compiled in {facts['compile_seconds']:.0f} s. "
            "Per device:",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eso_jax.cli import options
-from eso_jax.cli.files import read_array, read_given, read_plan
+from eso_jax.cli.files import given_of_plan, read_array, read_plan
 from eso_jax.console import say
 from eso_jax.decoding.plan import POLICIES, Plan
 from eso_jax.errors import EsoError, require
@@ -37,9 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], type=options.text, metavar="TEXT", help="a text at "
                         "which a sample ends, and is cut; several times for several")
     parser.add_argument("--stop-at-separator", action="store_true", help="a sample ends where its document ends")
-    parser.add_argument("--ban", action="append", default=[], type=options.text, metavar="TEXT", help="a token that is "
-                        "never drawn; several times for several")
-    parser.add_argument("--ban-id", action="append", default=[], type=int, metavar="ID", help="the same, by its id")
+    parser.add_argument("--ban", action="append", default=[], dest="banned", type=options.text, metavar="TEXT",
+                        help="a token that is never drawn; several times for several")
+    parser.add_argument("--ban-id", action="append", default=[], dest="banned", type=int, metavar="ID",
+                        help="the same, by its id")
     parser.add_argument("--steps", type=int, help="T, diffusion steps (128); plans of one token per step have none")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; 1 keeps all (%(default)s)")
     parser.add_argument("--min-p", type=float, default=0.0,
@@ -86,21 +87,6 @@ def given_of(arguments: argparse.Namespace, model: Model) -> Given | None:
     return prompts.of_array(read_array(arguments.given, "--given", "given"), model.config.model, "--given")
 
 
-def banned_of(arguments: argparse.Namespace, model: Model) -> list[int]:
-    """The ids that the options ban."""
-    from eso_jax.data.tokenizers import encode_shown
-
-    banned = list(arguments.ban_id)
-    for text in arguments.ban:
-        if model.tokenizer is None:
-            raise EsoError(f"--ban = {text!r}: the model has no tokenizer; give ids by --ban-id")
-        ids = encode_shown(model.tokenizer, text).tolist()
-        require(len(ids) == 1, "--ban", text, f"is {len(ids)} tokens of tokenizer {model.tokenizer.name!r}, and one is "
-                "banned at a time; see --ban-id")
-        banned += ids
-    return banned
-
-
 def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
@@ -127,11 +113,11 @@ def run(arguments: argparse.Namespace) -> None:
     if plan and plan.endswith(".npz"):
         if arguments.steps is not None or arguments.alpha_0 is not None:
             raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
-        plan = read_plan(arguments.plan)
+        plan, arrays = read_plan(arguments.plan)
         require(given is None, "--plan", arguments.plan, "says what is given; leave out --prompt and the like")
         require(count == len(plan.order), "--num-samples", count, f"the plan is that of {len(plan.order)} samples; "
                 "give their number")
-        tokens = read_given(arguments.plan, plan, model.config.model.mask)
+        tokens = given_of_plan(arguments.plan, plan, arrays.get("tokens"), model.config.model.mask)
         if tokens is not None:
             given, count = of_array(tokens, model.config.model), 1
     require(arguments.decoder is None or arguments.steps is None, "--steps", arguments.steps, "a decoder finds its own "
@@ -148,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
         found = model.sample(count, steps, arguments.alpha_0, arguments.top_p,
                              arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
                              decoder=arguments.decoder, num_tries=arguments.num_tries,
-                             min_entropy=arguments.min_entropy, keep=True, banned=banned_of(arguments, model),
+                             min_entropy=arguments.min_entropy, keep=True, banned=arguments.banned,
                              given=given, max_tokens=arguments.max_tokens, stop=stop,
                              record=arguments.record or bool(arguments.html), watch=watch)
     text, wanted = found.text, count * (1 if given is None else len(given.tokens))
@@ -202,11 +188,11 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
     refused = [name for name in ("html", "watch", "record", "min_entropy") if getattr(arguments, name)]
     if refused:
         raise EsoError(f"{limit}: texts of several windows have no --{refused[0].replace('_', '-')}; leave it out")
-    rows = type(prompts)(*(np.repeat(part, arguments.num_samples, axis=0) for part in prompts))
+    rows = prompts.repeat(arguments.num_samples)
     found = model.lengthen(rows, arguments.max_tokens, stop=stop, steps=steps, alpha_0=arguments.alpha_0,
                            top_p=arguments.top_p, min_p=arguments.min_p, temperature=arguments.temperature,
                            seed=arguments.seed, plan=arguments.plan, decoder=arguments.decoder,
-                           banned=banned_of(arguments, model))
+                           banned=arguments.banned)
     stopped = np.array([len(tokens) for tokens in found.tokens]) < (rows.tokens != model.config.model.mask).sum(1) + (
         arguments.max_tokens)
     write_whole(arguments.out, _lines(found.text, _stopped(stopped, stop)))

@@ -9,6 +9,7 @@ Axes: N rows, L length, K tokens of a shorter row.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from eso_jax.data.tokenizers import Tokenizer, encode_shown
 from eso_jax.errors import EsoError, reason_of, require
 
 BLANK = re.compile(r"\[MASK(?::(\d+))?\]")
+BYTES = 36  # of a sample's token on the host, before the first pass: its place in the order, what is given, copies
 MISTYPED = re.compile(r"\[MASK(\s*:[^\]]*|\s+\d+\s*)\]")  # where a blank was meant
 FIELDS = ("prompt", "template", *rows.FIELDS)  # of a row of a file; the first there is
 
@@ -37,6 +39,19 @@ class Given(NamedTuple):
 
     tokens: Int[np.ndarray, "N L"]
     end: Int[np.ndarray, " N"]
+
+    def repeat(self, num_samples: int) -> Given:
+        """So many rows in place of each, next to each other.
+
+        Raises:
+          EsoError: there are none, or they are sure not to fit into the memory of this machine.
+        """
+        require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
+        wanted = num_samples * self.tokens.size * BYTES
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        require(wanted <= memory, "num_samples", num_samples, f"all of them together take {wanted // 10**9:,} GB of "
+                f"memory, and this machine has {memory // 10**9:,}; draw fewer at a time, each time by another seed")
+        return Given(*(np.repeat(part, num_samples, axis=0) for part in self))
 
 
 def of_prompt(text: str, tokenizer: Tokenizer | None, model: ModelConfig, name: str = "prompt") -> Given:

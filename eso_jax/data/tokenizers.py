@@ -78,6 +78,30 @@ def encode_shown(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return tokenizer.join(text.split(SHOWN_SEPARATOR), separate=True)[:-1]
 
 
+def token_ids(tokens: Any, tokenizer: Tokenizer | None, name: str) -> tuple[int, ...]:
+    """The ids of tokens that somebody has given.
+
+    Args:
+      tokens: ids, or texts of one token each, as `decode` shows them; one or several.
+      name: what they were given as.
+
+    Raises:
+      EsoError: one is neither, or its text is not one token; or there is no tokenizer for a text.
+    """
+    found = list[int]()
+    for token in [tokens] if isinstance(tokens, str) or np.ndim(tokens) == 0 else tokens:
+        if isinstance(token, str):
+            require(tokenizer is not None, name, token, "the model has no tokenizer, so that text has no ids; give ids")
+            assert tokenizer is not None
+            ids = encode_shown(tokenizer, token)
+            require(len(ids) == 1, name, token, f"is {len(ids)} tokens of tokenizer {tokenizer.name!r}, not one")
+            found.append(int(ids[0]))
+        else:
+            require(isinstance(token, int | np.integer), name, token, "give ids, which are integers, or texts")
+            found.append(int(token))
+    return tuple(found)
+
+
 def sha256(tokenizer: Tokenizer) -> str:
     """Equal for equal tokenizers, whatever they are called."""
     return hashlib.sha256((tokenizer.name if tokenizer.json is None else tokenizer.json).encode()).hexdigest()

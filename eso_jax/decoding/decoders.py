@@ -239,4 +239,7 @@ def named(text: str) -> Decoder:
         value = float(number)
     except ValueError:
         raise EsoError(f"decoder = {text!r}: needs a number, as in {name}:1") from None
-    return known[name](value)
+    try:
+        return known[name](value)
+    except EsoError as error:  # which names a field of the class, where the user has given the text
+        raise EsoError(f"decoder = {text!r}: {str(error).partition(': ')[2]}") from error

@@ -27,7 +27,7 @@ from eso_jax import families, likelihood, sharding
 from eso_jax.config import ATTENTION, Config
 from eso_jax.data.prompts import Given, of_array
 from eso_jax.data.stops import Stops
-from eso_jax.data.tokenizers import Tokenizer
+from eso_jax.data.tokenizers import Tokenizer, token_ids
 from eso_jax.decoding import decoders, loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.decoders import Decoded, Decoder
@@ -137,7 +137,7 @@ class Model(Engine):
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, decoder: str | Decoder | None = None, num_tries: int = 1,
                min_entropy: float | None = None, keep: bool = False, record: bool = False,
-               banned: Sequence[int] = (), given: np.ndarray | Given | None = None,
+               banned: int | str | Sequence[int | str] = (), given: np.ndarray | Given | None = None,
                max_tokens: int | None = None, stop: Sequence[str] = (), done: loop.Done | None = None,
                watch: Watch | None = None) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
@@ -156,7 +156,7 @@ class Model(Engine):
             eso_jax/decoding/decoders.py. The plan says the order alone (None: one-by-one), and there is no T.
           num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
             along the same plan, until they have been drawn this often. 1: none is.
-          banned: ids that are never drawn (the mask never is).
+          banned: tokens that are never drawn (the mask never is), by their ids or as texts.
           keep: an interrupt (Ctrl-C) ends the work and leaves the samples whose batches are done, if there are any.
           watch: is told every few passes which rows are at work, int [B], and their tokens so far, int [B, L]; masks
             where there is none yet.
@@ -174,7 +174,6 @@ class Model(Engine):
           EsoError: an argument is out of range, the family cannot follow the plan or be given these tokens, or the
             devices ran out of memory.
         """
-        require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
         require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "must be at least 1")
         require(steps >= 1, "steps", steps, "T must be at least 1")
         require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
@@ -184,14 +183,14 @@ class Model(Engine):
         require(num_tries > 1 or min_entropy is None, "min_entropy", min_entropy, "goes with num_tries > 1")
         require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
         alpha_0 = families.alpha_0_of(self.config, alpha_0)
-        rule = Rule(temperature, top_p, min_p, tuple(banned))
+        rule = Rule(temperature, top_p, min_p, token_ids(banned, self.tokenizer, "banned"))
         rule.check_vocabulary(self.config.model.vocab_size, self.config.model.mask)
         plan_key, draw_key = jax.random.split(jax.random.key(seed))
         model = self.config.model
         rows = given if isinstance(given, Given) else of_array(
             np.zeros((1, 0), int) if given is None else np.asarray(given), model)
         families.get(self.config).check_known(self.config, rows.tokens != model.mask)
-        given, end = (np.repeat(each, num_samples, axis=0) for each in rows)
+        given, end = rows.repeat(num_samples)
         known, num_samples = given != model.mask, len(given)
         require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
         asked = ~known & (np.arange(model.length) < end[:, None])
