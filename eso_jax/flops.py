@@ -7,7 +7,7 @@ leaves out.
 
 *Model FLOPs* are the forward pass and a backward pass of twice its cost; MFU divides them by the chip's peak. What
 `train.remat` computes again is counted apart, by `recomputed`. XLA's own count agrees where the layers are unrolled
-(tests/test_flops.py); of a scan over layers it counts one. What of them the loss depends on is `needed`.
+(tests/test_flops.py); of a scan over layers it counts one layer. `needed` is the part that the loss depends on.
 
 Axes: B batch, L length, S slots of a pass, D width, N layers, V vocabulary, C conditioning.
 """
@@ -103,21 +103,22 @@ def sampling_step(model: ModelConfig, batch: int, window: int, width: int, live:
 
 
 def layers(model: ModelConfig, slots: int) -> Parts:
-    """The products with the weights of all layers, for so many slots in all."""
+    """Forward FLOPs of the products with the weights of all layers, for `slots` slots in all."""
     square = 2 * slots * model.layers * model.width**2
     return {"qkv": 3 * square, "out": square, "mlp_in": 4 * square, "mlp_out": 4 * square}
 
 
 def attention(model: ModelConfig, queries: int, keys: int) -> int:
-    """Scores and weighted values of all layers, for so many queries in all, each against so many keys."""
+    """Forward FLOPs of scores and weighted values of all layers, for `queries` in all, each with `keys` keys."""
     return 4 * queries * keys * model.layers * model.width
 
 
 def head(model: ModelConfig, slots: int) -> int:
+    """Forward FLOPs of the logits of `slots` slots."""
     return 2 * slots * model.width * model.vocab_size
 
 
 def fold(model: ModelConfig) -> int:
-    """The conditioning MLP, the modulations it makes, and their products with the weights they scale."""
+    """FLOPs of folding AdaLN: the conditioning MLP, the modulations, and their products with the weights they scale."""
     c, d, n = model.cond_dim, model.width, model.layers
     return (2 * c * (FREQUENCIES + c + 6 * n * d + 2 * d) + 5 * n * d * d) if c else 0
