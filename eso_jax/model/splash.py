@@ -50,7 +50,7 @@ class Splash(Fused):
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
         keys = k.shape[1]
-        more = -q.shape[1] % LANES  # slots that were left out and come back, as queries of zeros
+        more = -q.shape[1] % LANES  # slots that were left out and are put back, as queries of zeros
         q = jnp.pad(q, ((0, 0), (more, 0), (0, 0), (0, 0)))
         batch, slots, heads, _ = q.shape
         skip = keys - slots
