@@ -1,8 +1,8 @@
 """Texts longer than the model: window after window.
 
-A window begins with the last tokens of the one before it, which are given to it; the model then decodes the rest. So a
-token follows the exact law of the model, given the tokens of its window, of which at least `overlap` stand before it;
-what is further back is forgotten. The first window is what `Model.sample` draws.
+A window begins with the last tokens of the window before it, as given tokens; the model then decodes the others. So a
+token follows the exact law of the model given the tokens of its window, at least `overlap` of which stand before it.
+Earlier tokens are forgotten. The first window is what `Model.sample` draws.
 
 Axes: N texts, L length.
 """
@@ -26,9 +26,9 @@ class Long(NamedTuple):
     """Texts of any length.
 
     Attributes:
-      tokens: N arrays int32, what was given included, up to the first stop.
-      text: what they say; nothing without a tokenizer.
-      windows: how many each text took, int [N].
+      tokens: N arrays int32, given tokens included, up to the first stop.
+      text: N texts, the decoded tokens; empty without a tokenizer.
+      windows: int [N], how many windows each text took.
     """
 
     tokens: list[np.ndarray]
