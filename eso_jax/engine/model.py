@@ -188,16 +188,11 @@ class Model(Engine):
         alpha_0 = families.alpha_0_of(self.config, alpha_0)
         rule = Rule(temperature, top_p, min_p, tuple(banned))
         rule.check_vocabulary(self.config.model.vocab_size, self.config.model.mask)
+        require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
         plan_key, draw_key = jax.random.split(jax.random.key(seed))
         model = self.config.model
-        rows = given if isinstance(given, Given) else of_array(
-            np.zeros((1, 0), int) if given is None else np.asarray(given), model)
-        families.get(self.config).check_known(self.config, rows.tokens != model.mask)
-        given, end = (np.repeat(each, num_samples, axis=0) for each in rows)
-        known, num_samples = given != model.mask, len(given)
-        require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
-        asked = ~known & (np.arange(model.length) < end[:, None])
-        asked &= asked.cumsum(1) <= (max_tokens or model.length)
+        given, known, asked = _rows_of(self.config, given, num_samples, max_tokens)
+        num_samples = len(given)
         stops = Stops.of(stop, self.tokenizer)
         require(done is None or not stop, "stop", list(stop), "give this or done, not both")
         if isinstance(decoder, str):
@@ -279,6 +274,20 @@ class Model(Engine):
     def choose(self, context: str | np.ndarray, options: Sequence[str | np.ndarray]) -> choice.Choice:
         """How likely each of several continuations or infillings of a context is; see eso_jax/engine/choice.py."""
         return choice.choose(self, context, options)
+
+
+def _rows_of(config: Config, given: np.ndarray | Given | None, num_samples: int,
+             max_tokens: int | None) -> tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"], Bool[np.ndarray, "N L"]]:
+    """(the given tokens, with masks elsewhere; which tokens are given; which are to be decoded) for the arguments of
+    `Model.sample`."""
+    model = config.model
+    rows = given if isinstance(given, Given) else of_array(
+        np.zeros((1, 0), int) if given is None else np.asarray(given), model)
+    families.get(config).check_known(config, rows.tokens != model.mask)
+    tokens, end = (np.repeat(each, num_samples, axis=0) for each in rows)
+    known = tokens != model.mask
+    asked = ~known & (np.arange(model.length) < end[:, None])
+    return tokens, known, asked & (asked.cumsum(1) <= (max_tokens or model.length))
 
 
 def _plan(config: Config, keys: Key[Array, " N"], key: Key[Array, ""], known: Bool[np.ndarray, "N L"], steps: int,
