@@ -50,8 +50,8 @@ def read_plan(path: str) -> Plan:
 
 
 def read_given(path: str, plan: Plan, mask: int) -> Any:
-    """The tokens that the plan in the .npz of eso-jax sample takes for given, int [N, L], the mask elsewhere; None
-    where there are none."""
+    """The tokens that the plan in the .npz of eso-jax sample takes as given, int [N, L], with the mask elsewhere; None
+    if there are none."""
     import numpy as np
 
     if not np.any(plan.given):

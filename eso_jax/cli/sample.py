@@ -26,14 +26,14 @@ EXAMPLE = "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_model(parser)
-    parser.add_argument("--num-samples", type=int, default=1, help="sequences, of each prompt (%(default)s)")
+    parser.add_argument("--num-samples", type=int, default=1, help="sequences; of each prompt (%(default)s)")
     parser.add_argument("--prompt", type=options.text, metavar="TEXT", help="what the samples begin with")
     parser.add_argument("--template", type=options.text, metavar="TEXT", help="text with gaps to fill: [MASK:40] of 40 "
-                        "tokens, [MASK] of one; escapes such as \\n are not read")
+                        "tokens, [MASK] of one; escapes such as \\n are not interpreted")
     parser.add_argument("--prompts", metavar="FILE", help='rows of {"prompt": ...}, {"template": ...} or {"text": ...}')
     parser.add_argument("--given", help=".npy, int [N, K <= L], ids, with the mask where a token is not given")
     parser.add_argument("--max-tokens", type=int, help="how many tokens to decode of each sample, besides the "
-                        "given ones (all of them); more than the model has: window after window")
+                        "given ones (all of them); if they do not fit the model: window after window")
     parser.add_argument("--stop", action="append", default=[], type=options.text, metavar="TEXT", help="a text at "
                         "which a sample ends, and is cut; several times for several")
     parser.add_argument("--stop-at-separator", action="store_true", help="a sample ends where its document ends")
@@ -47,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
     parser.add_argument("--plan", help=f"{', '.join(POLICIES)}; or the .npz of an earlier sample, to decode along its "
                                       "plan (the family's own: binomial, or left-to-right for AR)")
-    parser.add_argument("--decoder", metavar="NAME[:NUMBER]", help="finds by itself how many tokens each pass decodes: "
-                        "speculative:4 (drafts of a pass that the next one verifies; the law of one token a pass; "
-                        "without a number, each sample finds its own), "
-                        "entropy:0.5 (nats that the entropies of a pass may add up to, but for the largest), "
-                        "confidence:0.9 (the least probability of the likeliest value behind a pass's first token), "
-                        "likeliest:2 or margin:2 (so many a pass, the most certain of all that are left, by the "
-                        "likeliest value or its lead over the second)")
+    parser.add_argument("--decoder", metavar="NAME[:NUMBER]", help="chooses how many tokens each pass decodes: "
+                        "speculative:4 (4 drafts, which the next pass verifies; same distribution as one token a pass; "
+                        "without a number, each sample adapts its own), "
+                        "entropy:0.5 (limit in nats on the sum of the entropies of a pass, without the largest), "
+                        "confidence:0.9 (least probability of the likeliest value, after the first token of a pass), "
+                        "likeliest:2 or margin:2 (the 2 most certain of all tokens that are left, by the likeliest "
+                        "value or its lead over the second)")
     parser.add_argument("--num-tries", type=int, default=1,
                         help="draw samples of low entropy again, up to this often in all (%(default)s: keep them)")
     parser.add_argument("--min-entropy", type=float, help="with --num-tries: nats of the last 256 tokens' unigrams "
@@ -61,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_precision(parser)
     options.of_devices(parser)
     parser.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
-    parser.add_argument("--record", action="store_true", help="the .npz says of each token when it was decoded, how "
-                        "likely it was and what else was (eso-jax view makes a page of it); the .jsonl "
-                        "says log p of all decoded tokens, in nats, and their number")
+    parser.add_argument("--record", action="store_true", help="the .npz then holds when each token was decoded, "
+                        "its log p and the likeliest alternatives (eso-jax view makes a page of it); the .jsonl "
+                        "holds log p of all decoded tokens, in nats, and their number")
     parser.add_argument("--watch", action="store_true", help="show the samples in the terminal while they are "
                         "decoded, as many as --show says")
     parser.add_argument("--html", help="also write a page that plays the generation, as eso-jax view does")
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def given_of(arguments: argparse.Namespace, model: Model) -> Given | None:
-    """What the options give of the samples."""
+    """The tokens that the options give; None if they give none."""
     from eso_jax.data import prompts
 
     readers = {"prompt": prompts.of_prompt, "template": prompts.of_template, "prompts": prompts.of_rows}
@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _is_longer(prompts: Given, max_tokens: int, model: Model) -> bool:
-    """Whether a prompt and what is to follow are longer than the model. (Behind a template nothing follows.)"""
+    """Whether a prompt and `max_tokens` tokens are longer than the model. (Nothing is decoded after a template.)"""
     config = model.config.model
     room = (prompts.tokens == config.mask).sum(1)
     return bool((room < max_tokens)[prompts.end == config.length].any())
@@ -216,7 +216,7 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
 
 
 def _stopped(stopped: np.ndarray, stop: list[str]) -> list[dict[str, Any]]:
-    """What a .jsonl says of each sample where stops were asked for: whether one came up."""
+    """The fields of each sample in the .jsonl if stops were given: whether the sample stopped."""
     return [{"stopped": bool(each)} if stop else {} for each in stopped]
 
 
