@@ -339,7 +339,7 @@ def family_fields() -> dict[str, list[str]]:
 
 
 def fields() -> str:
-    """The names of all fields, for people."""
+    """The names of all fields, for --help."""
     lines = {section: ", ".join(types_of(kind)) for section, kind in _SECTIONS.items()}
     lines["family"] += "".join(f", {name} (of {', '.join(owners)})" for name, owners in family_fields().items())
     return "\n".join(["fields (what they mean: eso_jax/config.py; of a family: its file in eso_jax/families):", *(

@@ -28,13 +28,13 @@ def is_writer() -> bool:
 
 
 def say(message: str) -> None:
-    """A line for people, above any progress bar; from the writer alone."""
+    """Prints a line on stderr, above any progress bar; only in the writer."""
     if is_writer():
         tell(message)
 
 
 def tell(message: str) -> None:
-    """The same from any process."""
+    """Prints a line on stderr in any process."""
     from tqdm import tqdm
 
     if sys.stderr is not None:
@@ -44,7 +44,7 @@ def tell(message: str) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether stderr is one: it then has progress bars."""
+    """Whether stderr is a terminal: only then are there progress bars."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 

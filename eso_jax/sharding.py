@@ -85,7 +85,7 @@ def mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def describe(mesh: Mesh) -> str:
-    """The devices of a mesh, their processes and its axes, for people."""
+    """The devices of a mesh, their processes and its axes, for a message."""
     devices = mesh.devices.flat
     processes = len({device.process_index for device in devices})
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)

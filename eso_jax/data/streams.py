@@ -1,4 +1,4 @@
-"""What is inside a file: its bytes decompressed, by what the content says it is, and the members of its archives."""
+"""The content of files: decompressed, as their first bytes say, and the members of archives."""
 
 from __future__ import annotations
 

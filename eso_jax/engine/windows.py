@@ -38,11 +38,11 @@ class Long(NamedTuple):
 
 def lengthen(model: Model, given: Given | np.ndarray, max_tokens: int, overlap: int | None = None,
              stop: Sequence[str] = (), seed: int = 0, **how: Any) -> Long:
-    """Texts that go on for `max_tokens` tokens behind their prompts, or to a stop.
+    """Texts with `max_tokens` tokens after their prompts, or up to a stop.
 
     Args:
-      given: prompts, one for each text: int [N, K <= L], or what eso_jax.data.prompts makes of texts.
-      overlap: tokens of a window that are the last of the one before; None: half of them.
+      given: prompts, one for each text: int [N, K <= L], or the result of a function of eso_jax.data.prompts.
+      overlap: how many tokens of a window are the last ones of the window before; None: half the length.
       how: other arguments of `Model.sample`, the same for each window.
 
     Raises:

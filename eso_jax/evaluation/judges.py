@@ -1,7 +1,7 @@
-"""Judges of generated text: how many nats a language model of good repute needs for it (generative perplexity).
+"""Judges of generated text: its perplexity under another language model (generative perplexity).
 
 A judge is a causal language model of the transformers library, GPT-2 Large in the papers, or one of our own work
-directories. They do not count alike, so numbers of two judges do not compare, and neither do those of two folders:
+directories. Numbers of two judges cannot be compared: the models differ, and the two kinds count tokens differently:
 
 - A transformers model sees the text re-tokenized by its own tokenizer, our separators as its end of text, cut to 1024
   of its tokens. The first token is not scored: nothing stands before it. All tokens count that are not the end of
@@ -36,7 +36,7 @@ DEFAULT = "gpt2-large"  # the papers'
 
 
 class Scores(NamedTuple):
-    """What a judge says of N texts.
+    """A judge's scores of N texts.
 
     Attributes:
       nats: -log p of each text's scored tokens, float64 [N].
@@ -148,8 +148,8 @@ class ModelJudge:
 
 
 def with_end_marks(strings: list[str], tokenizer: Any) -> list[str]:
-    """Strings for a tokenizer of the transformers library: in place of each shown separator its own end of text (of a
-    BERT, [SEP]), which it reads as one token."""
+    """Strings for a tokenizer of the transformers library: each shown separator is replaced by its own end of text (for
+    a BERT, [SEP]), which it reads as one token."""
     end = tokenizer.eos_token or tokenizer.sep_token or SHOWN_SEPARATOR
     return [string.replace(SHOWN_SEPARATOR, end) for string in strings]
 

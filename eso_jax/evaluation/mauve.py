@@ -42,7 +42,9 @@ RESAMPLES = 200  # bootstrap draws behind the standard error
 
 
 class Mauve(NamedTuple):
-    """Attributes:
+    """MAUVE of samples against reference texts.
+
+    Attributes:
       value: in [0, 1]; 1 is the same distribution.
       standard_error: over texts, by resampling the clusters' counts; the clusters themselves are taken as given.
       features: of which model.
