@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from eso_jax.data.prompts import Given
-    from eso_jax.engine.model import Model
+    from eso_jax.engine.model import Model, Samples
 
 EXAMPLE = "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz"
 
@@ -86,6 +86,23 @@ def given_of(arguments: argparse.Namespace, model: Model) -> Given | None:
     return prompts.of_array(read_array(arguments.given, "--given", "given"), model.config.model, "--given")
 
 
+def plan_of(arguments: argparse.Namespace, model: Model) -> tuple[str | Plan | None, Given | None, int]:
+    """(the plan: a policy or one read from a file; the given tokens; how many samples of each row of these)."""
+    from eso_jax.data.prompts import of_array
+
+    policy, given, count = arguments.plan, given_of(arguments, model), arguments.num_samples
+    if not policy or not policy.endswith(".npz"):
+        return policy, given, count
+    if arguments.steps is not None or arguments.alpha_0 is not None:
+        raise EsoError(f"--plan = {policy!r}: holds a whole plan; leave out --steps and --alpha-0")
+    plan = read_plan(policy)
+    require(given is None, "--plan", policy, "says what is given; leave out --prompt and the like")
+    require(count == len(plan.order), "--num-samples", count, f"the plan is that of {len(plan.order)} samples; "
+            "give their number")
+    tokens = read_given(policy, plan, model.config.model.mask)
+    return (plan, None, count) if tokens is None else (plan, of_array(tokens, model.config.model), 1)
+
+
 def banned_of(arguments: argparse.Namespace, model: Model) -> list[int]:
     """The ids that the options ban."""
     from eso_jax.data.tokenizers import encode_shown
@@ -107,7 +124,6 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax import load
     from eso_jax.data.prompts import of_array
     from eso_jax.data.tokenizers import SHOWN_SEPARATOR
-    from eso_jax.decoding.rejection import unigram_entropy
     from eso_jax.viewer.page import page
     from eso_jax.viewer.terminal import watching
 
@@ -123,17 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     lines = arguments.out.endswith(".jsonl")
     if lines and model.tokenizer is None:
         raise EsoError(f"--out = {arguments.out!r}: the model has no tokenizer, so there is no text; give a .npz")
-    plan, given, count = arguments.plan, given_of(arguments, model), arguments.num_samples
-    if plan and plan.endswith(".npz"):
-        if arguments.steps is not None or arguments.alpha_0 is not None:
-            raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
-        plan = read_plan(arguments.plan)
-        require(given is None, "--plan", arguments.plan, "says what is given; leave out --prompt and the like")
-        require(count == len(plan.order), "--num-samples", count, f"the plan is that of {len(plan.order)} samples; "
-                "give their number")
-        tokens = read_given(arguments.plan, plan, model.config.model.mask)
-        if tokens is not None:
-            given, count = of_array(tokens, model.config.model), 1
+    plan, given, count = plan_of(arguments, model)
     require(arguments.decoder is None or arguments.steps is None, "--steps", arguments.steps, "a decoder finds its own "
             "steps; leave it out")
     if arguments.watch and model.tokenizer is None:
@@ -152,8 +158,7 @@ def run(arguments: argparse.Namespace) -> None:
                              given=given, max_tokens=arguments.max_tokens, stop=stop,
                              record=arguments.record or bool(arguments.html), watch=watch)
     text, wanted = found.text, count * (1 if given is None else len(given.tokens))
-    left = found.tokens != model.config.model.mask
-    stopped = left.sum(1) < found.plan.end
+    stopped = (found.tokens != model.config.model.mask).sum(1) < found.plan.end
     if len(found.tokens) < wanted:
         say(f"interrupted: the first {len(found.tokens)} of {wanted} samples are kept")
     if lines:
@@ -171,15 +176,24 @@ def run(arguments: argparse.Namespace) -> None:
         write_whole(arguments.html, page({Path(arguments.out).stem: found.arrays()}), "--html")
         say(f"wrote {arguments.html}")
     _show(text[:arguments.show], stopped, stop)
+    _report(arguments, found, model.config.model.mask, bool(stopped.any()))
+
+
+def _report(arguments: argparse.Namespace, found: Samples, mask: int, stopped: bool) -> None:
+    """Prints draws, passes, tokens and seconds. `stopped`: some sample came to a stop."""
+    import numpy as np
+
+    from eso_jax.decoding.rejection import unigram_entropy
+
     if arguments.num_tries > 1:
         say(f"{(found.tries > 1).sum()} of {len(found.tries)} samples drawn again, {found.tries.sum()} draws in all")
-    running, count = found.seconds - found.compile_seconds, int((left & ~found.given).sum())
+    running, count = found.seconds - found.compile_seconds, int(((found.tokens != mask) & ~found.given).sum())
     if arguments.decoder is not None:
         each = np.broadcast_to(found.tokens_per_pass, (len(found.tokens), found.tokens_per_pass.shape[-1]))
-        entropy = unigram_entropy(found.tokens, mask=model.config.model.mask)
+        entropy = unigram_entropy(found.tokens, mask=mask)
         say(f"{found.passes.mean():.1f} passes a sample, {each.sum() / max((each > 0).sum(), 1):.2f} tokens a pass; "
             f"the samples' unigrams have {entropy.mean():.2f} nats")
-    most = "at most " if stopped.any() and arguments.decoder is None else ""
+    most = "at most " if stopped and arguments.decoder is None else ""
     say(f"NFE {most}{found.tokens_per_pass.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
         f"{count / found.seconds:.0f} tokens/s; {count / running:.0f} without the {found.compile_seconds:.2f} s of "
         "compilation")
