@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses that check themselves.
+"""The config of a run: frozen dataclasses that check themselves.
 
 An experiment is a Python file that holds `config = Config(...)`, or several; `from_file` says how a run is named. Its
 fields are overridden on the command line as `section.field=value`, and the whole is kept as JSON beside the
@@ -191,7 +191,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices share the work; see eso_jax/sharding.py. A run may go on with another mesh."""
+    """How the devices share the work; see eso_jax/sharding.py. A run may resume with another mesh."""
 
     data: int | None = None  # copies of the model, each with its own rows; None: all devices that the others leave
     fsdp: int = 1  # devices that share one copy's parameters and optimizer state
@@ -437,7 +437,7 @@ def _from_json(path: Path) -> Config:
 
 
 def _variables(path: Path) -> dict[str, Any]:
-    """What a Python file defines."""
+    """The variables that a Python file defines."""
     import runpy
 
     folder = str(path.resolve().parent)

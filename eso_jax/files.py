@@ -142,8 +142,8 @@ def local(text: str, name: str) -> str:
 
 
 def errno_of(error: BaseException | None) -> int | None:
-    """The errno behind an exception: of an OSError that caused it, or in the words of a library that is not Python's
-    (ArrayRecord, TensorStore)."""
+    """The errno of an exception: that of an OSError which caused it, or one in the message of a C++ library
+    (ArrayRecord, TensorStore). None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
@@ -171,7 +171,7 @@ def trouble(error: BaseException, name: str, path: Any, done: str = "written") -
 
 
 def _place(path: Path) -> Path | None:
-    """Where a regular file of that path is, or would be: behind its links. None if it is something else."""
+    """Where the regular file of that path is, or would be, after following links. None if it is no regular file."""
     try:
         kind = os.stat(path).st_mode
     except FileNotFoundError:

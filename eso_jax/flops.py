@@ -57,7 +57,7 @@ def training_step(config: Config, shards: int | None = None) -> Parts:
 def needed(config: Config) -> Parts:
     """The part of one training step's model FLOPs that its loss depends on, expected over the draws: of attention, the
     pairs of a query and a key that it sees; of the head, the tokens that have a loss; of an Eso-LM's two streams, no
-    z_0 copy of a clean token, which nobody sees."""
+    z_0 copy of a clean token, which no other token sees."""
     model, length, alpha_0 = config.model, config.model.length, families.alpha_0_of(config, None)
     alpha_0, second = getattr(config.family, "moments", (alpha_0, alpha_0**2))
     low, high = getattr(config.family, "t_range", (0.0, 1.0))

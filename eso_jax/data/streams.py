@@ -124,7 +124,7 @@ def is_zip(start: bytes) -> bool:
 
 
 def is_tar(start: bytes) -> bool:
-    """By the header of the first member, which has a checksum."""
+    """Whether a file is a tar, by the header of its first member, which has a checksum."""
     try:
         return bool(tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape"))
     except tarfile.HeaderError:

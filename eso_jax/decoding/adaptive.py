@@ -21,7 +21,7 @@ is that of one token a pass in any order; among the tokens of a pass, the most c
 With N = 1, log p of a sample is that of one token a pass along the order that was chosen. With more it is only in the
 record, since in a plan the masks of a step see those before them.
 
-Axes: B batch, L length, W slots looked at, V vocabulary.
+Axes: B batch, L length, W slots that a pass considers, V vocabulary.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from eso_jax.model.params import Weights
 
 @struct.dataclass
 class Progress:
-    """What a pass reads and writes.
+    """The state that a pass reads and writes.
 
     Attributes:
       state: tokens by slot, the order, the cache, facts; see loop.State.

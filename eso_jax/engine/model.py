@@ -220,7 +220,7 @@ class Model(Engine):
             for attempt in range(num_tries):
                 again = np.arange(num_samples)
                 if min_entropy is not None and attempt:
-                    # What others of its batch had a row decode behind its end does not count.
+                    # Tokens after a row's stop, decoded while other rows went on, do not count.
                     ended = whole.tokens.copy()
                     for row, own in zip(ended, known, strict=True):
                         if stops:

@@ -1,7 +1,7 @@
 """AR: the causal language model, with AdaLN (the paper's fair baseline) or without (model.cond_dim = 0).
 
-The input is the sequence shifted by one behind a start token (family.start_id; the mask by default, which AR has no
-other use for), so that all L tokens have a likelihood.
+The input is the sequence shifted by one after a start token (family.start_id; by default the mask, which AR does not
+use otherwise), so that all L tokens have a likelihood.
 
 Axes: B batch, L length.
 """

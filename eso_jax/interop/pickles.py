@@ -26,7 +26,7 @@ class Global:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Persistent:
-    """A reference out of the pickle; torch.save keeps a tensor's numbers behind one."""
+    """A reference to data outside the pickle, such as the numbers of a tensor of torch.save."""
 
     identity: Any
 
@@ -229,5 +229,5 @@ class _Machine:
 
 
 def _is_class(name: str) -> bool:
-    """By its capital, as PEP 8 writes classes."""
+    """Whether a name is that of a class: it begins with a capital letter."""
     return name.lstrip("_")[:1].isupper()

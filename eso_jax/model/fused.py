@@ -45,7 +45,7 @@ class Fused(Backend):
 
         Args:
           pattern: everyone, or blocks; without a prefix.
-          length: nobody sees slots from here on; None: all slots count.
+          length: no query sees the slots from here on; None: all slots are visible.
         """
 
     def one_stream(self, q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"],

@@ -1,4 +1,4 @@
-"""Who sees whom: patterns, which are data, and the truth tables behind them.
+"""Who sees whom: patterns, which are data, and their truth tables.
 
 A `Pattern` says who sees whom in one stream, a `TwoStreams` in a pass over a noisy and a clean copy of the tokens. Both
 are hashable: programs are compiled by them, and whoever computes attention (eso_jax/model/attention.py) can ask them

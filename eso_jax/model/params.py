@@ -194,7 +194,7 @@ class Block:
     Attributes:
       norm1, norm2: before attention, and before the MLP.
       qkv: [D, 3, H, K], makes queries, keys and values; of the compute type.
-      out: [H, K, D], the projection behind attention, its gate folded in; of the compute type.
+      out: [H, K, D], the projection after attention, its gate folded in; of the compute type.
       mlp_in: D -> 4D.
       mlp_out: 4D -> D, its gate folded in.
     """

@@ -1,6 +1,6 @@
 """Attention by the Pallas kernel "splash" that comes with JAX, on TPUs.
 
-It takes any pattern that is known when it is compiled, and skips blocks of keys that nobody sees.
+It takes any pattern that is known at compile time, and skips blocks of keys that no query sees.
 
 Axes: see eso_jax/model/fused.py.
 """

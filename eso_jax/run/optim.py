@@ -1,4 +1,4 @@
-"""The optimizer: AdamW behind a global-norm clip, the learning rate of every step, and averaged weights."""
+"""The optimizer: AdamW after a global-norm clip, the learning rate of every step, and averaged weights."""
 
 from __future__ import annotations
 
