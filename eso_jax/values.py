@@ -12,7 +12,7 @@ from typing import Any
 from eso_jax.errors import require
 
 
-@functools.cache  # Python would read the annotations anew every time
+@functools.cache  # without it, Python evaluates the annotations in every call
 def types_of(kind: type) -> dict[str, Any]:
     """The fields of a section's class and their types."""
     hints = typing.get_type_hints(kind)

@@ -1,7 +1,7 @@
 """Planning a run for accelerators that are not here: does it fit, what does it do, how fast could it be?
 
-`eso-jax plan` compiles the training step and a step of the sampler ahead of time for a slice of TPUs (or a box of
-GPUs), and reads from the compiled programs what they hold, compute, move and send.
+`eso-jax plan` compiles the training step and a step of the sampler ahead of time for a slice of TPUs (or hosts with
+GPUs), and reads from the compiled programs their memory, operations, memory traffic and communication.
 
   target.py    devices that are not here       programs.py  the two programs, compiled for them
   hlo.py       what a compiled program does    fit.py       what to change when it does not fit
@@ -28,7 +28,8 @@ from eso_jax.decoding.categorical import Rule
 
 def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor: int = 1, batch_per_copy: int = 16,
          rule: Rule = Rule(), target_config: str | None = None) -> dict[str, Any]:
-    """The plan of a run on a slice, as JSON has it; if its training does not fit, also of the first change that does.
+    """The plan of a run on a slice, as a dict for JSON; if its training does not fit, also that of the first change
+    that does.
 
     Args:
       topology: of chips.topology; after target.prepare.

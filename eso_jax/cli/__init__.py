@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _check_out(arguments: argparse.Namespace) -> None:
-    """Refuses to write over what another option names: a file that is read, or a second one that is written."""
+    """Raises an EsoError if --out is also the file of another option, one that is read or written."""
     out = getattr(arguments, "out", None)
     if not isinstance(out, str):
         return
@@ -77,7 +77,8 @@ def _check_out(arguments: argparse.Namespace) -> None:
 
 
 def exit_code_of(action: Callable[[], None]) -> int:
-    """Runs an action; the exit code. A user's mistake, an interruption and storage that failed are said in one line."""
+    """Runs an action and returns the exit code. A user's mistake, an interruption or a storage error is printed in one
+    line."""
     with streams():
         try:
             action()
@@ -91,8 +92,8 @@ def exit_code_of(action: Callable[[], None]) -> int:
 
 
 def keep_compilations() -> None:
-    """Compiled programs are kept on disk for the next run, unless the user has said where or whether (JAX's own
-    JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE)."""
+    """Keeps compiled programs on disk for the next run, unless the user has set JAX's own JAX_COMPILATION_CACHE_DIR or
+    JAX_ENABLE_COMPILATION_CACHE."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "eso-jax"))
@@ -100,7 +101,7 @@ def keep_compilations() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line, and with free text read as paths are: ~ is a folder, an address none."""
+    """argparse, with errors of one line. Options without a type are paths: ~ is expanded, addresses are refused."""
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         kind = options.get("type", str)
@@ -109,7 +110,7 @@ class _Parser(argparse.ArgumentParser):
         def read(text: str) -> Any:
             try:
                 return kind(local(text, name))
-            except EsoError as error:  # argparse would tell of it in words of its own
+            except EsoError as error:  # argparse would print another message
                 self.exit(2, f"eso-jax: error: {error}\n")
 
         if kind in (str, Path) and not {"action", "choices"} & options.keys():

@@ -26,7 +26,7 @@ mfu             model_flops / step_seconds / (the chips' bfloat16 peak, eso_jax/
 peak_bytes      of one device: what goes in (it is reused for what comes out) and temporaries, by the compiler
 attention       the backends that compute it
 """
-WAIT = "once it is compiled, until there is such a file: several can compile together and be timed one by one"
+WAIT = "after compiling, wait for this file: so several commands compile together and are timed one by one"
 OUT = ".json; a table (.md) and a picture (.png) are written beside it"
 
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                           "(all)")
     sampling.add_argument("--attention", nargs="+", choices=ATTENTION, default=["auto"], help="what computes it, one "
                           "beside the other; plain turns the kernels for a cache off as well (auto)")
-    sampling.add_argument("--passes", type=int, help="time so many in the middle of each plan, and scale them")
+    sampling.add_argument("--passes", type=int, help="time so many in the middle of each plan, and scale up")
     sampling.add_argument("--repeats", type=int, default=3, help="generations timed, for the median (%(default)s)")
     sampling.add_argument("--wait-for", type=Path, metavar="FILE", help=WAIT)
     sampling.add_argument("--out", required=True, help=OUT)

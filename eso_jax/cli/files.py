@@ -63,7 +63,7 @@ def read_plan(path: str) -> tuple[Plan, dict[str, Any]]:
 
 
 def given_of_plan(path: str, plan: Plan, tokens: Any, mask: int) -> Any:
-    """The tokens that a plan of `read_plan` takes for given, int [N, L], the mask elsewhere; None where there are none.
+    """The tokens that a plan of `read_plan` takes as given, int [N, L], with the mask elsewhere; None for none.
 
     Args:
       tokens: those of its file; None if it has none.

@@ -25,7 +25,7 @@ def documents(source: str, split: str) -> list[tuple[str, bytes]]:
 
     A file goes to a split by a hash of its relative path, so that adding files moves none: about 90% are for train, 5%
     for validation and 5% for test. Where that would leave a split empty (few files), each file is cut instead, at 90%
-    and 95% of its bytes. Hidden and empty files are passed over; files behind links are read, those of a folder once;
+    and 95% of its bytes. Hidden and empty files are skipped; links are followed, each folder is read once;
     paths of a glob are relative to the last folder before its first wildcard. Content is bytes as they are: nothing is
     decoded, and nothing (NUL included) refused.
 
@@ -89,7 +89,7 @@ def split_of(name: str) -> str:
 
 
 def _share(content: bytes, split: str) -> bytes:
-    """What a split has of one file, where every file is cut."""
+    """The part of one file that a split gets, if every file is cut."""
     low, high = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}[split]
     return content[len(content) * low // 100:len(content) * high // 100]
 

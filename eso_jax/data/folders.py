@@ -45,8 +45,8 @@ def find(given: Path, flag: str, remedy: str = "", below: bool = False) -> tuple
 
 
 def walk(root: Path, enter: Callable[[Path], bool] = lambda folder: True) -> Iterator[Path]:
-    """Every file below `root` in the folders that `enter` accepts, those behind links included. A folder is listed
-    once, by its name without a link if there is one.
+    """Every file below `root` in the folders that `enter` accepts; links are followed. A folder is listed once, if
+    possible under its name without a link.
 
     Raises:
       OSError: a folder cannot be listed.

@@ -1,4 +1,4 @@
-"""Is the data of a run what the run began with? Kept in the work directory, W/data.json."""
+"""Is the data of a run still the data that it began with? A hash of it is in the work directory, W/data.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "data.json"
 
 
 def identity(windows: Windows) -> dict[str, Any]:
-    """The number of windows and a hash of what was packed: of prepared ones, of their shards' checksums."""
+    """The number of windows and a hash of them; for a prepared folder, of its shards' checksums."""
     digest = hashlib.sha256()
     if isinstance(windows, PreparedWindows):
         digest.update(json.dumps(windows.checksums).encode())

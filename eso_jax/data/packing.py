@@ -37,7 +37,7 @@ WRAPPINGS = {
 
 
 def cut(stream: np.ndarray, length: int, wrapping: Wrapping, separator_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """A stream of tokens [S] as windows [W, length], and the tokens that are left, fewer than a window takes."""
+    """(a stream of tokens [S] as windows [W, length], the tokens that are left over, too few for a window)."""
     payload = wrapping.payload(length)
     used = stream.size // payload * payload
     windows = stream[:used].reshape(-1, payload)

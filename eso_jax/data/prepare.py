@@ -1,4 +1,5 @@
-"""Documents to a prepared folder: tokenized once, in parallel, shard by shard, so that an interrupted run goes on."""
+"""Documents to a prepared folder: tokenized once, in parallel, shard by shard, so that an interrupted run can
+resume."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ class Job(NamedTuple):
 def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files: Iterable[str] = (),
             wrapping: str | None = None, held_out: int | None = None, out: Path | None = None,
             processes: int | None = None, reading: Reading | None = None) -> Path:
-    """Makes a prepared folder of a corpus, or goes on making it; returns it.
+    """Makes a prepared folder of a corpus, or resumes making it; returns its path.
 
     The documents are kept in data_dir/documents, as published: another tokenizer or length does not read the source
     again, and the folder may be deleted.

@@ -1,4 +1,4 @@
-"""Rows to texts: JSON lines, JSON arrays, Parquet, Arrow and .npz, and what becomes of rows without a text."""
+"""Rows to texts: JSON lines, JSON arrays, Parquet, Arrow and .npz; and the errors of rows without a text."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class BadRow(ValueError):
 
 
 def texts(name: str, opener: Opener, reading: Reading, fields: tuple[str, ...] = ()) -> Iterator[str]:
-    """The texts of the rows of one file. Its name says of what kind it is; `opener` gives it decompressed.
+    """The texts of the rows of one file. Its name says its format; `opener` gives its content, decompressed.
 
     Args:
       fields: of each row these texts, one after the other, unless one of them is blank; none: the one that `reading`

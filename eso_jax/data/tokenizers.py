@@ -25,7 +25,7 @@ SHOWN_SEPARATOR, _SHOWN_MASK = "\n\f\n", "▒"  # in decoded text
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the project asks of a tokenizer.
+    """The interface of a tokenizer.
 
     Attributes:
       name: as in data.tokenizer.
@@ -235,7 +235,7 @@ class LibraryTokenizer:
             return bytes(self._bytes_of_characters[character] for character in entry)
         if found := re.fullmatch("<0x([0-9A-F]{2})>", entry):
             return bytes.fromhex(found[1])
-        # A decoder treats the first id of a text in its own way, so the second is looked at.
+        # A decoder may treat the first id of a text differently, so the second is used.
         once, twice = (self._library.decode([id] * times, skip_special_tokens=False) for times in (1, 2))
         return str(twice.removeprefix(once)).encode()
 

@@ -86,7 +86,7 @@ class Case(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """What is measured at each length and batch size. `what`: a line for the reader."""
+    """What is measured at each length and batch size. `what`: a description, printed at the top of the results."""
 
     what: str
     size: str
@@ -234,7 +234,7 @@ class Timed:
         self.launches = hlo.turn(program.as_text() or "").launches if gpu else None
 
     def _attention(self) -> str:
-        """Who computes it."""
+        """The name of the backend of attention."""
         model, pattern, wanted = self.config.model, self.sampler.pattern, self.weights.attention
         dtype = self.weights.head.kernel.dtype
         if self.sampler.cached:

@@ -103,7 +103,7 @@ def _read(src: str | Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, 
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The same of a snapshot of a repository: weights, whole or in shards behind an index, and a config.json."""
+    """The same of a snapshot of a repository: weights, whole or in shards with an index, and a config.json."""
     weights = sorted(folder.glob(f"*{INDEX}")) or sorted(folder.glob("*.safetensors"))
     others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".ckpt", ".bin", ".pt", ".pth")]
     require(len(weights) == 1, "SRC", str(folder), f"must hold one .safetensors, or one {INDEX}, and holds "

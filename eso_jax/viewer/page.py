@@ -94,7 +94,7 @@ def _run(name: str, arrays: Generation) -> dict[str, Any]:
     passes, (rows, length) = counts.shape[-1], order.shape
     counts = np.broadcast_to(counts, (rows, passes))
     windows = np.broadcast_to(window, (rows, passes, 2))
-    left = arrays["tokens"] == arrays["mask"]  # no pass has decoded it, or it lies behind a stop
+    left = arrays["tokens"] == arrays["mask"]  # no pass has decoded it, or it lies after a stop
     given = arrays["given"] if "given" in arrays else np.zeros(rows, int)  # those that a stop has cut count as well
     diffused = given + arrays["diffusion"]
     slot = np.argsort(order, axis=1)
@@ -118,7 +118,7 @@ def _run(name: str, arrays: Generation) -> dict[str, Any]:
 
 
 def _plain(x: np.ndarray) -> list[Any]:
-    """Numbers of a page, to four digits behind the point; null for what is none."""
+    """Numbers for the page, rounded to four decimals; null for those that are not finite."""
     if np.issubdtype(x.dtype, np.integer):
         return x.tolist()
     return [_plain(row) for row in x] if x.ndim > 1 else [
