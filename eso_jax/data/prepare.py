@@ -93,6 +93,8 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
         splits = _claim(folder, manifest)
         if tokenizer.json is not None:
             write_whole(folder / tokenizers.FILE, tokenizer.json)
+        else:
+            (folder / tokenizers.FILE).unlink(missing_ok=True)  # of a try that came to nothing
 
         def save() -> None:
             write_whole(folder / prepared.UNFINISHED, as_json({**manifest, "splits": splits}))
@@ -106,7 +108,7 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
             chunks = [numbers[start:start + size] for start in range(0, len(numbers), size)]
             part = splits.setdefault(split, {"documents": len(numbers), "shards": []})
             _write_shards(folder, split, job, chunks, part, tokenizer, processes, save)
-            require_window(part["windows"], part["tokens"], length, f"--from: {name}", f"its {split}")
+            require_window(part["windows"], part["tokens"], length, f"--from: {name}", f"its {split}", "--length")
         (folder / prepared.UNFINISHED).replace(folder / prepared.MANIFEST)
     return folder
 
@@ -117,7 +119,8 @@ def _parts(published: Any, held_out: int) -> dict[str, tuple[str, range]]:
     if not held_out:
         return {split: (split, range(count)) for split, count in counts.items()}
     require(held_out < counts["train"], "--held-out", held_out, f"leaves none of {counts['train']} documents to train "
-            "on; give a smaller number")
+            "on; " + ("give a smaller number" if counts["train"] > 1 else
+                      "a file of text is one: give several files, rows (.jsonl), or the file itself as data.source"))
     return {split: ("train", range(counts["train"])[part]) for split, part
             in (("train", slice(None, -held_out)), ("validation", slice(-held_out, None)))}
 
@@ -136,6 +139,8 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         return {}
     recorded = json.loads(path.read_text("utf-8"))
+    if not any(shard["windows"] for part in recorded["splits"].values() for shard in part["shards"]):
+        return {}  # a try that came to nothing keeps none from the next
     for field, value in manifest.items():
         require(recorded.get(field, value) == value, f"{path} {field}", recorded.get(field),
                 f"this command would make {value!r}; give another --out, or delete the folder")
