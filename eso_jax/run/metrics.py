@@ -87,15 +87,15 @@ def elsewhere(workdir: Path, config: Config) -> Iterator[Send | None]:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a work directory's metrics; one cut short by a kill is left out."""
+    """The lines of a work directory's metrics, without those that are none: cut short by a kill, say, or damaged."""
     path = workdir / FILE
     lines = []
     for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else []:
         try:
             values = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if isinstance(values, dict) and "step" in values:
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
             lines.append(values)
     return lines
 
