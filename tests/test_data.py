@@ -115,6 +115,13 @@ def test_one_file_is_cut(tmp_path: Path, alone: str) -> None:
     assert parts == [[(name, content[:189])], [(name, content[189:199])], [(name, content[199:])]]
 
 
+def test_all_of_a_file_is_the_file(tmp_path: Path) -> None:
+    """Though its splits are parts of it: no separator stands between these, and their order is that of the text."""
+    source = write(tmp_path / "text", b=b"zyx" * 100, a=b"x")
+    assert documents(source, "all") == [("a", b"x"), ("b", b"zyx" * 100)]
+    assert [name for name, _ in documents(source, "train")] == ["b"]
+
+
 def test_stdlib() -> None:
     found = everything("stdlib")
     assert len(found) > 300 and sum(map(len, found.values())) > 5e6
