@@ -194,7 +194,7 @@ def test_experiment_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name, content, remedy", [
     ("run.py", None, "no such file"), ("run.json", None, "no such file"),
     ("run.py", "x = 1\n", "must define config = eso_jax.Config(...)"),
-    ("run.py", "config = {'model': {}}\n", "must define config"),
+    ("run.py", "config = {'model': {}}\n", "must define config"), ("run.py", "exit(3)", "failed (SystemExit: 3)"),
     ("run.json", '{"model": ', "not a config in JSON"),
     ("run.json", "[1, 2]", "not a config in JSON"),
     ("run.json", '{"model": 3}', "not a config in JSON")])
@@ -204,6 +204,20 @@ def test_unusable_file_is_named(tmp_path: Path, name: str, content: str | None, 
     with pytest.raises(EsoError) as caught:
         from_file(tmp_path / name)
     assert f"config = '{tmp_path / name}'" in str(caught.value) and remedy in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("section, kind", [("family='ar'", "FamilyConfig"), ("train={'steps': 1}", "TrainConfig")])
+def test_a_section_is_no_value(tmp_path: Path, section: str, kind: str) -> None:
+    (tmp_path / "run.py").write_text(f"from eso_jax import Config\nconfig = Config({section})\n")
+    with pytest.raises(EsoError, match=f"^{section.partition('=')[0]} = .*: give a {kind}, as in Config"):
+        from_file(tmp_path / "run.py")
+
+
+def test_a_config_that_an_editor_has_saved(tmp_path: Path) -> None:
+    """With a BOM and carriage returns."""
+    (tmp_path / "run.json").write_text(Config().to_json().replace("\n", "\r\n"), "utf-8-sig")
+    assert from_file(tmp_path / "run.json") == Config()
 
 
 # config.json of commit 295e718 holds the fields of all families for each.
