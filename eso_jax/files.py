@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -102,8 +103,16 @@ def npz(**arrays: Any) -> bytes:
     return buffer.getvalue()
 
 
-def as_json(values: Any) -> str:
-    return json.dumps(values, indent=1) + "\n"
+def as_json(values: Any, indent: int | None = 1) -> str:
+    """JSON and a line feed. What is no finite number is null: JSON has no word for it, and many a reader none for NaN."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return list(map(plain, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), indent=indent, allow_nan=False) + "\n"
 
 
 def check_out(path: str | Path, name: str = "--out") -> None:

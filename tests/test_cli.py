@@ -75,7 +75,8 @@ def test_eval_of_another_text(tmp_path: Path, run: Run, trained: Path) -> None:
     said = run("eval", "--workdir", trained, "--source", tmp_path / "other.txt", "--out", out)
     assert json.loads(out.read_text())["windows"] == 2001 // 16  # all of it
     assert f"windows of 16 tokens (all of {tmp_path / 'other.txt'})" in said
-    run("eval", "--workdir", trained, "--out", out)
+    run("eval", "--workdir", trained, "--num-windows", 1, "--out", out)
+    assert "NaN" not in out.read_text() and json.loads(out.read_text())["standard_error"] is None  # of one window
     assert json.loads(out.read_text())["source"] == configs.from_file(trained / "config.json").data.source
     (tmp_path / "short.txt").write_text("short")
     assert f"--source = '{tmp_path / 'short.txt'}': holds 6 tokens" in run(

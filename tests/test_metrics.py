@@ -49,8 +49,10 @@ def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
     for damaged in ('{"step": 2, "lo', "\0" * 40, '{"step": "x"}', "[1]", "3", "", '{"loss": 1.0}'):
         (tmp_path / "metrics.jsonl").write_text(f"{first}\n{damaged}\n{second}\n{third}")
         assert metrics.read(tmp_path) == lines
-    metrics.MetricsLog(tmp_path, 2)
+    log = metrics.MetricsLog(tmp_path, 2)
     assert metrics.read(tmp_path) == lines[:2]
+    log.write(3, validation_standard_error=float("nan"), parts={"a": [float("inf")]})  # as of a single window
+    assert metrics.read(tmp_path)[2] == {"step": 3, "validation_standard_error": None, "parts": {"a": [None]}}
 
 
 def test_tensorboard(short: Config, tmp_path: Path) -> None:

@@ -30,11 +30,11 @@ class MetricsLog:
         if not is_writer():
             return
         kept = [line for line in read(workdir) if line["step"] <= resume_step]
-        files.write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept), "--workdir")
+        files.write_whole(self.path, "".join(files.as_json(line, None) for line in kept), "--workdir")
 
     def write(self, step: int, **values: Any) -> None:
         if is_writer():
-            files.append(self.path, json.dumps({"step": step, **values}) + "\n", "--workdir")
+            files.append(self.path, files.as_json({"step": step, **values}, None), "--workdir")
             if self.send is not None:
                 self.send(step, _flat(values))
 
