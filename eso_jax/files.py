@@ -94,6 +94,28 @@ def writing(name: str, path: Any) -> Iterator[None]:
         raise problem from error
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
+    """For a block that no two processes may be in for one folder, which is made: the second waits, and says so. Where
+    the file system knows no locks, nobody waits."""
+    import fcntl
+
+    from eso_jax.console import say
+
+    with writing(name, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "turn.lock").open("ab")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is at work in {folder}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+
+
 def npz(**arrays: Any) -> bytes:
     """Arrays as a .npz."""
     import numpy as np

@@ -593,6 +593,36 @@ def test_a_try_that_came_to_nothing_keeps_none_from_the_next(tmp_path: Path, man
         prepare.prepare("text", tmp_path, BYTES, 8, [str(many)], held_out=40, processes=1)
 
 
+def test_two_at_once_take_turns(tmp_path: Path, many: Path) -> None:
+    """Another length, into the same data directory. What a killed one has left there is removed."""
+    (tmp_path / "data" / "documents" / "corpora" / "text" / "incomplete.ABC_1.0.0").mkdir(parents=True)
+    command = [sys.executable, "-m", "eso_jax", "data", "prepare", "text", "--from", many, "--data-dir", tmp_path / "data",
+               "--tokenizer", "bytes", "--held-out", "40", "--processes", "1"]
+    processes = [subprocess.Popen([*map(str, command), "--length", length, "--out", str(tmp_path / length)], text=True,
+                                  stderr=subprocess.PIPE) for length in ("8", "16")]
+    for process, length in zip(processes, ("8", "16"), strict=True):
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
+        assert check(tmp_path / length)["length"] == int(length)
+    assert [path.name for path in (tmp_path / "data" / "documents" / "corpora" / "text").iterdir()] == ["1.0.0"]
+
+
+def test_the_second_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with files.one_at_a_time(tmp_path, "--data-dir"):
+            order.append("second")
+
+    with files.one_at_a_time(tmp_path, "--data-dir"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.5)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"] and f"at work in {tmp_path}; waiting for it" in capsys.readouterr().err
+
+
 def test_a_single_document_cannot_be_split(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("a b c " * 100)
     with pytest.raises(EsoError, match="leaves none of 1 documents to train on; a file of text is one: give several"):

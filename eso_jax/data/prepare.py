@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from eso_jax.data.packing import WRAPPINGS, Wrapping, cut, require_window
 from eso_jax.data.rows import Reading
 from eso_jax.data.tokenizers import LibraryTokenizer, Tokenizer, get_tokenizer
 from eso_jax.errors import EsoError, require
-from eso_jax.files import as_json, write_whole, writing
+from eso_jax.files import as_json, one_at_a_time, write_whole, writing
 
 Tokenize = Callable[[list[range]], Iterator[np.ndarray]]  # ranges of documents to the tokens of each [S]
 
@@ -75,10 +76,20 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
     held_out, fields = held_out or CORPORA[name].held_out, CORPORA[name].fields
     require(reading is None or reading.field is None or not fields, "--field", reading and reading.field,
             f"of {name}, {' and '.join(fields)} are read; leave it out, or prepare your own text")
+    documents = data_dir / "documents"
+    with one_at_a_time(documents, "--data-dir"):
+        for left in documents.glob("corpora/*/incomplete.*"):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        return _prepare(name, data_dir, tokenizer, length, list(files), wrapping, held_out, out or data_dir / name,
+                        processes, reading)
+
+
+def _prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files: list[str], wrapping: str,
+             held_out: int, folder: Path, processes: int | None, reading: Reading | None) -> Path:
+    """The same, alone in its folder and with all that was left open."""
     from eso_jax.data import builder
 
-    folder = out or data_dir / name
-    corpus = builder.documents(name, data_dir / "documents", list(files), reading)
+    corpus = builder.documents(name, data_dir / "documents", files, reading)
     state = corpus.info.metadata.get("state")
     manifest: dict[str, Any] = {
         "corpus": name, "source": corpus.info.metadata["source"],
