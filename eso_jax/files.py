@@ -126,7 +126,7 @@ def npz(**arrays: Any) -> bytes:
 
 
 def as_json(values: Any, indent: int | None = 1) -> str:
-    """JSON and a line feed. What is no finite number is null: JSON has no word for it, and many a reader none for NaN."""
+    """JSON and a line feed. What is no finite number is null: JSON has no word for it, and many readers refuse NaN."""
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: plain(each) for name, each in value.items()}

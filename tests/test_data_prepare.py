@@ -596,8 +596,8 @@ def test_a_try_that_came_to_nothing_keeps_none_from_the_next(tmp_path: Path, man
 def test_two_at_once_take_turns(tmp_path: Path, many: Path) -> None:
     """Another length, into the same data directory. What a killed one has left there is removed."""
     (tmp_path / "data" / "documents" / "corpora" / "text" / "incomplete.ABC_1.0.0").mkdir(parents=True)
-    command = [sys.executable, "-m", "eso_jax", "data", "prepare", "text", "--from", many, "--data-dir", tmp_path / "data",
-               "--tokenizer", "bytes", "--held-out", "40", "--processes", "1"]
+    command = [sys.executable, "-m", "eso_jax", "data", "prepare", "text", "--from", many, "--data-dir",
+               tmp_path / "data", "--tokenizer", "bytes", "--held-out", "40", "--processes", "1"]
     processes = [subprocess.Popen([*map(str, command), "--length", length, "--out", str(tmp_path / length)], text=True,
                                   stderr=subprocess.PIPE) for length in ("8", "16")]
     for process, length in zip(processes, ("8", "16"), strict=True):
