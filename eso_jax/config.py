@@ -297,7 +297,7 @@ class Config:
         texts: dict[str, dict[str, str]] = {section: {} for section in _SECTIONS}
         for assignment in assignments:
             path, separator, text = assignment.partition("=")
-            if not separator:
+            if not (separator and path.strip()):
                 raise EsoError(f"{assignment!r}: write an override as section.field=value, e.g. train.steps=1000")
             section, _, name = path.strip().partition(".")
             _check_field(path.strip(), section, name)

@@ -104,11 +104,11 @@ ERRORS = {  # assignments -> what the message must hold: the field and its value
     ("family.alpha_0_range=(0.5,0.5)", "family.alpha_0=0.5"): ("family.alpha_0_range = (0.5, 0.5)", "low < high"),
     ("family.alpha_0_range=(0.1,0.5)",): ("family.alpha_0 = 1.0", "must be in family.alpha_0_range = (0.1, 0.5)"),
     ("family.alpha_0_range=(0.1,1)", "family.kappa=1"): ("family.kappa = 1.0", "(0.1, 1.0) needs both losses"),
-    ("family.alpha_0_range=0.5",): ("family.alpha_0_range = '0.5'", "tuple"),
+    ("family.alpha_0_range=0.5",): ("family.alpha_0_range = '0.5'", "type tuple[float, float] or None"),
     ("family.kappa=1.2",): ("family.kappa = 1.2", "in [0, 1]"),
     ("family.loss_weight=flat",): ("family.loss_weight = 'flat'", "elbo or low_var"),
     ("family.name=bd3lm", "family.t_range=(0.5,0.2)"): ("family.t_range = (0.5, 0.2)", "low < high"),
-    ("family.name=bd3lm", "family.t_range=(0.5,)"): ("family.t_range = '(0.5,)'", "tuple"),
+    ("family.name=bd3lm", "family.t_range=(0.5,)"): ("family.t_range = '(0.5,)'", "tuple[float, float]"),
     ("family.name=bd3lm", "family.t_range=(0.5,0.6,0.7)"): ("family.t_range = '(0.5,0.6,0.7)'", "tuple"),
     ("family.name=bd3lm", "family.block_size=24"): ("family.block_size = 24", "divide model.length = 128"),
     ("family.name=ar", "family.start_id=258"): ("family.start_id = 258", "[0, 258)"),
@@ -134,7 +134,7 @@ ERRORS = {  # assignments -> what the message must hold: the field and its value
     ("modle.width=12",): ("modle.width: unknown", "did you mean model.width?"),
     ("optimizer.learning_rate=1",): ("optimizer.learning_rate: unknown", "did you mean train.learning_rate?"),
     ("zzz=1",): ("zzz: unknown", "sections are model, family, data, train"),
-    ("train.steps",): ("'train.steps'", "section.field=value"),
+    ("train.steps",): ("'train.steps'", "section.field=value"), ("=5",): ("'=5'", "section.field=value"),
 }
 
 
