@@ -279,6 +279,9 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        for section, kind in _SECTIONS.items():
+            require(isinstance(getattr(self, section), kind), section, getattr(self, section),
+                    f"give a {kind.__name__}, as in Config({section}=config.{kind.__name__}(...))")
         self.family.check_with(self)
         groups = self.train.accumulate * self.family.group_size
         require(self.train.batch_size % groups == 0, "train.batch_size", self.train.batch_size,
@@ -294,7 +297,7 @@ class Config:
         texts: dict[str, dict[str, str]] = {section: {} for section in _SECTIONS}
         for assignment in assignments:
             path, separator, text = assignment.partition("=")
-            if not separator:
+            if not (separator and path.strip()):
                 raise EsoError(f"{assignment!r}: write an override as section.field=value, e.g. train.steps=1000")
             section, _, name = path.strip().partition(".")
             _check_field(path.strip(), section, name)
@@ -428,7 +431,7 @@ def _remedy(path: Path) -> str:
 
 def _from_json(path: Path) -> Config:
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8-sig"))  # some editors put a BOM in front
     except ValueError as error:  # not JSON, or not text
         raise EsoError(f"config = {str(path)!r}: not a config in JSON ({error})") from error
     sections = isinstance(values, dict) and all(isinstance(fields, dict) for fields in values.values())
@@ -446,7 +449,7 @@ def _variables(path: Path) -> dict[str, Any]:
         return runpy.run_path(str(path))
     except EsoError:
         raise
-    except Exception as error:  # whatever the user's Python raises
+    except (Exception, SystemExit) as error:  # whatever the user's Python raises
         raise EsoError(f"config = {str(path)!r}: running it failed ({reason_of(error)})") from error
     finally:
         sys.path.remove(folder)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -92,6 +93,28 @@ def writing(name: str, path: Any) -> Iterator[None]:
         raise problem from error
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
+    """For a block that no two processes may be in for one folder, which is made: the second waits, and says so. Where
+    the file system knows no locks, nobody waits."""
+    import fcntl
+
+    from eso_jax.console import say
+
+    with writing(name, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "turn.lock").open("ab")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is at work in {folder}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+
+
 def npz(**arrays: Any) -> bytes:
     """Arrays as a .npz."""
     import numpy as np
@@ -101,8 +124,16 @@ def npz(**arrays: Any) -> bytes:
     return buffer.getvalue()
 
 
-def as_json(values: Any) -> str:
-    return json.dumps(values, indent=1) + "\n"
+def as_json(values: Any, indent: int | None = 1) -> str:
+    """JSON and a line feed. What is no finite number is null: JSON has no word for it, and many readers refuse NaN."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return list(map(plain, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), indent=indent, allow_nan=False) + "\n"
 
 
 def check_out(path: str | Path, name: str = "--out") -> None:

@@ -73,8 +73,15 @@ def test_eval_of_another_text(tmp_path: Path, run: Run, trained: Path) -> None:
     out = tmp_path / "e.json"
     run("eval", "--workdir", trained, "--source", tmp_path / "other.txt", "--split", "test", "--out", out)
     assert json.loads(out.read_text())["windows"] == 2000 // 20 // 16
-    run("eval", "--workdir", trained, "--source", tmp_path / "other.txt", "--out", out)
-    assert json.loads(out.read_text())["windows"] == 2003 // 16  # all of it
+    said = run("eval", "--workdir", trained, "--source", tmp_path / "other.txt", "--out", out)
+    assert json.loads(out.read_text())["windows"] == 2001 // 16  # all of it
+    assert f"windows of 16 tokens (all of {tmp_path / 'other.txt'})" in said
+    run("eval", "--workdir", trained, "--num-windows", 1, "--out", out)
+    assert "NaN" not in out.read_text() and json.loads(out.read_text())["standard_error"] is None  # of one window
+    assert json.loads(out.read_text())["source"] == configs.from_file(trained / "config.json").data.source
+    (tmp_path / "short.txt").write_text("short")
+    assert f"--source = '{tmp_path / 'short.txt'}': holds 6 tokens" in run(
+        "eval", "--workdir", trained, "--source", tmp_path / "short.txt", "--out", out, code=2)
 
 
 @pytest.mark.slow
@@ -547,9 +554,10 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path, run: Run, trained: Path
 
 @pytest.mark.slow
 def test_reading_touches_nothing(tmp_path: Path, run: Run, trained: Path) -> None:
-    """A sample beside a running training leaves its half-written checkpoint alone."""
+    """A sample beside a running training leaves its half-written checkpoint alone; a file is none."""
     shutil.copytree(trained, tmp_path / "w")
     (tmp_path / "w" / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "w" / "checkpoints" / "7").touch()
     before = sorted(tmp_path.joinpath("w").rglob("*"))
     run("sample", "--workdir", tmp_path / "w", "--out", tmp_path / "s.npz")
     assert sorted(tmp_path.joinpath("w").rglob("*")) == before
@@ -596,7 +604,33 @@ def test_an_error_names_the_option_that_gave_the_value(tmp_path: Path, run: Run)
             ("data train-tokenizer --vocab-size 300 --from {t}/blank.txt --out {t}/t", "holds no text to learn from"),
             ("import {g}/eso_tiny.safetensors --config {g}/config.json --heads 7 --out {t}/w", "--heads = 7: must "),
             ("import {g}/eso_tiny.safetensors --config {g}/config.json --tokenizer {t}/no --out {t}/w",
-             "--tokenizer = '{t}/no': ")):
+             "--tokenizer = '{t}/no': "),
+            ("import {g}/eso_tiny.safetensors --config {g}/config.json --alpha-0 2 --out {t}/w", "--alpha-0 = 2.0: "),
+            ("import {g}/eso_tiny.safetensors --config {g}/config.json --start-id 3 --out {t}/w", "--start-id = 3: ")):
         said = run(*arguments.format(t=tmp_path, g=GOLDENS).split(), code=2)
         assert f"error: {message.format(t=tmp_path)}" in said or "learn from" in message and message in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "blank.txt", "empty"]
+
+
+def test_only_what_is_unknown_is_called_so(tmp_path: Path, run: Run) -> None:
+    said = run("train", "quickstart", "--workdir", tmp_path / "w", "train.steps=3", "--train.seed=5", code=2)
+    assert "unrecognized arguments: --train.seed=5; write overrides as section.field=value, without --" in said
+    assert "unrecognized arguments: --y x" in run("view", "--out", tmp_path / "v.html", "a.npz", "--y", "x", code=2)
+
+
+def test_results_are_not_written_over_what_a_folder_needs(tmp_path: Path, run: Run) -> None:
+    """Of a work directory and of a prepared folder; under the same names elsewhere they may be."""
+    (tmp_path / "w" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "samples.jsonl").write_text('{"text": "a b c d"}')
+    (tmp_path / "link").symlink_to(tmp_path / "w")
+    kept = [tmp_path / "w" / name for name in ("config.json", "metrics.jsonl")]
+    kept += [tmp_path / "data" / name for name in ("manifest.json", "tokenizer.json")]
+    for path in kept:
+        path.write_text("kept")
+    command = ["quality", "--samples", tmp_path / "samples.jsonl", "--judge", "none", "--out"]
+    for path in (*kept, tmp_path / "link" / "config.json", tmp_path / "w" / "tokenizer.json"):
+        assert f"--out = '{path}': is a file that '{path.resolve().parent}' needs" in run(*command, path, code=2)
+    assert {path.read_text() for path in kept} == {"kept"}
+    for path in (tmp_path / "w" / "quality.json", tmp_path / "config.json", tmp_path / "tokenizer.json"):
+        run(*command, path)

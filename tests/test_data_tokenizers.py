@@ -251,7 +251,7 @@ def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(TEXTS))
     config = BASE.override(f"data.source={tmp_path / 'text.txt'}", f"data.tokenizer={tmp_path / 'tokenizer.json'}",
                            f"model.vocab_size={len(BERT_WORDS)}")
-    with pytest.raises(EsoError, match=r"needs 19, with mask 4$"):  # the config's mask is the last id
+    with pytest.raises(EsoError, match=r"^model.mask_id = 18: .* needs 4$"):  # the config's mask is the last id
         training.train(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
@@ -301,6 +301,36 @@ def test_a_separator_of_another_name(kind: str, tmp_path: Path) -> None:
             get_tokenizer(str(path), "ab")
     with pytest.raises(EsoError, match="bytes has one of its own"):
         get_tokenizer("bytes", "<eos>")
+
+
+def test_a_separator_beside_one_of_a_known_name(tmp_path: Path) -> None:
+    """The one that was asked for is taken, the other keeps its id, and neither is read from a text."""
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_str(without_known_separator("bpe"))
+    library.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    library.save(str(tmp_path / "t.json"))
+    usual, asked = (get_tokenizer(str(tmp_path / "t.json"), separator) for separator in (None, "<|im_end|>"))
+    assert (usual.separator_id + 1, usual.vocab_size, usual.mask_id) == (
+        asked.separator_id, asked.vocab_size, asked.mask_id) and usual.mask_id == asked.separator_id + 1
+    for text in ("<|im_end|>", "<|endoftext|>", "ab <|im_end|> abc"):
+        assert asked.encode(text).tolist() == usual.encode(text).tolist()
+        assert asked.encode(text).max() < usual.separator_id
+
+
+@pytest.mark.parametrize("kind", ["words", "unigram"])
+def test_texts_without_ids_are_refused(kind: str) -> None:
+    """By a tokenizer that has no token for what it does not know. What it knows it reads."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    library = Library(models.WordLevel({"ab": 0, "</s>": 1}) if kind == "words" else
+                      models.Unigram([("</s>", 0.0), ("a", -1.0), ("b", -1.0)]))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = LibraryTokenizer("t", library.to_str())
+    assert tokenizer.num_bytes(tokenizer.encode("ab ab")) is None
+    with pytest.raises(EsoError, match="^data.tokenizer = 't': has no ids for a part of the text .*; give it"):
+        tokenizer.encode("ab xyz")
 
 
 def test_a_sentencepiece_model_is_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ __all__ = ["exit_code_of", "keep_compilations", "main", "read_plan"]
 
 GOES_ON = ("interrupted; by the same command, training goes on from its last checkpoint, scoring from its last orders "
            "and preparing from its last shard")
+# What makes a work directory and a prepared folder, and the files in it that no command may write over.
+KEPT = {"checkpoints": ("config.json", "tokenizer.json", "data.json", "metrics.jsonl", "run.lock"),
+        "manifest.json": ("manifest.json", "tokenizer.json")}
 COMMANDS: dict[str, ModuleType] = {
     "train": train, "eval": evaluate, "score": score, "sample": sample, "view": view, "quality": quality,
     "check-cache": check_cache, "bench": bench, "plan": plan, "data": data, "import": import_, "export": export}
@@ -42,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments, rest = parser.parse_known_args(argv)
         # argparse cannot mix options with an open list of arguments, so overrides are what is left over.
         takes_overrides = hasattr(arguments.command, "USAGE")
-        if rest and (not takes_overrides or any(argument.startswith("-") for argument in rest)):
+        if unknown := [argument for argument in rest if not takes_overrides or argument.startswith("-")]:
             hint = "; write overrides as section.field=value, without --" if takes_overrides else ""
-            parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         arguments.overrides = rest
         keep_compilations()
         return exit_code_of(lambda: _run(arguments))
@@ -57,8 +60,8 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.command.run(arguments)
     except EsoError as error:
         field, _, rest = str(error).partition(" = ")
-        name = field.removeprefix("data.").removeprefix("model.")
-        value = getattr(arguments, name, None)
+        section, _, name = field.rpartition(".")
+        value = getattr(arguments, name, None) if section in ("", "data", "model", "family") else None
         if value is None or not rest.startswith(f"{value!r}:"):
             raise
         raise EsoError(f"--{name.replace('_', '-')} = {rest}") from error
@@ -74,6 +77,11 @@ def _check_out(arguments: argparse.Namespace) -> None:
         if name != "out" and (name == "html" or os.path.isfile(out)) and any(
                 isinstance(path, str) and os.path.realpath(path) == os.path.realpath(out) for path in paths):
             raise EsoError(f"--out = {out!r}: is given for {name} too, and would be overwritten; give another name")
+    folder, name = os.path.split(os.path.realpath(out))
+    for sign, kept in KEPT.items():
+        if name in kept and os.path.exists(os.path.join(folder, sign)):
+            raise EsoError(f"--out = {out!r}: is a file that {folder!r} needs, and would be overwritten; give another "
+                           "name")
 
 
 def exit_code_of(action: Callable[[], None]) -> int:

@@ -92,9 +92,10 @@ def _windows_of(config: Config, split: str, source: str, tokenizer: Tokenizer | 
     if not packed:
         require_source(source)  # a missing source is reported before a tokenizer that does not fit
     tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
-    require(tokenizer.vocab_size == config.model.vocab_size and tokenizer.mask_id == config.model.mask,
-            "model.vocab_size", config.model.vocab_size, f"data.tokenizer = {tokenizer.name!r} needs "
-            f"{tokenizer.vocab_size}, with mask {tokenizer.mask_id}")
+    require(tokenizer.vocab_size == config.model.vocab_size, "model.vocab_size", config.model.vocab_size,
+            f"data.tokenizer = {tokenizer.name!r} needs {tokenizer.vocab_size}, with mask {tokenizer.mask_id}")
+    require(tokenizer.mask_id == config.model.mask, "model.mask_id", config.model.mask,
+            f"data.tokenizer = {tokenizer.name!r} needs {tokenizer.mask_id}")
     if packed:
         return prepared_windows(config, source, split, tokenizer)
-    return pack(documents(source, split), tokenizer, config.model.length)
+    return pack(documents(source, split), tokenizer, config.model.length, where=f"data.source = {source!r}")

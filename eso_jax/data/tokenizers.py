@@ -208,7 +208,11 @@ class LibraryTokenizer:
 
     def join(self, texts: Sequence[bytes | str], separate: bool) -> np.ndarray:
         strings = [text if isinstance(text, str) else text.decode("utf-8", errors="replace") for text in texts]
-        encodings = self._reader.encode_batch_fast(strings, add_special_tokens=False)
+        try:
+            encodings = self._reader.encode_batch_fast(strings, add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself
+            raise EsoError(f"data.tokenizer = {self.name!r}: has no ids for a part of the text ({error}); give it a "
+                           "token for unknown words, or choose another tokenizer") from error
         end = np.array([self.separator_id] * separate, dtype_of(self))
         parts: list[np.ndarray] = [np.empty(0, dtype_of(self))]
         for text, encoding in zip(strings, encodings, strict=True):
@@ -297,8 +301,8 @@ def get_tokenizer(name: str, separator: str | None = None) -> Tokenizer:
     path of a tokenizer.json, or NAME=PATH, a file that goes by a name (gpt2=my/tokenizer.json, without a network).
 
     Args:
-      separator: the token of a tokenizer.json that stands between documents, if none has a name known for it; it has
-        such a name from then on.
+      separator: the token of a tokenizer.json that stands between documents, where that is not the one with a name
+        known for it; it has such a name from then on.
 
     Raises:
       EsoError: there is none, or the hub cannot be reached.
@@ -345,12 +349,13 @@ def _with_separator(contents: str, separator: str) -> str:
     require(all("".join(pair) != separator for pair in merges), "--separator", separator,
             "text may become this token; choose one that stands for no text")
     name = _SEPARATORS[0]
+    renamed = {name: separator, separator: name}  # another token that has the name takes that of this one
     for token in added:
-        token["content"] = name if token["content"] == separator else token["content"]
+        token["content"] = renamed.get(token["content"], token["content"])
     if isinstance(entries, dict):
-        model["vocab"] = {name if entry == separator else entry: i for entry, i in entries.items()}
+        model["vocab"] = {renamed.get(entry, entry): i for entry, i in entries.items()}
     else:
-        model["vocab"] = [[name if entry == separator else entry, score] for entry, score in entries]
+        model["vocab"] = [[renamed.get(entry, entry), score] for entry, score in entries]
     if not any(token["content"] == name for token in added):
         number = entries[separator] if isinstance(entries, dict) else [entry for entry, _ in entries].index(separator)
         added.append({"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False,

@@ -129,8 +129,8 @@ def read(name: str, flag: str, limit: int | None = None, reading: Reading | None
     if is_workdir(name):
         return _windows(name, limit)
     name_inside = streams.inner_name(name)
-    require(name_inside.endswith((".npy", *rows.COLUMNS, *rows.JSON)), flag, name,
-            "give a .npz, .npy, .jsonl, .json, .parquet or .arrow file, or a work directory")
+    require(name_inside.endswith((".npy", *rows.COLUMNS, *rows.JSON, *rows.TABLES)), flag, name,
+            "give a .npz, .npy, .jsonl, .json, .parquet, .arrow, .csv or .tsv file, or a work directory")
     reading = reading or Reading()
     reading.flag = flag
     try:

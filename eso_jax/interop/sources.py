@@ -161,7 +161,7 @@ def read_sizes(path: Path, flag: str = "--config") -> dict[str, Any]:
     """What a JSON of sizes says, by our names; `flag` names it in errors."""
     require(path.is_file(), flag, str(path), "no such file; give a JSON of the sizes")
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8-sig"))
         require(isinstance(values, dict), flag, str(path), "must be a JSON object")
     except EsoError:
         raise

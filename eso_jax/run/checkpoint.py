@@ -57,13 +57,30 @@ def open_checkpoints(workdir: Path, keep: int | None = None, keep_every: int | N
         (workdir / "checkpoints").absolute(), cleanup_tmp_directories=keep is not None, preservation_policy=policy,
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    with _without_closed_loops():
+        try:
+            yield checkpoints
+        except BaseException:
+            with contextlib.suppress(Exception):  # a failed save has been reported already
+                checkpoints.close()
+            raise
+        checkpoints.close()
+
+
+@contextlib.contextmanager
+def _without_closed_loops() -> Iterator[None]:
+    """No tracebacks of the files that a failed save was still writing: each of them meets its closed event loop."""
+    hook = sys.unraisablehook
+
+    def say_others(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    sys.unraisablehook = say_others
     try:
-        yield checkpoints
-    except BaseException:
-        with contextlib.suppress(Exception):  # a failed save has been reported already
-            checkpoints.close()
-        raise
-    checkpoints.close()
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
@@ -74,7 +91,9 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 def steps(workdir: Path) -> list[int]:
     """The steps whose checkpoints were written to the end, ascending."""
     folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    # Not `is_dir`, which is false as well where storage does not answer.
+    return sorted(int(path.name) for path in found if path.name.isdigit() and not path.is_file())
 
 
 def agreed_steps(workdir: Path) -> list[int]:

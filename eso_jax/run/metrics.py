@@ -30,11 +30,11 @@ class MetricsLog:
         if not is_writer():
             return
         kept = [line for line in read(workdir) if line["step"] <= resume_step]
-        files.write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept), "--workdir")
+        files.write_whole(self.path, "".join(files.as_json(line, None) for line in kept), "--workdir")
 
     def write(self, step: int, **values: Any) -> None:
         if is_writer():
-            files.append(self.path, json.dumps({"step": step, **values}) + "\n", "--workdir")
+            files.append(self.path, files.as_json({"step": step, **values}, None), "--workdir")
             if self.send is not None:
                 self.send(step, _flat(values))
 
@@ -88,15 +88,15 @@ def elsewhere(workdir: Path, config: Config) -> Iterator[Send | None]:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a work directory's metrics, up to a line that a kill has cut short."""
+    """The lines of a work directory's metrics, without damaged ones and one that a kill has cut short."""
     path = workdir / FILE
     lines = []
     for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else []:
         try:
             values = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if isinstance(values, dict) and "step" in values:
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
             lines.append(values)
     return lines
 

@@ -227,7 +227,10 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     iterator = batches(windows, settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
     validation = evenly_spaced(held_out, settings.eval_windows)
-    resumes = bool(checkpoint.agreed_steps(directory))  # and then has parameters of its own
+    saved = checkpoint.agreed_steps(directory)
+    require(saved != [0], "--workdir", str(directory), "holds an imported model, without the state of an optimizer; "
+            f"train on from it in another --workdir, by train.start_from={directory}")
+    resumes = bool(saved)  # and then has parameters of its own
     start = None if resumes else initial.starting_params(config, mesh, tokenizer)
     # Only once the data and the parameters to start from are known to exist.
     multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))

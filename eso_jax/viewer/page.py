@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from eso_jax.decoding.record import Record
-from eso_jax.errors import EsoError, require
+from eso_jax.errors import EsoError, reason_of, require
 from eso_jax.viewer.caption import Caption
 
 TITLE = "A generation, pass by pass"
@@ -66,7 +66,13 @@ def page(generations: Mapping[str, Generation]) -> Page:
     """The page that plays generations side by side, by their names."""
     parts = {name: resources.files(__package__).joinpath(f"page.{name}").read_text("utf-8")
              for name in ("html", "css", "js")}
-    runs = [_run(name, generation) for name, generation in generations.items()]
+    runs = []
+    for name, generation in generations.items():
+        try:
+            runs.append(_run(name, generation))
+        except (ValueError, IndexError, TypeError) as error:  # what NumPy makes of shapes that do not fit
+            raise EsoError(f"generation = {name!r}: its arrays do not fit each other ({reason_of(error)}); take it as "
+                           "eso-jax sample --record has written it") from error
     # `<` would be able to end the script, or to begin a comment in it. What is not ASCII is escaped as well.
     data = json.dumps(runs, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     policy = (f"default-src 'none'; style-src '{_hash(parts['css'])}'; script-src '{_hash(parts['js'])}'; "
