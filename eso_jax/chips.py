@@ -1,11 +1,11 @@
 """Accelerators: their published peaks, and the names of their slices.
 
-A peak is what the vendor's documentation states for one chip; nothing runs at it. Figures that the vendor states with
-sparsity are halved. A chip that is not here has no MFU and no plan: add its line, with its source.
+A peak is what the vendor's documentation states for one chip; no program reaches it. Figures that the vendor states
+with sparsity are halved. For a chip that is not listed there is no MFU and no plan: add its line, with its source.
 
 A slice of TPUs has two names: libtpu's topology, kind:AxBxC in chips ("v5p:8x8x8"), and the cloud's accelerator type,
-which counts TensorCores for v4 and v5p ("v5p-1024") and chips for v5e and v6e ("v5litepod-8", "v6e-256"). A box of GPUs
-is "h100:8", several are "h100:4x8".
+which counts TensorCores for v4 and v5p ("v5p-1024") and chips for v5e and v6e ("v5litepod-8", "v6e-256"). A host with
+eight GPUs is "h100:8", four such hosts are "h100:4x8".
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ ACCELERATOR_TYPES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: chips of one kind in a box of `shape`."""
+    """A slice: chips of one kind in a grid of `shape`."""
 
     kind: str
     shape: tuple[int, ...]
@@ -105,7 +105,7 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """The slice of a topology's or an accelerator type's name.
+    """The slice with this name, a topology or an accelerator type.
 
     Raises:
       EsoError: for a name that is neither.
@@ -128,5 +128,5 @@ def topology(name: str) -> Topology:
 
 
 def of_device(device_kind: str) -> Chip | None:
-    """The chip that a JAX device is, or is part of; None for one whose peaks are not known here (a CPU, say)."""
+    """The chip of a `jax.Device.device_kind`; None for one whose peaks are not listed (a CPU, for example)."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)

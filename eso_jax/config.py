@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses that check themselves.
+"""The config of a run: frozen dataclasses that check themselves.
 
 An experiment is a Python file that holds `config = Config(...)`, or several; `from_file` says how a run is named. Its
 fields are overridden on the command line as `section.field=value`, and the whole is kept as JSON beside the
@@ -101,7 +101,7 @@ class FamilyConfig(metaclass=_ByName):
     the family could have (`only`); then it is left out.
 
     Attributes:
-      only: fields of other families, and the values that say of them what this family does anyway.
+      only: fields of other families that are accepted here, with the values that mean what this family does anyway.
     """
 
     name: str
@@ -126,8 +126,8 @@ class FamilyConfig(metaclass=_ByName):
         """Raises an EsoError for settings that do not fit the other sections."""
 
     def change(self, **given: Any) -> FamilyConfig:
-        """A copy with other settings. With the name of a family that has settings of another class, those at hand are
-        left behind: its own defaults hold, but for what is given."""
+        """A copy with the settings `given`. If its name is that of a family with settings of another class, the present
+        settings are dropped: all that is not given has that family's default."""
         kept = dataclasses.asdict(self) if _settings_of(given.get("name", self.name)) is type(self) else {}
         return FamilyConfig(**{**kept, **given})
 
@@ -138,7 +138,7 @@ class FamilyConfig(metaclass=_ByName):
 
     @property
     def group_reason(self) -> str:
-        """What rows stay together for, in the words of an error."""
+        """Why rows stay together, for error messages."""
         return "rows on their own"
 
 
@@ -191,7 +191,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices share the work; see eso_jax/sharding.py. A run may go on with another mesh."""
+    """How the devices share the work; see eso_jax/sharding.py. A run may resume with another mesh."""
 
     data: int | None = None  # copies of the model, each with its own rows; None: all devices that the others leave
     fsdp: int = 1  # devices that share one copy's parameters and optimizer state
@@ -279,6 +279,9 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        for section, kind in _SECTIONS.items():
+            require(isinstance(getattr(self, section), kind), section, getattr(self, section),
+                    f"give a {kind.__name__}, as in Config({section}=config.{kind.__name__}(...))")
         self.family.check_with(self)
         groups = self.train.accumulate * self.family.group_size
         require(self.train.batch_size % groups == 0, "train.batch_size", self.train.batch_size,
@@ -289,12 +292,12 @@ class Config:
         """A copy with `section.field=value` assignments applied, values read by the field's type.
 
         Assignments take effect together, so that fields which must agree can change in one call. With another
-        `family.name`, the settings of the family before are left behind (FamilyConfig.change).
+        `family.name`, the settings of the previous family are dropped (FamilyConfig.change).
         """
         texts: dict[str, dict[str, str]] = {section: {} for section in _SECTIONS}
         for assignment in assignments:
             path, separator, text = assignment.partition("=")
-            if not separator:
+            if not (separator and path.strip()):
                 raise EsoError(f"{assignment!r}: write an override as section.field=value, e.g. train.steps=1000")
             section, _, name = path.strip().partition(".")
             _check_field(path.strip(), section, name)
@@ -308,8 +311,9 @@ class Config:
         return Config(family=self.family.change(**values["family"]), **sections)
 
     def law(self) -> Config:
-        """The sections `model` and `family` as they are, and defaults elsewhere. Scores are compiled by it, so that
-        runs which differ in `data`, `train` or `mesh` share the compiled programs."""
+        """A config with these sections `model` and `family`, and defaults elsewhere: all that a law (a probability
+        distribution of texts) depends on. Scores are compiled for it, so that runs which differ in `data`, `train` or
+        `mesh` share the compiled programs."""
         # The batch size has no meaning here; this one is a whole group of rows, as a Config demands.
         return Config(self.model, self.family, train=TrainConfig(batch_size=self.family.group_size))
 
@@ -338,7 +342,7 @@ def family_fields() -> dict[str, list[str]]:
 
 
 def fields() -> str:
-    """The names of all fields, for people."""
+    """The names of all fields, for --help."""
     lines = {section: ", ".join(types_of(kind)) for section, kind in _SECTIONS.items()}
     lines["family"] += "".join(f", {name} (of {', '.join(owners)})" for name, owners in family_fields().items())
     return "\n".join(["fields (what they mean: eso_jax/config.py; of a family: its file in eso_jax/families):", *(
@@ -348,7 +352,7 @@ def fields() -> str:
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     """The Config of a nested dict such as `json.loads(config.to_json())`; unknown fields are errors.
 
-    Settings of other families are passed over, as configs of before hold those of all.
+    Settings of other families are ignored, since configs of earlier versions hold those of all families.
     """
     sections: dict[str, Any] = {}
     for section, given in values.items():
@@ -378,8 +382,8 @@ def from_file(experiment: str | Path) -> Config:
         FILE.py, Python that defines `config = Config(...)`;
         FILE.py:RUN, one of several that the file defines as `configs = {RUN: Config(...), ...}`;
         a config.json, as work directories hold it;
-        "quickstart", which the package brings along (a file of that name is `./quickstart`).
-        A path that is a file is that file, whatever colons are in it.
+        "quickstart", a run of this package (a file of that name is `./quickstart`).
+        A path that exists is that file, even if it has a colon in it.
 
     Raises:
       EsoError: there is no such file or run, or it is not usable. The message says which runs there are.
@@ -427,7 +431,7 @@ def _remedy(path: Path) -> str:
 
 def _from_json(path: Path) -> Config:
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8-sig"))  # some editors put a BOM in front
     except ValueError as error:  # not JSON, or not text
         raise EsoError(f"config = {str(path)!r}: not a config in JSON ({error})") from error
     sections = isinstance(values, dict) and all(isinstance(fields, dict) for fields in values.values())
@@ -436,16 +440,16 @@ def _from_json(path: Path) -> Config:
 
 
 def _variables(path: Path) -> dict[str, Any]:
-    """What a Python file defines."""
+    """The variables that a Python file defines."""
     import runpy
 
     folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # as Python has it for a script, which may import its neighbours
+    sys.path.insert(0, folder)  # as for a script, which may import the files beside it
     try:
         return runpy.run_path(str(path))
     except EsoError:
         raise
-    except Exception as error:  # whatever the user's Python raises
+    except (Exception, SystemExit) as error:  # whatever the user's Python raises
         raise EsoError(f"config = {str(path)!r}: running it failed ({reason_of(error)})") from error
     finally:
         sys.path.remove(folder)

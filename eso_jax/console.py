@@ -1,6 +1,6 @@
-"""What speaks to people: lines and progress bars on stderr, and a program's last words.
+"""Messages and progress bars on stderr, and how a program ends: its exit code and its last message.
 
-Nothing here fails where nobody listens: stderr may be closed (cron), a pipe whose reader is gone, or on a full disk.
+Nothing here fails if stderr cannot be written: it may be closed (cron), a pipe whose reader is gone, or on a full disk.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 def is_writer() -> bool:
-    """Whether this process speaks and writes: it is process 0, or a run of its own. Touches no device in the latter
-    case."""
+    """Whether this process prints and writes files: it is process 0, or the only one, in which case no device is
+    touched."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def say(message: str) -> None:
-    """A line for people, above any progress bar; from the writer alone."""
+    """Prints a line on stderr, above any progress bar; only in the writer."""
     if is_writer():
         tell(message)
 
 
 def tell(message: str) -> None:
-    """The same from any process."""
+    """Prints a line on stderr in any process."""
     from tqdm import tqdm
 
     if sys.stderr is not None:
@@ -44,7 +44,7 @@ def tell(message: str) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether stderr is one: it then has progress bars."""
+    """Whether stderr is a terminal: only then are there progress bars."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
@@ -58,8 +58,8 @@ def bar(iterable: Iterable[Any] | None = None, shown: bool = True, **options: An
 
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
-    """Around a program: stdin, stdout and stderr are open in its block, if on nothing, so that no file of its own can
-    take their numbers; and what could not be said does not change its exit code.
+    """For a whole program: stdin, stdout and stderr are open in its block (on /dev/null if they were closed), so that
+    no other file gets their numbers; and a message that could not be written does not change the exit code.
 
     Raises:
       SystemExit: with code 2, at the end, if stdout was lost otherwise than by a reader who had enough.
@@ -91,7 +91,8 @@ def _flush(stream: Any) -> int | None:
 
 
 def ending(error: BaseException) -> tuple[int, str]:
-    """(exit code, last words) of a program that an error ends: 1 and its repr, unless it is the user's or storage's."""
+    """(exit code, last message) of a program that an error ends: 1 and its repr, unless the user or storage is at
+    fault."""
     if isinstance(error, OSError) and (error.filename is not None or error.errno in PASSING):
         named = "" if error.filename is None else f"{error.filename!r}: "
         return (RunAgain.EXIT if error.errno in PASSING else 2), f"{named}{error.strerror}"

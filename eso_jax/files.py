@@ -1,4 +1,4 @@
-"""The one way in which files are written, and what becomes of a disk that is full, read-only or does not answer."""
+"""The one way in which files are written, and what happens if a disk is full, read-only or does not answer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -21,16 +22,16 @@ Result = TypeVar("Result")
 Content = str | bytes | Callable[[BinaryIO], Any]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a full disk, quota or limit
-PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)  # a moment later all may be well
-TRIES, PAUSE = 3, 1.0  # of what storage did not answer; seconds before the second, twice that before the third
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)  # storage did not answer: it may answer later
+TRIES, PAUSE = 3, 1.0  # when storage does not answer; seconds before the second try, twice that before the third
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-NAME_MAX = 255  # bytes in a name, on all file systems of today
+NAME_MAX = 255  # bytes in a name, on all usual file systems
 
 
 def write_whole(path: str | Path, content: Content, name: str = "--out") -> None:
-    """Writes a file whole or not at all: beside its place, then renamed. What was there before stays until then.
+    """Writes a file whole or not at all: under a temporary name, then renamed. An old file stays until then.
 
-    Links are followed. What is no regular file (a pipe, a terminal, /dev/stdout) is written directly.
+    Links are followed. Anything but a regular file (a pipe, a terminal, /dev/stdout) is written directly.
 
     Args:
       content: text (UTF-8), bytes, or a function that writes to the open file.
@@ -83,14 +84,35 @@ def reading(name: str, path: Any, action: Callable[[], Result]) -> Result:
 
 @contextlib.contextmanager
 def writing(name: str, path: Any) -> Iterator[None]:
-    """For a block that writes to `path` in another way: a full disk and the like raise there what they do in
-    `write_whole`."""
+    """For a block that writes to `path` in another way: raises errors of the file system as `write_whole` does."""
     try:
         yield
     except Exception as error:  # what is written through a library raises what that library raises
         if (problem := trouble(error, name, path)) is None:
             raise
         raise problem from error
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
+    """For a block that no two processes may be in for one folder, which is made: the second waits, and says so. Where
+    the file system knows no locks, nobody waits."""
+    import fcntl
+
+    from eso_jax.console import say
+
+    with writing(name, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "turn.lock").open("ab")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is at work in {folder}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
 
 
 def npz(**arrays: Any) -> bytes:
@@ -102,8 +124,16 @@ def npz(**arrays: Any) -> bytes:
     return buffer.getvalue()
 
 
-def as_json(values: Any) -> str:
-    return json.dumps(values, indent=1) + "\n"
+def as_json(values: Any, indent: int | None = 1) -> str:
+    """JSON and a line feed. What is no finite number is null: JSON has no word for it, and many readers refuse NaN."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return list(map(plain, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), indent=indent, allow_nan=False) + "\n"
 
 
 def check_out(path: str | Path, name: str = "--out") -> None:
@@ -143,8 +173,8 @@ def local(text: str, name: str) -> str:
 
 
 def errno_of(error: BaseException | None) -> int | None:
-    """The errno behind an exception: of an OSError that caused it, or in the words of a library that is not Python's
-    (ArrayRecord, TensorStore)."""
+    """The errno of an exception: that of an OSError which caused it, or one in the message of a C++ library
+    (ArrayRecord, TensorStore). None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
@@ -159,7 +189,7 @@ def errno_of(error: BaseException | None) -> int | None:
 
 
 def trouble(error: BaseException, name: str, path: Any, done: str = "written") -> EsoError | RunAgain | None:
-    """What a failed write or read means for the user; None where no file system is behind it."""
+    """The error to raise for a failed write or read; None if the file system did not cause it."""
     number = errno_of(error)
     if isinstance(error, EsoError | RunAgain) or number is None:
         return None
@@ -172,7 +202,7 @@ def trouble(error: BaseException, name: str, path: Any, done: str = "written") -
 
 
 def _place(path: Path) -> Path | None:
-    """Where a regular file of that path is, or would be: behind its links. None if it is something else."""
+    """Where the regular file of that path is, or would be, after following links. None if it is no regular file."""
     try:
         kind = os.stat(path).st_mode
     except FileNotFoundError:
@@ -188,7 +218,7 @@ def _place(path: Path) -> Path | None:
 
 
 def _replace(place: Path, content: Content) -> None:
-    # Its name is hidden, so that nobody takes it for text; and cut, so that it is no longer than a name may be.
+    # A hidden name, which no command reads as text; cut, since the suffix must not make it longer than NAME_MAX.
     partial = place.with_name(os.fsdecode(b"." + os.fsencode(place.name)[:NAME_MAX - 9] + b".partial"))
     try:
         with open(partial, "wb") as file:

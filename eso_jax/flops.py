@@ -7,7 +7,7 @@ leaves out.
 
 *Model FLOPs* are the forward pass and a backward pass of twice its cost; MFU divides them by the chip's peak. What
 `train.remat` computes again is counted apart, by `recomputed`. XLA's own count agrees where the layers are unrolled
-(tests/test_flops.py); of a scan over layers it counts one. What of them the loss depends on is `needed`.
+(tests/test_flops.py); of a scan over layers it counts one layer. `needed` is the part that the loss depends on.
 
 Axes: B batch, L length, S slots of a pass, D width, N layers, V vocabulary, C conditioning.
 """
@@ -57,7 +57,7 @@ def training_step(config: Config, shards: int | None = None) -> Parts:
 def needed(config: Config) -> Parts:
     """The part of one training step's model FLOPs that its loss depends on, expected over the draws: of attention, the
     pairs of a query and a key that it sees; of the head, the tokens that have a loss; of an Eso-LM's two streams, no
-    z_0 copy of a clean token, which nobody sees."""
+    z_0 copy of a clean token, which no other token sees."""
     model, length, alpha_0 = config.model, config.model.length, families.alpha_0_of(config, None)
     alpha_0, second = getattr(config.family, "moments", (alpha_0, alpha_0**2))
     low, high = getattr(config.family, "t_range", (0.0, 1.0))
@@ -103,21 +103,22 @@ def sampling_step(model: ModelConfig, batch: int, window: int, width: int, live:
 
 
 def layers(model: ModelConfig, slots: int) -> Parts:
-    """The products with the weights of all layers, for so many slots in all."""
+    """Forward FLOPs of the products with the weights of all layers, for `slots` slots in all."""
     square = 2 * slots * model.layers * model.width**2
     return {"qkv": 3 * square, "out": square, "mlp_in": 4 * square, "mlp_out": 4 * square}
 
 
 def attention(model: ModelConfig, queries: int, keys: int) -> int:
-    """Scores and weighted values of all layers, for so many queries in all, each against so many keys."""
+    """Forward FLOPs of scores and weighted values of all layers, for `queries` in all, each with `keys` keys."""
     return 4 * queries * keys * model.layers * model.width
 
 
 def head(model: ModelConfig, slots: int) -> int:
+    """Forward FLOPs of the logits of `slots` slots."""
     return 2 * slots * model.width * model.vocab_size
 
 
 def fold(model: ModelConfig) -> int:
-    """The conditioning MLP, the modulations it makes, and their products with the weights they scale."""
+    """FLOPs of folding AdaLN: the conditioning MLP, the modulations, and their products with the weights they scale."""
     c, d, n = model.cond_dim, model.width, model.layers
     return (2 * c * (FREQUENCIES + c + 6 * n * d + 2 * d) + 5 * n * d * d) if c else 0

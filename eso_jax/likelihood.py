@@ -1,11 +1,12 @@
 """Exact likelihoods given an order, and importance-weighted bounds from several.
 
--log p(x) <= -E[logsumexp_k log p(x | order_k) - log K], a bound that tightens with K (paper, eq. 9). Here p is
-the law of decoding one token at a time: a masked token sees the clean ones and itself. In the diffusion pass behind the
-NELBO, and when several tokens are decoded at once, it sees earlier masks as well, so for an Eso-LM the NELBO bounds the
-likelihood of a slightly different law and may lie on either side of the K = 1 value (the paper's tables show it too).
+-log p(x) <= -E[logsumexp_k log p(x | order_k) - log K], a bound that tightens with K (paper, eq. 9). Here p is the law
+(the distribution) of decoding one token at a time: a masked token sees the clean ones and itself. In the diffusion pass
+of the NELBO, and when several tokens are decoded at once, it sees earlier masks as well. So for an Eso-LM the NELBO
+bounds the likelihood of a slightly different law, and may lie on either side of the K = 1 value (the paper's tables
+show it too).
 
-The functions take an engine (a loaded model is one), which says on which devices, and how many rows at a time.
+The functions take an engine (a loaded model is one), which has the devices and the batch size.
 
 Axes: B batch, L length, O orders (the paper's K).
 """
@@ -98,8 +99,9 @@ class Conditionals(NamedTuple):
     """By natural position.
 
     Attributes:
-      logp: log p of each wanted token given the given ones and the wanted ones before it, in nats; 0 elsewhere.
-      greedy: whether it is the likeliest token there; True elsewhere.
+      logp: float32 [B, L], log p of each wanted token given the given ones and the wanted ones before it, in nats; 0
+        elsewhere.
+      greedy: bool [B, L], whether it is the likeliest token there; True elsewhere.
     """
 
     logp: Float[np.ndarray, "B L"]
@@ -114,9 +116,8 @@ def conditional(engine: Engine, tokens: np.ndarray, given: np.ndarray, wanted: n
 
 def conditionals(engine: Engine, tokens: np.ndarray, given: np.ndarray, wanted: np.ndarray,
                  label: str | None = "scoring") -> Conditionals:
-    """The law of the tokens that are wanted, given those that are given, exact for an Eso-LM (B): the given ones come
-    first in the order, then the wanted ones, both ascending; the rest are not looked at. AR can be given prefixes
-    alone.
+    """log p of each wanted token, given the tokens in `given`, exact for an Eso-LM (B): the given ones come first in
+    the order, then the wanted ones, both ascending; the others are not used. AR can be given prefixes only.
 
     Args:
       tokens: int [B, L], no masks. Those neither given nor wanted may be anything.
@@ -124,7 +125,7 @@ def conditionals(engine: Engine, tokens: np.ndarray, given: np.ndarray, wanted: 
       label: of the progress bar; None: there is none.
 
     Raises:
-      EsoError: arguments that do not fit, or a family whose conditionals are not to be had in one pass.
+      EsoError: arguments that do not fit, or a family without conditionals in one pass.
     """
     config = engine.config
     tokens, given, wanted = (np.asarray(x) for x in (tokens, given, wanted))

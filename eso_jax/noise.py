@@ -27,9 +27,9 @@ class Draws:
       key: one key for the whole step, the same on every device and in every micro-batch.
       index: int [B], each row's index in the global batch.
       total: rows in the global batch (of an evaluation: draws in all).
-      rank: int [B], each row's place among the times, which are spread evenly; None: by its index, such that any few
-        rows that follow each other, which a device or a micro-batch holds, have times that are spread as well. An
-        evaluation shuffles them, so that a window's time does not follow from where it stands in the corpus.
+      rank: int [B], each row's place among the evenly spread times. None: a permutation of the index (`spread`), by
+        which neighbouring rows, such as those of one device or micro-batch, have evenly spread times too. An evaluation
+        shuffles the places, so that a window's time does not depend on its place in the corpus.
     """
 
     key: Key[Array, ""]
@@ -43,8 +43,8 @@ class Draws:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, self.index)
 
 
-TIME, MASK, ORDER, MASK_0, ORDER_0, DROPOUT, RANK, ALPHA_0 = range(8)  # purposes; _0 of others: the sequential pass
-Share = float | Float[Array, " B"]  # alpha_0, of all rows or of each
+TIME, MASK, ORDER, MASK_0, ORDER_0, DROPOUT, RANK, ALPHA_0 = range(8)  # purposes; MASK_0, ORDER_0: sequential pass
+Share = float | Float[Array, " B"]  # alpha_0: one for all rows, or one for each
 
 
 def alpha(t: Float[Array, "*s"], alpha_0: Share) -> Float[Array, "*s"]:
@@ -70,16 +70,17 @@ def draw_times(draws: Draws, low: float = T_MIN, high: float = 1.0) -> Float[Arr
 
 
 def draw_alpha_0(draws: Draws, low: float, high: float) -> Float[Array, " B"]:
-    """One alpha_0 per row in [low, high], its logarithm uniform, evenly spread over the global batch. Since all rows
-    are shifted by a draw of the whole range, a row's says nothing of its time."""
+    """One alpha_0 per row in [low, high], its logarithm uniform, evenly spread over the global batch. One uniform draw
+    over the whole range shifts all rows, so that a row's alpha_0 is independent of its time."""
     shift = jax.random.uniform(jax.random.fold_in(draws.key, ALPHA_0))
     place = (shift + spread(draws.index, draws.total, math.e - 2) / draws.total) % 1
     return low * (high / low)**place
 
 
 def spread(index: Int[Array, " B"], total: Int[Array, ""] | int, part: float = 0.618034) -> Int[Array, " B"]:
-    """A permutation of 0, ..., total - 1 in which what follows each other is far apart: steps of a part of it, of the
-    golden section or another that no fraction with a small denominator is near."""
+    """The places of rows in a permutation of 0, ..., total - 1 that puts neighbours far apart: index x step mod total.
+    The step is about `part` of the total: the golden section, or another number that is far from all fractions with a
+    small denominator. Where `total` is traced, the index itself."""
     if not isinstance(total, int):
         return index
     step = next(n for n in range(round(total * part), total + 2) if math.gcd(n, total) == 1)
@@ -93,8 +94,8 @@ def draw_masked(keys: Key[Array, " B"], keep: Float[Array, "B #L"], length: int)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def dropout(x: Float[Array, "B S D"], rate: float, keys: Key[Array, " B"]) -> Float[Array, "B S D"]:
-    """Drops each entry with probability `rate` and rescales the rest, by one key per row. For the gradient, which is
-    dropped alike, nothing is kept but the keys."""
+    """Drops each entry with probability `rate` and rescales the others, by one key per row. The backward pass drops the
+    same entries of the gradient; only the keys are kept for it."""
     seeds = jax.vmap(lambda key: jax.random.bits(key, (2,)))(keys)[:, :, None, None]
     place = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32).reshape(1, *x.shape[1:])
     return jnp.where(_hash(place, seeds[:, 0], seeds[:, 1]) >= jnp.uint32(round(rate * 2**32)), x / (1 - rate), 0)
@@ -106,9 +107,9 @@ dropout.defvjp(lambda x, rate, keys: (dropout(x, rate, keys), keys),
 
 def _hash(place: UInt32[Array, "1 S D"], first: UInt32[Array, "B 1 1"],
           second: UInt32[Array, "B 1 1"]) -> UInt32[Array, "B S D"]:
-    """Random 32 bits for each place, by two seeds: a tenth of threefry's operations. The constants are those
-    of "triple32" (Wellons, hash-prospector), without its last step, which changes low bits alone. With two products
-    instead of three, entries 12 tokens apart were dropped together too often."""
+    """32 random bits for each place, from two seeds for each row: a tenth of threefry's operations. The constants are
+    those of "triple32" (Wellons, hash-prospector), without its last step, which changes low bits alone. With two
+    products instead of three, entries 12 tokens apart were dropped together too often."""
     x = place + first
     x = (x ^ x >> 17) * jnp.uint32(0xed5ad4bb) + second
     x = (x ^ x >> 11) * jnp.uint32(0xac4c1b51)

@@ -4,9 +4,9 @@
   fsdp    devices that share a copy's parameters, averages and optimizer state, each with its own rows
   tensor  devices that share a copy's heads, hidden units, vocabulary and rows
 
-The axes are Auto: XLA places what is not said here, and inserts the communication. Training, sampling and planning for
-machines that are not there (eso_jax/aot) all use these meshes. There is no axis along the sequence: at the
-paper's lengths the rows of a batch are enough to keep every device busy.
+The axes are Auto: XLA chooses the sharding of what is not named here, and inserts the communication. Training, sampling
+and planning for machines that are not there (eso_jax/aot) all use these meshes. There is no axis along the sequence: at
+the paper's lengths the rows of a batch are enough to keep every device busy.
 
 Axes: B batch, L length, S slots, H heads.
 """
@@ -33,9 +33,9 @@ BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
 
 Axes = str | tuple[str, ...] | None  # of the mesh: one, several, or none
 
-# Logical axis of a parameter (eso_jax/model/params.py) -> the axes of the mesh that split it. Vocabularies such as
-# 50,258 divide by nothing, so the embedding and the head are kept split by width; `route` says how they get to where
-# they are used.
+# Logical axis of a parameter (eso_jax/model/params.py) -> the axes of the mesh that split it. Vocabulary sizes such as
+# 50,258 rarely divide by the devices, so the embedding and the head are stored split by width; `route` moves them to
+# the layout in which they are used.
 RULES: dict[str, Axes] = {
     "layers": None,
     "width": "fsdp",
@@ -55,7 +55,7 @@ RULES: dict[str, Axes] = {
     "modulations": None,
     "head_modulations": None,
 }
-# Weights for sampling are laid out likewise, but for the head: split by vocabulary, as it is used.
+# Weights for sampling have the same layout, except the head: it is stored split by vocabulary, as it is used.
 SAMPLING: dict[str, Axes] = RULES | {"head_width": None, "vocab": "tensor"}
 
 
@@ -85,7 +85,7 @@ def mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def describe(mesh: Mesh) -> str:
-    """The devices of a mesh, their processes and its axes, for people."""
+    """The devices of a mesh, their processes and its axes, for a message."""
     devices = mesh.devices.flat
     processes = len({device.process_index for device in devices})
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
@@ -107,7 +107,7 @@ def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
 
 def spec(axes: Sequence[str], rules: dict[str, Axes] = RULES) -> P:
-    """Who holds which part of an array of these logical axes.
+    """The PartitionSpec of an array with these logical axes.
 
     Raises:
       EsoError: an axis has no rule, or the rules cannot be right together.
@@ -123,9 +123,10 @@ def spec(axes: Sequence[str], rules: dict[str, Axes] = RULES) -> P:
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """x laid out over these axes of the mesh in force (jax.set_mesh); x itself where there is none, or one device.
+    """x with its dimensions split over these axes of the mesh in force (jax.set_mesh); x itself where there is no mesh,
+    or one device.
 
-    Inside a compiled function the parts may be of unequal size (XLA pads); outside, such an x stays as it is.
+    In a compiled function the parts may have unequal sizes (XLA pads); outside one, such an x stays as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.axis_names or mesh.size == 1:
@@ -137,8 +138,8 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
 def route(axes: Sequence[str], *layouts: P) -> Callable[[Array], Array]:
     """A function that moves a parameter of these logical axes from where it is kept to where it is used, from one of
-    `layouts` to the next. Its gradient goes back the same way, without the last layout: its parts are first added up
-    over the rows, so that no device gets more than it keeps."""
+    `layouts` to the next. Its gradient goes back the same way, without the last layout: the gradients of all rows are
+    first added up, so that no device receives more than the part that it stores."""
     @jax.custom_vjp
     def lay_out(w: Array) -> Array:
         for layout in layouts:
@@ -181,8 +182,8 @@ def on_gpu() -> bool:
 
 
 def runs_triton() -> bool:
-    """Whether it will run on an NVIDIA GPU of the Ampere generation or newer, for which Triton compiles kernels. A GPU
-    that is not here, which a plan is for, is taken for one."""
+    """Whether the program being traced will run on an NVIDIA GPU of the Ampere generation or newer, for which Triton
+    compiles kernels. A GPU that is not here (of `eso-jax plan`) counts as one."""
     capability = getattr(jax.devices()[0], "compute_capability", "8.0")
     return on_gpu() and capability[:1].isdigit() and float(capability) >= 8
 
@@ -203,7 +204,7 @@ def locally(function: Callable[..., Array], heads: tuple[Array, ...], rows: Any)
     return jax.shard_map(function, in_specs=specs, out_specs=whole, check_vma=False)(*heads, rows)
 
 
-@functools.cache  # asked for every batch
+@functools.cache  # called for every batch
 def rows_of_process(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " R"]:
     """Which rows of a global batch this process's devices hold, ascending."""
     by_device = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_size,))
@@ -227,7 +228,11 @@ def fetch(tree: Any) -> Any:
 
 
 def inference_mesh(config: ModelConfig, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices (or those given), `tensor` of them to a copy of the model."""
+    """The mesh for sampling and scoring: all devices (or those given), `tensor` of which share a copy of the model.
+
+    Raises:
+      EsoError: `tensor` does not divide the devices or the heads.
+    """
     count = len(devices or jax.devices())
     require(tensor >= 1 and count % tensor == 0, "tensor", tensor, f"must divide the {count} devices")
     require(config.heads % tensor == 0, "tensor", tensor, f"must divide the {config.heads} heads")

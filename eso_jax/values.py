@@ -12,7 +12,7 @@ from typing import Any
 from eso_jax.errors import require
 
 
-@functools.cache  # Python would read the annotations anew every time
+@functools.cache  # without it, Python evaluates the annotations in every call
 def types_of(kind: type) -> dict[str, Any]:
     """The fields of a section's class and their types."""
     hints = typing.get_type_hints(kind)
@@ -33,7 +33,8 @@ def _kinds(kind: Any) -> tuple[Any, ...]:
 
 
 def _type_name(kind: Any) -> str:
-    return " or ".join("None" if k is type(None) else getattr(k, "__name__", str(k)) for k in _kinds(kind))
+    return " or ".join("None" if k is type(None) else str(k) if typing.get_origin(k) else k.__name__
+                       for k in _kinds(kind))
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -1,8 +1,8 @@
-"""What XLA must be told before JAX starts; `import eso_jax` does.
+"""Settings that XLA needs before JAX starts; `import eso_jax` makes them.
 
-jaxlib 0.10.2 to 0.11 hand small products and sums on CPU to YNNPACK ("__ynn_fusion" in compiled code). Some of what it
-builds is wrong, in one compilation of a program and not in the next, and then at every call. Public reports are jax
-issues 39103, 39257 and 40412; here, one compilation in about a hundred of a sampling loop made nothing but NaN.
+jaxlib 0.10.2 to 0.11 give small products and sums on CPU to YNNPACK ("__ynn_fusion" in compiled code). Some of its code
+is wrong: a program may compile wrongly once and correctly the next time, and a wrong one fails in every call. Public
+reports are jax issues 39103, 39257 and 40412; docs/choices.md says how often it happened here.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def without_ynn_fusions() -> None:
-    """Adds the flag that turns YNNPACK's fusions off (its list of kinds, empty) to XLA_FLAGS, which child processes
-    inherit, where jaxlib is one of those with the fault and the flag is not given. Warns where that is not possible:
-    JAX has started and no longer reads it, or XLA_FLAGS is the name of a file."""
+    """Adds the flag that turns YNNPACK's fusions off (an empty list of kinds) to XLA_FLAGS, which child processes
+    inherit, if jaxlib has the fault and the flag is not given. Warns if that is not possible: JAX has already started,
+    or XLA_FLAGS is the name of a file."""
     if not (0, 10, 2) <= version.__version_info__ < (0, 12):
         return
     flags = os.environ.get("XLA_FLAGS", "")
@@ -43,8 +43,8 @@ def without_ynn_fusions() -> None:
 
 
 def without_absent_tpu() -> None:
-    """Has JAX not start libtpu (the extra `tpu`) on a machine without a TPU, where it fills stderr. On one with a TPU,
-    JAX has named its platforms itself when it was imported."""
+    """Keeps JAX from starting libtpu (the extra `tpu`) on a machine without a TPU, where it prints many errors. On one
+    with a TPU, JAX has set `jax_platforms` itself on import."""
     gpus = any(importlib.util.find_spec(plugin) for plugin in ("jax_cuda12_plugin", "jax_cuda13_plugin"))
     unsaid = jax.config.jax_platforms is None  # type: ignore[attr-defined]
     if unsaid and importlib.util.find_spec("libtpu") and not gpus:

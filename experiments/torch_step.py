@@ -4,8 +4,8 @@ Command:   python experiments/torch_step.py --batch 64 --out torch.json        (
 
 12 layers, 768 wide, 12 heads, L = 1024, V = 50,258; rotary positions, layer norms without a bias, GELU (tanh), dropout,
 biases in the MLP and the head alone, untied head; float32 parameters, bfloat16 autocast, fused AdamW, clipping, a
-moving average of the parameters, F.scaled_dot_product_attention. FLOPs are counted as in eso_jax/flops.py: every pair
-of a query and a key, logits of every token, backward twice forward.
+moving average of the parameters, F.scaled_dot_product_attention. FLOPs are those that eso_jax/flops.py counts of AR's
+step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eso_jax import Config, FamilyConfig, ModelConfig, TrainConfig
 from eso_jax.chips import CHIPS
 from eso_jax.files import as_json, check_out, write_whole
+from eso_jax.flops import training_step
 from eso_jax.run.timing import wait_for
 
 PEAK = CHIPS["h100"].flops  # an H200's too
@@ -79,6 +81,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help=".json")
     a = parser.parse_args()
     check_out(a.out)
+    config = Config(ModelConfig(a.length, a.vocab, width=a.width, layers=a.layers, heads=a.heads, cond_dim=0),
+                    FamilyConfig(name="ar"), train=TrainConfig(batch_size=a.batch))
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     torch.set_float32_matmul_precision("high")
@@ -114,7 +118,7 @@ def main() -> None:
         last = loss.item()
         rounds.append((time.perf_counter() - begun) / a.steps)
     seconds, count = statistics.median(rounds[1:]), a.batch * a.length
-    flops = 6 * count * (12 * a.layers * a.width**2 + 2 * a.length * a.layers * a.width + a.width * a.vocab)
+    flops = sum(training_step(config, shards=1).values())
     found = {"device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__, "batch": a.batch,
              "step_seconds": seconds, "rounds": rounds[1:], "tokens_per_s": count / seconds, "model_flops": flops,
              "mfu": flops / seconds / PEAK if cuda else None, "compile_seconds": compile_seconds,

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,8 +73,15 @@ def test_eval_of_another_text(tmp_path: Path, run: Run, trained: Path) -> None:
     out = tmp_path / "e.json"
     run("eval", "--workdir", trained, "--source", tmp_path / "other.txt", "--split", "test", "--out", out)
     assert json.loads(out.read_text())["windows"] == 2000 // 20 // 16
-    run("eval", "--workdir", trained, "--source", tmp_path / "other.txt", "--out", out)
-    assert json.loads(out.read_text())["windows"] == 2003 // 16  # all of it
+    said = run("eval", "--workdir", trained, "--source", tmp_path / "other.txt", "--out", out)
+    assert json.loads(out.read_text())["windows"] == 2001 // 16  # all of it
+    assert f"windows of 16 tokens (all of {tmp_path / 'other.txt'})" in said
+    run("eval", "--workdir", trained, "--num-windows", 1, "--out", out)
+    assert "NaN" not in out.read_text() and json.loads(out.read_text())["standard_error"] is None  # of one window
+    assert json.loads(out.read_text())["source"] == configs.from_file(trained / "config.json").data.source
+    (tmp_path / "short.txt").write_text("short")
+    assert f"--source = '{tmp_path / 'short.txt'}': holds 6 tokens" in run(
+        "eval", "--workdir", trained, "--source", tmp_path / "short.txt", "--out", out, code=2)
 
 
 @pytest.mark.slow
@@ -152,8 +160,15 @@ def test_the_widths_that_a_decoder_found_are_scored(tmp_path: Path, run: Run, tr
 
 
 @pytest.mark.slow
-def test_a_plan_behind_given_tokens_is_replayed_and_scored(tmp_path: Path, run: Run, trained: Path) -> None:
-    """Rows that are given two and five tokens, of a plan in the .npz that `sample` writes."""
+def test_a_plan_behind_given_tokens_is_replayed_and_scored(tmp_path: Path, run: Run, trained: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are given two and five tokens, of a plan in the .npz that `sample` writes, which is read once."""
+    names, load = list[str](), np.load
+
+    def noted(file: Any) -> Any:
+        names.append(Path(getattr(file, "name", file)).name)
+        return load(file)
+
     tokens = np.random.default_rng(0).integers(0, 250, (2, 16))
     order = np.argsort(np.random.default_rng(1).random((2, 16)), axis=1)
     known, counts = np.array([2, 5]), np.array([[3, 11, 0], [4, 4, 3]])
@@ -167,15 +182,18 @@ def test_a_plan_behind_given_tokens_is_replayed_and_scored(tmp_path: Path, run: 
     first = np.arange(16) < known[:, None]
     ours, theirs = (np.take_along_axis(x, order, axis=1) for x in (found["tokens"], tokens))
     assert (ours[first] == theirs[first]).all() and (ours[~first] != theirs[~first]).any()
+    monkeypatch.setattr(np, "load", noted)
     run("sample", "--workdir", trained, "--plan", tmp_path / "a.npz", "--num-samples", 2, "--out", tmp_path / "b.npz")
-    np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "b.npz")["tokens"])
-    run("score", "--workdir", trained, "--tokens", tmp_path / "a.npz", "--plan", tmp_path / "a.npz",
+    run("score", "--workdir", trained, "--tokens", tmp_path / "b.npz", "--plan", tmp_path / "a.npz",
         "--out", tmp_path / "s.npz")
+    monkeypatch.undo()
+    assert names == ["a.npz", "b.npz", "a.npz"]
+    np.testing.assert_array_equal(found["tokens"], np.load(tmp_path / "b.npz")["tokens"])
     scores = np.load(tmp_path / "s.npz")["logp_in_order"]
     assert (scores[first] == 0).all() and (scores[~first] < 0).all()
     np.savez(tmp_path / "bare.npz", order=order, tokens_per_step=counts, given=known)
-    assert "not a readable .npy file, nor a .npz with 'tokens'" in run(*sample[:4], tmp_path / "bare.npz", *sample[5:],
-                                                                       "--num-samples", 2, code=2)
+    assert "must hold tokens, some of which are given, int (2, 16)" in run(
+        *sample[:4], tmp_path / "bare.npz", *sample[5:], "--num-samples", 2, code=2)
 
 
 @pytest.mark.slow
@@ -228,10 +246,11 @@ def test_bench_at_a_reduced_size(tmp_path: Path, run: Run, monkeypatch: pytest.M
     """Every preset, on a model and plans that take seconds."""
     monkeypatch.setattr(throughput, "SECTIONS", 1)
     monkeypatch.setattr(throughput, "measure_machine", lambda dtype: throughput.Machine(1e10, 1e11))
-    for preset, few in (("table11", throughput.ONE_BY_ONE[1::3]), ("table13", throughput.TABLE_13[3::6])):
+    for preset, few in (("cpu", throughput.ONE_BY_ONE[1:2]),
+                        ("table11", throughput.ONE_BY_ONE[1::3]), ("table13", throughput.TABLE_13[3::6])):
         monkeypatch.setitem(throughput.PRESETS, preset, throughput.PRESETS[preset]._replace(cases=few))
     small = ["model.width=8", "model.heads=2", "model.layers=1", "model.vocab_size=20"]
-    for preset in ("cpu", "table11", "table13"):
+    for preset in ("laptop", "cpu", "table11", "table13"):
         out = tmp_path / f"{preset}.json"
         with renamed("x_" if preset == "table11" else ""):  # the names of families are nobody's business
             text = run("bench", "sampling", "--preset", preset, "--lengths", 32, "--batches", 2, "--repeats", 1,
@@ -242,7 +261,7 @@ def test_bench_at_a_reduced_size(tmp_path: Path, run: Run, monkeypatch: pytest.M
             assert row["seconds"] > 0 and row["of_the_floor"] > 0 and row["seconds_without_draws"] > 0
             assert row["tokens_per_s"] == pytest.approx(64 / row["seconds"])
             assert row["scaled_from_passes"] == (1 if row["sampler"].startswith("MDLM") else None)
-        if preset == "cpu":
+        if preset == "laptop":
             assert [row["nfe"] for row in found["results"]] == [32] * 5
             assert found["results"][1]["times_eso_lm"] == 1
         assert out.with_suffix(".png").stat().st_size > 5000
@@ -253,7 +272,7 @@ def test_bench_at_a_reduced_size(tmp_path: Path, run: Run, monkeypatch: pytest.M
                                (["--passes", 0], "--passes = 0"),
                                (["family.name=ar"], "only model's fields"), (["model.length=8"], "give --lengths"),
                                (["--out", tmp_path / "no.png"], "must end in .json")):
-        command = ["bench", "sampling", "--preset", "cpu", "--out", tmp_path / "no.json", *arguments]
+        command = ["bench", "sampling", "--preset", "laptop", "--out", tmp_path / "no.json", *arguments]
         assert message in run(*command, code=2)
     assert not (tmp_path / "no.json").exists()
 
@@ -470,6 +489,7 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
     for flag, value, message in (("--top-p", 0, "--top-p = 0.0: must be in (0, 1]"),
                                  ("--steps", 0, "steps = 0: T must be"),
                                  ("--alpha-0", 1.5, "--alpha-0 = 1.5"), ("--num-samples", 0, "--num-samples = 0"),
+                                 ("--num-samples", 10**20, f"--num-samples = {10**20}: all of them together take"),
                                  ("--temperature", -1, "temperature = -1.0"), ("--steps", "x", "invalid int value"),
                                  ("--min-p", 1, "--min-p = 1.0"), ("--num-tries", 0, "--num-tries = 0"),
                                  ("--num-tries", 2, "--num-tries = 2: needs min_entropy"),
@@ -480,7 +500,7 @@ def test_scoring_and_sampling_mistakes(tmp_path: Path, run: Run, imported: Path)
         assert message in run(*sample, flag, value, code=2)
     np.savez(tmp_path / "plan.npz", order=orders[0], tokens_per_step=np.full(4, 4))
     assert "--num-samples = 1: the plan is that of 4 samples" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
-    assert "is one array" in run(*score, tmp_path / "good.npy", "--plan", tmp_path / "good.npy", code=2)
+    assert "must be a .npz that" in run(*score, tmp_path / "good.npy", "--plan", tmp_path / "good.npy", code=2)
     np.savez(tmp_path / "plan.npz", order=orders[0], tokens_per_step=np.full(5, 4))
     assert "must be positive and sum to at most 16" in run(*sample, "--plan", tmp_path / "plan.npz", code=2)
     np.savez(tmp_path / "plan.npz", order=orders[0] // 2, tokens_per_step=np.full(4, 4))
@@ -536,9 +556,10 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path, run: Run, trained: Path
 
 @pytest.mark.slow
 def test_reading_touches_nothing(tmp_path: Path, run: Run, trained: Path) -> None:
-    """A sample beside a running training leaves its half-written checkpoint alone."""
+    """A sample beside a running training leaves its half-written checkpoint alone; a file is none."""
     shutil.copytree(trained, tmp_path / "w")
     (tmp_path / "w" / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "w" / "checkpoints" / "7").touch()
     before = sorted(tmp_path.joinpath("w").rglob("*"))
     run("sample", "--workdir", tmp_path / "w", "--out", tmp_path / "s.npz")
     assert sorted(tmp_path.joinpath("w").rglob("*")) == before
@@ -585,7 +606,33 @@ def test_an_error_names_the_option_that_gave_the_value(tmp_path: Path, run: Run)
             ("data train-tokenizer --vocab-size 300 --from {t}/blank.txt --out {t}/t", "holds no text to learn from"),
             ("import {g}/eso_tiny.safetensors --config {g}/config.json --heads 7 --out {t}/w", "--heads = 7: must "),
             ("import {g}/eso_tiny.safetensors --config {g}/config.json --tokenizer {t}/no --out {t}/w",
-             "--tokenizer = '{t}/no': ")):
+             "--tokenizer = '{t}/no': "),
+            ("import {g}/eso_tiny.safetensors --config {g}/config.json --alpha-0 2 --out {t}/w", "--alpha-0 = 2.0: "),
+            ("import {g}/eso_tiny.safetensors --config {g}/config.json --start-id 3 --out {t}/w", "--start-id = 3: ")):
         said = run(*arguments.format(t=tmp_path, g=GOLDENS).split(), code=2)
         assert f"error: {message.format(t=tmp_path)}" in said or "learn from" in message and message in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "blank.txt", "empty"]
+
+
+def test_only_what_is_unknown_is_called_so(tmp_path: Path, run: Run) -> None:
+    said = run("train", "quickstart", "--workdir", tmp_path / "w", "train.steps=3", "--train.seed=5", code=2)
+    assert "unrecognized arguments: --train.seed=5; write overrides as section.field=value, without --" in said
+    assert "unrecognized arguments: --y x" in run("view", "--out", tmp_path / "v.html", "a.npz", "--y", "x", code=2)
+
+
+def test_results_are_not_written_over_what_a_folder_needs(tmp_path: Path, run: Run) -> None:
+    """Of a work directory and of a prepared folder; under the same names elsewhere they may be."""
+    (tmp_path / "w" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "samples.jsonl").write_text('{"text": "a b c d"}')
+    (tmp_path / "link").symlink_to(tmp_path / "w")
+    kept = [tmp_path / "w" / name for name in ("config.json", "metrics.jsonl")]
+    kept += [tmp_path / "data" / name for name in ("manifest.json", "tokenizer.json")]
+    for path in kept:
+        path.write_text("kept")
+    command = ["quality", "--samples", tmp_path / "samples.jsonl", "--judge", "none", "--out"]
+    for path in (*kept, tmp_path / "link" / "config.json", tmp_path / "w" / "tokenizer.json"):
+        assert f"--out = '{path}': is a file that '{path.resolve().parent}' needs" in run(*command, path, code=2)
+    assert {path.read_text() for path in kept} == {"kept"}
+    for path in (tmp_path / "w" / "quality.json", tmp_path / "config.json", tmp_path / "tokenizer.json"):
+        run(*command, path)

@@ -104,11 +104,11 @@ ERRORS = {  # assignments -> what the message must hold: the field and its value
     ("family.alpha_0_range=(0.5,0.5)", "family.alpha_0=0.5"): ("family.alpha_0_range = (0.5, 0.5)", "low < high"),
     ("family.alpha_0_range=(0.1,0.5)",): ("family.alpha_0 = 1.0", "must be in family.alpha_0_range = (0.1, 0.5)"),
     ("family.alpha_0_range=(0.1,1)", "family.kappa=1"): ("family.kappa = 1.0", "(0.1, 1.0) needs both losses"),
-    ("family.alpha_0_range=0.5",): ("family.alpha_0_range = '0.5'", "tuple"),
+    ("family.alpha_0_range=0.5",): ("family.alpha_0_range = '0.5'", "type tuple[float, float] or None"),
     ("family.kappa=1.2",): ("family.kappa = 1.2", "in [0, 1]"),
     ("family.loss_weight=flat",): ("family.loss_weight = 'flat'", "elbo or low_var"),
     ("family.name=bd3lm", "family.t_range=(0.5,0.2)"): ("family.t_range = (0.5, 0.2)", "low < high"),
-    ("family.name=bd3lm", "family.t_range=(0.5,)"): ("family.t_range = '(0.5,)'", "tuple"),
+    ("family.name=bd3lm", "family.t_range=(0.5,)"): ("family.t_range = '(0.5,)'", "tuple[float, float]"),
     ("family.name=bd3lm", "family.t_range=(0.5,0.6,0.7)"): ("family.t_range = '(0.5,0.6,0.7)'", "tuple"),
     ("family.name=bd3lm", "family.block_size=24"): ("family.block_size = 24", "divide model.length = 128"),
     ("family.name=ar", "family.start_id=258"): ("family.start_id = 258", "[0, 258)"),
@@ -134,7 +134,7 @@ ERRORS = {  # assignments -> what the message must hold: the field and its value
     ("modle.width=12",): ("modle.width: unknown", "did you mean model.width?"),
     ("optimizer.learning_rate=1",): ("optimizer.learning_rate: unknown", "did you mean train.learning_rate?"),
     ("zzz=1",): ("zzz: unknown", "sections are model, family, data, train"),
-    ("train.steps",): ("'train.steps'", "section.field=value"),
+    ("train.steps",): ("'train.steps'", "section.field=value"), ("=5",): ("'=5'", "section.field=value"),
 }
 
 
@@ -194,7 +194,7 @@ def test_experiment_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name, content, remedy", [
     ("run.py", None, "no such file"), ("run.json", None, "no such file"),
     ("run.py", "x = 1\n", "must define config = eso_jax.Config(...)"),
-    ("run.py", "config = {'model': {}}\n", "must define config"),
+    ("run.py", "config = {'model': {}}\n", "must define config"), ("run.py", "exit(3)", "failed (SystemExit: 3)"),
     ("run.json", '{"model": ', "not a config in JSON"),
     ("run.json", "[1, 2]", "not a config in JSON"),
     ("run.json", '{"model": 3}', "not a config in JSON")])
@@ -204,6 +204,20 @@ def test_unusable_file_is_named(tmp_path: Path, name: str, content: str | None, 
     with pytest.raises(EsoError) as caught:
         from_file(tmp_path / name)
     assert f"config = '{tmp_path / name}'" in str(caught.value) and remedy in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("section, kind", [("family='ar'", "FamilyConfig"), ("train={'steps': 1}", "TrainConfig")])
+def test_a_section_is_no_value(tmp_path: Path, section: str, kind: str) -> None:
+    (tmp_path / "run.py").write_text(f"from eso_jax import Config\nconfig = Config({section})\n")
+    with pytest.raises(EsoError, match=f"^{section.partition('=')[0]} = .*: give a {kind}, as in Config"):
+        from_file(tmp_path / "run.py")
+
+
+def test_a_config_that_an_editor_has_saved(tmp_path: Path) -> None:
+    """With a BOM and carriage returns."""
+    (tmp_path / "run.json").write_text(Config().to_json().replace("\n", "\r\n"), "utf-8-sig")
+    assert from_file(tmp_path / "run.json") == Config()
 
 
 # config.json of commit 295e718 holds the fields of all families for each.

@@ -50,6 +50,16 @@ def test_rule_seed_and_ban_reach_every_sampler(family: str) -> None:
         draw(banned=range(8))
 
 
+def test_a_ban_is_an_id_or_a_text() -> None:
+    model, how = model_of("ar", 16, 258), {"temperature": 0.0}
+    likely = bytes(model.sample(1, **how).tokens[0, :1].tolist()).decode("latin1")
+    found = model.sample(1, banned=likely, **how).tokens
+    assert ord(likely) < 128 and ord(likely) not in found
+    np.testing.assert_array_equal(model.sample(1, banned=[ord(likely)], **how).tokens, found)
+    with pytest.raises(EsoError, match="banned = 'e': the model has no tokenizer"):
+        model_of("esolm").sample(1, banned="e")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["esolm", "ar"])
 def test_a_prompt_of_any_length_comes_back(family: str) -> None:
@@ -252,10 +262,11 @@ def test_mistakes_of_the_command(bytes_run: Path, tmp_path: Path, run: Run) -> N
         (["--given", tmp_path / "long.npy"], "the model has length 16"),
         (["--prompt", "a", "--template", "b[MASK]"], "--prompt and --template: give one of them"),
         (["--stop", ""], "stop = '': must not be empty"),
-        (["--ban", "ab"], "--ban = 'ab': is 2 tokens of tokenizer 'bytes'"),
+        (["--ban", "ab"], "banned = 'ab': is 2 tokens of tokenizer 'bytes', not one"),
         (["--ban-id", 258], "banned = 258"),
         (["--max-tokens", 0], "--max-tokens = 0"), (["--show", -1], "--show = -1: must be at least 0"),
         (["--max-tokens", 10**30], f"--max-tokens = {10**30}: with its prompt it is longer than the model's 16"),
+        (["--max-tokens", 17, "--num-samples", 0, "--out", tmp_path / "s.jsonl"], "--num-samples = 0: must be"),
         (["--ban", "\udcff"], "--ban: '\\udcff': is not UTF-8"), (["--stop", "\udcff"], "--stop: '\\udcff': is not"),
         (["--html", tmp_path / "s.npz"], "is given for html too, and would be overwritten")]
     for arguments, message in cases:

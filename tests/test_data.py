@@ -115,6 +115,26 @@ def test_one_file_is_cut(tmp_path: Path, alone: str) -> None:
     assert parts == [[(name, content[:189])], [(name, content[189:199])], [(name, content[199:])]]
 
 
+def test_what_we_made_is_no_text(tmp_path: Path) -> None:
+    """A work directory and prepared data may lie among the texts."""
+    source = write(tmp_path / "text", a=b"text", b__c=b"text", d__config_json=b"{}", e__manifest_json=b"{}")
+    before = documents(source, "all")
+    (tmp_path / "text" / "w" / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "text" / "data" / "text").mkdir(parents=True)
+    for name in ("w/config.json", "w/metrics.jsonl", "w/checkpoints/1/x", "data/text/manifest.json",
+                 "data/text/train-00000.array_record"):
+        (tmp_path / "text" / name).write_text("no text")
+    assert documents(source, "all") == before and len(before) == 4
+    assert [name for name, _ in documents(f"{source}/**", "all")] == [name for name, _ in before]
+
+
+def test_all_of_a_file_is_the_file(tmp_path: Path) -> None:
+    """Though its splits are parts of it: no separator stands between these, and their order is that of the text."""
+    source = write(tmp_path / "text", b=b"zyx" * 100, a=b"x")
+    assert documents(source, "all") == [("a", b"x"), ("b", b"zyx" * 100)]
+    assert [name for name, _ in documents(source, "train")] == ["b"]
+
+
 def test_stdlib() -> None:
     found = everything("stdlib")
     assert len(found) > 300 and sum(map(len, found.values())) > 5e6

@@ -206,9 +206,10 @@ def test_a_corpus_that_changed_is_refused(tmp_path: Path) -> None:
         assert (tmp_path / "data.json").read_bytes() == kept
     text.write_text("the quick brown fox " * 100, "utf-8")
     identity.claim(tmp_path, "S", identities())
-    (tmp_path / "data.json").write_text("{", "utf-8")
-    with pytest.raises(EsoError, match="data.json is no JSON"):
-        identity.claim(tmp_path, "S", first)
+    for content in ("{", "null", "[1]", '{"train": {}}', "\udcff"):
+        (tmp_path / "data.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(EsoError, match="data.json is not what was written .*; remove it if data.source is what"):
+            identity.claim(tmp_path, "S", first)
 
 
 @pytest.mark.parametrize("older", [False, True])

@@ -85,6 +85,8 @@ def test_pack_error() -> None:
     with pytest.raises(EsoError, match="^data.source: holds 6 tokens in this split, fewer than one window of "
                                        "model.length = 7; give more text, or a smaller model.length$"):
         pack([("x", b"abc"), ("y", b"d")], BYTES, 7)
+    with pytest.raises(EsoError, match="^data.source = 'a.txt': holds 6 tokens"):
+        pack([("x", b"abc"), ("y", b"d")], BYTES, 7, where="data.source = 'a.txt'")
     assert pack([("x", b"abc"), ("y", b"d")], BYTES, 6).shape == (1, 6)
 
 

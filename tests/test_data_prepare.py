@@ -33,6 +33,7 @@ from eso_jax.data.catalog import CORPORA, Corpus
 from eso_jax.data.pipeline import batches
 from eso_jax.data.prepared import PreparedWindows, check
 from eso_jax.data.rows import Reading
+from eso_jax.data.tokenizers import train_tokenizer
 from eso_jax.errors import EsoError, RunAgain
 from eso_jax.run import train as training
 from vocabularies import BERT_WORDS, bert_like, gpt2_like
@@ -497,7 +498,7 @@ def test_paper_scale_configs_need_no_file() -> None:
 @pytest.mark.parametrize("changes, message", [
     (["model.length=8"], r"model.length = 8: .* was prepared with windows of 16 tokens"),
     (["model.vocab_size=300"], "model.vocab_size = 300: data.tokenizer = 'bytes' needs 258, with mask 257"),
-    (["model.mask_id=0"], "model.vocab_size = 258: data.tokenizer = 'bytes' needs 258, with mask 257"),
+    (["model.mask_id=0"], "model.mask_id = 0: data.tokenizer = 'bytes' needs 257"),
     (["data.tokenizer=characters", "model.vocab_size=29", "model.mask_id=28"],
      "data.tokenizer = 'characters': .* was prepared with another, 'bytes'"),
 ])
@@ -567,6 +568,7 @@ def test_prepare_errors(tmp_path: Path, many: Path) -> None:
     assert "documents was made from" in message(files=tmp_path / "few.txt").replace("/corpora/text/1.0.0", "")
     short = message(out=tmp_path / "short", length=5000)
     assert short.startswith("--from: text: holds ") and "tokens in its validation split, fewer than one window" in short
+    assert short.endswith("of --length = 5000; give more text, or a smaller --length")
     made(many, tmp_path / "data")
     assert "length = 16: this command would make 8; give another --out, or delete the folder" in message(length=8)
     (tmp_path / "other").mkdir()
@@ -577,6 +579,54 @@ def test_prepare_errors(tmp_path: Path, many: Path) -> None:
     with pytest.raises(EsoError, match="manifest.json is not one of eso-jax data prepare"):
         prepared_windows(config_of(tmp_path / "data" / "text", BYTES, 16), str(tmp_path / "data" / "text"), "train",
                          BYTES)
+
+
+def test_a_try_that_came_to_nothing_keeps_none_from_the_next(tmp_path: Path, many: Path) -> None:
+    """No window was there to lose."""
+    for tokenizer in (train_tokenizer(["ab " * 99], 300, "bpe"), BYTES):
+        with pytest.raises(EsoError, match="fewer than one window of --length = 1000000;"):
+            prepare.prepare("text", tmp_path, tokenizer, 10**6, [str(many)], held_out=40, processes=1)
+    folder = made(many, tmp_path)
+    check(folder)
+    assert not (folder / "tokenizer.json").exists()
+    with pytest.raises(EsoError, match="length = 16: this command would make 8; give another --out"):
+        prepare.prepare("text", tmp_path, BYTES, 8, [str(many)], held_out=40, processes=1)
+
+
+def test_two_at_once_take_turns(tmp_path: Path, many: Path) -> None:
+    """Another length, into the same data directory. What a killed one has left there is removed."""
+    (tmp_path / "data" / "documents" / "corpora" / "text" / "incomplete.ABC_1.0.0").mkdir(parents=True)
+    command = [sys.executable, "-m", "eso_jax", "data", "prepare", "text", "--from", many, "--data-dir",
+               tmp_path / "data", "--tokenizer", "bytes", "--held-out", "40", "--processes", "1"]
+    processes = [subprocess.Popen([*map(str, command), "--length", length, "--out", str(tmp_path / length)], text=True,
+                                  stderr=subprocess.PIPE) for length in ("8", "16")]
+    for process, length in zip(processes, ("8", "16"), strict=True):
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
+        assert check(tmp_path / length)["length"] == int(length)
+    assert [path.name for path in (tmp_path / "data" / "documents" / "corpora" / "text").iterdir()] == ["1.0.0"]
+
+
+def test_the_second_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with files.one_at_a_time(tmp_path, "--data-dir"):
+            order.append("second")
+
+    with files.one_at_a_time(tmp_path, "--data-dir"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.5)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"] and f"at work in {tmp_path}; waiting for it" in capsys.readouterr().err
+
+
+def test_a_single_document_cannot_be_split(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("a b c " * 100)
+    with pytest.raises(EsoError, match="leaves none of 1 documents to train on; a file of text is one: give several"):
+        prepare.prepare("text", tmp_path, BYTES, 8, [str(tmp_path / "book.txt")], held_out=1)
 
 
 @pytest.mark.parametrize("name, content, reason", [

@@ -208,6 +208,45 @@ def test_a_bom_is_no_text(tmp_path: Path) -> None:
         assert "is UTF-16; save it as UTF-8" in refused(tmp_path, tmp_path / "d.txt")
 
 
+TABLE = 'id,text\r\n1,"a, ""b""\nc"\r\n2,caf\u00e9\r\n\r\n3,\r\n'
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.csv", TABLE), ("a.CSV", "\ufeff" + TABLE), ("a.tsv", TABLE.replace("id,", "id\t").replace("\n1,", "\n1\t")
+                                                    .replace("\n2,", "\n2\t").replace("\n3,", "\n3\t"))])
+def test_tables_of_text(tmp_path: Path, name: str, content: str) -> None:
+    """A table is no document: its rows are."""
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    assert read(tmp_path, path) == ['a, "b"\nc', "caf\u00e9"]
+    assert read(tmp_path, path, field="id") == ["1", "2", "3"]
+    assert "has no column body (its columns: 'id', 'text'; --field names one)" in refused(tmp_path, path, field="body")
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    assert texts.read(str(tmp_path / f"{name}.gz"), "--samples").strings == ['a, "b"\nc', "caf\u00e9", ""]
+
+
+@pytest.mark.parametrize("content, reason", [
+    ("id,text\n1,a\n2\n3,b\n", "row 2 has 1 cells, and the first line 2"),
+    ("id,text\n1,a\n2,b, c\n3,b\n", "row 2 has 3 cells, and the first line 2"),
+    ('id,text\n1,a\n2,"b\n', "unexpected end of data"), ("", "has no column text"),
+    ("id,text\n1,a\0b\n", "holds NUL bytes"), (f"id,text\n1,{'a' * 200_000}\n2\n", "row 2 has 1 cells")])
+def test_tables_that_are_damaged(tmp_path: Path, content: str, reason: str) -> None:
+    path, good = tmp_path / "a.csv", tmp_path / "b.txt"
+    path.write_text(content)
+    good.write_text("good")
+    if content:
+        assert reason in refused(tmp_path, path)
+    if reason.startswith("row"):
+        assert len(read(tmp_path, path, skip_rows=True)) == content.count("\n") - 2
+
+
+def test_a_field_is_of_rows(tmp_path: Path) -> None:
+    """Where one is asked for, a file without rows is not taken for a text: it may hold JSON lines by another name."""
+    path = as_lines(tmp_path / "a", [{"text": "x"}]).rename(tmp_path / "a.txt")
+    assert "has no rows, and so no field 'text'" in refused(tmp_path, path, field="text")
+    assert read(tmp_path, path) == ['{"text": "x"}']
+
+
 # Compression and archives
 
 LINES = b"".join(json.dumps({"text": f"document {i} " * 20}).encode() + b"\n" for i in range(200))

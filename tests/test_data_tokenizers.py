@@ -16,7 +16,8 @@ import eso_jax
 from conftest import BASE
 from eso_jax.cli import main
 from eso_jax.data import ByteTokenizer, get_tokenizer
-from eso_jax.data.tokenizers import CharacterTokenizer, LibraryTokenizer, Tokenizer, dtype_of, sha256, train_tokenizer
+from eso_jax.data.tokenizers import CharacterTokenizer, LibraryTokenizer, Tokenizer
+from eso_jax.data.tokenizers import dtype_of, sha256, token_ids, train_tokenizer
 from eso_jax.errors import EsoError
 from eso_jax.run import train as training
 from vocabularies import BERT_WORDS, bert_like, gpt2_like
@@ -69,6 +70,18 @@ def test_special_tokens() -> None:
     characters = CharacterTokenizer()
     assert (characters.vocab_size, characters.separator_id, characters.mask_id) == (29, 27, 28)
     assert characters.decode([0, 28, 26, 27, 25]) == "a▒ \n\f\nz"
+
+
+def test_tokens_by_id_or_as_text() -> None:
+    assert token_ids("e", BYTES, "banned") == token_ids(["e"], BYTES, "banned") == (101,)
+    assert token_ids(range(2), None, "banned") == (0, 1) and token_ids(np.int64(3), None, "banned") == (3,)
+    assert token_ids(["\n\f\n", 5], BYTES, "banned") == (256, 5) and token_ids((), None, "banned") == ()
+    for tokens, tokenizer, message in (
+            ("the", BYTES, "banned = 'the': is 3 tokens of tokenizer 'bytes'"), ("", BYTES, "is 0 tokens"),
+            ("e", None, "banned = 'e': the model has no tokenizer, so that text has no ids; give ids"),
+            ([1.0], BYTES, "banned = 1.0: give ids, which are integers, or texts")):
+        with pytest.raises(EsoError, match=message):
+            token_ids(tokens, tokenizer, "banned")
 
 
 def test_gpt2_has_a_mask_after_its_last_id() -> None:
@@ -238,7 +251,7 @@ def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(TEXTS))
     config = BASE.override(f"data.source={tmp_path / 'text.txt'}", f"data.tokenizer={tmp_path / 'tokenizer.json'}",
                            f"model.vocab_size={len(BERT_WORDS)}")
-    with pytest.raises(EsoError, match=r"needs 19, with mask 4$"):  # the config's mask is the last id
+    with pytest.raises(EsoError, match=r"^model.mask_id = 18: .* needs 4$"):  # the config's mask is the last id
         training.train(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
@@ -288,6 +301,36 @@ def test_a_separator_of_another_name(kind: str, tmp_path: Path) -> None:
             get_tokenizer(str(path), "ab")
     with pytest.raises(EsoError, match="bytes has one of its own"):
         get_tokenizer("bytes", "<eos>")
+
+
+def test_a_separator_beside_one_of_a_known_name(tmp_path: Path) -> None:
+    """The one that was asked for is taken, the other keeps its id, and neither is read from a text."""
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_str(without_known_separator("bpe"))
+    library.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    library.save(str(tmp_path / "t.json"))
+    usual, asked = (get_tokenizer(str(tmp_path / "t.json"), separator) for separator in (None, "<|im_end|>"))
+    assert (usual.separator_id + 1, usual.vocab_size, usual.mask_id) == (
+        asked.separator_id, asked.vocab_size, asked.mask_id) and usual.mask_id == asked.separator_id + 1
+    for text in ("<|im_end|>", "<|endoftext|>", "ab <|im_end|> abc"):
+        assert asked.encode(text).tolist() == usual.encode(text).tolist()
+        assert asked.encode(text).max() < usual.separator_id
+
+
+@pytest.mark.parametrize("kind", ["words", "unigram"])
+def test_texts_without_ids_are_refused(kind: str) -> None:
+    """By a tokenizer that has no token for what it does not know. What it knows it reads."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    library = Library(models.WordLevel({"ab": 0, "</s>": 1}) if kind == "words" else
+                      models.Unigram([("</s>", 0.0), ("a", -1.0), ("b", -1.0)]))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = LibraryTokenizer("t", library.to_str())
+    assert tokenizer.num_bytes(tokenizer.encode("ab ab")) is None
+    with pytest.raises(EsoError, match="^data.tokenizer = 't': has no ids for a part of the text .*; give it"):
+        tokenizer.encode("ab xyz")
 
 
 def test_a_sentencepiece_model_is_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -217,16 +217,40 @@ def test_names_of_code_exist() -> None:
     assert found >= 30
 
 
+READING = (ROOT / "docs" / "reading.md").read_text("utf-8")
+
+
+def test_the_guide_to_the_code_names_every_file() -> None:
+    """Each module stands in the table of its package."""
+    named = set()
+    for package, table in re.findall(r"^### [^`\n]*`(\w+)/`.*?\n(.*?)(?=^##)", READING, re.MULTILINE | re.DOTALL):
+        folder = ROOT / "eso_jax" / ("" if package == "eso_jax" else package)
+        named |= {folder / name for name in re.findall(r"`(\w+\.py)`", table)}
+    modules = {path for path in (ROOT / "eso_jax").rglob("*.py") if path.name != "__init__.py"}
+    assert modules <= named, sorted(str(path.relative_to(ROOT)) for path in modules - named)
+    assert all(path.is_file() for path in named), sorted(str(path) for path in named if not path.is_file())
+
+
+def test_the_walks_visit_functions_that_exist() -> None:
+    """A line of a drawing: a number, a file, its functions, then what they do."""
+    visits = re.findall(r"^ {1,2}\d+\*? +([\w/]+\.py) +([\w, ]+?)(?: \.\.\.)?(?: {2,}.*)?$", READING, re.MULTILINE)
+    assert len(visits) > 50
+    for path, names in visits:
+        for name in names.split(", "):
+            assert defines(ROOT / "eso_jax" / path, name) or defines(ROOT / "eso_jax" / path, f"*.{name}"), (path, name)
+
+
 def defines(file: Path, name: str) -> bool:
-    """Whether a file defines the function or class `name`, or `Class.name`."""
+    """Whether a file defines the function or class `name`, or `Class.name`; `*.name`: of any class."""
     import ast
 
     body = ast.parse(file.read_text("utf-8")).body
     for part in name.split("."):
-        inside = [node for node in body if getattr(node, "name", None) == part]
+        inside = [node for node in body if getattr(node, "name", None) == part
+                  or part == "*" and isinstance(node, ast.ClassDef)]
         if not inside:
             return False
-        body = getattr(inside[0], "body", [])
+        body = [node for each in inside for node in getattr(each, "body", [])]
     return True
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import json
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -29,7 +32,7 @@ import paper
 import samples
 import step_shares
 from conftest import random_params
-from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, config as configs, load
+from eso_jax import Config, DataConfig, ModelConfig, TrainConfig, cli, config as configs, load
 from eso_jax.data import ByteTokenizer, evenly_spaced, windows_of
 from eso_jax.decoding import decoders
 from eso_jax.engine import perplexity
@@ -437,6 +440,55 @@ def test_the_first_run_on_an_accelerator(tmp_path: Path) -> None:
     assert re.findall(r"^(\S+): done", done.stdout, re.M) == [*timed[:3], "passes"]
     for arguments, code in (([], 2), (["--help"], 0), ([out, "--small", "gold"], 2)):
         assert subprocess.run(["bash", script, *arguments], capture_output=True).returncode == code
+
+
+NOTES = """#!/usr/bin/env bash
+[ "$1" != -c ] || { echo "cuda A card"; exit; }
+echo "${*@Q}" >>"$CALLS"
+"""
+
+
+class Parsed(Exception):
+    """Stops a script once it has read its options."""
+
+
+@pytest.mark.parametrize("size", [[], ["--small"]], ids=["full", "small"])
+def test_every_command_on_an_accelerator_is_understood(size: list[str], tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the parsers that will read it; nothing is run."""
+    script, python, calls = ROOT / "experiments" / "accelerator.sh", tmp_path / "python", tmp_path / "calls"
+    python.write_text(NOTES)
+    python.chmod(0o755)
+    steps = re.findall(r"^steps=\((.+)\)$", script.read_text(), re.M)[0].split()
+    subprocess.run(["bash", script, tmp_path / "out", *size, *steps, "quickstart"], check=True,
+                   env={**os.environ, "PYTHON": str(python), "CALLS": str(calls)})
+
+    def stop(parser: argparse.ArgumentParser, argv: Any = None, namespace: Any = None) -> None:
+        raise Parsed(parser.parse_known_intermixed_args(argv, namespace))
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stop)
+    for module in cli.COMMANDS.values():
+        monkeypatch.setattr(module, "run", lambda arguments: Config().override("model.heads=2", *arguments.overrides))
+    programs = set()
+    for program, *arguments in map(shlex.split, calls.read_text().splitlines()):
+        if [program, *arguments[:1]] == ["-m", "eso_jax"]:
+            assert cli.main(arguments[1:]) == 0
+            program = arguments[1]
+        elif program == "-m":
+            program = arguments[0]
+            for path, _, name in (each.partition("::") for each in arguments if each.startswith("tests/")):
+                assert f"def {name}" in (ROOT / path).read_text()
+        elif program != "experiments/torch_step.py" or importlib.util.find_spec("torch"):
+            monkeypatch.setattr(sys, "argv", [program, *arguments])
+            with pytest.raises(Parsed) as found:
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            known, unknown = found.value.args[0]
+            assert not unknown
+            Config().override("model.heads=2", *getattr(known, "overrides", []))
+        programs.add(program)
+    assert programs == {"bench", "check-cache", "train", "pytest", *(f"experiments/{name}.py" for name in (
+        "fewer_passes", "quickstart", "step_shares", "torch_step"))}
 
 
 def test_what_an_accelerator_gave_is_packed_when_it_is_taken_away(tmp_path: Path) -> None:

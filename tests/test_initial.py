@@ -138,6 +138,13 @@ def test_models_that_do_not_fit(base: Config, tmp_path: Path, run: Run) -> None:
             initial.starting_params(base.override(override, f"train.start_from={source}"), MESH)
 
 
+def test_an_imported_model_is_trained_elsewhere(base: Config, tmp_path: Path) -> None:
+    source = made(tmp_path / "w", base)
+    with pytest.raises(EsoError, match=f"holds an imported model, .* another --workdir, by train.start_from={source}$"):
+        training.train(base, source)
+    assert sorted(path.name for path in source.iterdir()) == ["checkpoints", "config.json"]
+
+
 def test_ids_must_mean_what_they_meant(base: Config, tmp_path: Path) -> None:
     """Another file of the same tokenizer will do, another vocabulary of the same size won't."""
     kept = gpt2_like()

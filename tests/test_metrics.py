@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import sys
 from pathlib import Path
@@ -39,6 +40,19 @@ def test_a_run_goes_on_with_another_log(short: Config, tmp_path: Path, monkeypat
     assert [step for step, _ in said] == [line["step"] for line in lines] == [3, 4, 4]
     assert said[0][1]["loss"] == lines[0]["loss"]
     assert said[2][1]["validation_terms/diffusion"] == lines[2]["validation_terms"]["diffusion"]
+
+
+def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
+    """Neither of a run that was killed, nor of a disk that lost a block."""
+    lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
+    first, second, third = map(json.dumps, lines)
+    for damaged in ('{"step": 2, "lo', "\0" * 40, '{"step": "x"}', "[1]", "3", "", '{"loss": 1.0}'):
+        (tmp_path / "metrics.jsonl").write_text(f"{first}\n{damaged}\n{second}\n{third}")
+        assert metrics.read(tmp_path) == lines
+    log = metrics.MetricsLog(tmp_path, 2)
+    assert metrics.read(tmp_path) == lines[:2]
+    log.write(3, validation_standard_error=float("nan"), parts={"a": [float("inf")]})  # as of a single window
+    assert metrics.read(tmp_path)[2] == {"step": 3, "validation_standard_error": None, "parts": {"a": [None]}}
 
 
 def test_tensorboard(short: Config, tmp_path: Path) -> None:

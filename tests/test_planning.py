@@ -18,8 +18,8 @@ import pytest
 
 from conftest import USUAL, Run, emulated
 from eso_jax import chips, config as configs, flops, sharding
-from eso_jax.aot import hlo, report, target
-from eso_jax.aot.programs import _refused
+from eso_jax.aot import fit, hlo, plan, programs, report, target
+from eso_jax.aot.programs import Program, _compiled, _refused
 from eso_jax.cli import main
 from eso_jax.config import Config, MeshConfig
 from eso_jax.errors import EsoError
@@ -348,6 +348,45 @@ def test_what_the_compiler_refuses() -> None:
         310.5 * gib, 15.75 * gib)
     assert _refused("something else") == (None, None)
     assert report.size(1536) == "1.50 KiB" and report.size(3 * gib) == "3.00 GiB" and report.size(12) == "12 B"
+
+
+# What libtpu 0.0.42.1 says, cut short: of a kernel's stack, of a kernel's windows, and of HBM.
+STACK = ("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while "
+         "allocating on stack for %f.1 = f32[1024,4096] custom-call(%x.1). Scoped allocation with size 32.00M and "
+         "limit 16.00M exceeded scoped vmem limit by 16.00M.")
+WINDOWS = ("RESOURCE_EXHAUSTED: Allocation (size=1073741824) would exceed memory (size=134217728) :: #allocation2 "
+           "[shape = 'u8[1073741824]{0}', space=vmem, size = 0x40000000, scoped] :: f.1")
+HBM = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (122.07G) exceeds "
+       "available HBM (15.75G).")
+
+
+def refused(message: str) -> Program:
+    """The program of a compiler that says this."""
+    class Lowered:
+        def compile(self) -> None:
+            raise jax.errors.JaxRuntimeError(message)
+
+    lowered: Any = Lowered()
+    return _compiled(lowered, {"parameters": 8}, chips.topology("v5e:1x1"), 1.0, 0.0)
+
+
+def test_a_kernel_that_does_not_compile_is_not_a_run_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is tried then, neither for training nor for sampling, and both plans say why."""
+    for message in (STACK, WINDOWS):
+        program, said = refused(message), list[str]()
+        monkeypatch.setattr(target, "devices", lambda *_: [jax.devices()[0]] * 2)
+        monkeypatch.setattr(programs, "training", lambda *_, program=program: program)
+        step = programs.Sampling(16, 1, programs.passes.Shape(1, 1, 8), None, 8)
+        monkeypatch.setattr(programs, "sampling", lambda *_, program=program: (step, program))
+        monkeypatch.setattr(fit, "first_that_fits", lambda *_: pytest.fail("tried another config"))
+        found = plan(wide(name="ar"), chips.topology("v5e:1x2"), said.append)
+        assert found["training"]["fits"] is found["sampling"]["fits"] is None and "instead" not in found
+        assert [line.split(",")[0] for line in said if "NOT COMPILED" in line] == ["Training: NOT COMPILED", "Sampling"]
+        assert sum("vmem" in line for line in said) == 2 and "FIT" not in " ".join(said)
+    hbm = refused(HBM + "\n #1 [space=vmem]")
+    assert hbm.fits is False and hbm.failure is None and hbm.asked == 122.07 * 2**30 // 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        refused("INTERNAL: space=vmem")
 
 
 def test_what_must_be_installed(monkeypatch: pytest.MonkeyPatch, run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,6 +156,13 @@ def test_from_a_model_to_a_page(tmp_path: Path, run: Run) -> None:
         Samples(*samples[:9]).show()
 
 
+@pytest.mark.parametrize("name", ["tokens", "order", "step", "logp", "tokens_per_step", "seconds"])
+def test_arrays_that_do_not_fit_each_other(name: str) -> None:
+    made = generation(NASTY, 2, 20)
+    with pytest.raises(EsoError, match="^generation = 'a': its arrays do not fit each other .*--record has written"):
+        page({"a": made | {name: np.asarray(made[name]).ravel()[:1]}})
+
+
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     made = generation(NASTY, 1, 20)
     paths = [tmp_path / "a" / "s.npz", tmp_path / "b" / "s.npz"]

@@ -1,7 +1,7 @@
 """Planning a run for accelerators that are not here: does it fit, what does it do, how fast could it be?
 
-`eso-jax plan` compiles the training step and a step of the sampler ahead of time for a slice of TPUs (or a box of
-GPUs), and reads from the compiled programs what they hold, compute, move and send.
+`eso-jax plan` compiles the training step and a step of the sampler ahead of time for a slice of TPUs (or hosts with
+GPUs), and reads from the compiled programs their memory, operations, memory traffic and communication.
 
   target.py    devices that are not here       programs.py  the two programs, compiled for them
   hlo.py       what a compiled program does    fit.py       what to change when it does not fit
@@ -28,7 +28,8 @@ from eso_jax.decoding.categorical import Rule
 
 def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor: int = 1, batch_per_copy: int = 16,
          rule: Rule = Rule(), target_config: str | None = None) -> dict[str, Any]:
-    """The plan of a run on a slice, as JSON has it; if its training does not fit, also of the first change that does.
+    """The plan of a run on a slice, as a dict for JSON; if its training does not fit, also that of the first change
+    that does.
 
     Args:
       topology: of chips.topology; after target.prepare.
@@ -54,7 +55,7 @@ def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor:
     program = programs.training(config, topology, devices)
     result["training"] = report.training(program, config, topology)
     _say_all(say, report.lines("Training", result["training"]))
-    if not program.fits:
+    if program.fits is False:
         result["instead"] = None
         if better := fit.first_that_fits(config, topology, devices, say):
             change, program = better
@@ -64,14 +65,14 @@ def plan(config: Config, topology: Topology, say: Callable[[str], None], tensor:
             _say_all(say, report.lines(f"With {where}{' '.join(change.overrides)}, training",
                                        result["instead"]["training"]))
         else:
-            say("nothing that was tried fits; use larger chips, or more of mesh.tensor")
+            say("nothing that was tried compiles and fits; use larger chips, or more of mesh.tensor")
 
     while True:
         step, program = programs.sampling(config, topology, devices, batch_per_copy, tensor, rule)
         result["sampling"] = report.sampling(program, step, topology)
         name = f"Sampling, {step.batch} sequences, a copy of the model to {tensor} device{'s' * (tensor > 1)}, a pass"
         _say_all(say, report.lines(name, result["sampling"]))
-        if program.fits or len(devices) % (2 * tensor) or config.model.heads % (2 * tensor):
+        if program.fits is not False or len(devices) % (2 * tensor) or config.model.heads % (2 * tensor):
             return result
         tensor *= 2
 

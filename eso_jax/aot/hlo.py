@@ -1,9 +1,9 @@
 """What a compiled program does, read from its text: products, memory traffic and communication.
 
 XLA's own cost analysis counts the body of a loop once. Here an operation counts as often as it runs: a loop's trip
-count is what XLA says it knows, or the bound that the loop's condition compares with; a loop whose bound is data counts
-once. Of the decoding loop `turn` counts nothing but the body: a step. Of a conditional the branch of fewer operations
-counts: the other one is for what overflows a static size.
+count is the one that XLA knows, or the bound in the loop's condition; a loop whose bound is data counts once. `turn`
+counts one iteration of the decoding loop, a step. Of a conditional, the branch with fewer operations counts: the other
+one is for draws that overflow a static size.
 
 All counts are of one device. FLOPs are those of products alone. Bytes are those that fused operations read and write
 in main memory: what TPUs keep in their vector memory (a layout in a memory space, "S(1)") costs nothing, of a slice
@@ -145,7 +145,8 @@ def cost(text: str) -> Cost:
 
 
 def turn(text: str) -> Cost:
-    """The cost of one turn of a program's loop, the largest if there are several; of all of it if there is none."""
+    """The cost of one iteration of a program's loop (the largest if there are several); of the whole program without
+    one."""
     counter, entry = _counter_of(text)
     turns = [counter.computation(_callee(op, "body")) for op in counter.computations[entry].instructions.values()
              if op.opcode == "while"]
@@ -153,7 +154,7 @@ def turn(text: str) -> Cost:
 
 
 def unbounded(text: str) -> list[str]:
-    """The loops of a program without a known trip count. On a GPU the host waits for each of their turns."""
+    """The loops of a program without a known trip count. On a GPU the host waits in each of their iterations."""
     counter, _ = _counter_of(text)
     return [op.name for computation in counter.computations.values() for op in computation.instructions.values()
             if op.opcode == "while" and counter.trips(op) is None]
@@ -275,7 +276,7 @@ class _Counter:
                 if side.opcode == "parameter" else side for side in sides]
 
     def step(self, loop: Instruction, index: int) -> int:
-        """By how much a turn raises the counter at an index of the loop's carry."""
+        """By how much an iteration raises the counter at an index of the loop's carry."""
         body = self.computations[_callee(loop, "body")]
         counter = body.instructions.get(body.root.operands[index])
         if counter is None or counter.opcode != "add":

@@ -1,7 +1,8 @@
 """The programs of a plan, compiled for devices that need not be there, and what the compiler says of each.
 
 Whether a program fits is the compiler's word: XLA for TPUs lays out the memory as it compiles and refuses what exceeds
-it. (XLA for GPUs only warns; there the sum of what it says is compared with the published size.)
+it. (XLA for GPUs only warns; there the sum of what it says is compared with the published size.) It may also fail for
+want of the chip's own memory, in which a kernel works: then nobody knows whether the program fits.
 
 Axes: B batch, L length.
 """
@@ -42,7 +43,8 @@ class Program:
     Attributes:
       memory: bytes by part. What goes in is counted from sharded shapes; "temporaries" and "program" are the
         compiler's, and missing where it refused.
-      fits: whether the compiler found room.
+      fits: whether the compiler found room; None where it failed before it knew.
+      failure: its words then.
       asked, available: bytes that it wanted and had, where it refused.
       model_flops: our own count, without what is computed twice, all devices together.
       cost: what the compiled program does; None where there is none.
@@ -51,7 +53,8 @@ class Program:
     """
 
     memory: dict[str, int]
-    fits: bool
+    fits: bool | None
+    failure: str | None
     asked: int | None
     available: int | None
     model_flops: float
@@ -153,7 +156,9 @@ def _compiled(lowered: jax.stages.Lowered, memory: dict[str, int], topology: Top
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         asked, available = _refused(str(error))
-        return Program(memory, False, asked, available, model_flops, None, [], time.perf_counter() - begun)
+        failure = _on_chip(str(error)) if asked is None else None
+        return Program(memory, None if failure else False, failure, asked, available, model_flops, None, [],
+                       time.perf_counter() - begun)
     seconds = time.perf_counter() - begun
     found, text = compiled.memory_analysis(), compiled.as_text()
     assert found is not None and text is not None  # JAX's own types allow it
@@ -163,7 +168,7 @@ def _compiled(lowered: jax.stages.Lowered, memory: dict[str, int], topology: Top
               "program": found.generated_code_size_in_bytes}
     room = topology.chip.memory / topology.chip.devices
     fits = topology.chip.platform == "tpu" or sum(memory.values()) <= room
-    return Program(memory, fits, None, None, model_flops, cost(text), hlo.unbounded(text), seconds)
+    return Program(memory, fits, None, None, None, model_flops, cost(text), hlo.unbounded(text), seconds)
 
 
 def _refused(message: str) -> tuple[int | None, int | None]:
@@ -174,6 +179,11 @@ def _refused(message: str) -> tuple[int | None, int | None]:
     if found is None:
         return None, None
     return int(float(found[1]) * _UNITS[found[2]]), int(float(found[3]) * _UNITS[found[4]])
+
+
+def _on_chip(message: str) -> str | None:
+    """The compiler's words in one line, where a kernel wanted more of a TPU's own memory (vmem, smem) than there is."""
+    return " ".join(message.split()) if re.search(r"space[ =][vs]mem\b", message) else None
 
 
 def _held(tree: Any) -> int:

@@ -30,7 +30,7 @@ def training(program: Program, config: Config, topology: Topology) -> dict[str, 
 
 
 def sampling(program: Program, step: Sampling, topology: Topology) -> dict[str, Any]:
-    """The same of a decoding step, and the time to read the weights and the cache once, below which it cannot be."""
+    """The same for a decoding step, and the time to read weights and cache once, a lower bound of its time."""
     facts = _program(program, topology)
     least = step.read / topology.chip.bandwidth * topology.chip.devices
     facts |= {"batch": step.batch, "tensor": step.tensor, **step.shape._asdict(), "cached": step.cache is not None,
@@ -46,7 +46,7 @@ def sampling(program: Program, step: Sampling, topology: Topology) -> dict[str, 
 def _program(program: Program, topology: Topology) -> dict[str, Any]:
     chip, cost = topology.chip, program.cost
     facts: dict[str, Any] = {
-        "fits": program.fits, "memory": program.memory, "memory_total": program.total,
+        "fits": program.fits, "failure": program.failure, "memory": program.memory, "memory_total": program.total,
         "memory_available": program.available or chip.memory / chip.devices,
         "flops": {"model": program.model_flops / topology.devices}, "compile_seconds": program.compile_seconds}
     if cost is not None:
@@ -62,7 +62,12 @@ def _program(program: Program, topology: Topology) -> dict[str, Any]:
 
 
 def lines(name: str, facts: dict[str, Any]) -> list[str]:
-    """The facts of a program for people, per device."""
+    """The facts of a program per device, as lines of text."""
+    if facts["failure"]:
+        return [f"{name}: NOT COMPILED, after {facts['compile_seconds']:.0f} s, so that nobody knows whether it fits. "
+                "For a kernel the compiler had too little of the chip's own memory: a limit of its own, not of HBM. "
+                "Other sizes of model or batch, or another libtpu, may compile.",
+                f"  it says    {facts['failure'][:300]}"]
     parts = ", ".join(f"{part} {size(count)}" for part, count in facts["memory"].items())
     out = [f"{name}: {'fits' if facts['fits'] else 'DOES NOT FIT'}; compiled in {facts['compile_seconds']:.0f} s. "
            "Per device:",
@@ -95,7 +100,7 @@ def lines(name: str, facts: dict[str, Any]) -> list[str]:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Bytes as text."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return f"{count / scale:,.2f} {unit}"

@@ -1,6 +1,6 @@
-"""Devices that are not here: a slice of TPUs as libtpu describes it, or a box of GPUs as XLA's plugin for CUDA does.
+"""Devices that are not here: a slice of TPUs as libtpu describes it, or hosts with GPUs as XLA's plugin for CUDA does.
 
-Programs compile for them on any machine, and run on none.
+Programs for them compile on any machine, but cannot run.
 """
 
 from __future__ import annotations

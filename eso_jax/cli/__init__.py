@@ -30,6 +30,9 @@ __all__ = ["exit_code_of", "keep_compilations", "main", "read_plan"]
 
 GOES_ON = ("interrupted; by the same command, training goes on from its last checkpoint, scoring from its last orders "
            "and preparing from its last shard")
+# What makes a work directory and a prepared folder, and the files in it that no command may write over.
+KEPT = {"checkpoints": ("config.json", "tokenizer.json", "data.json", "metrics.jsonl", "run.lock"),
+        "manifest.json": ("manifest.json", "tokenizer.json")}
 COMMANDS: dict[str, ModuleType] = {
     "train": train, "eval": evaluate, "score": score, "sample": sample, "view": view, "quality": quality,
     "check-cache": check_cache, "bench": bench, "plan": plan, "data": data, "import": import_, "export": export}
@@ -42,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments, rest = parser.parse_known_args(argv)
         # argparse cannot mix options with an open list of arguments, so overrides are what is left over.
         takes_overrides = hasattr(arguments.command, "USAGE")
-        if rest and (not takes_overrides or any(argument.startswith("-") for argument in rest)):
+        if unknown := [argument for argument in rest if not takes_overrides or argument.startswith("-")]:
             hint = "; write overrides as section.field=value, without --" if takes_overrides else ""
-            parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         arguments.overrides = rest
         keep_compilations()
         return exit_code_of(lambda: _run(arguments))
@@ -57,15 +60,15 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.command.run(arguments)
     except EsoError as error:
         field, _, rest = str(error).partition(" = ")
-        name = field.removeprefix("data.").removeprefix("model.")
-        value = getattr(arguments, name, None)
+        section, _, name = field.rpartition(".")
+        value = getattr(arguments, name, None) if section in ("", "data", "model", "family") else None
         if value is None or not rest.startswith(f"{value!r}:"):
             raise
         raise EsoError(f"--{name.replace('_', '-')} = {rest}") from error
 
 
 def _check_out(arguments: argparse.Namespace) -> None:
-    """Refuses to write over what another option names: a file that is read, or a second one that is written."""
+    """Raises an EsoError if --out is also the file of another option, one that is read or written."""
     out = getattr(arguments, "out", None)
     if not isinstance(out, str):
         return
@@ -74,10 +77,16 @@ def _check_out(arguments: argparse.Namespace) -> None:
         if name != "out" and (name == "html" or os.path.isfile(out)) and any(
                 isinstance(path, str) and os.path.realpath(path) == os.path.realpath(out) for path in paths):
             raise EsoError(f"--out = {out!r}: is given for {name} too, and would be overwritten; give another name")
+    folder, name = os.path.split(os.path.realpath(out))
+    for sign, kept in KEPT.items():
+        if name in kept and os.path.exists(os.path.join(folder, sign)):
+            raise EsoError(f"--out = {out!r}: is a file that {folder!r} needs, and would be overwritten; give another "
+                           "name")
 
 
 def exit_code_of(action: Callable[[], None]) -> int:
-    """Runs an action; the exit code. A user's mistake, an interruption and storage that failed are said in one line."""
+    """Runs an action and returns the exit code. A user's mistake, an interruption or a storage error is printed in one
+    line."""
     with streams():
         try:
             action()
@@ -93,8 +102,8 @@ def exit_code_of(action: Callable[[], None]) -> int:
 
 
 def keep_compilations() -> None:
-    """Compiled programs are kept on disk for the next run, unless the user has said where or whether (JAX's own
-    JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE)."""
+    """Keeps compiled programs on disk for the next run, unless the user has set JAX's own JAX_COMPILATION_CACHE_DIR or
+    JAX_ENABLE_COMPILATION_CACHE."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "eso-jax"))
@@ -102,7 +111,7 @@ def keep_compilations() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line, and with free text read as paths are: ~ is a folder, an address none."""
+    """argparse, with errors of one line. Options without a type are paths: ~ is expanded, addresses are refused."""
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         kind = options.get("type", str)
@@ -111,7 +120,7 @@ class _Parser(argparse.ArgumentParser):
         def read(text: str) -> Any:
             try:
                 return kind(local(text, name))
-            except EsoError as error:  # argparse would tell of it in words of its own
+            except EsoError as error:  # argparse would print another message
                 self.exit(2, f"eso-jax: error: {error}\n")
 
         if kind in (str, Path) and not {"action", "choices"} & options.keys():

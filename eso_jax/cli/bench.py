@@ -8,7 +8,7 @@ from pathlib import Path
 from eso_jax.config import ATTENTION, SIZES
 from eso_jax.files import check_out
 
-EXAMPLE = "eso-jax bench sampling --preset cpu --out bench.json"
+EXAMPLE = "eso-jax bench sampling --preset laptop --out bench.json"
 TRAINING = "eso-jax bench training --families esolm,mdlm --alpha-0 0.5 --length 1024 --out training.json"
 USAGE = "%(prog)s [-h] {sampling,training} [model.field=value ...] --out OUT [options]"
 FORMULAS = """
@@ -26,7 +26,7 @@ mfu             model_flops / step_seconds / (the chips' bfloat16 peak, eso_jax/
 peak_bytes      of one device: what goes in (it is reused for what comes out) and temporaries, by the compiler
 attention       the backends that compute it
 """
-WAIT = "once it is compiled, until there is such a file: several can compile together and be timed one by one"
+WAIT = "after compiling, wait for this file: so several commands compile together and are timed one by one"
 OUT = ".json; a table (.md) and a picture (.png) are written beside it"
 
 
@@ -37,15 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling = parts.add_parser("sampling", help="the samplers, and the machine's floor",
                                 usage="%(prog)s [-h] --preset PRESET --out OUT [options] [model.field=value ...]",
                                 epilog=f"example: {EXAMPLE}")
-    sampling.add_argument("--preset", required=True, choices=["cpu", "table11", "table13"],
-                          help="cpu: 256 x 8 layers, L = 2048, float32; table11, table13: the paper's, for a GPU")
+    sampling.add_argument("--preset", required=True, choices=["laptop", "cpu", "table11", "table13"],
+                          help="laptop, cpu: 256 x 8 layers, float32, L = 512 or 2048; table11, table13: the paper's, "
+                          "for a GPU")
     sampling.add_argument("--lengths", type=int, nargs="+", help="instead of the preset's")
     sampling.add_argument("--batches", type=int, nargs="+", help="instead of the preset's")
     sampling.add_argument("--samplers", nargs="+", metavar="NAME", help="of the preset, by the names in its table "
                           "(all)")
     sampling.add_argument("--attention", nargs="+", choices=ATTENTION, default=["auto"], help="what computes it, one "
                           "beside the other; plain turns the kernels for a cache off as well (auto)")
-    sampling.add_argument("--passes", type=int, help="time so many in the middle of each plan, and scale them")
+    sampling.add_argument("--passes", type=int, help="time so many in the middle of each plan, and scale up")
     sampling.add_argument("--repeats", type=int, default=3, help="generations timed, for the median (%(default)s)")
     sampling.add_argument("--wait-for", type=Path, metavar="FILE", help=WAIT)
     sampling.add_argument("--out", required=True, help=OUT)

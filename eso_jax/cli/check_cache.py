@@ -1,4 +1,4 @@
-"""Prove that cached equals uncached, and any batch size another, on your model and machine."""
+"""Check that cached logits equal uncached ones, with any batch size, on your model and machine."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN",
                         help="of folders, globs and archives only files that match, such as '*.py' (all)")
-    parser.add_argument("--field", help="of rows, or a.b for b in a (the first of text, sentence, article, content)")
+    parser.add_argument("--field", help="of rows, or a.b for b in a (the first of text, sentence, article, "
+                        "article_text, content)")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and count rows without a text")
     parser.add_argument("--skip-bad-files", action="store_true", help="leave out and count files that are no text, or "
                         "damaged")

@@ -43,11 +43,13 @@ def run(arguments: argparse.Namespace) -> None:
     raw = arguments.source is not None and not is_prepared(arguments.source)
     split = arguments.split or ("all" if raw else "validation")
     windows = windows_of(model.config, split, arguments.source, model.tokenizer)
+    source = model.config.data.source if arguments.source is None else arguments.source
     result = perplexity.nelbo(model, evenly_spaced(windows, arguments.num_windows), model.tokenizer, alpha_0,
                              jax.random.key(arguments.seed), arguments.samples)
-    write_whole(arguments.out, as_json({"alpha_0": alpha_0, "step": model.step, "split": split, **result.to_json()}))
+    write_whole(arguments.out, as_json({"alpha_0": alpha_0, "step": model.step, "source": source, "split": split,
+                                        **result.to_json()}))
     say(f"{model.config.family.name} at step {model.step}, alpha_0 = {alpha_0}, {result.windows} windows of "
-        f"{model.config.model.length} tokens ({split})")
+        f"{model.config.model.length} tokens ({split} of {source})")
     for term, nats in result.terms.items():
         say(f"  {term:<12} {nats:.4f} nats per token")
     kind = "NLL  " if families.get(model.config).exact_bound else "NELBO"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from eso_jax.errors import EsoError, require
@@ -10,55 +11,69 @@ if TYPE_CHECKING:
     from eso_jax.decoding.plan import Plan
 
 
-def read_array(path: str, flag: str, key: str) -> Any:
-    """The array of a .npy file, or the one called `key` of a .npz file."""
+def read_arrays(path: str, flag: str, names: Sequence[str]) -> dict[str, Any]:
+    """The arrays of a .npz file that have these names, as far as there are any; of a .npy file its own, by the first.
+
+    Raises:
+      EsoError: it is neither.
+    """
     import zipfile
 
     import numpy as np
 
     try:
-        array = np.load(path)
-        if isinstance(array, np.lib.npyio.NpzFile):
-            array = array[key]
+        with open(path, "rb") as file:  # np.load would leave a damaged one open
+            found = np.load(file)
+            if isinstance(found, np.ndarray):
+                return {names[0]: found}
+            return {name: found[name] for name in names if name in found}
     except FileNotFoundError as error:
         raise EsoError(f"{flag} = {path!r}: no such file") from error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise EsoError(f"{flag} = {path!r}: not a readable .npy file, nor a .npz with {key!r}") from error
-    return array
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise EsoError(f"{flag} = {path!r}: not a readable .npy file, nor a .npz with {names[0]!r}") from error
 
 
-def read_plan(path: str) -> Plan:
-    """The plan in the .npz of eso-jax sample, or one with the same `order` and `tokens_per_step`."""
+def read_array(path: str, flag: str, key: str) -> Any:
+    """The array of a .npy file, or the one called `key` of a .npz file."""
+    arrays = read_arrays(path, flag, [key])
+    require(key in arrays, flag, path, f"holds no {key!r}")
+    return arrays[key]
+
+
+def read_plan(path: str) -> tuple[Plan, dict[str, Any]]:
+    """The plan in the .npz of eso-jax sample, or one with the same `order` and `tokens_per_step`; and of `tokens` and
+    `law_of_plan` what the file has."""
     import jax.numpy as jnp
     import numpy as np
 
     from eso_jax.decoding.plan import Plan, join
 
-    order, counts = (read_array(path, "--plan", key) for key in ("order", "tokens_per_step"))
+    arrays = read_arrays(path, "--plan", ["order", "tokens_per_step", "diffusion", "given", "tokens", "law_of_plan"])
+    order, counts = (arrays.pop(name, np.array("")) for name in ("order", "tokens_per_step"))
     integers = all(np.issubdtype(array.dtype, np.integer) for array in (order, counts))
-    require(order.ndim == 2 and counts.ndim in (1, 2) and integers, "--plan", path,
-            "must hold order, int [N, L], and tokens_per_step, int [steps] or [N, steps]")
-    numbers, arrays = {}, np.load(path)
-    require(isinstance(arrays, np.lib.npyio.NpzFile), "--plan", path, "is one array; give the .npz of eso-jax sample")
-    with arrays:
-        for name in {"diffusion", "given"} & set(arrays):
-            value = arrays[name]
-            require(value.ndim <= 1 and np.issubdtype(value.dtype, np.integer), "--plan", path,
-                    f"its {name} must be one integer, or [N]")
-            numbers[name] = value if value.ndim else int(value)
-    return join([Plan(jnp.asarray(order, jnp.int32), counts, **numbers)])
+    require(order.ndim == 2 and counts.ndim in (1, 2) and integers, "--plan", path, "must be a .npz that holds order, "
+            "int [N, L], and tokens_per_step, int [steps] or [N, steps], as that of eso-jax sample")
+    numbers = {}
+    for name in {"diffusion", "given"} & set(arrays):
+        value = arrays.pop(name)
+        require(value.ndim <= 1 and np.issubdtype(value.dtype, np.integer), "--plan", path,
+                f"its {name} must be one integer, or [N]")
+        numbers[name] = value if value.ndim else int(value)
+    return join([Plan(jnp.asarray(order, jnp.int32), counts, **numbers)]), arrays
 
 
-def read_given(path: str, plan: Plan, mask: int) -> Any:
-    """The tokens that the plan in the .npz of eso-jax sample takes for given, int [N, L], the mask elsewhere; None
-    where there are none."""
+def given_of_plan(path: str, plan: Plan, tokens: Any, mask: int) -> Any:
+    """The tokens that a plan of `read_plan` takes as given, int [N, L], with the mask elsewhere; None for none.
+
+    Args:
+      tokens: those of its file; None if it has none.
+    """
     import numpy as np
 
     if not np.any(plan.given):
         return None
-    tokens = read_array(path, "--plan", "tokens")
-    require(tokens.shape == plan.order.shape, "--plan", path,
-            f"its tokens, some of which are given, must be {plan.order.shape}")
+    require(np.shape(tokens) == plan.order.shape, "--plan", path,
+            f"must hold tokens, some of which are given, int {plan.order.shape}")
     require(not (tokens == mask)[plan.known].any(), "--plan", path,
             "a stop cut tokens that were given to its samples, so that nobody knows them any more; make it without "
             "--stop")

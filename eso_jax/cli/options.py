@@ -16,7 +16,7 @@ def of_model(parser: argparse.ArgumentParser) -> None:
 
 
 def of_devices(parser: argparse.ArgumentParser, default: int | None = 64, *aliases: str) -> None:
-    """How a model and its rows are laid over the devices; not what comes out."""
+    """How a model and its rows are split over the devices; results do not depend on it."""
     parser.add_argument("--tensor", type=int, default=1, help="how many devices share one copy of the model; the "
                         "other devices hold further copies (%(default)s)")
     parser.add_argument("--batch-size", *aliases, type=int, default=default, help="sequences in one pass, over all "
@@ -24,6 +24,7 @@ def of_devices(parser: argparse.ArgumentParser, default: int | None = 64, *alias
 
 
 def of_precision(parser: argparse.ArgumentParser) -> None:
+    """The type of numbers, and the backend of attention."""
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of the weights, of matrix products and of the cache (%(default)s)")
     parser.add_argument("--attention", choices=ATTENTION, default="auto",
@@ -35,12 +36,13 @@ def text(given: str) -> str:
     """The type of an option that is text, not a path."""
     try:
         given.encode()
-    except UnicodeEncodeError as error:  # bytes that the shell gave
+    except UnicodeEncodeError as error:  # bytes from the shell that are no text
         raise argparse.ArgumentTypeError(f"{given!r}: is not UTF-8") from error
     return given
 
 
 def seed(text: str) -> int:
+    """The type of an option that is a seed."""
     if not 0 <= int(text) < 2**32:
         raise argparse.ArgumentTypeError(f"{text}: must be in [0, 2**32)")
     return int(text)

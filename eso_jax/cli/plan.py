@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_out(arguments.out)
     require(arguments.sample_batch >= 1, "--sample-batch", arguments.sample_batch, "must be at least 1")
     topology = chips.topology(arguments.topology)
-    target.prepare(topology)  # an experiment may use JAX as it is read
+    target.prepare(topology)  # before the experiment's file is run, which may use JAX
     config = override(configs.from_file(arguments.experiment), *arguments.overrides)
     found = plan(config, topology, say, arguments.tensor, arguments.sample_batch, Rule(top_p=arguments.top_p),
                  arguments.target_config)

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", default="none",
                         help="of MAUVE, with --reference: a model of the transformers library (the paper's: "
                              "answerdotai/ModernBERT-large), a work directory, or none, for no MAUVE (%(default)s)")
-    parser.add_argument("--field", help="of rows (the first of text, sentence, article, content)")
+    parser.add_argument("--field", help="of rows (the first of text, sentence, article, article_text, content)")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and count rows without a text")
     options.of_devices(parser, None)
     parser.add_argument("--out", required=True, help="JSON")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eso_jax.cli import options
-from eso_jax.cli.files import read_array, read_given, read_plan
+from eso_jax.cli.files import given_of_plan, read_array, read_plan
 from eso_jax.console import say
 from eso_jax.decoding.plan import POLICIES, Plan
 from eso_jax.errors import EsoError, require
@@ -20,27 +20,28 @@ if TYPE_CHECKING:
     import numpy as np
 
     from eso_jax.data.prompts import Given
-    from eso_jax.engine.model import Model
+    from eso_jax.engine.model import Model, Samples
 
 EXAMPLE = "eso-jax sample --workdir /tmp/w --num-samples 4 --steps 64 --alpha-0 0.25 --out samples.npz"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_model(parser)
-    parser.add_argument("--num-samples", type=int, default=1, help="sequences, of each prompt (%(default)s)")
+    parser.add_argument("--num-samples", type=int, default=1, help="sequences; of each prompt (%(default)s)")
     parser.add_argument("--prompt", type=options.text, metavar="TEXT", help="what the samples begin with")
     parser.add_argument("--template", type=options.text, metavar="TEXT", help="text with gaps to fill: [MASK:40] of 40 "
-                        "tokens, [MASK] of one; escapes such as \\n are not read")
+                        "tokens, [MASK] of one; escapes such as \\n are not interpreted")
     parser.add_argument("--prompts", metavar="FILE", help='rows of {"prompt": ...}, {"template": ...} or {"text": ...}')
     parser.add_argument("--given", help=".npy, int [N, K <= L], ids, with the mask where a token is not given")
     parser.add_argument("--max-tokens", type=int, help="how many tokens to decode of each sample, besides the "
-                        "given ones (all of them); more than the model has: window after window")
+                        "given ones (all of them); if they do not fit the model: window after window")
     parser.add_argument("--stop", action="append", default=[], type=options.text, metavar="TEXT", help="a text at "
                         "which a sample ends, and is cut; several times for several")
     parser.add_argument("--stop-at-separator", action="store_true", help="a sample ends where its document ends")
-    parser.add_argument("--ban", action="append", default=[], type=options.text, metavar="TEXT", help="a token that is "
-                        "never drawn; several times for several")
-    parser.add_argument("--ban-id", action="append", default=[], type=int, metavar="ID", help="the same, by its id")
+    parser.add_argument("--ban", action="append", default=[], dest="banned", type=options.text, metavar="TEXT",
+                        help="a token that is never drawn; several times for several")
+    parser.add_argument("--ban-id", action="append", default=[], dest="banned", type=int, metavar="ID",
+                        help="the same, by its id")
     parser.add_argument("--steps", type=int, help="T, diffusion steps (128); plans of one token per step have none")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; 1 keeps all (%(default)s)")
     parser.add_argument("--min-p", type=float, default=0.0,
@@ -48,13 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
     parser.add_argument("--plan", help=f"{', '.join(POLICIES)}; or the .npz of an earlier sample, to decode along its "
                                       "plan (the family's own: binomial, or left-to-right for AR)")
-    parser.add_argument("--decoder", metavar="NAME[:NUMBER]", help="finds by itself how many tokens each pass decodes: "
-                        "speculative:4 (drafts of a pass that the next one verifies; the law of one token a pass; "
-                        "without a number, each sample finds its own), "
-                        "entropy:0.5 (nats that the entropies of a pass may add up to, but for the largest), "
-                        "confidence:0.9 (the least probability of the likeliest value behind a pass's first token), "
-                        "likeliest:2 or margin:2 (so many a pass, the most certain of all that are left, by the "
-                        "likeliest value or its lead over the second)")
+    parser.add_argument("--decoder", metavar="NAME[:NUMBER]", help="chooses how many tokens each pass decodes: "
+                        "speculative:4 (4 drafts, which the next pass verifies; same distribution as one token a pass; "
+                        "without a number, each sample adapts its own), "
+                        "entropy:0.5 (limit in nats on the sum of the entropies of a pass, without the largest), "
+                        "confidence:0.9 (least probability of the likeliest value, after the first token of a pass), "
+                        "likeliest:2 or margin:2 (the 2 most certain of all tokens that are left, by the likeliest "
+                        "value or its lead over the second)")
     parser.add_argument("--num-tries", type=int, default=1,
                         help="draw samples of low entropy again, up to this often in all (%(default)s: keep them)")
     parser.add_argument("--min-entropy", type=float, help="with --num-tries: nats of the last 256 tokens' unigrams "
@@ -62,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_precision(parser)
     options.of_devices(parser)
     parser.add_argument("--show", type=int, default=1, help="samples to print (%(default)s)")
-    parser.add_argument("--record", action="store_true", help="the .npz says of each token when it was decoded, how "
-                        "likely it was and what else was (eso-jax view makes a page of it); the .jsonl "
-                        "says log p of all decoded tokens, in nats, and their number")
+    parser.add_argument("--record", action="store_true", help="the .npz then holds when each token was decoded, "
+                        "its log p and the likeliest alternatives (eso-jax view makes a page of it); the .jsonl "
+                        "holds log p of all decoded tokens, in nats, and their number")
     parser.add_argument("--watch", action="store_true", help="show the samples in the terminal while they are "
                         "decoded, as many as --show says")
     parser.add_argument("--html", help="also write a page that plays the generation, as eso-jax view does")
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def given_of(arguments: argparse.Namespace, model: Model) -> Given | None:
-    """What the options give of the samples."""
+    """The tokens that the options give; None if they give none."""
     from eso_jax.data import prompts
 
     readers = {"prompt": prompts.of_prompt, "template": prompts.of_template, "prompts": prompts.of_rows}
@@ -87,19 +88,21 @@ def given_of(arguments: argparse.Namespace, model: Model) -> Given | None:
     return prompts.of_array(read_array(arguments.given, "--given", "given"), model.config.model, "--given")
 
 
-def banned_of(arguments: argparse.Namespace, model: Model) -> list[int]:
-    """The ids that the options ban."""
-    from eso_jax.data.tokenizers import encode_shown
+def plan_of(arguments: argparse.Namespace, model: Model) -> tuple[str | Plan | None, Given | None, int]:
+    """(the plan: a policy or one read from a file; the given tokens; how many samples of each row of these)."""
+    from eso_jax.data.prompts import of_array
 
-    banned = list(arguments.ban_id)
-    for text in arguments.ban:
-        if model.tokenizer is None:
-            raise EsoError(f"--ban = {text!r}: the model has no tokenizer; give ids by --ban-id")
-        ids = encode_shown(model.tokenizer, text).tolist()
-        require(len(ids) == 1, "--ban", text, f"is {len(ids)} tokens of tokenizer {model.tokenizer.name!r}, and one is "
-                "banned at a time; see --ban-id")
-        banned += ids
-    return banned
+    policy, given, count = arguments.plan, given_of(arguments, model), arguments.num_samples
+    if not policy or not policy.endswith(".npz"):
+        return policy, given, count
+    if arguments.steps is not None or arguments.alpha_0 is not None:
+        raise EsoError(f"--plan = {policy!r}: holds a whole plan; leave out --steps and --alpha-0")
+    plan, arrays = read_plan(policy)
+    require(given is None, "--plan", policy, "says what is given; leave out --prompt and the like")
+    require(count == len(plan.order), "--num-samples", count, f"the plan is that of {len(plan.order)} samples; "
+            "give their number")
+    tokens = given_of_plan(policy, plan, arrays.get("tokens"), model.config.model.mask)
+    return (plan, None, count) if tokens is None else (plan, of_array(tokens, model.config.model), 1)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -108,7 +111,6 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax import load
     from eso_jax.data.prompts import of_array
     from eso_jax.data.tokenizers import SHOWN_SEPARATOR
-    from eso_jax.decoding.rejection import unigram_entropy
     from eso_jax.viewer.page import page
     from eso_jax.viewer.terminal import watching
 
@@ -124,17 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
     lines = arguments.out.endswith(".jsonl")
     if lines and model.tokenizer is None:
         raise EsoError(f"--out = {arguments.out!r}: the model has no tokenizer, so there is no text; give a .npz")
-    plan, given, count = arguments.plan, given_of(arguments, model), arguments.num_samples
-    if plan and plan.endswith(".npz"):
-        if arguments.steps is not None or arguments.alpha_0 is not None:
-            raise EsoError(f"--plan = {plan!r}: holds a whole plan; leave out --steps and --alpha-0")
-        plan = read_plan(arguments.plan)
-        require(given is None, "--plan", arguments.plan, "says what is given; leave out --prompt and the like")
-        require(count == len(plan.order), "--num-samples", count, f"the plan is that of {len(plan.order)} samples; "
-                "give their number")
-        tokens = read_given(arguments.plan, plan, model.config.model.mask)
-        if tokens is not None:
-            given, count = of_array(tokens, model.config.model), 1
+    plan, given, count = plan_of(arguments, model)
     require(arguments.decoder is None or arguments.steps is None, "--steps", arguments.steps, "a decoder finds its own "
             "steps; leave it out")
     if arguments.watch and model.tokenizer is None:
@@ -150,12 +142,11 @@ def run(arguments: argparse.Namespace) -> None:
         found = model.sample(count, steps, arguments.alpha_0, arguments.top_p,
                              arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
                              decoder=arguments.decoder, num_tries=arguments.num_tries,
-                             min_entropy=arguments.min_entropy, keep=True, banned=banned_of(arguments, model),
+                             min_entropy=arguments.min_entropy, keep=True, banned=arguments.banned,
                              given=given, max_tokens=arguments.max_tokens, stop=stop,
                              record=arguments.record or bool(arguments.html), watch=watch)
     text, wanted = found.text, count * (1 if given is None else len(given.tokens))
-    left = found.tokens != model.config.model.mask
-    stopped = left.sum(1) < found.plan.end
+    stopped = (found.tokens != model.config.model.mask).sum(1) < found.plan.end
     if len(found.tokens) < wanted:
         say(f"interrupted: the first {len(found.tokens)} of {wanted} samples are kept")
     if lines:
@@ -173,23 +164,32 @@ def run(arguments: argparse.Namespace) -> None:
         write_whole(arguments.html, page({Path(arguments.out).stem: found.arrays()}), "--html")
         say(f"wrote {arguments.html}")
     _show(text[:arguments.show], stopped, stop)
+    _report(arguments, found, model.config.model.mask, bool(stopped.any()))
+
+
+def _report(arguments: argparse.Namespace, found: Samples, mask: int, stopped: bool) -> None:
+    """Prints draws, passes, tokens and seconds. `stopped`: some sample came to a stop."""
+    import numpy as np
+
+    from eso_jax.decoding.rejection import unigram_entropy
+
     if arguments.num_tries > 1:
         say(f"{(found.tries > 1).sum()} of {len(found.tries)} samples drawn again, {found.tries.sum()} draws in all")
-    running, count = found.seconds - found.compile_seconds, int((left & ~found.given).sum())
+    running, count = found.seconds - found.compile_seconds, int(((found.tokens != mask) & ~found.given).sum())
     if arguments.decoder is not None:
         each = np.broadcast_to(found.tokens_per_pass, (len(found.tokens), found.tokens_per_pass.shape[-1]))
-        bits = unigram_entropy(found.tokens, mask=model.config.model.mask).mean() / np.log(2)
+        bits = unigram_entropy(found.tokens, mask=mask).mean() / np.log(2)
         say(f"{found.passes.mean():.1f} passes a sample, {each.sum() / max((each > 0).sum(), 1):.2f} tokens a pass; "
             f"the samples' unigrams have {bits:.2f} bits (many fewer than with --decoder entropy:0, one token a pass: "
             "they repeat themselves)")
-    most = "at most " if stopped.any() and arguments.decoder is None else ""
+    most = "at most " if stopped and arguments.decoder is None else ""
     say(f"NFE {most}{found.tokens_per_pass.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
         f"{count / found.seconds:.0f} tokens/s; {count / running:.0f} without the {found.compile_seconds:.2f} s of "
         "compilation")
 
 
 def _is_longer(prompts: Given, max_tokens: int, model: Model) -> bool:
-    """Whether a prompt and what is to follow are longer than the model. (Behind a template nothing follows.)"""
+    """Whether a prompt and `max_tokens` tokens are longer than the model. (Nothing is decoded after a template.)"""
     config = model.config.model
     room = (prompts.tokens == config.mask).sum(1)
     return bool((room < max_tokens)[prompts.end == config.length].any())
@@ -205,12 +205,12 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
     refused = [name for name in ("html", "watch", "record", "min_entropy") if getattr(arguments, name)]
     if refused:
         raise EsoError(f"{limit}: texts of several windows have no --{refused[0].replace('_', '-')}; leave it out")
-    rows = type(prompts)(*(np.repeat(part, arguments.num_samples, axis=0) for part in prompts))
+    rows = prompts.repeat(arguments.num_samples)
     with _lost("the first windows were done, so nothing is written"):
         found = model.lengthen(rows, arguments.max_tokens, stop=stop, steps=steps, alpha_0=arguments.alpha_0,
                                top_p=arguments.top_p, min_p=arguments.min_p, temperature=arguments.temperature,
                                seed=arguments.seed, keep=True, plan=arguments.plan, decoder=arguments.decoder,
-                               banned=banned_of(arguments, model))
+                               banned=arguments.banned)
     whole = found.left == 0
     if not whole.all():
         say(f"interrupted: {whole.sum()} of {len(whole)} texts are whole; the others end where a window did")
@@ -232,7 +232,7 @@ def _lost(before: str) -> Iterator[None]:
 
 
 def _stopped(stopped: np.ndarray, stop: list[str]) -> list[dict[str, Any]]:
-    """What a .jsonl says of each sample where stops were asked for: whether one came up."""
+    """The fields of each sample in the .jsonl if stops were given: whether the sample stopped."""
     return [{"stopped": bool(each)} if stop else {} for each in stopped]
 
 

@@ -55,10 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
             f"in {arguments.out}")
         return
     if arguments.plan:
-        plan = read_plan(arguments.plan)
-        with np.load(arguments.plan) as arrays:
-            require("law_of_plan" not in arrays, "--plan", arguments.plan, "was found by a decoder whose samples have "
-                    "no plan's law; sample with --record and sum the logp of what was decoded")
+        plan, arrays = read_plan(arguments.plan)
+        require("law_of_plan" not in arrays, "--plan", arguments.plan, "was found by a decoder whose samples have no "
+                "plan's law; sample with --record and sum the logp of what was decoded")
         logp = model.plan_log_prob(tokens, plan)
         count = np.broadcast_to(plan.decoded, logp.shape).sum()
         write_whole(arguments.out, npz(logp=logp.sum(1), logp_in_order=logp))

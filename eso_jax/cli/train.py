@@ -1,4 +1,4 @@
-"""Train an experiment, or go on training it."""
+"""Train an experiment, or resume its training."""
 
 from __future__ import annotations
 

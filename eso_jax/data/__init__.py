@@ -5,7 +5,7 @@ tokenizers     text to token ids and back; lengths: how many bytes of text each 
 packing        documents to windows of equal length
 catalog        the published corpora; readers, rows, streams (archives), detokenizers, builder (TFDS): their documents
 prepare        published corpora to prepared folders, which `prepared` reads
-prompts        what is given of a sample; stops: where its text ends
+prompts        the given tokens of samples; stops: where a sample's text ends
 pipeline       windows to shuffled, resumable training batches (the only file that needs grain, so not imported here)
 bigram         the baseline that every language model should beat
 """
@@ -29,8 +29,9 @@ __all__ = ["SPLITS", "Bigram", "ByteTokenizer", "Tokenizer", "Windows", "documen
 def override(config: Config, *assignments: str) -> Config:
     """`config.override(*assignments)`, with what a prepared folder brings: its tokenizer, vocabulary, mask and length.
 
-    The folder decides what no assignment says: all of it where one names the folder, else the fields that are at their
-    defaults. What is said otherwise stays, and is checked when the windows are read.
+    If an assignment names the folder, the folder sets these fields, except those that other assignments set. If the
+    config names it, the folder sets only those that are at their defaults. Other values stay, and are checked when the
+    windows are read.
     """
     assigned = {path.strip(): value.strip() for path, _, value in (each.partition("=") for each in assignments)}
     source = assigned.get("data.source", config.data.source)
@@ -89,11 +90,12 @@ def windows_of(config: Config, split: str, source: str | None = None, tokenizer:
 def _windows_of(config: Config, split: str, source: str, tokenizer: Tokenizer | None) -> Windows:
     packed = is_prepared(source, config)
     if not packed:
-        require_source(source)  # what is missing is said before what does not fit
+        require_source(source)  # a missing source is reported before a tokenizer that does not fit
     tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
-    require(tokenizer.vocab_size == config.model.vocab_size and tokenizer.mask_id == config.model.mask,
-            "model.vocab_size", config.model.vocab_size, f"data.tokenizer = {tokenizer.name!r} needs "
-            f"{tokenizer.vocab_size}, with mask {tokenizer.mask_id}")
+    require(tokenizer.vocab_size == config.model.vocab_size, "model.vocab_size", config.model.vocab_size,
+            f"data.tokenizer = {tokenizer.name!r} needs {tokenizer.vocab_size}, with mask {tokenizer.mask_id}")
+    require(tokenizer.mask_id == config.model.mask, "model.mask_id", config.model.mask,
+            f"data.tokenizer = {tokenizer.name!r} needs {tokenizer.mask_id}")
     if packed:
         return prepared_windows(config, source, split, tokenizer)
-    return pack(documents(source, split), tokenizer, config.model.length)
+    return pack(documents(source, split), tokenizer, config.model.length, where=f"data.source = {source!r}")

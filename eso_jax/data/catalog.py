@@ -67,7 +67,7 @@ CORPORA = {
                       dict(train=("*train*",), test=("*test*",))),
     "pubmed": _papers("pubmed"),
     "arxiv": _papers("arxiv"),
-    # An article and its summary are two documents: each has a separator behind it.
+    # An article and its summary are two documents: each has a separator after it.
     "xsum": Corpus(tuple(map(_XSUM.format, ("train", "validation", "test"))), "json",
                    dict(train=("*train*",), validation=("*validation*",), test=("*test*",)), wrapping="openwebtext",
                    fields=("document", "summary")),

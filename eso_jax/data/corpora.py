@@ -25,20 +25,18 @@ def documents(source: str, split: str) -> list[tuple[str, bytes]]:
 
     A file goes to a split by a hash of its relative path, so that adding files moves none: about 90% are for train, 5%
     for validation and 5% for test. Where that would leave a split empty (few files), each file is cut instead, at 90%
-    and 95% of its bytes. Hidden and empty files are passed over; files behind links are read, those of a folder once;
+    and 95% of its bytes. Hidden and empty files are skipped; links are followed, each folder is read once;
     paths of a glob are relative to the last folder before its first wildcard. Content is bytes as they are: nothing is
     decoded, and nothing (NUL included) refused.
 
     Args:
       source: "stdlib", the Python files of the standard library without its tests; or a folder, a file or a glob.
-      split: one of SPLITS, or "all".
+      split: one of SPLITS, or "all": every file, whole.
 
     Raises:
       EsoError: the source is missing, holds no text, cannot be read, or has nothing for this split.
     """
-    if split == "all":
-        return sorted(document for part in SPLITS for document in _documents(source, part))
-    require(split in SPLITS, "split", split, f"choose one of {', '.join(SPLITS)} or all")
+    require(split in (*SPLITS, "all"), "split", split, f"choose one of {', '.join(SPLITS)} or all")
     chosen = _documents(source, split)
     require(bool(chosen), "data.source", source, f"holds too little text: its {split} split is empty; give more")
     return chosen
@@ -49,8 +47,8 @@ def _documents(source: str, split: str) -> list[tuple[str, bytes]]:
         files = {name: path for name, path in sorted(_files(source).items()) if path.stat().st_size}
         require(bool(files), "data.source", source, "holds no text (no files, or only empty or hidden ones); "
                 "give 'stdlib', a folder, a file or a glob")
-        few = {split_of(name) for name in files} != set(SPLITS)
-        chosen = [(name, path.read_bytes()) for name, path in files.items() if few or split_of(name) == split]
+        few = split != "all" and {split_of(name) for name in files} != set(SPLITS)
+        chosen = [(name, path.read_bytes()) for name, path in files.items() if few or split in ("all", split_of(name))]
     except OSError as error:
         raise EsoError(f"data.source = {source!r}: cannot read {str(error.filename or source)!r} ({error.strerror}); "
                        "make it readable or remove it") from error
@@ -89,7 +87,7 @@ def split_of(name: str) -> str:
 
 
 def _share(content: bytes, split: str) -> bytes:
-    """What a split has of one file, where every file is cut."""
+    """The part of one file that a split gets, if every file is cut."""
     low, high = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}[split]
     return content[len(content) * low // 100:len(content) * high // 100]
 

@@ -1,4 +1,5 @@
-"""The files below a folder, or that a glob matches, without hidden ones and what is no file, such as a pipe."""
+"""The files below a folder, or that a glob matches, without hidden ones, what is no file, such as a pipe, and what we
+have made ourselves."""
 
 from __future__ import annotations
 
@@ -45,8 +46,9 @@ def find(given: Path, flag: str, remedy: str = "", below: bool = False) -> tuple
 
 
 def walk(root: Path, enter: Callable[[Path], bool] = lambda folder: True) -> Iterator[Path]:
-    """Every file below `root` in the folders that `enter` accepts, those behind links included. A folder is listed
-    once, by its name without a link if there is one.
+    """Every file below `root` in the folders that `enter` accepts; links are followed. A folder is listed once, if
+    possible under its name without a link. Our own folders are left out, so that a run whose work directory lies among
+    its texts finds the same texts when it resumes.
 
     Raises:
       OSError: a folder cannot be listed.
@@ -59,13 +61,18 @@ def walk(root: Path, enter: Callable[[Path], bool] = lambda folder: True) -> Ite
     while starts:
         for folder, folders, names in os.walk(starts.pop(0), onerror=refuse):
             real = os.path.realpath(folder)
-            if real in seen:
+            if real in seen or folder != str(root) and _is_ours({*folders, *names}):
                 folders.clear()
                 continue
             seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith(".") and enter(Path(folder, name)))
             starts += [link for name in folders if (link := Path(folder, name)).is_symlink()]
             yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _is_ours(names: set[str]) -> bool:
+    """Whether a folder, by what is in it, is a work directory, a prepared folder or the documents of one."""
+    return {"config.json", "checkpoints"} <= names or any(".array_record" in name for name in names)
 
 
 def _begins(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

@@ -104,7 +104,10 @@ def of_ids(library: Any, reader: Any, settings: dict[str, Any], size: int,
     sums_hold = pieces_bytes("x y") > pieces_bytes("xy")
     exact = not entries.words
     for probe in PROBES:
-        of_probe = sizes[reader.encode(probe, add_special_tokens=False).ids]
+        try:
+            of_probe = sizes[reader.encode(probe, add_special_tokens=False).ids]
+        except Exception:  # of the library: no ids for it, and none for unknown words
+            of_probe = np.array([], np.int64)
         sums_hold &= bool((of_probe == UNKNOWN).any()) or int(of_probe.sum()) == pieces_bytes(probe)
         exact &= normalize(probe).translate(entries.blanks) in (probe, " " + probe)  # a blank in front may be added
         exact &= 0 <= pieces_bytes(probe) - len(probe.encode()) <= 1

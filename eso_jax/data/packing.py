@@ -37,7 +37,7 @@ WRAPPINGS = {
 
 
 def cut(stream: np.ndarray, length: int, wrapping: Wrapping, separator_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """A stream of tokens [S] as windows [W, length], and the tokens that are left, fewer than a window takes."""
+    """(a stream of tokens [S] as windows [W, length], the tokens that are left over, too few for a window)."""
     payload = wrapping.payload(length)
     used = stream.size // payload * payload
     windows = stream[:used].reshape(-1, payload)
@@ -47,7 +47,7 @@ def cut(stream: np.ndarray, length: int, wrapping: Wrapping, separator_id: int) 
 
 
 def pack(documents: Iterable[tuple[str, bytes]], tokenizer: Tokenizer, length: int,
-         wrapping: Wrapping = WRAPPINGS["openwebtext"]) -> np.ndarray:
+         wrapping: Wrapping = WRAPPINGS["openwebtext"], where: str = "data.source") -> np.ndarray:
     """Documents end to end, cut into windows; the last tokens, short of a window, are dropped.
 
     (The authors drop such a remainder after every thousand documents, an artefact of their batches.)
@@ -55,6 +55,7 @@ def pack(documents: Iterable[tuple[str, bytes]], tokenizer: Tokenizer, length: i
     Args:
       documents: (name, content), as eso_jax.data.documents gives them.
       length: tokens in a window.
+      where: the text is from, for errors.
 
     Returns:
       uint16 [windows, length]; uint32 where the vocabulary needs it.
@@ -64,12 +65,13 @@ def pack(documents: Iterable[tuple[str, bytes]], tokenizer: Tokenizer, length: i
     """
     stream = tokenizer.join([content for _, content in documents], wrapping.separator)
     windows, _ = cut(stream, length, wrapping, tokenizer.separator_id)
-    require_window(len(windows), stream.size, length)
+    require_window(len(windows), stream.size, length, where)
     return windows
 
 
-def require_window(windows: int, tokens: int, length: int, where: str = "data.source", split: str = "this") -> None:
+def require_window(windows: int, tokens: int, length: int, where: str, split: str = "this",
+                   field: str = "model.length") -> None:
     """Raises an EsoError unless there is at least one window."""
     if windows == 0:
         raise EsoError(f"{where}: holds {tokens} tokens in {split} split, fewer than one window of "
-                       f"model.length = {length}; give more text, or a smaller model.length")
+                       f"{field} = {length}; give more text, or a smaller {field}")

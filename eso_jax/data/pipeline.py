@@ -14,12 +14,12 @@ def batches(windows: Windows, batch_size: int, seed: int,
             rows: Int[np.ndarray, " R"] | None = None) -> grain.DatasetIterator[np.ndarray]:
     """An endless iterator over training batches, or over this process's rows of them: int32 [R, length].
 
-    Every epoch holds each window once, in an order of its own. An epoch runs on into the next in mid-batch, so a corpus
-    may be smaller than a batch. Which windows make up a batch does not depend on `rows`, and no others are read.
+    Every epoch holds each window once, in an order of its own. A batch may hold the end of one epoch and the beginning
+    of the next, so a corpus may be smaller than a batch. The windows of a batch do not depend on `rows`; only those of
+    `rows` are read.
 
-    `get_state()` is {"next_index": batches drawn}, whatever the rows, and `set_state` continues with exactly the next
-    batch; a batch is drawn in every training step, so that the step says where the data stands, for any number of
-    processes.
+    `get_state()` is {"next_index": batches drawn}, for any `rows`, and `set_state` continues with exactly the next
+    batch. Every training step draws one batch, so the step is the position in the data, for any number of processes.
 
     Args:
       windows: integers [windows, length], windows >= 1; an array, or anything that is indexed by integers [N].

@@ -1,4 +1,5 @@
-"""Documents to a prepared folder: tokenized once, in parallel, shard by shard, so that an interrupted run goes on."""
+"""Documents to a prepared folder: tokenized once, in parallel, shard by shard, so that an interrupted run can
+resume."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ from eso_jax.data.packing import WRAPPINGS, Wrapping, cut, require_window
 from eso_jax.data.rows import Reading
 from eso_jax.data.tokenizers import LibraryTokenizer, Tokenizer, get_tokenizer
 from eso_jax.errors import EsoError, require
-from eso_jax.files import as_json, write_whole, writing
+from eso_jax.files import as_json, one_at_a_time, write_whole, writing
 
 Tokenize = Callable[[list[range]], Iterator[np.ndarray]]  # ranges of documents to the tokens of each [S]
 
@@ -50,7 +52,7 @@ class Job(NamedTuple):
 def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files: Iterable[str] = (),
             wrapping: str | None = None, held_out: int | None = None, out: Path | None = None,
             processes: int | None = None, reading: Reading | None = None) -> Path:
-    """Makes a prepared folder of a corpus, or goes on making it; returns it.
+    """Makes a prepared folder of a corpus, or resumes making it; returns its path.
 
     The documents are kept in data_dir/documents, as published: another tokenizer or length does not read the source
     again, and the folder may be deleted.
@@ -75,10 +77,20 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
     held_out, fields = held_out or CORPORA[name].held_out, CORPORA[name].fields
     require(reading is None or reading.field is None or not fields, "--field", reading and reading.field,
             f"of {name}, {' and '.join(fields)} are read; leave it out, or prepare your own text")
+    documents = data_dir / "documents"
+    with one_at_a_time(documents, "--data-dir"):
+        for left in documents.glob("corpora/*/incomplete.*"):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        return _prepare(name, data_dir, tokenizer, length, list(files), wrapping, held_out, out or data_dir / name,
+                        processes, reading)
+
+
+def _prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files: list[str], wrapping: str,
+             held_out: int, folder: Path, processes: int | None, reading: Reading | None) -> Path:
+    """The same, alone in its folder and with all that was left open."""
     from eso_jax.data import builder
 
-    folder = out or data_dir / name
-    corpus = builder.documents(name, data_dir / "documents", list(files), reading)
+    corpus = builder.documents(name, data_dir / "documents", files, reading)
     state = corpus.info.metadata.get("state")
     manifest: dict[str, Any] = {
         "corpus": name, "source": corpus.info.metadata["source"],
@@ -93,6 +105,8 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
         splits = _claim(folder, manifest)
         if tokenizer.json is not None:
             write_whole(folder / tokenizers.FILE, tokenizer.json)
+        else:
+            (folder / tokenizers.FILE).unlink(missing_ok=True)  # of a try that came to nothing
 
         def save() -> None:
             write_whole(folder / prepared.UNFINISHED, as_json({**manifest, "splits": splits}))
@@ -106,7 +120,7 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
             chunks = [numbers[start:start + size] for start in range(0, len(numbers), size)]
             part = splits.setdefault(split, {"documents": len(numbers), "shards": []})
             _write_shards(folder, split, job, chunks, part, tokenizer, processes, save)
-            require_window(part["windows"], part["tokens"], length, f"--from: {name}", f"its {split}")
+            require_window(part["windows"], part["tokens"], length, f"--from: {name}", f"its {split}", "--length")
         (folder / prepared.UNFINISHED).replace(folder / prepared.MANIFEST)
     return folder
 
@@ -117,7 +131,8 @@ def _parts(published: Any, held_out: int) -> dict[str, tuple[str, range]]:
     if not held_out:
         return {split: (split, range(count)) for split, count in counts.items()}
     require(held_out < counts["train"], "--held-out", held_out, f"leaves none of {counts['train']} documents to train "
-            "on; give a smaller number")
+            "on; " + ("give a smaller number" if counts["train"] > 1 else
+                      "a file of text is one: give several files, rows (.jsonl), or the file itself as data.source"))
     return {split: ("train", range(counts["train"])[part]) for split, part
             in (("train", slice(None, -held_out)), ("validation", slice(-held_out, None)))}
 
@@ -136,6 +151,8 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         return {}
     recorded = json.loads(path.read_text("utf-8"))
+    if not any(shard["windows"] for part in recorded["splits"].values() for shard in part["shards"]):
+        return {}  # a try that came to nothing keeps none from the next
     for field, value in manifest.items():
         require(recorded.get(field, value) == value, f"{path} {field}", recorded.get(field),
                 f"this command would make {value!r}; give another --out, or delete the folder")

@@ -1,14 +1,15 @@
-"""What is given of a sample: prompts, templates and arrays, to rows of a model's length. The mask marks the unknown.
+"""Prompts, templates and arrays, as rows of given tokens of a model's length. The mask marks unknown tokens.
 
 A prompt is the beginning of a row. A template is text with blanks, [MASK:n] for n tokens and [MASK] for one; nothing is
-asked for behind its end. Each piece of it is encoded alone, so that a blank has just as many tokens as it says. No
-escapes are read. A separator is written as decoded text shows it: a form feed on a line of its own.
+decoded after its end. The text between blanks is encoded piece by piece, so that a blank has exactly n tokens. Escapes
+are not interpreted. A separator is written as decoded text shows it: a form feed on a line of its own.
 
 Axes: N rows, L length, K tokens of a shorter row.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from eso_jax.data.tokenizers import Tokenizer, encode_shown
 from eso_jax.errors import EsoError, reason_of, require
 
 BLANK = re.compile(r"\[MASK(?::(\d+))?\]")
+BYTES = 36  # of a sample's token on the host, before the first pass: its place in the order, what is given, copies
 MISTYPED = re.compile(r"\[MASK(\s*:[^\]]*|\s+\d+\s*)\]")  # where a blank was meant
 FIELDS = ("prompt", "template", *rows.FIELDS)  # of a row of a file; the first there is
 
@@ -32,11 +34,24 @@ class Given(NamedTuple):
 
     Attributes:
       tokens: int32 [N, L], the mask where nothing is given.
-      end: int [N], positions from here on are not asked for.
+      end: int [N], positions from here on are not to be decoded.
     """
 
     tokens: Int[np.ndarray, "N L"]
     end: Int[np.ndarray, " N"]
+
+    def repeat(self, num_samples: int) -> Given:
+        """So many rows in place of each, next to each other.
+
+        Raises:
+          EsoError: there are none, or they are sure not to fit into the memory of this machine.
+        """
+        require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
+        wanted = num_samples * self.tokens.size * BYTES
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        require(wanted <= memory, "num_samples", num_samples, f"all of them together take {wanted // 10**9:,} GB of "
+                f"memory, and this machine has {memory // 10**9:,}; draw fewer at a time, each time by another seed")
+        return Given(*(np.repeat(part, num_samples, axis=0) for part in self))
 
 
 def of_prompt(text: str, tokenizer: Tokenizer | None, model: ModelConfig, name: str = "prompt") -> Given:
@@ -58,10 +73,11 @@ def of_template(text: str, tokenizer: Tokenizer | None, model: ModelConfig, name
 
 
 def of_rows(path: str, tokenizer: Tokenizer | None, model: ModelConfig, name: str = "prompts") -> Given:
-    """A row for each of a file's, such as JSON lines of {"prompt": ...}, {"template": ...} or {"text": ...}, a prompt.
+    """A row for each row of a file, such as JSON lines of {"prompt": ...}, {"template": ...} or {"text": ...} (a
+    prompt).
 
     Raises:
-      EsoError: there is no row, or one that is none of these or raises as `of_prompt` and `of_template` do.
+      EsoError: there is no row, or one that is none of these or raises as in `of_prompt` and `of_template`.
     """
     tokenizer = _checked(tokenizer, name, path)
     found = []
@@ -83,10 +99,10 @@ def of_rows(path: str, tokenizer: Tokenizer | None, model: ModelConfig, name: st
 
 
 def of_array(tokens: np.ndarray, model: ModelConfig, name: str = "given") -> Given:
-    """Rows of ids, int [N, K] with K <= L; what lacks behind them is unknown.
+    """Rows of ids, int [N, K] with K <= L; positions from K on are unknown.
 
     Raises:
-      EsoError: they are no such rows.
+      EsoError: the array is not of this form, or an id is out of range.
     """
     tokens = np.asarray(tokens)
     require(tokens.ndim == 2 and np.issubdtype(tokens.dtype, np.integer) and len(tokens) > 0, name,
@@ -108,10 +124,10 @@ def _of_one(row: dict[str, str], name: str, text: str, tokenizer: Tokenizer | No
 
 
 def _row(row: Any, tokenizer: Tokenizer, model: ModelConfig) -> tuple[np.ndarray, int]:
-    """The ids of a row of a file, masks included, and where it ends.
+    """(the ids of a row of a file, with masks; the position from which on nothing is decoded).
 
     Raises:
-      BadRow: it has no text, or one that does not do.
+      BadRow: it has no text, or one that cannot be used.
     """
     if isinstance(row, rows.BadRow):
         raise row
@@ -126,7 +142,7 @@ def _row(row: Any, tokenizer: Tokenizer, model: ModelConfig) -> tuple[np.ndarray
 
 
 def _pieces(text: str, mask: int) -> Any:
-    """Texts, and arrays of masks."""
+    """The pieces of a template in turn: texts, and arrays of masks."""
     found = BLANK.split(text)  # text, number or None, text, ...
     if len(found) == 1 and not MISTYPED.search(text):
         raise rows.BadRow("has no blank; write [MASK:n] for n unknown tokens, or give it as a prompt")
@@ -136,7 +152,7 @@ def _pieces(text: str, mask: int) -> Any:
                 raise rows.BadRow(f"has {wrong[0]!r}, which is no blank; write [MASK:n] for n unknown tokens")
             yield piece
         else:
-            # Of a huge number some digits will do: it is refused by its length, not by Python or for want of memory.
+            # Seven digits are enough of a huge number, which is then refused by its length, without using much memory.
             count = 1 if piece is None else int(piece.lstrip("0")[:7] or 0)
             if count == 0:
                 raise rows.BadRow("has a blank [MASK:0] of no token; leave it out")

@@ -166,11 +166,13 @@ def _read(name: str, opener: Opener, unit: str, reading: Reading, fields: tuple[
         for member, content in streams.members(opener):
             yield from _read(f"{name}/{member}", content, unit, reading, fields)
         return
-    elif unit == "json":
-        texts = rows.texts(name, opener, reading, fields)
     elif unit == "ag_news":
         texts = (f"{title} {description}" for _, title, description
                  in csv.reader(_lines(opener), skipinitialspace=True))
+    elif unit == "json" or name_inside.endswith(rows.TABLES):
+        texts = rows.texts(name, opener, reading, fields)
+    elif reading.field is not None:
+        raise NotText(f"has no rows, and so no field {reading.field!r} (by its name; a file of JSON lines is a .jsonl)")
     elif unit == "line":
         texts = (line.strip() for line in _lines(opener))
     elif unit == "full line":

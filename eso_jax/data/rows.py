@@ -1,8 +1,10 @@
-"""Rows to texts: JSON lines, JSON arrays, Parquet, Arrow and .npz, and what becomes of rows without a text."""
+"""Rows to texts: JSON lines, JSON arrays, Parquet, Arrow, .npz and .csv; and the errors of rows without a text."""
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from eso_jax.errors import EsoError
 FIELDS = ("text", "sentence", "article", "article_text", "content")  # the first there is, where none is asked for
 JSON = (".jsonl", ".json", ".ndjson", ".jsonlines")
 COLUMNS = (".parquet", ".arrow", ".feather", ".npz")
+TABLES = (".csv", ".tsv")  # their first line names the columns
 Fields = Sequence[str | None]  # None: the first of FIELDS that there is
 SHOWN = 3  # names in a line
 
@@ -70,7 +73,7 @@ class BadRow(ValueError):
 
 
 def texts(name: str, opener: Opener, reading: Reading, fields: tuple[str, ...] = ()) -> Iterator[str]:
-    """The texts of the rows of one file. Its name says of what kind it is; `opener` gives it decompressed.
+    """The texts of the rows of one file. Its name says its format; `opener` gives its content, decompressed.
 
     Args:
       fields: of each row these texts, one after the other, unless one of them is blank; none: the one that `reading`
@@ -146,6 +149,11 @@ def each(name: str, opener: Opener, reading: Reading, fields: tuple[str, ...] = 
         reader = _npz if plain.endswith(".npz") else _arrow if plain.endswith((".arrow", ".feather")) else _parquet
         yield from ((f"row {number}", row) for number, row in enumerate(reader(opener, fields or (reading.field,)), 1))
         return
+    if plain.endswith(TABLES):
+        delimiter = "\t" if plain.endswith(".tsv") else ","
+        yield from ((f"row {number}", row) for number, row in enumerate(
+            _table(opener, fields or (reading.field,), delimiter), 1))
+        return
     first = next((line for line in streams.lines(opener) if line.strip()), b"").strip()
     if first.startswith(b"[") or plain.endswith(".json") and first == b"{":
         try:
@@ -210,6 +218,16 @@ def _arrow(opener: Opener, fields: Fields) -> Iterator[dict[str, Any]]:
         columns = [_column(field, table.schema.names) for field in fields]
         for batch in batches:
             yield from batch.select(columns).to_pylist()
+
+
+def _table(opener: Opener, fields: Fields, delimiter: str) -> Iterator[Any]:
+    csv.field_size_limit(sys.maxsize)  # 128 KiB otherwise, and texts are longer
+    table = csv.reader(map(streams.as_text, streams.lines(opener)), delimiter=delimiter, strict=True)
+    names = next(table, [])
+    columns = [names.index(_column(field, names)) for field in fields]
+    for row in filter(None, table):
+        cells = {names[column]: row[column] for column in columns if column < len(row)}
+        yield cells if len(row) == len(names) else BadRow(f"has {len(row)} cells, and the first line {len(names)}")
 
 
 def _npz(opener: Opener, fields: Fields) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""Stops: texts at which a sample ends. What is behind the first one is cut, the stop as well.
+"""Stops: texts at which a sample ends. The first stop and everything after it are cut off.
 
-A stop counts where it is wholly behind the first token that was not given, so that those of a prompt do not. Of several
-the one that ends first is the first: what is decoded behind it, with others of a batch, changes nothing. The text
-is cut at the character; of the tokens, those that are wholly before it are kept.
+A stop counts only if it begins after the given tokens, so that those of a prompt do not. The first of several is the
+one that ends first, so that tokens decoded after it, for other rows of the batch, change nothing. The text is cut at
+the character; the tokens that lie wholly before it are kept.
 
 Axes: B rows, L length.
 """
@@ -25,23 +25,23 @@ class Stops:
     """Texts at which samples end; a separator is written as decoded text shows it.
 
     Attributes:
-      texts: none of them empty; without any, samples end where their decoded tokens do.
-      tokenizer: of the samples.
+      texts: none of them empty; without any, samples end after their last decoded token.
+      tokenizer: that of the samples.
     """
 
     texts: tuple[str, ...]
     tokenizer: Tokenizer
 
     def done(self, tokens: Int[np.ndarray, "B L"], known: Bool[np.ndarray, "B L"]) -> Bool[np.ndarray, " B"]:
-        """Which rows, decoded so far but for the masks, have come to a stop."""
+        """Which rows, with masks where nothing is decoded yet, have a stop."""
         return np.array([self._stop(row, own)[0] is not None for row, own in zip(tokens, known, strict=True)])
 
     @staticmethod
     def of(texts: Sequence[str], tokenizer: Tokenizer | None) -> Stops | None:
-        """None without a tokenizer.
+        """The stops of these texts; None without a tokenizer.
 
         Raises:
-          EsoError: a text is empty, or there is no tokenizer by which a sample becomes a text.
+          EsoError: a text is empty, or there are texts but no tokenizer.
         """
         texts = (texts,) if isinstance(texts, str) else texts
         for text in texts:
@@ -51,7 +51,7 @@ class Stops:
         return None if tokenizer is None else Stops(tuple(texts), tokenizer)
 
     def cut(self, tokens: Int[np.ndarray, " L"], known: Bool[np.ndarray, " L"]) -> str:
-        """Puts masks into a row from its stop on; its text up to there, or to its last decoded token."""
+        """Writes masks into a row from its stop on; returns its text up to there, or up to its last decoded token."""
         place, text, begin = self._stop(tokens, known)
         if place is None:
             decoded = np.flatnonzero(tokens != self.tokenizer.mask_id)
@@ -62,8 +62,8 @@ class Stops:
         return text[:place]
 
     def _stop(self, tokens: np.ndarray, known: np.ndarray) -> tuple[int | None, str, int]:
-        """The place of the first stop in the text of all tokens before the first mask; that text; and how many tokens
-        stand before the first that was not given."""
+        """(the place of the first stop in the text of all tokens before the first mask, or None; that text; how many
+        tokens stand before the first that was not given)."""
         begin, masks = int((~known).argmax()), np.flatnonzero(tokens == self.tokenizer.mask_id)
         end = int(masks[0]) if len(masks) else len(tokens)
         if known.all() or end <= begin or not self.texts:

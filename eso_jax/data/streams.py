@@ -1,4 +1,4 @@
-"""What is inside a file: its bytes decompressed, by what the content says it is, and the members of its archives."""
+"""The content of files: decompressed, as their first bytes say, and the members of archives."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def is_zip(start: bytes) -> bool:
 
 
 def is_tar(start: bytes) -> bool:
-    """By the header of the first member, which has a checksum."""
+    """Whether a file is a tar, by the header of its first member, which has a checksum."""
     try:
         return bool(tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape"))
     except tarfile.HeaderError:

@@ -25,7 +25,7 @@ SHOWN_SEPARATOR, _SHOWN_MASK = "\n\f\n", "▒"  # in decoded text
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the project asks of a tokenizer.
+    """The interface of a tokenizer.
 
     Attributes:
       name: as in data.tokenizer.
@@ -76,6 +76,30 @@ def dtype_of(tokenizer: Tokenizer) -> type[np.uint16] | type[np.uint32]:
 def encode_shown(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The ids of a text as `decode` shows it, separators included."""
     return tokenizer.join(text.split(SHOWN_SEPARATOR), separate=True)[:-1]
+
+
+def token_ids(tokens: Any, tokenizer: Tokenizer | None, name: str) -> tuple[int, ...]:
+    """The ids of tokens that somebody has given.
+
+    Args:
+      tokens: ids, or texts of one token each, as `decode` shows them; one or several.
+      name: what they were given as.
+
+    Raises:
+      EsoError: one is neither, or its text is not one token; or there is no tokenizer for a text.
+    """
+    found = list[int]()
+    for token in [tokens] if isinstance(tokens, str) or np.ndim(tokens) == 0 else tokens:
+        if isinstance(token, str):
+            require(tokenizer is not None, name, token, "the model has no tokenizer, so that text has no ids; give ids")
+            assert tokenizer is not None
+            ids = encode_shown(tokenizer, token)
+            require(len(ids) == 1, name, token, f"is {len(ids)} tokens of tokenizer {tokenizer.name!r}, not one")
+            found.append(int(ids[0]))
+        else:
+            require(isinstance(token, int | np.integer), name, token, "give ids, which are integers, or texts")
+            found.append(int(token))
+    return tuple(found)
 
 
 def sha256(tokenizer: Tokenizer) -> str:
@@ -184,7 +208,11 @@ class LibraryTokenizer:
 
     def join(self, texts: Sequence[bytes | str], separate: bool) -> np.ndarray:
         strings = [text if isinstance(text, str) else text.decode("utf-8", errors="replace") for text in texts]
-        encodings = self._reader.encode_batch_fast(strings, add_special_tokens=False)
+        try:
+            encodings = self._reader.encode_batch_fast(strings, add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself
+            raise EsoError(f"data.tokenizer = {self.name!r}: has no ids for a part of the text ({error}); give it a "
+                           "token for unknown words, or choose another tokenizer") from error
         end = np.array([self.separator_id] * separate, dtype_of(self))
         parts: list[np.ndarray] = [np.empty(0, dtype_of(self))]
         for text, encoding in zip(strings, encodings, strict=True):
@@ -211,7 +239,7 @@ class LibraryTokenizer:
             return bytes(self._bytes_of_characters[character] for character in entry)
         if found := re.fullmatch("<0x([0-9A-F]{2})>", entry):
             return bytes.fromhex(found[1])
-        # A decoder treats the first id of a text in its own way, so the second is looked at.
+        # A decoder may treat the first id of a text differently, so the second is used.
         once, twice = (self._library.decode([id] * times, skip_special_tokens=False) for times in (1, 2))
         return str(twice.removeprefix(once)).encode()
 
@@ -273,8 +301,8 @@ def get_tokenizer(name: str, separator: str | None = None) -> Tokenizer:
     path of a tokenizer.json, or NAME=PATH, a file that goes by a name (gpt2=my/tokenizer.json, without a network).
 
     Args:
-      separator: the token of a tokenizer.json that stands between documents, if none has a name known for it; it has
-        such a name from then on.
+      separator: the token of a tokenizer.json that stands between documents, where that is not the one with a name
+        known for it; it has such a name from then on.
 
     Raises:
       EsoError: there is none, or the hub cannot be reached.
@@ -321,12 +349,13 @@ def _with_separator(contents: str, separator: str) -> str:
     require(all("".join(pair) != separator for pair in merges), "--separator", separator,
             "text may become this token; choose one that stands for no text")
     name = _SEPARATORS[0]
+    renamed = {name: separator, separator: name}  # another token that has the name takes that of this one
     for token in added:
-        token["content"] = name if token["content"] == separator else token["content"]
+        token["content"] = renamed.get(token["content"], token["content"])
     if isinstance(entries, dict):
-        model["vocab"] = {name if entry == separator else entry: i for entry, i in entries.items()}
+        model["vocab"] = {renamed.get(entry, entry): i for entry, i in entries.items()}
     else:
-        model["vocab"] = [[name if entry == separator else entry, score] for entry, score in entries]
+        model["vocab"] = [[renamed.get(entry, entry), score] for entry, score in entries]
     if not any(token["content"] == name for token in added):
         number = entries[separator] if isinstance(entries, dict) else [entry for entry, _ in entries].index(separator)
         added.append({"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False,

@@ -1,2 +1,2 @@
-"""Sampling: what is decoded when (plan.py), in which passes (passes.py), how a token is drawn (categorical.py), the
-decoding loop (loop.py)."""
+"""Sampling: which token is decoded when (plan.py), in which passes (passes.py), the decoding loop (loop.py), decoders
+that choose as they go (decoders.py), and how a token is drawn (categorical.py)."""

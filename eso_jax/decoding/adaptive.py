@@ -1,27 +1,27 @@
 """Decoders whose passes follow the model's certainty: how many tokens a pass decodes, or which ones.
 
   decoder        of each row, a pass decodes
-  entropy:G      the order's next tokens, as many as leave the sum of their entropies, less the largest of them, within
-                 G nats (Ben-Hamu et al. 2025, arXiv 2505.24857, who sort the tokens first)
-  confidence:P   the order's next token, and those behind it as long as their likeliest value is as probable as P
+  entropy:G      the order's next tokens, as many as keep the sum of their entropies, without the largest, within G nats
+                 (Ben-Hamu et al. 2025, arXiv 2505.24857, who sort the tokens first)
+  confidence:P   the order's next token, and those after it as long as their likeliest value has probability >= P
   likeliest:N    of all tokens that are left, the N whose likeliest value is most probable
-  margin:N       of all tokens that are left, the N whose likeliest value is furthest ahead of the second
+  margin:N       of all tokens that are left, the N whose likeliest value has the largest lead over the second
 
-One token at least: alone it is drawn exactly, however uncertain it is. Certainty is that of the model's own law: at
-temperature 1, of the whole distribution, before the rule by which tokens are drawn. It depends on the tokens of earlier
-passes, not on those that the pass draws. So the law of a sample is a product over passes, whose tokens are independent,
-each given the tokens of earlier passes.
+A pass decodes at least one token, however uncertain: one token alone is drawn exactly. Certainty is that of the model's
+own law (distribution): at temperature 1, of all tokens, before the rule by which tokens are drawn. It depends only on
+the tokens of earlier passes. So the law of a sample is a product over passes, whose tokens are independent given the
+tokens of earlier passes.
 
-`entropy` and `confidence` look at a few tokens along the order of a plan. A pass is a step of a plan whose widths are
-found as it goes, and log p of a sample is that plan's (`families.plan_log_prob`).
+`entropy` and `confidence` look at a few tokens along the order of a plan. Their passes are the steps of a plan, chosen
+as they go, and log p of a sample is that of this plan (`families.plan_log_prob`).
 
-`likeliest` and `margin` find the order too, and have to look at all that is left. Their pass computes the whole
-sequence, and logits of all of it. In an Eso-LM (B) each place is looked at as if it came next (`masks.LONE`), so that
-its law is the sequential one, whatever order is at hand; of a pass's tokens, the most certain one comes first in the
-order. With N = 1 log p of a sample is the sequential one along the order that was found; with more it is in the record
-alone, since a plan's masks see those before them.
+`likeliest` and `margin` choose the order too, so they look at all tokens that are left. A pass computes the whole
+sequence and all its logits. In an Eso-LM (B) each position is scored as if it came next (`masks.LONE`), so that its law
+is that of one token a pass in any order; among the tokens of a pass, the most certain one comes first in the order.
+With N = 1, log p of a sample is that of one token a pass along the order that was chosen. With more it is only in the
+record, since in a plan the masks of a step see those before them.
 
-Axes: B batch, L length, W slots looked at, V vocabulary.
+Axes: B batch, L length, W slots that a pass considers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from eso_jax.model import masks, vocabulary
 from eso_jax.model.masks import View
 from eso_jax.model.params import Weights
 
-MOST = 8  # tokens of a pass, unless it is told otherwise: along the order, a CPU's time goes with them
+MOST = 8  # tokens of a pass, by default: along the order, the time of a pass on a CPU grows with it
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Along(Decoder):
     """Decodes the order's next tokens, as many as `fits` says.
 
     Attributes:
-      bound: the number behind the name. It is data (`begin`), so that programs are shared by all bounds.
+      bound: the number after the name. It is data (`begin`), so that one program serves all bounds.
     """
 
     bound: float = field(compare=False)
@@ -63,7 +63,7 @@ class Along(Decoder):
 
     @property
     def window(self) -> int:
-        """What the last pass decoded at most, and as many masks."""
+        """The most tokens that the last pass can have decoded, and as many masks."""
         return 2 * self.most
 
     def begin(self, config: ModelConfig, batch: int) -> Float[Array, " B"]:
@@ -77,7 +77,7 @@ class Along(Decoder):
 
     @abstractmethod
     def fits(self, logits: Float[Array, "B W V"], bound: Float[Array, "B 1"]) -> Bool[Array, "B W"]:
-        """Which of a pass's tokens may be decoded together with those before them."""
+        """Which of a pass's tokens may be decoded together with all those before them."""
 
     def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
                  sampler: Sampler) -> Progress:
@@ -123,12 +123,12 @@ class Anywhere(Decoder):
 
     Attributes:
       count: N. It is data, as `Along.bound` is.
-      most: at least N.
+      most: M, at least N.
     """
 
     count: int = field(compare=False)
     most: int = MOST
-    window = 0  # a pass computes everything, and needs no room behind the length
+    window = 0  # a pass computes the whole sequence, and needs no room after it
 
     def __post_init__(self) -> None:
         require(1 <= self.count <= self.most, type(self).__name__.lower(), self.count,
@@ -136,7 +136,7 @@ class Anywhere(Decoder):
 
     @classmethod
     def of(cls, number: float) -> Anywhere:
-        """Of the number behind the name; as few programs for all as there are powers of two."""
+        """The decoder for this N; all N up to the same power of two share their programs."""
         require(1 <= number <= 2**20 and number == int(number), cls.__name__.lower(), number,
                 f"must be a whole number of tokens, from 1 to {2**20}")
         return cls(int(number), max(MOST, 1 << (int(number) - 1).bit_length()))
@@ -149,7 +149,7 @@ class Anywhere(Decoder):
 
     @abstractmethod
     def certainty(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
-        """By which tokens are chosen."""
+        """How certain each token is: the largest are decoded."""
 
     def one_pass(self, weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
                  sampler: Sampler) -> Progress:
@@ -161,7 +161,7 @@ class Anywhere(Decoder):
         certainty = vocabulary.in_chunks(lambda hidden: self.certainty(logits_of(weights, hidden, config, sampler)),
                                          config.vocab_size, hidden)
         rank = jnp.where(slot < at[:, None], -jnp.inf, jnp.where(slot < end[:, None], -certainty, jnp.inf))
-        order = jnp.argsort(rank, axis=1, stable=True)  # what is decoded keeps its slot, and so does what will not be
+        order = jnp.argsort(rank, axis=1, stable=True)  # decoded slots stay in place, and so do those never decoded
         next_slots = at[:, None] + number
         logits = logits_of(weights, take(hidden, take(order, next_slots)), config, sampler)
         tokens = categorical.draw(logits, take(source.uniforms, next_slots), source.rule)

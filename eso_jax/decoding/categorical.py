@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, exactly to float32.
+"""Drawing tokens from logits, exactly but for float32 rounding.
 
 `jax.random.categorical` adds Gumbel noise to every vocabulary entry: slow, and its 24-bit uniforms cut off the tail of
 a joint draw over tokens and masks. Positions are drawn first here (the plan), and a token takes two uniforms: one finds
@@ -22,20 +22,20 @@ from eso_jax.decoding import inversion
 from eso_jax.errors import require
 
 # Bits of the nucleus's threshold that a round finds. An accelerator compares with 15 thresholds as fast as with one,
-# and a round costs it launches; a CPU's time goes into comparing.
+# and each round costs kernel launches; on a CPU the comparisons take the time.
 DIGIT = {"cpu": 1}
 DIGIT_ELSEWHERE = 4
 
 
 @struct.dataclass
 class Rule:
-    """How tokens are drawn. The nucleus and min_p are taken at the temperature, each from the whole distribution.
+    """How tokens are drawn. The nucleus and min_p are computed at the temperature, each on the whole distribution.
 
     Attributes:
       temperature: logits are divided by it; 0 takes the most likely token.
       top_p: nucleus mass in (0, 1]; 1 keeps every token.
       min_p: tokens less likely than min_p times the most likely one are dropped; 0 keeps every token.
-      banned: ids that are never drawn: the law is that of the others, before all of the above.
+      banned: ids that are never drawn: they are removed, and the rest renormalized, before all of the above.
     """
 
     temperature: float = struct.field(pytree_node=False, default=1.0)
@@ -50,7 +50,7 @@ class Rule:
         require(0 <= self.min_p < 1, "min_p", self.min_p, "must be in [0, 1); 0 turns it off")
 
     def check_vocabulary(self, size: int, mask: int) -> None:
-        """Raises an EsoError for banned ids that are none of a vocabulary, or all of it."""
+        """Raises an EsoError for banned ids outside the vocabulary, or if they leave no token to draw."""
         for token in self.banned:
             require(0 <= token < size, "banned", token, f"ids are in [0, {size})")
         require(len({*self.banned, mask}) < size, "banned", f"{len(self.banned)} ids", "leave a token to be drawn")
@@ -68,7 +68,7 @@ def draw(logits: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"], rule: Rul
 
 
 def law(logits: Float[Array, "*s V"], rule: Rule) -> Float[Array, "*s V"]:
-    """The probabilities by which `draw` draws."""
+    """The probabilities with which `draw` draws each token."""
     logits = without_banned(logits, rule)
     if rule.temperature == 0:
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
@@ -77,7 +77,8 @@ def law(logits: Float[Array, "*s V"], rule: Rule) -> Float[Array, "*s V"]:
 
 
 def masses(logits: Float[Array, "*s V"], rule: Rule) -> Float[Array, "*s V"]:
-    """What the probabilities are proportional to, at a temperature above 0; of banned tokens nothing is left."""
+    """Unnormalized probabilities at a temperature above 0: the largest is 1, those of dropped and banned tokens are
+    0."""
     scaled = logits / rule.temperature
     mass = jnp.exp(scaled - scaled.max(-1, keepdims=True))
     return jnp.where(kept(mass, rule), mass, 0)
@@ -94,7 +95,7 @@ def pick(mass: Float[Array, "*s V"], uniforms: Float[Array, "*s 2"]) -> Int[Arra
 
 
 def without_banned(logits: Float[Array, "*s V"], rule: Rule) -> Float[Array, "*s V"]:
-    """Logits by which no banned token has any mass."""
+    """Logits with those of banned tokens at -inf."""
     if not rule.banned:
         return logits
     banned = np.isin(np.arange(logits.shape[-1]), rule.banned)
@@ -102,7 +103,7 @@ def without_banned(logits: Float[Array, "*s V"], rule: Rule) -> Float[Array, "*s
 
 
 def kept(mass: Float[Array, "*s V"], rule: Rule) -> Bool[Array, "*s V"]:
-    """Which tokens a rule keeps, by their masses at its temperature, of which the largest is 1."""
+    """Which tokens a rule keeps, given their masses at its temperature, of which the largest is 1."""
     found = mass >= rule.min_p
     return found & nucleus(mass, rule.top_p) if rule.top_p < 1 else found
 
@@ -111,7 +112,7 @@ def _invert(mass: Float[Array, "*s M"], u: Float[Array, "*s"]) -> Int[Array, "*s
     """The first index whose cumulative mass exceeds u times the total; never one without mass."""
     cumulative = jnp.cumsum(mass, axis=-1)
     beyond = (cumulative > u[..., None] * cumulative[..., -1:]) & (mass > 0)
-    # Rounding may leave nothing beyond: then the last index with mass is meant.
+    # By rounding, no index may exceed it: then the last index with mass is taken.
     last = mass.shape[-1] - 1 - jnp.argmax(mass[..., ::-1] > 0, axis=-1)
     return jnp.where(beyond.any(-1), jnp.argmax(beyond, axis=-1), last)
 
@@ -119,11 +120,11 @@ def _invert(mass: Float[Array, "*s M"], u: Float[Array, "*s"]) -> Int[Array, "*s
 def nucleus(mass: Float[Array, "*s V"], top_p: float) -> Bool[Array, "*s V"]:
     """The smallest set of largest masses that exceeds `top_p` of the total (ties at its edge are all kept).
 
-    A token is kept if the tokens above it hold at most top_p of the mass. The threshold, the largest one from which on
-    the masses exceed that, is found digit by digit in the bit patterns of non-negative floats, which are ordered as
-    integers: exact, and no sort of V entries.
+    A token is kept if the tokens above it hold at most top_p of the mass. The threshold is the largest float such that
+    the masses >= it exceed that. It is found digit by digit in the bit patterns of non-negative floats, which are
+    ordered as integers: exact, and without a sort of V entries.
     """
-    mass = jax.lax.optimization_barrier(mass)  # or XLA for GPUs makes small ones again for each threshold
+    mass = jax.lax.optimization_barrier(mass)  # or XLA for GPUs computes small masses again for each threshold
     digit, budget = DIGIT.get(sharding.platform(), DIGIT_ELSEWHERE), top_p * mass.sum(-1)
 
     def from_on(bits: Int[Array, "*s"]) -> Bool[Array, "*s V"]:

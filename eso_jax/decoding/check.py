@@ -1,4 +1,4 @@
-"""Is the cache exact? The sampler's own steps, and the same by whole passes without a cache, to be compared.
+"""Is the cache exact? Compares the sampler's own steps with passes over the whole sequence, without a cache.
 
 Axes: B batch, L length, V vocabulary.
 """
@@ -30,8 +30,8 @@ from eso_jax.model.params import Weights
 
 def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan,
                   x: Int[Array, "B L"]) -> Iterator[Float[Array, "B _ V"]]:
-    """The logits that each step's tokens would be drawn from, if every token drawn were that of `x` (by slot); zeros
-    where a row has fewer tokens in the step than another.
+    """Yields for each step the logits [B, tokens of the step, V] of its tokens, if every token drawn were that of `x`
+    (by slot); zeros where a row has fewer tokens in the step than another.
 
     Runs the sampler's own steps, one by one, to compare them with `uncached_logits`.
     """
@@ -53,8 +53,8 @@ def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan:
 
 def uncached_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, x: Int[Array, "B L"],
                     indices: Sequence[int] | None = None) -> Iterator[Float[Array, "B _ V"]]:
-    """What `forced_logits` must equal: each step (or those of `indices`) by one pass over the whole sequence, without a
-    cache."""
+    """Yields what `forced_logits` must equal: the logits of each step (or of the steps `indices`) by one pass over the
+    whole sequence, without a cache."""
     begin = loop.start(weights, config, sampler, plan, unsort(x, plan.order))
     inputs = jnp.concatenate([begin.tokens[:, :sampler.shift], x], axis=1)[:, :x.shape[1]]
     for index in range(plan.nfe) if indices is None else indices:
@@ -68,7 +68,7 @@ def uncached_logits(weights: Weights, config: ModelConfig, sampler: Sampler, pla
 
 def _logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, index: int,
             hidden: Float[Array, "B L D"]) -> Float[Array, "B _ V"]:
-    """Those of a step's slots."""
+    """The logits of a step's slots."""
     first, count = (jnp.asarray(x[..., index]).reshape(-1, 1) for x in (plan.first, plan.tokens_per_step))
     return _head(weights, hidden, first, count, int(count.max()), config.mask, sampler.denoiser)
 
@@ -116,7 +116,7 @@ def batch_error(engine: Engine, sampler: Sampler, plan: Plan, x: Int[np.ndarray,
 
 def precision_error(engine: Engine, exact: Engine, sampler: Sampler, plan: Plan,
                     x: Int[np.ndarray, "B L"]) -> Difference:
-    """Cached logits of one engine against those of another with the same parameters in another type."""
+    """Cached logits of one engine against those of another, `exact`, with the same parameters in another type."""
     with jax.set_mesh(engine.mesh):
         ours, theirs = ((logits[:len(x)] for logits in forced_logits(*_filled(one, sampler, plan, x)))
                         for one in (engine, exact))

@@ -1,11 +1,12 @@
-"""Decoders that decide as they go: how many tokens a pass decodes is found in the pass, for each row by itself.
+"""Decoders that choose as they go: each pass decides how many tokens it decodes, for each row separately.
 
 The planned loop (loop.py) runs passes whose numbers are known beforehand. Here the order of a row is still that of its
-plan, given tokens first, but its next pass depends on what came before. Passes run in a compiled loop of `PACE` at a
-time. How far the rows are, the host reads while the next loop is at work. A row that is done changes nothing any more.
+plan, given tokens first, but its next pass depends on the earlier ones. `PACE` passes run in one compiled loop. The
+host reads how many tokens the rows have while the next loop is at work. Further passes do not change a row that is
+done.
 
-Tokens are drawn by uniforms that are keyed by (the row's key, slot), as in the planned loop, so that a row alone gives
-what it gives among others.
+Tokens are drawn by uniforms that are keyed by (the row's key, slot), as in the planned loop, so that a row gets the
+same tokens in every batch.
 
 Axes: B batch, L length, S passes, M slots that a pass decodes at most, U uniforms of a slot, V vocabulary.
 """
@@ -39,15 +40,15 @@ from eso_jax.model.params import Weights
 
 @struct.dataclass
 class Progress:
-    """What a pass reads and writes.
+    """The state that a pass reads and writes.
 
     Attributes:
       state: tokens by slot, the order, the cache, facts; see loop.State.
-      at: int32 [B], so many tokens of a row, the first of its order, are given or decoded.
-      clean: int32 [B], of so many, the first, the cache holds the keys and values of clean tokens.
-      passes: int32 [B], in which a row has decoded something.
+      at: int32 [B], how many tokens of a row, the first of its order, are given or decoded.
+      clean: int32 [B], for how many slots, the first, the cache holds keys and values of clean tokens.
+      passes: int32 [B], in how many passes the row has decoded something.
       step: int32 [B, L], by slot, which of these passes decoded it, from 0; -1 where none did.
-      memory: what a decoder keeps from pass to pass, a tree of arrays [B, ...].
+      memory: what a decoder carries from pass to pass, a tree of arrays [B, ...].
     """
 
     state: State
@@ -59,11 +60,11 @@ class Progress:
 
 
 class Decoder(ABC):
-    """A way to decode; a frozen dataclass, since programs are compiled by it.
+    """A way to decode; a frozen dataclass, since it is a static argument of compiled programs.
 
     Attributes:
-      uniforms: U, at least 2.
-      sequential: it needs exact conditionals of one token a pass.
+      uniforms: U, the uniforms of a slot, at least 2.
+      sequential: whether it needs the exact conditionals of one token a pass.
     """
 
     uniforms: ClassVar[int] = 2
@@ -72,12 +73,12 @@ class Decoder(ABC):
     @property
     @abstractmethod
     def most(self) -> int:
-        """M."""
+        """M, the most slots that a pass decodes for one row."""
 
     @property
     @abstractmethod
     def window(self) -> int:
-        """Slots of a pass; the cache has so many beyond the length."""
+        """Slots of a pass; the cache has as many more than the length."""
 
     def begin(self, config: ModelConfig, batch: int) -> Any:
         """The memory before the first pass."""
@@ -100,7 +101,8 @@ class Decoder(ABC):
         """The progress after one pass. A row is done where `at` has reached `end`."""
 
     def windows(self, found: Plan, sampler: Sampler) -> tuple[Counts, Counts]:
-        """The slots that each pass computes, from and to, [S] or [B, S], of the plan that is made of the passes."""
+        """(the first slot, the slot after the last) that each pass computes, each [S] or [B, S]. `found` is the plan
+        whose steps are the passes."""
         return np.zeros_like(found.first), np.full_like(found.first, found.length)
 
     def follows_a_plan(self, sampler: Sampler) -> bool:
@@ -108,24 +110,24 @@ class Decoder(ABC):
         return True
 
     def plan(self, plan: Plan, found: Plan) -> Plan:
-        """The plan whose law the samples have, of the one that they began with and the one of their passes, `found`."""
+        """The plan whose law the samples have; `plan` is the one that they began with, `found` that of their passes."""
         return found
 
 
 def plan_of_passes(plan: Plan, order: Int[np.ndarray, "B L"], step: Int[np.ndarray, "B L"]) -> Plan:
-    """The plan whose steps are the passes that were found, by slot; `order` was followed in place of the plan's."""
+    """The plan whose steps are the passes that decoded each slot, `step`, along the order that was followed."""
     counts = np.stack([np.bincount(row[row >= 0], minlength=step.max(initial=-1) + 1) for row in step])
     return join([Plan(jnp.asarray(order), counts, None, plan.given)])
 
 
 class Decoded(NamedTuple):
-    """What a batch has become.
+    """A decoded batch.
 
     Attributes:
       tokens: int32 [B, L], in natural order.
-      facts: of these, on request.
-      order: int32 [B, L], as it was followed.
-      step: int32 [B, L], by slot, as in `Progress`. Both are None where they are the plan's.
+      facts: of these tokens, on request; else None.
+      order: int32 [B, L], the order that was followed; None: the plan's.
+      step: int32 [B, L], by slot, as in `Progress`; None: the plan's.
     """
 
     tokens: Any
@@ -229,20 +231,21 @@ def commit(progress: Progress, tokens: Int[Array, "B M"], logits: Float[Array, "
 
 
 def take(x: Shaped[Array, "B L *s"], index: Int[Array, "B M"]) -> Shaped[Array, "B M *s"]:
-    """Of each row these slots; the last one in place of those behind the end."""
+    """x[b, index[b]] for each row; the last slot for indices after the end."""
     return jax.vmap(lambda x, index: x[index])(x, jnp.minimum(index, x.shape[1] - 1))
 
 
 def put(x: Shaped[Array, "B L *s"], new: Shaped[Array, "B M *s"], at: Int[Array, " B"],
         count: Int[Array, " B"]) -> Shaped[Array, "B L *s"]:
-    """x with the first `count` of `new` in the slots from `at` on, of each row; none behind the end."""
+    """x with the first `count` entries of `new` in the slots from `at` on, in each row; those after the end are
+    dropped."""
     number = jnp.arange(new.shape[1])[None]
     index = jnp.where(number < count[:, None], at[:, None] + number, x.shape[1])
     return jax.vmap(lambda x, index, new: x.at[index].set(new, mode="drop"))(x, index, new)
 
 
 def names() -> dict[str, Callable[..., Decoder]]:
-    """What makes a decoder of the number behind its name; `speculative` can do without. One line each."""
+    """By name, the function that makes a decoder from the number after its name (optional for `speculative`)."""
     from eso_jax.decoding.adaptive import Confidence, Entropy, Likeliest, Margin
     from eso_jax.decoding.speculative import Speculative
 
@@ -251,7 +254,7 @@ def names() -> dict[str, Callable[..., Decoder]]:
 
 
 def named(text: str) -> Decoder:
-    """The decoder of a text NAME:NUMBER, or of `speculative` alone.
+    """The decoder that a text NAME:NUMBER, or `speculative` alone, names.
 
     Raises:
       EsoError: there is none of the name, or the number is out of its range.
@@ -267,4 +270,7 @@ def named(text: str) -> Decoder:
         value = float(number)
     except ValueError:
         raise EsoError(f"decoder = {text!r}: needs a number, as in {name}:1") from None
-    return known[name](value)
+    try:
+        return known[name](value)
+    except EsoError as error:  # which names a field of the class, where the user has given the text
+        raise EsoError(f"decoder = {text!r}: {str(error).partition(': ')[2]}") from error

@@ -130,7 +130,7 @@ def _choose(masses: Any, edge: Any, sums: Any, uniforms: Any, out: Any, *, width
 
 def _by_row(logits: Float[Array, "R V"], uniforms: Float[Array, "R 2"], temperature: float, top_p: float, min_p: float,
             interpret: bool) -> Int[Array, " R"]:
-    """As `choose`, a program a row."""
+    """The same as `choose`, with one program for each row."""
     kernel = functools.partial(_row, size=max(1, math.isqrt(logits.shape[1])), temperature=temperature, top_p=top_p,
                                min_p=min_p, barrier=not interpret)
     return pl.pallas_call(

@@ -37,8 +37,8 @@ def random_then_ascending(key: Key[Array, ""], length: int, num_random: Int[Arra
 def likelihood_orders(key: Key[Array, ""], num_orders: int, batch: int, length: int, alpha_0: float,
                       first: int = 0, block: int | None = None) -> Int[Array, "O B L"]:
     """Independent orders for the importance-weighted bound: a Binomial(L, alpha_0)-sized random subset in random
-    order, then the rest ascending (paper, eq. 22). Keyed by (order, row), orders counted from `first`. With `block`,
-    BD3-LM's: blocks of that many positions ascending, at random within each."""
+    order, then the rest ascending (paper, eq. 22). Order n, counted from `first`, of a row is keyed by (n, row). With
+    `block`, BD3-LM's orders: blocks of that many positions ascending, random within each."""
 
     def one(index: Int[Array, ""], row: Int[Array, ""]) -> Int[Array, " L"]:
         if block is not None:

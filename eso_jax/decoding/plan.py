@@ -11,8 +11,8 @@ One plan drives every sampler, and the scorer that asks how likely given tokens 
   strided-row     ..., shuffled for each row                         L / T, a group
   left-to-right   ascending                                          one
 
-A plan can also be given: `Plan(order, tokens_per_step)`. Where some tokens are known beforehand, they come first in the
-order of their row, ascending, and the policy plans the rest, for each row by itself.
+A plan can also be given: `Plan(order, tokens_per_step)`. Tokens that are known beforehand come first in the order of
+their row, ascending, and the policy plans the other tokens, for each row separately.
 
 Axes: B batch, L length, S steps, J blocks.
 """
@@ -32,8 +32,8 @@ from jaxtyping import Array, Bool, Int, Key
 from eso_jax.decoding import order
 from eso_jax.errors import EsoError, require
 
-Counts = Int[np.ndarray, "... S"]  # shared by the batch, or with an axis B before it
-Each = int | Int[np.ndarray, "..."]  # one number for all rows, or [B], one for each
+Counts = Int[np.ndarray, "... S"]  # numbers by step: [S], shared by the batch, or [B, S]
+Each = int | Int[np.ndarray, "..."]  # one number for all rows, or one for each, [B]
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Plan:
       order: int [B, L], each row's own order, a permutation of 0..L-1.
       tokens_per_step: int [S], shared by the batch, at least 1 each; or [B, S], where a row may decode nothing in a
         step in which another does. L - given in all; or fewer, and the last tokens of the order are not decoded.
-      diffusion: how many tokens the diffusion phase decodes (given ones do not count); the rest come one per step.
-        None: all of them. Only Eso-LM (A), whose diffused tokens see each other, needs to know.
-      given: so many tokens, the first of the order, are known beforehand.
+      diffusion: how many tokens the diffusion phase decodes (given ones do not count); the others come one per step.
+        None: all of them. Only Eso-LM (A), whose tokens of this phase see each other, uses it.
+      given: how many tokens, the first of the order, are known beforehand.
     """
 
     order: Int[Array, "B L"]
@@ -89,34 +89,35 @@ class Plan:
 
     @property
     def diffused(self) -> Each:
-        """The first tokens of the order: those that are given, and those that the diffusion phase decodes."""
+        """How many tokens, the first of the order, are given or decoded by the diffusion phase."""
         return self.end if self.diffusion is None else self.given + self.diffusion
 
     @property
     def end(self) -> Each:
-        """The first tokens of the order: those that are given, and those that are decoded."""
+        """How many tokens, the first of the order, are given or decoded; the others stay masks."""
         decoded = self.tokens_per_step.sum(-1)
         return self.given + (decoded if decoded.ndim else int(decoded))
 
     @functools.cached_property
     def known(self) -> Bool[np.ndarray, "B L"]:
-        """The tokens that are given, by natural position."""
+        """Which tokens are given, by natural position."""
         return np.argsort(np.asarray(self.order), axis=1) < np.reshape(self.given, (-1, 1))
 
     @property
     def decoded(self) -> Bool[np.ndarray, "_ L"]:
-        """Whether some step decodes it, by slot; a row for each, or one for all."""
+        """Which slots some step decodes: [B, L], or [1, L] if all rows agree."""
         slot = np.arange(self.length)
         return (slot >= np.reshape(self.given, (-1, 1))) & (slot < np.reshape(self.end, (-1, 1)))
 
     @property
     def first(self) -> Counts:
-        """The slot (index along the order) at which each step begins."""
+        """The slot (index along the order) at which each step begins: [S] or [B, S]."""
         return np.asarray(self.given)[..., None] + np.cumsum(self.tokens_per_step, -1) - self.tokens_per_step
 
     @property
     def step_begins(self) -> Int[np.ndarray, "_ L"]:
-        """The first slot of each slot's step, a given one's own slot; a row for each, or one for all."""
+        """For each slot the first slot of its step; the slot itself where no step decodes it. [B, L], or [1, L] for all
+        rows."""
         first = np.atleast_2d(self.first)
         counts, given = np.broadcast_to(self.tokens_per_step, first.shape), np.broadcast_to(self.given, len(first))
         return np.stack([np.concatenate([np.arange(g), np.repeat(f, c), np.arange(g + c.sum(), self.length)])
@@ -124,18 +125,19 @@ class Plan:
 
     @property
     def nfe(self) -> int:
-        """Number of function evaluations: forward passes of the denoiser, but for the one over the given tokens."""
+        """Number of function evaluations: the plan's steps. The pass over given tokens does not count."""
         return self.tokens_per_step.shape[-1]
 
     def check_given(self, known: Bool[np.ndarray, "B L"]) -> None:
-        """Raises an EsoError unless just these tokens, by natural position, are what the plan takes for given."""
+        """Raises an EsoError unless exactly these tokens, by natural position, are those that the plan takes as
+        given."""
         wrong = (known != self.known).any(axis=1)
         require(not bool(wrong.any()), "given", f"row {wrong.argmax()}", "the plan takes other tokens for given: the "
                 "first of its order must be those that are known")
 
 
 def join(plans: Sequence[Plan]) -> Plan:
-    """The rows of several plans in one. What all rows have in common they share."""
+    """One plan of the rows of several. What is equal in all rows is stored once, without an axis B."""
     steps, sizes = max(plan.nfe for plan in plans), [len(plan.order) for plan in plans]
 
     def shared(parts: list[np.ndarray], axes: int) -> Any:
@@ -153,8 +155,11 @@ def join(plans: Sequence[Plan]) -> Plan:
 
 
 def leave(plan: Plan, known: Bool[np.ndarray, "B L"], asked: Bool[np.ndarray, "B L"]) -> Plan:
-    """A plan that decodes what is asked for and leaves the rest of what is not known. It is made of one that takes all
-    that is not asked for as known."""
+    """The plan that decodes the tokens `asked` alone; the other unknown ones go to the end of the order and stay masks.
+
+    Args:
+      plan: the plan in which all tokens that are not asked for count as known.
+    """
     rank, orders = np.where(known, 0, np.where(asked, 1, 2)), np.asarray(plan.order)
     along = np.argsort(np.take_along_axis(rank, orders, axis=1), axis=1, kind="stable")
     return join([Plan(jnp.asarray(np.take_along_axis(orders, along, axis=1)), plan.tokens_per_step,
@@ -169,8 +174,9 @@ def draw(policy: str, key: Key[Array, "..."], batch: int, length: int, steps: in
     """A plan of the named policy, of T = `steps` where it has a T.
 
     Args:
-      key: of the plan; with `known`, one for each row, whose plan depends on nothing else.
-      known: tokens that are known beforehand, by natural position. The policy plans the others, as if they were all.
+      key: of the plan; with `known`, one for each row, whose plan depends on no other row.
+      known: tokens that are known beforehand, by natural position. The policy plans the others, as if there were only
+        these.
 
     Raises:
       EsoError: for an unknown policy, or values that it cannot take.
@@ -199,7 +205,7 @@ def after_known(known: Bool[np.ndarray, " L"], rest: Int[np.ndarray, " _"], coun
 
 
 def complete(known: Bool[np.ndarray, " L"]) -> Plan:
-    """The plan of a row in which all is known: there is nothing to do."""
+    """The plan of a row in which every token is known: it has no steps."""
     return after_known(known, np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
 
 
@@ -214,7 +220,7 @@ def binomial(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: 
     E[NFE] = (1 - alpha_0) L + T (1 - (1 - alpha_0 / T)^L), see `expected_nfe`.
 
     Args:
-      most: random numbers are drawn for so many tokens, of which there are `length`: one program for all lengths.
+      most: for how many tokens random numbers are drawn, of which the first `length` are used: one program for all.
     """
     phase, step, shuffled = (np.asarray(x) for x in _draw(key, steps, batch, most or length))
     _, counts = np.unique(step[:length][phase[:length] < alpha_0], return_counts=True)
@@ -223,7 +229,7 @@ def binomial(key: Key[Array, ""], batch: int, length: int, steps: int, alpha_0: 
 
 @functools.partial(jax.jit, static_argnames=("batch", "most"))
 def _draw(key: Key[Array, ""], steps: Int[Array, ""] | int, batch: int, most: int) -> tuple[Array, Array, Array]:
-    """Of `most` tokens, what decides on the phase and the step in it; and the orders [B, most]."""
+    """(a uniform per token, which decides on its phase; its diffusion step; random orders [B, most])."""
     phase_key, step_key, order_key = jax.random.split(key, 3)
     return (jax.random.uniform(phase_key, (most,)), jax.random.randint(step_key, (most,), 0, steps),
             _shuffle(order_key, batch, most))
@@ -251,8 +257,8 @@ def _shuffle(key: Key[Array, ""], batch: int, most: int) -> Int[Array, "B _"]:
 
 
 def _then_ascending(shuffled: Int[Any, "B _"], length: int, counts: Int[np.ndarray, " S"]) -> Plan:
-    """Random positions by `counts`, each row its own, then the rest one by one in ascending order. Of the positions
-    those that there are count, the first `length`."""
+    """The plan of random positions, `counts` in each step, then the others one by one in ascending order. Positions
+    from `length` on are dropped from `shuffled`."""
     diffusion, shuffled = int(counts.sum()), np.asarray(shuffled)
     shuffled = shuffled[shuffled < length].reshape(-1, length)
     orders = np.concatenate([shuffled[:, :diffusion], np.sort(shuffled[:, diffusion:])], axis=1)
@@ -266,7 +272,7 @@ def left_to_right(batch: int, length: int) -> Plan:
 
 def strided(key: Key[Array, ""], batch: int, length: int, groups: int, shuffle: str) -> Plan:
     """The block sampler (paper, appendix E.10): a step decodes the group {j, j + S, j + 2S, ...}, S = `groups`, whose
-    members are as far apart as can be.
+    members are as far apart as possible.
 
     Args:
       shuffle: the order of the groups: "none" (ascending), "shared" by the batch, or each "row" its own.
@@ -292,7 +298,8 @@ def within_blocks(key: Key[Array, ""], batch: int, length: int, block: int, poli
 
 
 def blocks_after_known(key: Key[Array, ""], known: Bool[np.ndarray, " L"], block: int, policy: str, steps: int) -> Plan:
-    """The same for one row, some of whose tokens are known: the policy plans the others of each block."""
+    """The plan of one row, as `within_blocks` makes it, if some tokens are known: the policy plans the others of each
+    block."""
     left = (~known).reshape(-1, block).sum(1)
     if not left.any():
         return complete(known)
@@ -303,7 +310,8 @@ def blocks_after_known(key: Key[Array, ""], known: Bool[np.ndarray, " L"], block
 
 def _blocks(key: Key[Array, ""], batch: int, length: int, block: int, policy: str, steps: int,
             left: Int[np.ndarray, " J"]) -> tuple[Int[np.ndarray, "B J _"], Int[np.ndarray, " S"]]:
-    """Each block's positions at random, and the steps that decode `left` of them."""
+    """(each block's positions in random order, the tokens of each step, which decode the first `left` of each
+    block)."""
     policies = ("binomial", "balanced", "one-by-one")
     require(policy in policies, "plan", policy, f"BD3-LM's plans are {', '.join(policies)}")
     blocks = length // block

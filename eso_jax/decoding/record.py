@@ -1,4 +1,4 @@
-"""What the model knew of each token that it drew, kept on request.
+"""Facts about each token that was drawn, recorded on request: its log p, the entropy, and the alternatives.
 
 Axes: B batch, L length, A alternatives, V vocabulary.
 """
@@ -21,7 +21,7 @@ ALTERNATIVES = 5
 
 
 class Facts(NamedTuple):
-    """Of each drawn token, in nats. All but `logp_rule` at temperature 1 and of the whole distribution.
+    """Facts about each drawn token, in nats. All but `logp_rule` are of the whole distribution at temperature 1.
 
     Attributes:
       logp: float32 [B, L], log p of the token.
@@ -39,7 +39,7 @@ class Facts(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A generation, by natural position: when a token came, and its `Facts`.
+    """A generation, by natural position: the step that decoded each token, and its `Facts`.
 
     Attributes:
       step: int32 [B, L], the step of the plan that decoded it, from 0; -1 where it was given, or is a mask: then
@@ -59,12 +59,12 @@ def empty(batch: int, length: int, vocab_size: int) -> Facts:
     def room(*shape: int, dtype: Any = jnp.float32) -> Array:
         return sharding.constrain(jnp.zeros((batch, length, *shape), dtype), sharding.BATCH)
 
-    count = min(ALTERNATIVES, vocab_size - 1)  # the mask is none
+    count = min(ALTERNATIVES, vocab_size - 1)  # the mask is no alternative
     return Facts(room(), room(), room(), room(count, dtype=jnp.int32), room(count))
 
 
 def facts(logits: Float[Array, "*s V"], tokens: Int[Array, "*s"], rule: Rule) -> Facts:
-    """What is kept of tokens that were drawn from these logits, arrays [*s] and [*s, A]."""
+    """The facts of tokens that were drawn from these logits: arrays [*s] and [*s, A]."""
     def of_token(x: Array) -> Array:
         return jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0]
 

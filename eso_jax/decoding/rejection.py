@@ -1,8 +1,8 @@
-"""Redrawing degenerate samples, in the open.
+"""The entropy by which degenerate samples are drawn again, on request.
 
 Some published numbers are of samples that were drawn again, up to ten times, while the last 256 tokens had an entropy
-below 4 nats (BD3-LM's code does so for every model). That flatters a sampler, so nothing is redrawn here unless asked,
-and how often is counted.
+below 4 nats (BD3-LM's code does so for every model). That flatters a sampler. So by default nothing is drawn again
+here, and every new draw is counted.
 
 Axes: N samples, L length.
 """

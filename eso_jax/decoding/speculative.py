@@ -1,23 +1,23 @@
-"""Lossless speculation: several tokens a pass, by the law of one token a pass.
+"""Lossless speculation: several tokens a pass, with the law (distribution) of one token a pass.
 
-A pass verifies the drafts of the pass before and makes the next ones. Its window is, of a row that has decoded `at`
-tokens, with k drafts:
+A pass verifies the drafts of the pass before and makes the next ones. For a row that has decoded `at` tokens, with k
+drafts, its window is:
 
   clean      the token decoded last, then the drafts of the slots at, ..., at + k - 1, as if they were decoded
-  masks      of the slots at, ..., at + 2k; mask m sees all before `at` and the first m drafts, the ones behind mask k
-             all drafts and each other
+  masks      of the slots at, ..., at + 2k; mask m sees all slots before `at` and the first m drafts; the masks after
+             mask k see all drafts, and the masks from k on before them
 
-A row with fewer drafts than the k of the pass has more clean slots before `at`, which give what they gave before, and
-masks of theirs, which nobody looks at. So it gets what it would get alone.
+A row with fewer drafts than the k of the pass has more clean slots before `at`, whose results are the same as before,
+and masks for these, which are not used. So its tokens are the same as in a batch of its own.
 
-Mask m <= k says p, the law of its slot given everything before it: what the sampler of one token a pass would draw it
-by. With it a draft that was drawn by q is accepted with probability min(1, p / q). Where the first one is refused, the
-token is drawn by the positive part of p - q instead; where none is, mask k gives one more. So each token has the law p,
-whatever q was [1]. The k masks behind the slot where it ended say the laws q of the next drafts. They have not seen the
-token that was drawn there; where a draft was refused, they have seen that one.
+Mask m <= k gives p, the law of its slot given everything before it: that of the sampler of one token a pass. A draft
+that was drawn from q is accepted with probability min(1, p / q). At the first refused draft, the token is drawn from
+the positive part of p - q, normalized; if none is refused, mask k gives one more token. So each token has the law p,
+for any q [1]. The k masks after the last new token give the laws q of the next drafts. They have not seen this token;
+if a draft was refused, they have seen that draft instead.
 
-Masks are written into the cache behind the clean part, where later passes write over them, as over refused drafts; the
-keys and values of accepted drafts are those of decoded tokens and stay.
+Keys and values of masks are written into the cache after the clean part, where later passes overwrite them, as they do
+those of refused drafts; the keys and values of accepted drafts are those of decoded tokens, and stay.
 
 k is fixed, or each row finds its own. `PACE` passes have one k, found from that of the `PACE` passes before the last
 ones: twice as many if more than three in four of their drafts were accepted, half as many if less than half. (The last
@@ -53,19 +53,19 @@ from eso_jax.model.masks import Drafts, View
 from eso_jax.model.params import Weights
 
 MOST = 64  # drafts
-FIRST, LARGEST = 4, 16  # of a row that finds its own
+FIRST, LARGEST = 4, 16  # drafts of a row that adapts its own k
 
 
 class Memory(NamedTuple):
-    """The drafts of the next slots, and how a row did with earlier ones.
+    """The drafts of the next slots, and how many of a row's earlier drafts were accepted.
 
     Attributes:
-      tokens: int32 [B, k].
-      laws: float32 [B, k, V], by which they were drawn.
-      drafted: int32 [B], of so many, the first, there is a draft.
-      wanted: int32 [B], so many drafts a pass makes.
-      verified: int32 [B], drafts since `wanted` was set.
-      accepted: int32 [B], of these.
+      tokens: int32 [B, k], the drafts.
+      laws: float32 [B, k, V], the laws from which they were drawn.
+      drafted: int32 [B], how many drafts, the first of the k, the row has.
+      wanted: int32 [B], how many drafts a pass makes for the row.
+      verified: int32 [B], how many drafts were verified since `wanted` was set.
+      accepted: int32 [B], how many of these were accepted.
     """
 
     tokens: Int[Array, "B k"]
@@ -78,24 +78,25 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Speculative(Decoder):
-    """Drafts that are verified.
+    """Speculative decoding; see the top of this file.
 
     Attributes:
       drafts: k of a pass.
-      by_row: each row finds its own, at most `LARGEST`; `drafts` is then the largest of them. Programs do not know.
+      by_row: each row adapts its own k, at most `LARGEST`; `drafts` is then the largest of the batch. Programs do not
+        depend on it.
     """
 
     drafts: int
     by_row: bool = field(default=False, compare=False)
     sequential = True
-    uniforms = 5  # of a slot: two draw a draft, one accepts it, two draw in its place
+    uniforms = 5  # of a slot: two draw a draft, one accepts it, two draw a token in its place
 
     def __post_init__(self) -> None:
         require(1 <= self.drafts <= MOST, "speculative", self.drafts, f"the number of drafts must be in 1..{MOST}")
 
     @classmethod
     def of(cls, number: float | None = None) -> Speculative:
-        """Of the number behind the name; without one, each row finds its own."""
+        """The decoder with this number of drafts; without a number, each row adapts its own."""
         if number is None:
             return cls(FIRST, by_row=True)
         require(float(number).is_integer(), "speculative", number, "must be a whole number of drafts")
@@ -126,7 +127,7 @@ class Speculative(Decoder):
         return dataclasses.replace(self, drafts=most), dataclasses.replace(progress, memory=memory)
 
     def windows(self, found: Plan, sampler: Sampler) -> tuple[Counts, Counts]:
-        """Those that a row would have alone."""
+        """The windows that a row would have in a batch of its own."""
         counts, starts, stops = found.tokens_per_step, [], []
         none = np.zeros(counts.shape[:-1], int)
         wanted, drafted, verified, accepted = none + self.drafts, none, none, none
@@ -181,7 +182,7 @@ def wanted_after(wanted: Int[np.ndarray, "..."], verified: Int[np.ndarray, "..."
 
 @functools.partial(jax.jit, static_argnames="drafts")
 def adapted(memory: Memory, wanted: Int[Array, " B"], drafts: int) -> Memory:
-    """The memory of rows that want so many drafts, with room for `drafts`."""
+    """The memory with `wanted` drafts for each row, in arrays of `drafts`."""
     def fit(x: Array) -> Array:
         return jnp.pad(x[:, :drafts], [(0, 0), (0, max(0, drafts - x.shape[1]))] + [(0, 0)] * (x.ndim - 2))
 
@@ -192,10 +193,10 @@ def adapted(memory: Memory, wanted: Int[Array, " B"], drafts: int) -> Memory:
 
 def verify(laws: Float[Array, "B M V"], drafts: Memory,
            uniforms: Float[Array, "B M U"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """How many drafts of a row are accepted, one after the other, and the token behind these.
+    """(how many drafts of each row are accepted, [B]; the token after these, [B]).
 
     Args:
-      laws: p of each draft's slot, and of the slot behind them.
+      laws: p of each draft's slot, and of the slot after them.
     """
     def of_draft(laws: Float[Array, "B k V"]) -> Float[Array, "B k"]:
         return jnp.take_along_axis(laws, drafts.tokens[..., None], axis=-1)[..., 0]
@@ -209,5 +210,5 @@ def verify(laws: Float[Array, "B M V"], drafts: Memory,
 
     law, refused = there(laws), there(jnp.pad(drafts.laws * there_is[..., None], [(0, 0), (0, 1), (0, 0)]))
     rest = jnp.maximum(law - refused, 0)
-    rest = jnp.where(rest.any(-1, keepdims=True), rest, law)  # rounding alone leaves nothing
+    rest = jnp.where(rest.any(-1, keepdims=True), rest, law)  # it is 0 only by rounding
     return accepted, categorical.pick(rest, there(uniforms)[:, 3:]).astype(jnp.int32)

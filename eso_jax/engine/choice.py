@@ -1,7 +1,7 @@
 """Which of several texts stands here? Probabilities of given continuations or infillings, exact, in one pass each.
 
 The context comes first in the order, then the option from left to right (likelihood.conditionals), so that an Eso-LM
-(B) knows what stands on both sides of a blank. AR has but continuations.
+(B) uses the text on both sides of a blank. AR can only score continuations.
 
 Axes: O options, L length.
 """
@@ -27,7 +27,8 @@ class Choice(NamedTuple):
     """How likely each option is in its place.
 
     Attributes:
-      probabilities: float64 [O], among the options: exp(logp), normalized. Longer options are the less likely for it.
+      probabilities: float64 [O], exp(logp), normalized over the options. Longer options are less likely for their
+        length.
       logp: float64 [O], log p(option | context) in nats.
       logp_by_token: of each option, float32 [its tokens].
     """
@@ -38,12 +39,12 @@ class Choice(NamedTuple):
 
 
 def choose(model: Model, context: str | np.ndarray, options: Sequence[str | np.ndarray]) -> Choice:
-    """The law of the options in a context.
+    """The probabilities of the options in a context.
 
     Args:
-      context: a text, which the options go on from; a text with one [MASK], whose place they take (each with its own
-        number of tokens, so that what follows stands the further back, the longer the option is); or the ids of a row,
-        int [K], K <= L, whose masks they fill from the left. The rest of the row is not looked at.
+      context: a text that the options continue; a text with one [MASK], which they replace (each with its own number of
+        tokens, so that a longer option shifts the text after it further to the right); or the ids of a row, int [K],
+        K <= L, whose masks they fill from the left. The rest of the row is not used.
       options: texts, or ids, int [_].
 
     Raises:

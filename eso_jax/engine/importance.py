@@ -1,6 +1,6 @@
-"""The importance-weighted bound as a running estimate: orders are drawn and scored one group after another.
+"""The importance-weighted bound as a running estimate: orders are drawn and scored in groups, one after another.
 
-It says how far it is, keeps what it has in a file, and goes on from there when it was stopped; the result is the same.
+It shows its progress, keeps the scores so far in a file, and resumes from there after a stop, with the same result.
 
 Axes: B batch, L length, O orders.
 """
@@ -28,14 +28,14 @@ SAVE_EVERY = 30.0  # seconds
 
 def log_prob(engine: Engine, tokens: np.ndarray, num_orders: int, alpha_0: float, seed: int,
              partial: Path) -> np.ndarray:
-    """log p(tokens[b] | order) in nats under `num_orders` random orders of each row, float32 [O, B]; more of them where
-    `partial` holds more.
+    """log p(tokens[b] | order) in nats under `num_orders` random orders of each row, float32 [O, B]; O is larger if
+    `partial` already holds more.
 
     Args:
       tokens: int [B, L], no masks.
-      alpha_0: of the orders' law; see eso_jax.decoding.order.likelihood_orders.
-      partial: where the orders scored so far are kept; to be removed once the result is safe. Devices and batch size
-        may be others when it goes on.
+      alpha_0: share of random positions in the orders; see eso_jax.decoding.order.likelihood_orders.
+      partial: the file of the scores so far, for the caller to remove once the result is written. A resumed run may use
+        other devices and another batch size.
 
     Raises:
       EsoError: `partial` is of something else, or the arguments do not fit the model.
@@ -65,7 +65,7 @@ def log_prob(engine: Engine, tokens: np.ndarray, num_orders: int, alpha_0: float
 
 
 def _digest(engine: Engine, tokens: np.ndarray) -> str:
-    """Of the weights and the tokens; the same on every mesh."""
+    """A hash of the weights and the tokens; the same on every mesh."""
     digest, head = hashlib.sha256(), engine.weights.head
     whole = Head(head.norm, head.kernel[:, :len(head.bias)], head.bias)  # without what pads it
     named = jax.tree_util.tree_leaves_with_path(Weights(engine.weights.embedding, engine.weights.blocks, whole))

@@ -27,7 +27,7 @@ from eso_jax import families, likelihood, sharding
 from eso_jax.config import ATTENTION, Config
 from eso_jax.data.prompts import Given, of_array
 from eso_jax.data.stops import Stops
-from eso_jax.data.tokenizers import Tokenizer
+from eso_jax.data.tokenizers import Tokenizer, token_ids
 from eso_jax.decoding import decoders, loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.decoders import Decoded, Decoder
@@ -48,24 +48,25 @@ Watch = Callable[[Int[np.ndarray, " B"], Int[np.ndarray, "B L"]], None]
 
 
 class Samples(NamedTuple):
-    """Generated sequences and how they came about.
+    """Generated sequences and how they were decoded.
 
     Attributes:
-      tokens: int32 [N, L]; masks where nothing was asked for, or a sample has ended.
+      tokens: int32 [N, L]; masks at positions that were not to be decoded, or after the end of a sample.
       order: int32 [N, L], each sample's decoding order.
-      tokens_per_step: int [steps], decoded in each step; [N, steps] where samples differ in it.
-      diffusion: tokens of the diffusion phase, or [N]; with the two above, and `given`, it makes the plan.
+      tokens_per_step: int [steps], how many tokens each step decodes; [N, steps] if samples differ.
+      diffusion: how many tokens the diffusion phase decodes, one number or int [N]. It, the two above and `given` are
+        the plan.
       given: bool [N, L], the tokens that were given.
       tries: int [N], how often each sample was drawn.
-      tokens_per_pass: int [passes] or [N, passes], decoded in each pass: the same, but for a decoder that has the law
-        of other steps than its passes.
+      tokens_per_pass: int [passes] or [N, passes], how many tokens each pass decodes. It differs from tokens_per_step
+        for speculation, whose law is that of one token a step.
       seconds: wall time of decoding, compilation included.
-      compile_seconds: of these, spent on tracing and compiling.
-      record: when each token was decoded and what was known of it, where that was asked for; see decoding/record.py.
-      caption: with it, what else a page that plays the generation needs; see viewer/caption.py.
-      text: what the tokens say, up to the first stop or the last decoded token; nothing without a tokenizer.
-      law_of_plan: whether the tokens have the law of the plan that they were decoded along. Where a decoder has found
-        the order by a look at each token alone, they have not.
+      compile_seconds: the part of these for tracing and compiling.
+      record: on request, when each token was decoded and its log p; see decoding/record.py.
+      caption: with a record, what else a page that plays the generation needs; see viewer/caption.py.
+      text: the decoded text of each sample, up to the first stop or the last decoded token; empty without a tokenizer.
+      law_of_plan: whether the tokens have the law of `plan`. False for decoders that choose the order and decode
+        several tokens a pass by a look at each alone.
     """
 
     tokens: np.ndarray
@@ -83,7 +84,7 @@ class Samples(NamedTuple):
     law_of_plan: bool = True
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What the .npz of `eso-jax sample` holds, but for the text."""
+        """The arrays in the .npz of `eso-jax sample`, except the text."""
         found = {name: getattr(self, name) for name in ("tokens", "order", "tokens_per_step", "diffusion", "tries")}
         if self.tokens_per_pass is not self.tokens_per_step:
             found["tokens_per_pass"] = self.tokens_per_pass
@@ -97,7 +98,7 @@ class Samples(NamedTuple):
         return {**found, **self.record._asdict(), **self.caption._asdict(), "seconds": seconds}
 
     def show(self) -> Page:
-        """The page that plays the generation: a string of HTML, which a notebook shows.
+        """The page that plays the generation: a string of HTML that a notebook displays.
 
         Raises:
           EsoError: it was sampled without a record.
@@ -107,7 +108,7 @@ class Samples(NamedTuple):
 
     @property
     def passes(self) -> Int[np.ndarray, " N"]:
-        """Forward passes in which each sample decoded something: its NFE."""
+        """The number of passes in which each sample decoded something, its NFE: int [N]."""
         return (np.broadcast_to(self.tokens_per_pass, (len(self.tokens), self.tokens_per_pass.shape[-1])) > 0).sum(1)
 
     @property
@@ -122,11 +123,11 @@ class Model(Engine):
 
     Attributes:
       config: the run's.
-      weights: the folded, unstacked weights that sampling and scoring use, in the type asked for.
+      weights: the folded, unstacked weights that sampling and scoring use, of the `dtype` of `load`.
       mesh: the devices.
-      batch_size: rows that pass together; results do not depend on it, but for float32 rounding.
-      step: training steps behind the parameters.
-      tokenizer: the training data's; None where there is none for the vocabulary (an import).
+      batch_size: rows in a batch; results do not depend on it, except for float32 rounding.
+      step: how many steps the parameters were trained for.
+      tokenizer: that of the training data; None if none fits the vocabulary (an import).
     """
 
     _: dataclasses.KW_ONLY
@@ -137,44 +138,44 @@ class Model(Engine):
                temperature: float = 1.0, seed: int = 0, batch_size: int | None = None, *, min_p: float = 0.0,
                plan: str | Plan | None = None, decoder: str | Decoder | None = None, num_tries: int = 1,
                min_entropy: float | None = None, keep: bool = False, record: bool = False,
-               banned: Sequence[int] = (), given: np.ndarray | Given | None = None,
+               banned: int | str | Sequence[int | str] = (), given: np.ndarray | Given | None = None,
                max_tokens: int | None = None, stop: Sequence[str] = (), done: loop.Done | None = None,
                watch: Watch | None = None) -> Samples:
         """Samples by the family's own sampler, the batch split over the devices.
 
-        Where tokens are given, the others follow their exact conditional law under the decoding of the plan. A sample
-        then depends on the seed, on what it was given, and on how many samples before it were given the same.
+        If tokens are given, the others are drawn exactly as if the given ones had been decoded first. A sample then
+        depends on the seed, on what it was given, and on how many samples before it were given the same.
 
         Args:
-          num_samples: N; with `given`, of each of its rows, next to each other, so that N = M num_samples.
+          num_samples: N; with `given`, the samples of each of its M rows, next to each other: N = M num_samples.
           steps: T, diffusion steps (AR has none).
           alpha_0: expected share of tokens decoded by diffusion; None: the training value. Eso-LMs take any.
           top_p, temperature, min_p: how a token is drawn; see eso_jax.decoding.categorical.Rule.
           batch_size: rows decoded together; None: the model's.
           plan: a policy of eso_jax/decoding/plan.py (None: the family's own), or a plan with an order per sample.
-          decoder: finds by itself how many tokens each pass decodes, as "speculative:4"; see
-            eso_jax/decoding/decoders.py. The plan says the order alone (None: one-by-one), and there is no T.
+          decoder: chooses how many tokens each pass decodes, such as "speculative:4"; see
+            eso_jax/decoding/decoders.py. The plan then gives only the order (None: one-by-one), and there is no T.
           num_tries: samples whose last 256 tokens have a unigram entropy below `min_entropy` nats are drawn again,
-            along the same plan, until they have been drawn this often. 1: none is.
-          banned: ids that are never drawn (the mask never is).
-          keep: an interrupt (Ctrl-C) ends the work and leaves the samples whose batches are done, if there are any.
-          watch: is told every few passes which rows are at work, int [B], and their tokens so far, int [B, L]; masks
-            where there is none yet.
-          record: of each token its step, its log p, the entropy and the likeliest tokens are kept.
-          given: int [M, K <= L], tokens that are known by natural position; the mask id marks the others. Or what
-            eso_jax.data.prompts makes of texts. See Family.check_known for what a family can be given.
-          max_tokens: the first so many unknown tokens of each row are decoded, by a plan of these alone. Those behind
-            them, and those that `given` does not ask for, stay masks, for no pass.
+            along the same plan, up to this many draws in all. 1: no sample is drawn again.
+          banned: tokens that are never drawn (the mask never is), by their ids or as texts.
+          keep: after an interrupt (Ctrl-C), return the samples of the finished batches, if there are any.
+          watch: called every few passes with the numbers of the batch's rows, int [B], and their tokens so far, int
+            [B, L], with masks where there is none yet.
+          record: keep each token's step, its log p, the entropy and the likeliest tokens.
+          given: int [M, K <= L], known tokens by natural position; the mask id marks the others. Or the result of a
+            function of eso_jax.data.prompts. Family.check_known says what a family can be given.
+          max_tokens: how many of the unknown tokens of each row, from the first, are decoded, by a plan over these
+            alone. Later ones, and those after the end of a template, stay masks and take no pass.
           stop: texts at which a sample ends, see eso_jax/data/stops.py; tokens from there on are masks.
-          done: asked now and then about the tokens of a batch so far, int [B, L] with masks, and which of them were
-            given, bool [B, L]; says which rows need no more, bool [B]. A batch is left when all its rows are done or
-            decoded. What a row has got by then depends on the others. (`stop` is one, with what is behind it cut.)
+          done: called every few passes with the tokens of a batch so far, int [B, L] with masks, and which of them were
+            given, bool [B, L]; returns which rows need no more tokens, bool [B]. A batch ends when all its rows are
+            done or decoded, so how many tokens a row has then depends on the other rows. (`stop` works so, and cuts the
+            surplus tokens.)
 
         Raises:
           EsoError: an argument is out of range, the family cannot follow the plan or be given these tokens, or the
             devices ran out of memory.
         """
-        require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
         require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "must be at least 1")
         require(steps >= 1, "steps", steps, "T must be at least 1")
         require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
@@ -184,18 +185,13 @@ class Model(Engine):
         require(num_tries > 1 or min_entropy is None, "min_entropy", min_entropy, "goes with num_tries > 1")
         require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
         alpha_0 = families.alpha_0_of(self.config, alpha_0)
-        rule = Rule(temperature, top_p, min_p, tuple(banned))
+        rule = Rule(temperature, top_p, min_p, token_ids(banned, self.tokenizer, "banned"))
         rule.check_vocabulary(self.config.model.vocab_size, self.config.model.mask)
+        require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
         plan_key, draw_key = jax.random.split(jax.random.key(seed))
         model = self.config.model
-        rows = given if isinstance(given, Given) else of_array(
-            np.zeros((1, 0), int) if given is None else np.asarray(given), model)
-        families.get(self.config).check_known(self.config, rows.tokens != model.mask)
-        given, end = (np.repeat(each, num_samples, axis=0) for each in rows)
-        known, num_samples = given != model.mask, len(given)
-        require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
-        asked = ~known & (np.arange(model.length) < end[:, None])
-        asked &= asked.cumsum(1) <= (max_tokens or model.length)
+        given, known, asked = _rows_of(self.config, given, num_samples, max_tokens)
+        num_samples = len(given)
         stops = Stops.of(stop, self.tokenizer)
         require(done is None or not stop, "stop", list(stop), "give this or done, not both")
         if isinstance(decoder, str):
@@ -213,7 +209,7 @@ class Model(Engine):
                 f"its order must have shape [{num_samples}, {model.length}]")
         plan.check_given(known)
 
-        size = self.size(num_samples, batch_size)  # also for the few that are drawn again: no other compilation
+        size = self.size(num_samples, batch_size)  # also for the few that are drawn again, to compile only once
         whole = Decoded(np.zeros(plan.order.shape, np.int32), jax.tree.map(np.array, empty(
             num_samples, plan.length, self.config.model.vocab_size)) if record else None)
         if decoder is not None:
@@ -224,7 +220,7 @@ class Model(Engine):
                 again = np.arange(num_samples)
                 try:
                     if min_entropy is not None and attempt:
-                        # What others of its batch had a row decode behind its end does not count.
+                        # Tokens after a row's stop, decoded while other rows went on, do not count.
                         ended = whole.tokens.copy()
                         for row, own in zip(ended, known, strict=True):
                             if stops:
@@ -270,8 +266,8 @@ class Model(Engine):
         return likelihood.log_prob(self, tokens, orders)
 
     def plan_log_prob(self, tokens: np.ndarray, plan: Plan) -> np.ndarray:
-        """log p of each token of [B, L] in nats, in the order, when decoded along the plan: the law of `sample` given
-        its plan. In one pass where the family has it; see likelihood.plan_log_prob."""
+        """log p of each token of tokens [B, L] in nats, float32 [B, L] along the order, if decoded along the plan; its
+        sum is log p of a sample given its plan. In one pass where the family can; see likelihood.plan_log_prob."""
         return likelihood.plan_log_prob(self, tokens, plan)
 
     def choose(self, context: str | np.ndarray, options: Sequence[str | np.ndarray]) -> choice.Choice:
@@ -279,10 +275,24 @@ class Model(Engine):
         return choice.choose(self, context, options)
 
 
+def _rows_of(config: Config, given: np.ndarray | Given | None, num_samples: int,
+             max_tokens: int | None) -> tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"], Bool[np.ndarray, "N L"]]:
+    """(the given tokens, with masks elsewhere; which tokens are given; which are to be decoded) for the arguments of
+    `Model.sample`."""
+    model = config.model
+    rows = given if isinstance(given, Given) else of_array(
+        np.zeros((1, 0), int) if given is None else np.asarray(given), model)
+    families.get(config).check_known(config, rows.tokens != model.mask)
+    tokens, end = rows.repeat(num_samples)
+    known = tokens != model.mask
+    asked = ~known & (np.arange(model.length) < end[:, None])
+    return tokens, known, asked & (asked.cumsum(1) <= (max_tokens or model.length))
+
+
 def _plan(config: Config, keys: Key[Array, " N"], key: Key[Array, ""], known: Bool[np.ndarray, "N L"], steps: int,
           alpha_0: float, **policy: Any) -> Plan:
-    """The family's plan: of rows to which something is given, each by its own key; the others share one by `key`, as if
-    they were all."""
+    """The family's plan for rows of `known` tokens. Each row with known tokens is planned by its own key; the others
+    share one plan by `key`, as if they were the only rows."""
     family, free = families.get(config), ~known.any(axis=1)
     parts = [family.plan(key, config, int(free.sum()), steps, alpha_0, **policy)] if free.any() else []
     if free.all():
@@ -293,7 +303,7 @@ def _plan(config: Config, keys: Key[Array, " N"], key: Key[Array, ""], known: Bo
 
 
 def _keys_of(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.ndarray, "N L"]) -> Key[Array, " N"]:
-    """A key for each row: of what it is given, and its number among the rows that are given the same."""
+    """A key for each row, made of its given tokens and of its number among the rows that are given the same."""
     names = [row.astype("<i4").tobytes() for row in given]
     seen = Counter[bytes]()
     numbers = np.zeros(len(names), np.int32)
@@ -312,8 +322,8 @@ def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows:
            keep: bool = False, given: Int[np.ndarray, "N L"] | None = None,
            done: loop.Done | None = None, record: bool = False,
            watch: Watch | None = None, decoder: Decoder | None = None) -> Decoded:
-    """Draws the tokens of some rows of a plan, `size` at a time; each row by its own key. A terminal sees how far it
-    is. `keep`: see Engine.rows; `given` and `done`: eso_jax.decoding.loop.sample."""
+    """Draws the tokens of the rows `rows` of a plan, `size` at a time, each row by its own key; a terminal shows a
+    progress bar. `keep`: see Engine.rows; `given` and `done`: eso_jax.decoding.loop.sample."""
     from tqdm import tqdm
 
     order, bits = np.asarray(plan.order), np.asarray(jax.random.key_data(keys))
@@ -344,16 +354,16 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
          batch_size: int = BATCH_SIZE, attention: str = "auto") -> Model:
     """The model of a work directory, at its newest checkpoint, on all devices.
 
-    Parameters are read, and weights made of them, where they are used: no device ever holds more than its share, which
-    is everything where `tensor` is 1.
+    Parameters are read onto the devices that use them, and folded there: no device ever holds more than its share,
+    which is the whole model if `tensor` is 1.
 
     Args:
       ema: the averaged parameters rather than the raw ones.
       dtype: of products and cache: "float32", or "bfloat16" (half the bytes per step; `eso-jax check-cache --dtype
         bfloat16` says what it costs in accuracy on this model). Softmax, norms and logits are float32 in either.
       tensor: devices that share one copy of the model; the others hold further copies.
-      batch_size: rows that pass together, over all devices, unless a method is told otherwise.
-      attention: what computes it: one of eso_jax.config.ATTENTION.
+      batch_size: rows in a batch, over all devices, unless a method is given another.
+      attention: the backend, one of eso_jax.config.ATTENTION.
 
     Raises:
       EsoError: the directory is not a run's, holds no whole checkpoint, or an argument is out of range; or the model

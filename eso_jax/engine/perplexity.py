@@ -25,16 +25,16 @@ from eso_jax.noise import RANK, Draws
 
 
 class Perplexity(NamedTuple):
-    """A bound on the negative log-likelihood (for AR the thing itself).
+    """A bound on -log p (for AR -log p itself).
 
     Attributes:
       nats_per_token: mean over tokens.
-      standard_error: of nats_per_token, over windows and their Monte Carlo draws. Times are spread evenly over all of
-        them, which the estimate ignores: it is an upper one.
+      standard_error: of nats_per_token, over windows and their Monte Carlo draws. It ignores that times are spread
+        evenly over all draws, so it is too large.
       terms: nats per token by term.
-      bits_per_byte: total bits over the bytes of the text (separators cost bits and are no bytes); None where it is not
-        known how many bytes the tokens stand for.
-      bytes_of: what the bytes are of (Tokenizer.bytes_of).
+      bits_per_byte: total bits divided by the bytes of the text (separators cost bits but count no bytes); None if it
+        is not known how many bytes the tokens stand for.
+      bytes_of: which bytes are counted (Tokenizer.bytes_of).
       perplexity: exp(nats_per_token), at most exp(700).
       windows: how many.
     """
@@ -61,8 +61,7 @@ def nelbo(engine: Engine, windows: Windows, tokenizer: Tokenizer, alpha_0: float
           samples: int = 1) -> Perplexity:
     """The NELBO on windows [M, L] at any alpha_0, `samples` Monte Carlo draws per window.
 
-    Neither batch size nor devices nor processes change the result, but for rounding. Of several processes, each reads
-    its own windows.
+    Batch size, devices and processes do not change the result, except for rounding. Each process reads its own windows.
     """
     by_term, num_bytes = _per_window(engine, windows, alpha_0, key, samples, tokenizer.num_bytes)
     per_window = np.sum(list(by_term.values()), axis=0)
@@ -93,7 +92,8 @@ def nelbo_per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[
 
 def _per_window(engine: Engine, windows: Windows, alpha_0: float, key: Key[Array, ""], samples: int,
                 num_bytes: Callable[[np.ndarray], int | None]) -> tuple[dict[str, Float[np.ndarray, " M"]], int | None]:
-    """The terms, and the bytes of text that all windows stand for, if they are known of each."""
+    """(each term by window, in nats per token; the bytes of text of all windows, or None if those of a window are not
+    known)."""
     require(len(windows) > 0, "windows", 0, "nothing to evaluate")
     ranks, law = time_ranks(key, len(windows), samples), engine.config.law()
 
@@ -130,6 +130,6 @@ def time_ranks(key: Key[Array, ""], windows: int, samples: int) -> Int[np.ndarra
 def _estimate(weights: Weights, config: Config, tokens: Int[Array, "B L"], numbers: Int[Array, " B"],
               ranks: Int[Array, " B"], total: Int[Array, ""] | int, alpha_0: float,
               key: Key[Array, ""]) -> dict[str, Float[Array, " B"]]:
-    """One draw for each of the windows, which are so numbered among the draws of the whole evaluation, `total`."""
+    """Each term of one draw per window, in nats, [B]. `numbers`: the draws' numbers among all `total` draws."""
     return families.get(config).nelbo(weights, config, sharding.constrain(tokens, sharding.BATCH),
                                       Draws(key, numbers, total, ranks), alpha_0)

@@ -1,8 +1,7 @@
 """The engine: a model's weights on a mesh, and the one way in which rows of data pass through them.
 
-Sampling, scores, bounds, conditionals, features and training's validation all say what is to be computed of a batch;
-how many rows a batch has, how they are padded to divide over the devices, where they are put and what becomes of the
-padding is decided here.
+Sampling, scores, bounds, conditionals, features and training's validation give the engine a function of a batch. The
+engine decides the batch size, pads the rows to divide over the devices, places them, and removes the padding.
 
 Axes: R rows in all, B rows of a batch.
 """
@@ -23,7 +22,7 @@ from eso_jax.config import Config
 from eso_jax.errors import EsoError, require
 from eso_jax.model.params import Weights
 
-BATCH_SIZE = 64  # rows that pass together, where nobody says
+BATCH_SIZE = 64  # rows in a batch, by default
 REMEDY = ("give a smaller --batch-size (of validation while training: a larger train.accumulate), or split each copy "
           "of the model over more devices by --tensor (mesh.tensor)")
 
@@ -34,10 +33,10 @@ class Engine:
 
     Attributes:
       config: the run's.
-      weights: folded, where `mesh` wants them (params.weight_shardings).
+      weights: folded, and laid out on `mesh` (params.weight_shardings).
       mesh: the devices that share the rows (axes data and fsdp) and the weights (tensor).
-      batch_size: rows that pass together, over all devices; rounded up to a multiple of the devices that share the
-        rows. Results do not depend on it, but for rounding.
+      batch_size: rows in a batch, over all devices; rounded up to a multiple of the devices that share the rows.
+        Results do not depend on it, except for rounding.
     """
 
     config: Config
@@ -49,27 +48,27 @@ class Engine:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
 
     def size(self, rows: int, batch_size: int | None = None) -> int:
-        """The rows of a batch when so many are to pass: as few batches as may be, of one size for one compilation."""
+        """The batch size B for `rows` rows: as few batches as possible, all of one size, for one compilation."""
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         most = _up(batch_size or self.batch_size, shards)
         return _up(-(-rows // -(-rows // most)), shards)
 
     def rows(self, function: Callable[..., Any], count: int, read: Callable[[np.ndarray], Sequence[np.ndarray]],
              label: str | None = None, size: int | None = None, keep: bool = False) -> Any:
-        """function(weights, *arrays) of all rows, batch by batch.
+        """Computes function(weights, *arrays) for all rows, batch by batch.
 
         Args:
-          function: of arrays [B, ...] on the mesh to a tree of arrays [B, ...]; called with the mesh in force. Row b of
-            its result may depend on row b of its arguments alone: some rows are padding.
+          function: from arrays [B, ...] on the mesh to a tree of arrays [B, ...]; called with the mesh in force. Row
+            b of its result may depend only on row b of its arguments, since some rows are padding.
           count: R.
-          read: gives the arrays [n, ...] of n rows by their numbers, int [n]; of several processes, each reads its own.
-          label: of the progress bar that a terminal shows of several batches; None: there is none.
-          size: B, if not that of `self.size(count)`.
-          keep: an interrupt (Ctrl-C) ends the work, and the first rows, whose batches are done, are returned. An
-            interrupt before there is any is raised.
+          read: gives the arrays [n, ...] of n rows by their numbers, int [n]; each process reads its own rows.
+          label: of the progress bar that a terminal shows if there are several batches; None: no bar.
+          size: B; None: `self.size(count)`.
+          keep: after an interrupt (Ctrl-C) the rows of the finished batches are returned. If none is finished, the
+            interrupt is raised.
 
         Returns:
-          The tree, of numpy arrays [R, ...]; on all processes.
+          The tree with numpy arrays [R, ...], in all processes.
 
         Raises:
           EsoError: the devices ran out of memory.
@@ -92,6 +91,7 @@ class Engine:
 
 
 def _up(n: int, multiple: int) -> int:
+    """n rounded up to a multiple."""
     return -(-n // multiple) * multiple
 
 

@@ -1,8 +1,8 @@
 """Texts longer than the model: window after window.
 
-A window begins with the last tokens of the one before it, which are given to it; the model then decodes the rest. So a
-token follows the exact law of the model, given the tokens of its window, of which at least `overlap` stand before it;
-what is further back is forgotten. The first window is what `Model.sample` draws.
+A window begins with the last tokens of the window before it, as given tokens; the model then decodes the others. So a
+token follows the exact law of the model given the tokens of its window, at least `overlap` of which stand before it.
+Earlier tokens are forgotten. The first window is what `Model.sample` draws.
 
 Axes: N texts, L length.
 """
@@ -26,10 +26,10 @@ class Long(NamedTuple):
     """Texts of any length.
 
     Attributes:
-      tokens: N arrays int32, what was given included, up to the first stop.
-      text: what they say; nothing without a tokenizer.
-      windows: how many each text took, int [N].
-      left: int [N], tokens that an interrupt has left out.
+      tokens: N arrays int32, given tokens included, up to the first stop.
+      text: N texts, the decoded tokens; empty without a tokenizer.
+      windows: int [N], how many windows each text took.
+      left: int [N], how many tokens are missing after an interrupt.
     """
 
     tokens: list[np.ndarray]
@@ -40,11 +40,11 @@ class Long(NamedTuple):
 
 def lengthen(model: Model, given: Given | np.ndarray, max_tokens: int, overlap: int | None = None,
              stop: Sequence[str] = (), seed: int = 0, keep: bool = False, **how: Any) -> Long:
-    """Texts that go on for `max_tokens` tokens behind their prompts, or to a stop.
+    """Texts with `max_tokens` tokens after their prompts, or up to a stop.
 
     Args:
-      given: prompts, one for each text: int [N, K <= L], or what eso_jax.data.prompts makes of texts.
-      overlap: tokens of a window that are the last of the one before; None: half of them.
+      given: prompts, one for each text: int [N, K <= L], or the result of a function of eso_jax.data.prompts.
+      overlap: how many tokens of a window are the last ones of the window before; None: half the length.
       keep: an interrupt (Ctrl-C) ends the work and leaves the windows that are done, if there are any.
       how: other arguments of `Model.sample`, the same for each window.
 

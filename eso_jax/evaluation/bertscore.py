@@ -35,7 +35,7 @@ UNRELATED = {(DEFAULT, LAYER): (0.83150584, 0.8314941, 0.83122575)}
 
 
 class Tokens(NamedTuple):
-    """Of one text: its tokens' vectors, and which of them count."""
+    """The vectors of one text's tokens, and which of them count."""
 
     vectors: Float[np.ndarray, "T D"]
     counted: Bool[np.ndarray, " T"]
@@ -59,7 +59,8 @@ class Encoder(Protocol):
 
 
 class TransformersEncoder:
-    """Of a model of the transformers library: a name on its hub, or a folder. Texts are cut to 512 of its tokens."""
+    """States of a model of the transformers library: a name on its hub, or a folder. Texts are cut to 512 of its
+    tokens."""
 
     def __init__(self, name: str = DEFAULT, layer: int = LAYER, batch_size: int = 64) -> None:
         self.name, self.layer, self.batch_size = f"{name}, layer {layer}", layer, batch_size
@@ -81,7 +82,7 @@ class TransformersEncoder:
 
 
 class ModelEncoder:
-    """Of one of our own models; texts are cut to its length."""
+    """States of one of our own models; texts are cut to its length."""
 
     unrelated: tuple[float, float, float] | None = None
 

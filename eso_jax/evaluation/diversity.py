@@ -1,7 +1,7 @@
-"""How varied samples are, so that a collapse is seen: a model that repeats itself has a low generative perplexity.
+"""How varied samples are. It shows a collapse, which generative perplexity does not: it is low for repetitions.
 
-All of it is exact and near linear in the number of units, so no sample is left out for cost. A unit is a word or a
-token, as an integer.
+The measures are exact, and nearly linear in the number of units, so all samples are used. A unit is a word or a token,
+as an integer.
 
 Axes: N samples, P pairs of a sample and an n-gram that it holds.
 """
@@ -36,7 +36,9 @@ class Estimate(NamedTuple):
 
 
 class Diversity(NamedTuple):
-    """Attributes:
+    """How varied a set of samples is.
+
+    Attributes:
       repetition: share of a sample's 4-grams that it has had before, averaged over samples.
       distinct: for n = 1 to 4, different n-grams over all n-grams of the whole set. It falls as a set grows: compare
         sets of one size. The error is a jackknife's.

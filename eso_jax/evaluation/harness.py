@@ -5,7 +5,7 @@
 
 takes the harness's own options (its batch size is 1 unless given). Requests for a log-likelihood are scored exactly, in
 one pass for many: the context comes first in the order, the continuation after it, and the padding last, where nothing
-sees it. AR and Eso-LM (B) have such conditionals; the others raise an EsoError. Texts are generated behind their
+sees it. AR and Eso-LM (B) have such conditionals; the others raise an EsoError. Texts are generated after their
 contexts by the sampler, an Eso-LM's at model_args' alpha_0 and steps.
 """
 
@@ -111,7 +111,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts in nats, each behind a separator, by windows of the model's length that overlap only
+        """log p of whole texts in nats, each after a separator, by windows of the model's length that overlap only
         where the last one would be short: every token is scored once, with as much before it as fits."""
         windows: list[tuple[None, Ids, Ids]] = []
         owner: list[int] = []

@@ -1,11 +1,11 @@
-"""Judges of generated text: how many nats a language model of good repute needs for it (generative perplexity).
+"""Judges of generated text: its perplexity under another language model (generative perplexity).
 
 A judge is a causal language model of the transformers library, GPT-2 Large in the papers, or one of our own work
-directories. They do not count alike, so numbers of two judges do not compare, and neither do those of two folders:
+directories. Numbers of two judges cannot be compared: the models differ, and the two kinds count tokens differently:
 
 - A transformers model sees the text re-tokenized by its own tokenizer, our separators as its end of text, cut to 1024
   of its tokens. The first token is not scored: nothing stands before it. All tokens count that are not the end of
-  text, and so does the first end of text, the one that padding puts behind a text of less than 1024 tokens included.
+  text, and so does the first end of text, even that which padding adds after a text of less than 1024 tokens.
   (The authors' convention, but that every text is judged, that theirs pads to the longest text of a call only, and so
   that the result depends on neither the batch nor the other texts.)
 - Our own models score the tokens themselves where they share the vocabulary, otherwise the text in their own tokens,
@@ -36,7 +36,7 @@ DEFAULT = "gpt2-large"  # the papers'
 
 
 class Scores(NamedTuple):
-    """What a judge says of N texts.
+    """A judge's scores of N texts.
 
     Attributes:
       nats: -log p of each text's scored tokens, float64 [N].
@@ -114,7 +114,7 @@ class TransformersJudge:
         whole = self.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else []
         nats, counts = np.zeros(len(whole)), np.zeros(len(whole), np.int64)
         for low in console.bar(range(0, len(whole), self.batch_size), desc="judging", unit="batch"):
-            # An end of text behind each, as the first of the padding; what follows it is not counted.
+            # An end of text after each, the first token of the padding; what follows it is not counted.
             rows = [(ids + [end])[:self.max_tokens] for ids in whole[low:low + self.batch_size]]
             ids = torch.tensor([row + [end] * (max(map(len, rows)) - len(row)) for row in rows])
             counted = (ids != end) | ((ids == end).cumsum(1) == 1)
@@ -148,8 +148,8 @@ class ModelJudge:
 
 
 def with_end_marks(strings: list[str], tokenizer: Any) -> list[str]:
-    """Strings for a tokenizer of the transformers library: in place of each shown separator its own end of text (of a
-    BERT, [SEP]), which it reads as one token."""
+    """Strings for a tokenizer of the transformers library: each shown separator is replaced by its own end of text (for
+    a BERT, [SEP]), which it reads as one token."""
     end = tokenizer.eos_token or tokenizer.sep_token or SHOWN_SEPARATOR
     return [string.replace(SHOWN_SEPARATOR, end) for string in strings]
 

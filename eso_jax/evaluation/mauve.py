@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 DEFAULT = "answerdotai/ModernBERT-large"  # the paper's
 SCALING = 5.0  # the library's default, and the paper's
 FEW = 1000  # texts: below, the value says more of their number than of the texts
-RESAMPLES = 200  # bootstrap draws behind the standard error
+RESAMPLES = 200  # bootstrap draws for the standard error
 
 
 class Mauve(NamedTuple):
-    """Attributes:
+    """MAUVE of samples against reference texts.
+
+    Attributes:
       value: in [0, 1]; 1 is the same distribution.
       standard_error: over texts, by resampling the clusters' counts; the clusters themselves are taken as given.
       features: of which model.
@@ -95,7 +97,7 @@ def get(name: str, batch_size: int | None = None, tensor: int = 1) -> Features:
 
 
 class TransformersFeatures:
-    """Of a model of the transformers library: a name on its hub, or a folder."""
+    """Features of a model of the transformers library: a name on its hub, or a folder."""
 
     def __init__(self, name: str = DEFAULT, batch_size: int = 16, max_tokens: int = 512) -> None:
         self.name, self.batch_size, self.max_tokens = name, batch_size, max_tokens
@@ -119,7 +121,7 @@ class TransformersFeatures:
 
 
 class ModelFeatures:
-    """Of one of our own models."""
+    """Features of one of our own models."""
 
     def __init__(self, model: Model, name: str = "ours") -> None:
         self.model, self.name = model, f"{name} (ours, mean-pooled)"
@@ -141,8 +143,8 @@ def _mean_states(weights: Weights, config: Config, tokens: Int[Array, "B L"],
 @functools.partial(jax.jit, static_argnames="config")
 def states(weights: Weights, config: Config, tokens: Int[Array, "B L"], counts: Int[Array, " B"]) -> Float[Array,
                                                                                                          "B L D"]:
-    """Last-layer states of the first `counts` tokens of each row, who see each other as clean tokens do in the family's
-    own passes, and nothing else; 0 behind them."""
+    """Last-layer states of the first `counts` tokens of each row, which see each other as clean tokens do in the
+    family's own passes, and no other tokens; 0 after them."""
     inside = jnp.arange(tokens.shape[1])[None] < counts[:, None]
     view = View(families.get(config).pattern(config), counts, jnp.maximum(counts, 1))
     hidden, _ = transformer.trunk(weights, tokens, transformer.natural_positions(tokens), view)

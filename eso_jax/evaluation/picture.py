@@ -22,7 +22,7 @@ STYLE: dict[Any, Any] = {
 
 @contextlib.contextmanager
 def picture(path: Path, width: float = 9.0, height: float = 4.5, option: str = "--out") -> Iterator[Figure]:
-    """A figure of so many inches, to be drawn on; written to `path`, a .png, behind the block.
+    """A figure of this size in inches, to draw on; at the end of the block it is written to `path`, a .png.
 
     Raises:
       EsoError: it cannot be written; `option` is what named the place.

@@ -4,8 +4,8 @@
     found = measure(texts, judges.get("gpt2-large"), reference, mauve.get("answerdotai/ModernBERT-large"))
     print(found.gen_ppl.value, found.gen_ppl.standard_error)
 
-No one measure will do: a sampler that lowers the temperature in secret, or repeats itself, has a better generative
-perplexity. All samples count, empty ones too, and those that a measure has no value for are counted in the result.
+One measure is not enough: a sampler with a lower temperature, or one that repeats itself, has a better generative
+perplexity. All samples count, empty ones too; the result says for how many a measure has no value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from eso_jax.evaluation.texts import Texts
 
 
 class Quality(NamedTuple):
-    """What was measured on N samples; None where it was not.
+    """The measures of N samples; None for those that were not asked for.
 
     Attributes:
       samples: N.
@@ -66,10 +66,11 @@ class Quality(NamedTuple):
 
 def measure(samples: Texts, judge: Judge | None = None, reference: Texts | None = None,
             features: Features | None = None) -> Quality:
-    """Everything that the arguments allow: generative perplexity with a judge, MAUVE with reference texts and features.
+    """All measures that the arguments allow: generative perplexity with a judge, MAUVE with reference texts and
+    features.
 
-    What to compare it with are the reference's own measures, `measure(reference, judge)`, best of as many texts. Its
-    features are computed once for each object `reference`, however many samples are compared with it.
+    Compare the result with the reference's own measures, `measure(reference, judge)`, of equally many texts. Features
+    of a reference are computed once for each object `reference`.
 
     Raises:
       EsoError: features without reference texts, or the judge or the features cannot read the texts.

@@ -1,4 +1,4 @@
-"""Measurements for people: a table and a picture."""
+"""Measurements as a table and a picture."""
 
 from __future__ import annotations
 

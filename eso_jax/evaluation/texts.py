@@ -28,7 +28,7 @@ class Texts:
     Attributes:
       tokens: int64 [N, L], of any integers given; None for text that no tokenizer of ours has seen.
       strings: N of them; None where no tokenizer fits the tokens.
-      mask: the id that stands for no token, where that is known, as behind the end of a sample.
+      mask: the id that stands for no token, such as after the end of a sample; None: not known.
     """
 
     tokens: np.ndarray | None
@@ -89,7 +89,7 @@ class Texts:
         return padded, np.array([len(tokens) for tokens in rows])
 
     def units(self) -> tuple[str, list[Int[np.ndarray, " _"]]]:
-        """What diversity is counted in, and each text in it: "words", between white space, numbered; or "tokens"."""
+        """(the unit of diversity, each text as numbers of its units): "words", between white space, or "tokens"."""
         if self.strings is None:
             return "tokens", self.ids()
         number: dict[str, int] = {}
@@ -129,8 +129,8 @@ def read(name: str, flag: str, limit: int | None = None, reading: Reading | None
     if is_workdir(name):
         return _windows(name, limit)
     name_inside = streams.inner_name(name)
-    require(name_inside.endswith((".npy", *rows.COLUMNS, *rows.JSON)), flag, name,
-            "give a .npz, .npy, .jsonl, .json, .parquet or .arrow file, or a work directory")
+    require(name_inside.endswith((".npy", *rows.COLUMNS, *rows.JSON, *rows.TABLES)), flag, name,
+            "give a .npz, .npy, .jsonl, .json, .parquet, .arrow, .csv or .tsv file, or a work directory")
     reading = reading or Reading()
     reading.flag = flag
     try:

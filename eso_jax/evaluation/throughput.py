@@ -86,7 +86,7 @@ class Case(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """What is measured at each length and batch size. `what`: a line for the reader."""
+    """What is measured at each length and batch size. `what`: a description, printed at the top of the results."""
 
     what: str
     size: str
@@ -107,6 +107,8 @@ TABLE_13 = ([Case(EsoLM, "binomial", steps, alpha_0) for alpha_0, all_steps in
 
 PRESETS = {
     "cpu": Preset("one token per pass on a CPU", "tiny", "float32", Rule(), (2048,), (1, 16), ONE_BY_ONE),
+    "laptop": Preset("one token per pass, in minutes on a laptop", "tiny", "float32", Rule(), (512,), (1,),
+                     ONE_BY_ONE),
     "table11": Preset("the paper's Table 11: NFE = L", "small", "bfloat16", Rule(), (2048, 8192), (1, 16), ONE_BY_ONE),
     "table13": Preset("the paper's Tables 13 to 15: quality against time, 512 samples at a time", "small", "bfloat16",
                       Rule(top_p=0.9), (1024,), (512,), TABLE_13),
@@ -232,7 +234,7 @@ class Timed:
         self.launches = hlo.turn(program.as_text() or "").launches if gpu else None
 
     def _attention(self) -> str:
-        """Who computes it."""
+        """The name of the backend of attention."""
         model, pattern, wanted = self.config.model, self.sampler.pattern, self.weights.attention
         dtype = self.weights.head.kernel.dtype
         if self.sampler.cached:

@@ -1,8 +1,8 @@
 """The families: what is corrupted, who sees whom, the loss, the bound and the sampler of each.
 
-A family is one object in one file, with its settings; eso_jax/families/base.py says what it has to say for itself. To
-add one: write its file, and `register` it here; tests/test_families.py, which lists the names, and tests/test_train.py
-then apply to it. One that is registered elsewhere is known to programs that import it, not to the command line.
+A family is one object in one file, with its settings; eso_jax/families/base.py has the interface. To add one: write its
+file, and `register` it here; tests/test_families.py, which lists the names, and tests/test_train.py then apply to it. A
+family that is registered elsewhere is known to programs that import it, not to the command line.
 
 `sample` and `plan_log_prob` decode and score along a plan by the family's sampler; `plan_log_likelihood` scores in one
 pass, with gradients.
@@ -54,7 +54,7 @@ def alpha_0_of(config: Config, alpha_0: float | None) -> float:
     its one value.
 
     Raises:
-      EsoError: it is no share, or the family has no such choice.
+      EsoError: it is not in [0, 1], or the family cannot have it.
     """
     family = get(config)
     if alpha_0 is not None:
@@ -68,14 +68,14 @@ def sample(weights: Weights, config: Config, plan: Plan, keys: Key[Array, "..."]
            given: Int[Array, "B L"] | None = None, report: loop.Report | None = None,
            done: loop.Done | None = None, record: bool = False,
            watch: loop.Watch | None = None, decoder: Decoder | None = None) -> Any:
-    """Decodes a batch along the plan; tokens in natural order.
+    """Decodes a batch along the plan; returns its tokens [B, L] in natural order, or more, as loop.sample does.
 
     Args:
-      keys: one for each row, whose draws depend on nothing else; or one of which to make them, by its number.
-      given: the tokens that the plan takes for given, by natural position; others are not looked at.
+      keys: one for each row, which alone decides the row's draws; or one, from which they are made by row number.
+      given: the tokens that the plan takes as given, by natural position; others are ignored.
       report, done, record, watch: see eso_jax.decoding.loop.sample.
-      decoder: finds by itself how many tokens a pass decodes, in the order of the plan. A `decoders.Decoded` is
-        returned.
+      decoder: chooses how many tokens a pass decodes, in the order of the plan; the result is then a
+        `decoders.Decoded`.
     """
     family = get(config)
     family.check_plan(config, plan)
@@ -87,16 +87,16 @@ def sample(weights: Weights, config: Config, plan: Plan, keys: Key[Array, "..."]
 
 
 def plan_log_prob(weights: Weights, config: Config, plan: Plan, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """log p of each token, in the order, when `tokens` are decoded along the plan: exact for the sampler that follows
-    the plan, at a pass per step; 0 for those that it takes for given, or leaves. Their sum is the law of a sample given
-    its plan."""
+    """log p of each token [B, L] in nats, along the order, if `tokens` are decoded along the plan: exact for the
+    sampler that follows it, one pass per step. 0 for tokens that are given or not decoded. A row's sum is log p of the
+    sample given its plan."""
     get(config).check_plan(config, plan)
     return loop.log_prob(weights, config.model, get(config).sampler(config), plan, tokens)
 
 
 def plan_log_likelihood(weights: Weights, config: Config, plan: Plan, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """The same as `plan_log_prob`, in one pass over 2L slots: a pure function of the weights (params.fold) to
-    differentiate, for policy gradients. What the gradient computes again is as train.remat says.
+    """The same as `plan_log_prob`, [B, L], in one pass over 2L slots: a pure function of the weights (params.fold) that
+    can be differentiated, for policy gradients. `train.remat` says what the gradient computes again.
 
     Raises:
       EsoError: a plan that the family cannot follow, or a family that is neither AR nor Eso-LM (B).

@@ -1,7 +1,7 @@
 """AR: the causal language model, with AdaLN (the paper's fair baseline) or without (model.cond_dim = 0).
 
-The input is the sequence shifted by one behind a start token (family.start_id; the mask by default, which AR has no
-other use for), so that all L tokens have a likelihood.
+The input is the sequence shifted by one after a start token (family.start_id; by default the mask, which AR does not
+use otherwise), so that all L tokens have a likelihood.
 
 Axes: B batch, L length.
 """
@@ -31,7 +31,7 @@ class ARConfig(FamilyConfig):
     """The settings of an AR model."""
 
     start_id: int | None = None  # the token before the first; None: the mask id
-    # alpha_0 is 0; configs of before have 1, which was the field's default.
+    # alpha_0 is 0; configs of earlier versions have 1, the former default of the field.
     only = {**FamilyConfig.only, "alpha_0": (0.0, 1.0), "loss_weight": ("elbo",)}
 
     def check_with(self, config: Config) -> None:
@@ -66,7 +66,7 @@ class AR(Family):
 
     def predictors(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
                    order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Of the shifted input; the order must be the natural one (see check_orders)."""
+        """The hidden states of the shifted input; the order must be the natural one (see check_orders)."""
         return _trunk(weights, shift(config, tokens))
 
     @property
@@ -76,14 +76,14 @@ class AR(Family):
     def plan_log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], order: Int[Array, "B L"],
                             first: Int[Array, "#B L"],
                             training: transformer.Training | None = None) -> Float[Array, "B L"]:
-        """There is but one plan."""
+        """log p of each token: there is only one plan, left to right."""
         return -next_token_nll(weights, config, shift(config, tokens), tokens, training)
 
     def check_orders(self, config: Config, orders: Int[np.ndarray, "O B L"]) -> None:
         only_natural(self.name, orders)
 
     def check_conditionals(self) -> None:
-        """It has those of a prefix."""
+        """AR has the conditionals that follow a prefix."""
 
     def check_given_first(self, orders: Int[np.ndarray, "B L"]) -> None:
         if (orders != np.arange(orders.shape[1])).any():
@@ -120,7 +120,7 @@ def shift(config: Config, tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 def next_token_nll(weights: Weights, config: Config, inputs: Int[Array, "B L"], targets: Int[Array, "B L"],
                    training: transformer.Training | None = None) -> Float[Array, "B L"]:
-    """-log p(targets[i] | inputs[<= i])."""
+    """-log p(targets[i] | inputs[<= i]) in nats, [B, L]."""
     return vocabulary.nll(weights, _trunk(weights, inputs, training), targets, config.model.mask)
 
 
@@ -135,5 +135,6 @@ def start_id(config: Config) -> int:
 
 
 def _window(plan: Plan) -> tuple[Counts, Counts]:
-    """The token decoded last: in AR's input it stands in this step's slot."""
+    """(first slot, slot after the last) of each step's window: the token decoded last, which AR's shifted input has in
+    this step's slot."""
     return plan.first, plan.first + 1

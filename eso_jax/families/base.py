@@ -1,7 +1,7 @@
-"""What a family of language models is: how it trains, what it can score, how it decodes, who sees whom.
+"""The interface of a family of language models: how it trains, what it can score, how it decodes, who sees whom.
 
 A family is one object of a subclass of `Family`, in one file. Its methods are pure functions of `weights` (see
-eso_jax/model/params.py); all that the rest of the project wants to know of a family, it asks here.
+eso_jax/model/params.py). The rest of the project knows a family only through this interface.
 
 Axes: B batch, L length, O orders, D width.
 """
@@ -48,13 +48,13 @@ class Family(ABC):
     """A family of language models.
 
     Attributes:
-      name: as `family.name` says it.
-      label: as people write it.
+      name: the value of `family.name` in a config.
+      label: its name in text, tables and pictures.
       settings: the class of its section `family` in a config.
-      exact_bound: `nelbo` always gives -log p itself, not a bound of it.
-      one_pass: `log_likelihood` scores an order in one pass. Without it, an order takes L passes of the sampler.
-      policies: plans that `check-cache` tries. The last one decodes one token per pass; `eso-jax plan` takes it.
-      without_adaln: its models may have no AdaLN (model.cond_dim = 0).
+      exact_bound: whether `nelbo` always gives -log p itself, not a bound.
+      one_pass: whether `log_likelihood` scores an order in one pass. If not, an order takes L passes of the sampler.
+      policies: plans that `check-cache` tries. The last one decodes one token per pass; `eso-jax plan` uses it.
+      without_adaln: whether its models may have no AdaLN (model.cond_dim = 0).
     """
 
     name: str
@@ -67,13 +67,13 @@ class Family(ABC):
 
     @property
     def only_alpha_0(self) -> tuple[float, ...] | None:
-        """The values that `--alpha-0` may have where there is no choice; the first is the one in use. None: any share
-        is allowed."""
+        """The values of alpha_0 that are accepted, if the family has no such setting; the first is used. None: it has
+        the setting, and any share is allowed."""
         has_choice = "alpha_0" in {field.name for field in dataclasses.fields(self.settings)}
         return None if has_choice else self.settings.only["alpha_0"]
 
     def check_alpha_0(self, alpha_0: float) -> None:
-        """Raises an EsoError for what is no share of tokens left to diffusion, or none that the family has."""
+        """Raises an EsoError unless alpha_0 is in [0, 1] and a share that the family can have."""
         require(0 <= alpha_0 <= 1, "alpha_0", alpha_0, "must be in [0, 1]")
         require(self.only_alpha_0 is None or alpha_0 in self.only_alpha_0, "alpha_0", alpha_0,
                 f"only Eso-LMs have a choice; leave it out for family.name = {self.name!r}")
@@ -88,11 +88,11 @@ class Family(ABC):
     @abstractmethod
     def loss(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
              draws: Draws) -> dict[str, Float[Array, ""]]:
-        """The training loss in nats per token, by term; their sum is minimized."""
+        """The training loss in nats per token, by term; the sum of the terms is minimized."""
 
     def without_skips(self, config: Config, draws: Draws) -> tuple[Family, Bool[Array, ""]] | None:
-        """The family whose `loss` is exact for every draw, where that of this one leaves out slots that these draws
-        hardly ever need; and whether they need them. None: it leaves out none."""
+        """If `loss` leaves out slots that hardly any draw needs: (the family whose loss leaves out none, whether these
+        draws need them). None: `loss` leaves out none."""
         return None
 
     @abstractmethod
@@ -101,8 +101,8 @@ class Family(ABC):
         """One Monte Carlo estimate per row, in nats per sequence, by term.
 
         The sum over terms is unbiased for the NELBO, an upper bound of -log p (for AR, and for an Eso-LM at
-        alpha_0 = 0, -log p itself). The bound's own weights always, no dropout. For other alpha_0 see the note on the
-        law behind it in eso_jax/likelihood.py.
+        alpha_0 = 0, -log p itself). It always uses the weights of the bound, and no dropout. For other alpha_0 see the
+        note on two laws at the top of eso_jax/likelihood.py.
         """
 
     @abstractmethod
@@ -134,7 +134,7 @@ class Family(ABC):
         """log p of each token, along the order, when the tokens are decoded along a plan; in one pass.
 
         Args:
-          first: by slot, the first slot of its step.
+          first: for each slot, the first slot of its step.
 
         Raises:
           EsoError: tokens see later ones, so that each step takes a pass of its own.
@@ -147,7 +147,7 @@ class Family(ABC):
         says which orders it can follow.)"""
 
     def block(self, config: Config) -> int | None:
-        """The length of blocks that are decoded one after the other: an order finishes a block before the next one.
+        """The length of the blocks that are decoded one after another: an order finishes a block before the next one.
         None: there are no blocks."""
         return None
 
@@ -156,7 +156,7 @@ class Family(ABC):
         raise EsoError(f"family.name = {self.name!r}: only an Eso-LM (B) or an AR model has exact conditionals")
 
     def check_given_first(self, orders: Int[np.ndarray, "B L"]) -> None:
-        """Raises an EsoError for orders (given tokens, wanted ones, the rest) whose conditionals it does not have."""
+        """Raises an EsoError for orders (given tokens, wanted ones, the others) whose conditionals it does not have."""
 
     # Decoding.
 
@@ -166,20 +166,20 @@ class Family(ABC):
         """A plan that the family can follow; see eso_jax/decoding/plan.py.
 
         Args:
-          key: of the plan; with `known`, one for each row, whose plan depends on nothing else.
+          key: of the plan; with `known`, one for each row, whose plan depends on no other row.
           known: tokens that are known beforehand, by natural position, which `check_known` accepts.
         """
 
     def check_known(self, config: Config, known: Bool[np.ndarray, "B L"]) -> None:
-        """Raises an EsoError for tokens known beforehand after which the family cannot follow a plan exactly; a family
-        that does not say so cannot be given any."""
+        """Raises an EsoError for known tokens after which the family cannot follow a plan exactly. By default no token
+        may be known."""
         require(not known.any(), "given", f"{known.sum()} tokens", f"family.name = {self.name!r} cannot be given any")
 
     def check_plan(self, config: Config, plan: Plan) -> None:
         """Raises an EsoError for a plan that the family cannot follow."""
 
     def check_decoder(self, decoder: Decoder) -> None:
-        """Raises an EsoError for a decoder that the family cannot follow exactly; one that does not say so has none."""
+        """Raises an EsoError for a decoder that the family cannot follow exactly. By default there are none."""
         raise EsoError(f"decoder = {decoder}: family.name = {self.name!r} decodes along a plan alone; an Eso-LM (B) "
                        "has decoders")
 
@@ -197,19 +197,19 @@ class Family(ABC):
         """Who sees whom in a pass of two streams."""
         return TwoStreams()
 
-    # Words.
+    # Labels.
 
     def short_label(self, settings: FamilyConfig) -> str:
-        """The label in a table, with what sets a model of the family apart there."""
+        """The label in a table, with the setting that tells models of the family apart."""
         return self.label
 
     def describe(self, settings: FamilyConfig) -> str:
-        """The settings that say which model of the family it is, in words; empty: there are none."""
+        """The settings that tell models of the family apart, in words; empty: there are none."""
         return ""
 
 
 def check_loss_weight(loss_weight: str) -> None:
-    """Raises an EsoError for a weight of a diffusion loss that there is not."""
+    """Raises an EsoError for an unknown weight of a diffusion loss."""
     require(loss_weight in ("elbo", "low_var"), "family.loss_weight", loss_weight, "choose elbo or low_var")
 
 

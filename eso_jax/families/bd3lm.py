@@ -84,7 +84,7 @@ class BD3LM(Family):
         return join([blocks_after_known(*row, block, policy, steps // blocks) for row in zip(key, known, strict=True)])
 
     def check_known(self, config: Config, known: Bool[np.ndarray, "B L"]) -> None:
-        """Later tokens than those of the block at hand are not seen as it is decoded."""
+        """A block does not see later blocks, so it must be given as a whole where a later one has given tokens."""
         in_block = known.reshape(len(known), -1, config.family.block_size)
         some, whole = np.any(in_block, axis=2), np.all(in_block, axis=2)
         wrong = (some[:, 1:] & ~whole[:, :-1]).any(axis=1)
@@ -141,8 +141,8 @@ def masked_nll(weights: Weights, config: Config, tokens: Int[Array, "B L"], mask
 @functools.cache
 def _sampler(block: int) -> Sampler:
     def window(plan: Plan) -> tuple[Counts, Counts]:
-        """This block. In its first step the block before as well, whose last token is only now decoded: no pass is
-        spent on writing the cache alone."""
+        """(first slot, slot after the last) of each step's window: this block; in its first step also the block before,
+        whose last tokens were decoded in the step before. So no pass only writes the cache."""
         begin = plan.first // block * block
         fresh = plan.first == begin
         return np.where(fresh, np.maximum(begin - block, 0), begin), begin + block

@@ -38,7 +38,7 @@ class EsoLMConfig(FamilyConfig):
     """The settings of an Eso-LM."""
 
     alpha_0: float = 1.0  # share of tokens left to diffusion; 1: all diffusion, 0: all sequential
-    alpha_0_range: tuple[float, float] | None = None  # training draws one for each row; alpha_0 is for all else then
+    alpha_0_range: tuple[float, float] | None = None  # from it training draws one per row; alpha_0 is for all else
     kappa: float | None = None  # share of the batch on the diffusion loss; None: 1 at alpha_0 = 1, 0 at 0, else 1/2
     loss_weight: str = "elbo"  # training weight of the diffusion term: "elbo", or "low_var" (w = 1)
 
@@ -76,8 +76,8 @@ class EsoLMConfig(FamilyConfig):
 
     @property
     def group_size(self) -> int:
-        """Each of the two losses has its own rows, the same share of every group. With less than one row of each on a
-        device, layers would communicate."""
+        """Each of the two losses has its own rows, the same share of every group. A device needs at least one row of
+        each loss, or the layers would communicate."""
         return self.split.denominator
 
     @property
@@ -90,8 +90,8 @@ class EsoLM(Family):
     """An Eso-LM.
 
     Attributes:
-      prefix: clean tokens all see each other (A), not only those before them in the order (B).
-      skips: the loss leaves out most clean tokens of the noisy copy, which have no loss and nobody sees.
+      prefix: whether all clean tokens see each other (A), not only those before them in the order (B).
+      skips: whether the loss leaves out most clean tokens of the noisy copy: they have no loss, and no token sees them.
     """
 
     name: str = "esolm"
@@ -131,8 +131,8 @@ class EsoLM(Family):
         return dataclasses.replace(self, skips=False), masked.sum(1).max() > length - skip
 
     def skip(self, config: Config) -> int:
-        """Clean tokens of the noisy copy that the sequential loss leaves out: as many as a row of the smallest alpha_0
-        has to spare."""
+        """How many clean tokens of the noisy copy the sequential loss leaves out: as many as even rows of the smallest
+        alpha_0 nearly always have."""
         length, least = config.model.length, (config.family.alpha_0_range or (config.family.alpha_0,))[0]
         return length - loss.slots_for(1 - least, length) if self.skips else 0
 
@@ -150,7 +150,7 @@ class EsoLM(Family):
 
     def _diffusion(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
                    t: Float[Array, " B"], alpha_0: noise.Share, mean: float, train: bool) -> Float[Array, "B L"]:
-        """`mean`: of alpha_0."""
+        """`diffusion_nll` of masks drawn at the times t. `mean`: the mean of alpha_0."""
         masked = noise.draw_masked(draws.per_example(noise.MASK), noise.alpha(t, alpha_0)[:, None], tokens.shape[1])
         order = clean_first(draws.per_example(noise.ORDER), masked, shuffle_clean=True, shuffle_masked=True)
         return self.diffusion_nll(weights, config, tokens, masked, order, noise.masked_share(mean),
@@ -158,6 +158,7 @@ class EsoLM(Family):
 
     def _sequential(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], draws: Draws,
                     alpha_0: noise.Share, mean: float, train: bool) -> Float[Array, "B L"]:
+        """`sequential_nll` of masks drawn at t = 0. `mean`: the mean of alpha_0."""
         masked = _masked_at_0(draws, alpha_0, tokens.shape[1])
         order = clean_first(draws.per_example(noise.ORDER_0), masked, shuffle_clean=not self.prefix,
                             shuffle_masked=False)
@@ -196,10 +197,10 @@ class EsoLM(Family):
 
     def predictors(self, weights: Weights, config: Config, tokens: Int[Array, "B L"],
                    order: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Of one sequential pass with everything masked.
+        """The hidden states of one sequential pass with every token masked.
 
-        (A) sees clean tokens in both directions, so its passes do not chain into the likelihood of a random order;
-        along the natural order (alpha_0 = 0) they do.
+        In (A) clean tokens see each other in both directions, so its conditionals do not multiply to the likelihood of
+        a random order; along the natural order (alpha_0 = 0) they do.
         """
         all_masked = jnp.ones_like(tokens, bool)
         return loss.masked_hidden(weights, config.model.mask, sort(tokens, order), all_masked, order,
@@ -212,7 +213,8 @@ class EsoLM(Family):
     def plan_log_likelihood(self, weights: Weights, config: Config, tokens: Int[Array, "B L"], order: Int[Array, "B L"],
                             first: Int[Array, "#B L"],
                             training: transformer.Training | None = None) -> Float[Array, "B L"]:
-        """By all steps' masks beside all tokens: with an exact cache, (B)'s sampler sees no more."""
+        """In one pass over the masks of all steps and all clean tokens: in (B), whose cache is exact, the steps of the
+        sampler see just these."""
         if self.prefix:
             return super().plan_log_likelihood(weights, config, tokens, order, first, training)
         mask, x, length = config.model.mask, sort(tokens, order), tokens.shape[1]
@@ -237,13 +239,13 @@ class EsoLM(Family):
         """Anything can be given: it comes first in the order."""
 
     def check_decoder(self, decoder: Decoder) -> None:
-        """(B) has all."""
+        """(B) can follow every decoder, (A) none."""
         if self.prefix:
             super().check_decoder(decoder)
 
     def sampler(self, config: Config) -> Sampler:
-        """(B) caches in both phases; (A) recomputes the tokens decoded by diffusion in each step of that phase, since
-        they see each other, and caches in the sequential phase (the paper describes it; its code does not have it)."""
+        """(B) caches in both phases. (A) computes the tokens decoded by diffusion again in each step of that phase,
+        since they see each other, and caches in the sequential phase (described in the paper, but not in its code)."""
         return Sampler(_window_a if self.prefix else _window, self.pattern(config))
 
     def pattern(self, config: Config) -> Pattern:
@@ -261,25 +263,27 @@ class EsoLM(Family):
 
 
 def _alpha_0(config: Config, draws: Draws) -> noise.Share:
-    """Of training, of all rows or of each."""
+    """The alpha_0 of training: one for all rows, or one for each, [B]."""
     limits = config.family.alpha_0_range
     return config.family.alpha_0 if limits is None else noise.draw_alpha_0(draws, *limits)
 
 
 def _masked_at_0(draws: Draws, alpha_0: noise.Share, length: int) -> Bool[Array, "B L"]:
-    """The tokens that diffusion leaves to the sequential phase: each is one of them by its own draw."""
+    """The tokens that are left to the sequential phase; each token is drawn independently."""
     keep = jnp.full(draws.index.shape, alpha_0)[:, None]
     return noise.draw_masked(draws.per_example(noise.MASK_0), keep, length)
 
 
 def _window(plan: Plan) -> tuple[Counts, Counts]:
-    """The tokens decoded last, whose keys and values are still those of masks, then this step's."""
+    """(first slot, slot after the last) of each step's window: the tokens decoded last, whose keys and values in the
+    cache are still those of masks, then this step's."""
     first = plan.first
     return np.concatenate([first[..., :1], first[..., :-1]], axis=-1), first + plan.tokens_per_step
 
 
 def _window_a(plan: Plan) -> tuple[Counts, Counts]:
-    """All tokens from the first, given ones too, up to and including the first sequential step; then as (B)."""
+    """The same for (A): all tokens from the first, given ones too, up to and including the first sequential step; then
+    as (B)."""
     start, stop = _window(plan)
     return np.where(plan.first <= np.asarray(plan.diffused)[..., None], 0, start), stop
 
@@ -300,4 +304,5 @@ def _share(x: Shaped[Array, "B *s"], low: Fraction | int, high: Fraction | int) 
 
 
 def _share_draws(draws: Draws, low: Fraction | int, high: Fraction | int) -> Draws:
+    """The draws of these rows."""
     return dataclasses.replace(draws, index=_share(draws.index, low, high))

@@ -69,16 +69,16 @@ class MDLM(Family):
         """Anything can be given: it comes first in the order."""
 
     def check_decoder(self, decoder: Decoder) -> None:
-        """All but those that need exact conditionals."""
+        """MDLM can follow all decoders but those that need exact conditionals."""
         if decoder.sequential:
             raise EsoError(f"decoder = {decoder}: family.name = {self.name!r} has no exact conditionals to verify "
                            "drafts by; choose another decoder, or an Eso-LM (B)")
 
     def sampler(self, config: Config) -> Sampler:
-        """The ancestral sampler, factored: which tokens are decoded at each step is the plan's (the ancestral law,
-        with steps that decode nothing dropped, as they change nothing), and then each takes its token from p(x | z_t).
-        A joint draw over tokens and mask has the same law, and float32 Gumbel noise gets its tail wrong. Counts are
-        shared by the batch. Each step is a pass over all L tokens."""
+        """The ancestral sampler in two parts: the plan draws which tokens each step decodes (without the steps that
+        decode nothing, which change nothing), and then each of these is drawn from p(x | z_t). A joint draw over tokens
+        and mask has the same law, but float32 Gumbel noise gets its tail wrong. Each step is a pass over all L
+        tokens."""
         return Sampler(_window, masks.EVERYONE, cached=False)
 
     def pattern(self, config: Config) -> Pattern:

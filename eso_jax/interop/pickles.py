@@ -2,9 +2,8 @@
 
 A pickle is a program for a small stack machine, whose instructions may call any function that Python can import. Here
 the program is only taken apart (by the standard library's disassembler): numbers, text and containers become
-themselves, and every class, function or call becomes a record of its name and arguments. There is nothing in reach that
-could run, so there is no way round. A pickle that would run code in PyTorch is refused all the same, so that its owner
-learns of it.
+themselves, and every class, function or call becomes a record of its name and arguments. Nothing is imported or called,
+so no pickle can run code here. One that would run code in PyTorch is still refused, so that its owner learns of it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Global:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Persistent:
-    """A reference out of the pickle; torch.save keeps a tensor's numbers behind one."""
+    """A reference to data outside the pickle, such as the numbers of a tensor of torch.save."""
 
     identity: Any
 
@@ -230,5 +229,5 @@ class _Machine:
 
 
 def _is_class(name: str) -> bool:
-    """By its capital, as PEP 8 writes classes."""
+    """Whether a name is that of a class: it begins with a capital letter."""
     return name.lstrip("_")[:1].isupper()

@@ -103,7 +103,7 @@ def _read(src: str | Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, 
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The same of a snapshot of a repository: weights, whole or in shards behind an index, and a config.json."""
+    """The same of a snapshot of a repository: weights, whole or in shards with an index, and a config.json."""
     weights = sorted(folder.glob(f"*{INDEX}")) or sorted(folder.glob("*.safetensors"))
     others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".ckpt", ".bin", ".pt", ".pth")]
     require(len(weights) == 1, "SRC", str(folder), f"must hold one .safetensors, or one {INDEX}, and holds "
@@ -161,7 +161,7 @@ def read_sizes(path: Path, flag: str = "--config") -> dict[str, Any]:
     """What a JSON of sizes says, by our names; `flag` names it in errors."""
     require(path.is_file(), flag, str(path), "no such file; give a JSON of the sizes")
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8-sig"))
         require(isinstance(values, dict), flag, str(path), "must be a JSON object")
     except EsoError:
         raise

@@ -1,7 +1,7 @@
-"""Attention: who computes it.
+"""Attention: which backend computes it.
 
-`attend` is what the transformer calls in every layer. It asks the `BACKENDS`, in their order, who can compute the
-pattern (eso_jax/model/masks.py); the first that does not refuse is taken.
+The transformer calls `attend` in every layer. It asks the `BACKENDS`, in their order, whether they can compute the
+pattern (eso_jax/model/masks.py); the first that does not refuse computes it.
 
   cudnn   NVIDIA GPUs: cuDNN's fused attention
   splash  TPUs: the Pallas kernel that comes with JAX
@@ -32,7 +32,7 @@ from eso_jax.model.plain import Plain
 from eso_jax.model.splash import Splash
 from eso_jax.model.triton import Triton
 
-AUTO = "auto"  # whoever comes first
+AUTO = "auto"  # the first backend that can
 BACKENDS: tuple[Backend, ...] = (CuDNN(), Splash(), Plain())
 KEEPERS: tuple[Plain, ...] = (Triton(), Plain())
 
@@ -50,7 +50,8 @@ def attend(q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Arra
 
 
 def keeper(config: ModelConfig, pattern: Pattern, dtype: Any, wanted: str = AUTO) -> Plain:
-    """Who keeps the decoding loop's cache on the mesh in force: "plain" if that is wanted, else the first that can."""
+    """The backend that keeps the decoding loop's cache on the mesh in force: "plain" if that is wanted, else the first
+    of the `KEEPERS` that can."""
     wanted = wanted if wanted == Plain.name else AUTO
     backend, _ = choose(Task(pattern, config.length, config.head_size, jnp.dtype(dtype)), wanted, KEEPERS)
     assert isinstance(backend, Plain)
@@ -58,9 +59,9 @@ def keeper(config: ModelConfig, pattern: Pattern, dtype: Any, wanted: str = AUTO
 
 
 def choose(task: Task, wanted: str = AUTO, backends: Sequence[Backend] | None = None) -> tuple[Backend, dict[str, str]]:
-    """(a backend that computes a task, why those that were asked before it do not, by their names).
+    """(the backend for a task, the reasons of those that refused it, by name).
 
-    It is the one that is called `wanted`, or `plain` where that one cannot; with "auto" the first that can.
+    The backend is the one called `wanted`, or `plain` if that one refuses; with "auto" the first that does not refuse.
     """
     refusals: dict[str, str] = {}
     for backend in BACKENDS if backends is None else backends:
@@ -73,8 +74,8 @@ def choose(task: Task, wanted: str = AUTO, backends: Sequence[Backend] | None = 
 
 
 def describe(patterns: Iterable[Pattern | TwoStreams], config: ModelConfig, dtype: Any, wanted: str = AUTO) -> str:
-    """Who computes the attention of these patterns on the mesh in force, for people; with the reason, where it is not
-    the kernel that was made for the platform."""
+    """The names of the backends that compute these patterns on the mesh in force, for a message; with the reason, if it
+    is not the platform's own kernel."""
     answers: dict[str, None] = {}  # each once, in order
     for pattern in patterns:
         backend, refusals = choose(Task(pattern, config.length, config.head_size, jnp.dtype(dtype)), wanted)

@@ -1,4 +1,4 @@
-"""What a backend of attention is: a way to compute it, for some patterns on some platforms.
+"""The interface of an attention backend: a way to compute attention, for some patterns on some platforms.
 
 Scores and softmax are float32 whatever the compute type.
 
@@ -17,11 +17,11 @@ from eso_jax.model.masks import Pattern, TwoStreams, View
 
 
 class Task(NamedTuple):
-    """What is to be computed.
+    """An attention that is to be computed.
 
     Attributes:
       pattern: who sees whom.
-      length: L, keys of a row.
+      length: L, the keys of a row.
       head_size: K.
       dtype: of queries, keys and values.
     """
@@ -44,7 +44,7 @@ class Backend(ABC):
 
     @abstractmethod
     def refuse(self, task: Task) -> str | None:
-        """Why it cannot compute a task on the platform at hand; None: it can."""
+        """Why it cannot compute a task on the platform in use, for a message; None: it can."""
 
     @abstractmethod
     def one_stream(self, q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"],

@@ -5,8 +5,8 @@ slots. It writes the keys and values of the tokens decoded last (now clean) and 
 are overwritten by the next step, whose pass begins at those very slots. Nothing is ever approximate: the entries before
 a step's window are those of clean tokens, computed from clean tokens alone.
 
-A cache holds as many slots as are in use, rounded up, and grows now and then (`grown`, a copy) where a static slice of
-a full one would be copied in every step.
+A cache holds as many slots as are in use, rounded up, and grows now and then (`grown`, a copy): a static slice of a
+full-size cache would be copied in every step.
 
 Axes: N layers, B batch, C slots of the cache, S slots of a pass, H heads, K head size.
 """
@@ -34,9 +34,9 @@ class KVCache:
     """Keys (rotated by their natural positions) and values of every layer, one array per layer.
 
     Attributes:
-      keys: N arrays of the axes B, C, H, K, in the order of `backend.key_axes` (which says L for C).
-      values: N arrays of these axes, in the order of `backend.value_axes`.
-      backend: what reads them. Static.
+      keys: N arrays with the axes B, C, H, K, in the order of `backend.key_axes` (where C is called L).
+      values: N arrays with these axes, in the order of `backend.value_axes`.
+      backend: computes attention over them. Static.
     """
 
     keys: tuple[Float[Array, "_ _ _ _"], ...]
@@ -49,7 +49,7 @@ class KVCache:
         return self.keys[0].shape[self.backend.key_axes.index("L")]
 
     def map(self, function: Callable[[Any, str], Any]) -> KVCache:
-        """function(array, its axes) of all arrays."""
+        """The cache with function(array, its axes) in place of each array."""
         return KVCache(tuple(function(k, self.backend.key_axes) for k in self.keys),
                        tuple(function(v, self.backend.value_axes) for v in self.values), self.backend)
 
@@ -65,12 +65,12 @@ def empty(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32,
 
 
 def spec(axes: str) -> PartitionSpec:
-    """How arrays of these axes are split over a mesh: by rows and heads."""
+    """The PartitionSpec of arrays with these axes: split by rows and heads."""
     return PartitionSpec(*({"B": sharding.BATCH, "H": "tensor"}.get(axis) for axis in axes))
 
 
 def grown(cache: KVCache, slots: int) -> KVCache:
-    """The same with room for `slots`, at least as many as before, split over the mesh in force."""
+    """The cache with room for `slots`, at least as many as it has, split over the mesh in force."""
     def pad(x: Array, axes: str) -> Array:
         more = [(0, slots - size if axis == "L" else 0) for axis, size in zip(axes, x.shape, strict=True)]
         return sharding.constrain(jnp.pad(x, more), *spec(axes))
@@ -82,8 +82,11 @@ def attend(cache: KVCache, layer: int, qkv: Float[Array, "B S 3 H K"], rotary: t
            offset: windows.Place) -> tuple[Float[Array, "B S H K"], KVCache]:
     """Attention of the slots offset, ..., offset + S - 1, which must fit, over a layer of the cache.
 
-    Queries and keys are turned by the table `rotary` (eso_jax/model/rotary.py). Writes the S keys and values at
-    `offset`, which is one for all rows or one for each.
+    Queries and keys are rotated by the table `rotary` (eso_jax/model/rotary.py). The S keys and values are written at
+    `offset`, which is one number for all rows or one for each.
+
+    Returns:
+      The output, and the cache with the new keys and values.
     """
     out, keys, values = cache.backend.extend(qkv, rotary, cache.keys[layer], cache.values[layer], view, offset)
     return out, dataclasses.replace(cache, keys=cache.keys[:layer] + (keys,) + cache.keys[layer + 1:],

@@ -1,6 +1,6 @@
 """Attention by cuDNN's fused kernels, on NVIDIA GPUs of the Ampere generation and newer.
 
-They are causal or see everyone, in bfloat16; what else is asked for is in eso_jax/model/fused.py.
+They compute causal or full attention, in bfloat16; eso_jax/model/fused.py makes the other patterns of these.
 
 Axes: see there.
 """
@@ -54,7 +54,7 @@ class CuDNN(Fused):
 
     def kernel(self, q: Float[Array, "B S H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"],
                pattern: Pattern, length: Int[Array, " B"] | None, scale: float) -> Float[Array, "B S H K"]:
-        # Its causal masks begin at the first slot: slots that were left out come back as queries of zeros.
+        # Its causal mask begins at the first slot, so the slots that were left out are put back, as queries of zeros.
         skip = k.shape[1] - q.shape[1]
         q = jnp.pad(q, ((0, 0), (skip, 0), (0, 0), (0, 0)))
         lengths = None if length is None else length.astype(jnp.int32)

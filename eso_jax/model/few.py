@@ -4,10 +4,10 @@ A product of few rows is as fast as its weights are read. XLA normalizes, multip
 residual in kernels of their own, each of which takes as long to be launched as to run. Here what comes before and after
 a product is in its kernel.
 
-A kernel is over in little more time than one read from memory takes. So a program asks for all that it needs before it
-waits for any of it, and there are enough programs to have all of the weights on their way at once. Where columns alone
-would be too few of them, the sum over D is cut as well: the parts are written one by one, and whoever reads them next
-adds them up. The stream between the layers is kept so, in float32.
+A kernel takes little more time than one read from memory. So a program starts all its reads before it waits for any of
+them, and there are enough programs to read all of the weights at once. If one program for each group of columns would
+be too few, the sum over D is cut as well: the parts are written separately, and the next kernel adds them up. The
+residual stream between the layers is kept in such parts, in float32.
 
 Axes: P parts of a sum, R rows, D entries of a row, N columns.
 """
@@ -46,7 +46,7 @@ class Cut(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Those of a layer."""
+    """The cuts of the four products of a layer."""
 
     qkv: Cut
     out: Cut
@@ -75,8 +75,11 @@ def fits(rows: int, blocks: Sequence[Block]) -> bool:
 
 def layers(x: Float[Array, "R D"], blocks: Sequence[Block], attend: Callable[[int, Array], Array],
            interpret: bool = False) -> Float32[Array, "R D"]:
-    """All layers of the transformer, where `attend` makes of a layer's number and its queries, keys and values
-    [R, 3 H K] what the heads get."""
+    """The residual stream after all layers of the transformer.
+
+    Args:
+      attend: (a layer's number, its queries, keys and values [R, 3 H K]) -> the heads' output, R x H K numbers.
+    """
     (rows, depth), cuts = x.shape, _cuts(len(x))
     assert cuts is not None, "ask `fits`"
     run, stream = functools.partial(product, interpret=interpret), x[None].astype(jnp.float32)
@@ -92,9 +95,9 @@ def layers(x: Float[Array, "R D"], blocks: Sequence[Block], attend: Callable[[in
 def product(x: Float[Array, "_ R D"], w: Float[Array, "D N"], cut: Cut, norm: Norm | None = None,
             bias: Float[Array, " N"] | None = None, gelu: bool = False, residual: Float[Array, "_ R N"] | None = None,
             interpret: bool = False) -> Float[Array, "P R N"]:
-    """gelu(norm(x) w + bias) + residual, of what is given; of the weights' type, or in float32 with a residual.
+    """gelu(norm(x) w + bias) + residual, each of them if it is given; of the weights' type, or float32 with a residual.
 
-    What is in parts is meant as their sum.
+    An array with a first axis of parts stands for their sum.
     """
     rows, columns, parts = x.shape[1], w.shape[1], _parts(x.shape[2], cut)
     assert parts == 1 or residual is not None and norm is None and not gelu, cut

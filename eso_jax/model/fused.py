@@ -1,4 +1,4 @@
-"""Attention by a fused kernel that knows one-stream patterns alone: how the others are made of them.
+"""Attention by a fused kernel for one-stream patterns: how the other patterns are made of such calls.
 
 A prefix takes two calls. A query of the prefix sees what is in it, any other what its pattern says; no query needs
 both, so that nothing has to be merged.
@@ -45,7 +45,7 @@ class Fused(Backend):
 
         Args:
           pattern: everyone, or blocks; without a prefix.
-          length: nobody sees slots from here on; None: all slots count.
+          length: no query sees the slots from here on; None: all slots are visible.
         """
 
     def one_stream(self, q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"],
@@ -76,7 +76,7 @@ class Fused(Backend):
 
     def _noisy(self, q: Array, noisy: tuple[Array, Array], clean: tuple[Array, Array], view: View,
                block: int) -> Float[Array, "B S H K"]:
-        """What the noisy copy gets; see the top of this file."""
+        """The output of the noisy copy; see the top of this file."""
         batch, slots, heads, size = q.shape
         lengths = None if view.length is None else jnp.broadcast_to(view.length, batch) + block
         (k_noisy, v_noisy), (k, v) = noisy, clean
@@ -102,9 +102,9 @@ class Fused(Backend):
         return (out[..., :size] + of_own_block.reshape(q.shape)).astype(q.dtype)
 
     def _widen(self, x: Float[Array, "B S H K"], least: int = 0) -> Float[Array, "B S H _"]:
-        """x with channels of zeros behind, up to a multiple of what the kernel takes."""
+        """x padded with channels of zeros, to a head size that the kernel takes."""
         return jnp.pad(x, [(0, 0)] * 3 + [(0, self.width(max(x.shape[-1], least)) - x.shape[-1])])
 
     def width(self, size: int) -> int:
-        """The head size that the kernel computes with, of one of `size`."""
+        """`size` rounded up to a head size that the kernel takes."""
         return -(-size // self.channels) * self.channels

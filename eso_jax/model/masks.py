@@ -1,4 +1,4 @@
-"""Who sees whom: patterns, which are data, and the truth tables behind them.
+"""Who sees whom: patterns, which are data, and their truth tables.
 
 A `Pattern` says who sees whom in one stream, a `TwoStreams` in a pass over a noisy and a clean copy of the tokens. Both
 are hashable: programs are compiled by them, and whoever computes attention (eso_jax/model/attention.py) can ask them
@@ -16,8 +16,9 @@ Families:
   two streams            a clean row sees clean keys by `blocks_up_to` (Eso-LM (A): `prefix`);
                          a noisy row sees clean keys by `blocks_before`, and noisy keys by `own_block`;
                          clean rows never see noisy keys. Eso-LM has blocks of one token, BD3-LM of L'.
-  all steps of a plan    `OwnSteps`, for Eso-LM (B): the same with blocks as large as the plan's steps, causal within
-  any token next         `LONE`, for Eso-LM (B): each mask as if it came next
+  all steps of a plan    `OwnSteps`, for Eso-LM (B): two streams whose blocks are the plan's steps, causal within each
+  any token next         `LONE`, for Eso-LM (B): each mask as if it were decoded next
+  drafts                 `Drafts`, for Eso-LM (B): a pass that verifies drafts and makes new ones
 
 Axes: B batch, S query slots, L key slots.
 """
@@ -36,8 +37,8 @@ class Pattern:
     """Who sees whom in one stream.
 
     Attributes:
-      block: a query sees its own block of so many slots, and the blocks before. 1: causal. None: everyone.
-      prefix: the first slots of a row, `clean` many, are seen by all.
+      block: slots in a block; a query sees its own block and the blocks before. 1: causal. None: everyone.
+      prefix: all queries see the first `clean` slots of a row.
       before: a query does not see its own block, only those before.
     """
 
@@ -47,7 +48,7 @@ class Pattern:
 
     def __call__(self, query: Int[Array, "*#s"], key: Int[Array, "*#s"],
                  clean: Int[Array, "..."] | int = 0) -> Bool[Array, "..."]:
-        """The truth table. `clean`, which broadcasts against the others, counts where there is a prefix."""
+        """Whether a query sees a key; the arguments broadcast. `clean` is used if there is a prefix."""
         if self.block is None:
             return everyone(query, key)
         if self.before:
@@ -56,7 +57,7 @@ class Pattern:
 
     @property
     def ordered(self) -> bool:
-        """Whether no query sees a block behind its own. A subclass may say so of itself."""
+        """Whether no query sees a block after its own. False for subclasses that do not override it."""
         return type(self) is Pattern and self.block is not None and not self.prefix
 
 
@@ -69,8 +70,8 @@ class TwoStreams:
 
     Attributes:
       block: slots in a block.
-      prefix: the first clean slots of a row, `clean` many, are seen by all clean ones.
-      skip: the first noisy slots, so many, are left out of the pass; a multiple of `block`.
+      prefix: all clean slots see the first `clean` ones of a row.
+      skip: how many of the first noisy slots are left out of the pass; a multiple of `block`.
     """
 
     block: int = 1
@@ -78,11 +79,11 @@ class TwoStreams:
     skip: int = 0
 
     def length(self, slots: int) -> int:
-        """L, of a pass of so many slots in all."""
+        """L, of a pass over `slots` slots in all."""
         return (slots + self.skip) // 2
 
     def split(self, x: Shaped[Array, "B S *s"]) -> tuple[Shaped[Array, "B _ *s"], Shaped[Array, "B _ *s"]]:
-        """What belongs to the noisy copy, and to the clean one."""
+        """(the part of the noisy copy [B, L - skip, ...], that of the clean one [B, L, ...])."""
         noisy = x.shape[1] - self.length(x.shape[1])
         return x[:, :noisy], x[:, noisy:]
 
@@ -103,17 +104,17 @@ class View:
 
     Attributes:
       pattern: static.
-      clean: int [B] or [1], the slots of a pattern's prefix; None where the pattern has none. Of `OwnSteps`, by query:
-        int [B or 1, S].
-      length: int [B] or [1], at least 1: nobody sees slots from here on. None: all slots count.
+      clean: int [B] or [1], the number of slots in the pattern's prefix; None if the pattern has none. For `OwnSteps`,
+        one for each query: int [B or 1, S].
+      length: int [B] or [1], at least 1: no query sees the slots from here on. None: all slots are visible.
     """
 
     pattern: Pattern | TwoStreams = struct.field(pytree_node=False)
-    clean: Int[Array, "..."] | None = None  # [B], but for a moment where attention is tiled
+    clean: Int[Array, "..."] | None = None  # other shapes only while attention is tiled
     length: Int[Array, "..."] | None = None
 
     def table(self, pattern: Pattern, queries: Int[Array, "#B S"], keys: Int[Array, " L"]) -> Bool[Array, "_ S L"]:
-        """The truth tables of a pattern: one for each row of the view, or one for all of them."""
+        """The truth tables of a pattern, [B, S, L], or [1, S, L] if all rows have the same."""
         query, key, clean = queries[:, :, None], keys[None, None], self.clean
         if clean is not None:
             clean = clean[:, None, None] if clean.ndim == 1 else clean[:, queries[0], None]
@@ -133,7 +134,7 @@ def everyone(query: Int[Array, "*#s"], key: Int[Array, "*#s"]) -> Bool[Array, "*
 
 
 def causal(query: Int[Array, "*#s"], key: Int[Array, "*#s"]) -> Bool[Array, "*s"]:
-    """A query sees itself and what comes before it.
+    """A query sees itself and the slots before it.
 
         1 0 0 0
         1 1 0 0
@@ -145,7 +146,7 @@ def causal(query: Int[Array, "*#s"], key: Int[Array, "*#s"]) -> Bool[Array, "*s"
 
 def prefix(query: Int[Array, "*#s"], key: Int[Array, "*#s"], clean: Int[Array, "*#s"] | int,
            block: int = 1) -> Bool[Array, "*s"]:
-    """The first `clean` slots are seen by all; the rest is as `blocks_up_to`. With clean = 2 and block = 1:
+    """All queries see the first `clean` slots; otherwise as `blocks_up_to`. With clean = 2 and block = 1:
 
         1 1 0 0
         1 1 0 0
@@ -214,10 +215,10 @@ class OwnSteps(Pattern):
 @dataclass(frozen=True)
 class Drafts(Pattern):
     """Who sees whom in a pass that verifies drafts (eso_jax/decoding/speculative.py), of a row that has decoded or
-    drafted `clean` tokens. The window, k = `drafts`: k + 1 clean slots, the last of these (or from 0, where there are
-    fewer); then 2k + 1 masks. Everyone sees the slots before the window. A clean slot sees clean ones up to itself;
-    mask m sees itself and all but the last k - m of the `clean` tokens; from m = k on, all of them, and the masks from
-    k on before it. With k = 1:
+    drafted `clean` tokens. With k = `drafts`, the window has k + 1 clean slots, the last of the `clean` ones (or the
+    first, if there are fewer), then 2k + 1 masks. All queries see the slots before the window. A clean slot sees clean
+    ones up to itself. Mask m < k sees itself and the clean tokens except the last k - m. Mask m >= k sees itself, all
+    clean tokens, and the masks k, ..., m - 1. With k = 1:
 
         1 0   0 0 0
         1 1   0 0 0
@@ -239,7 +240,8 @@ class Drafts(Pattern):
 
 @dataclass(frozen=True)
 class Lone(Pattern):
-    """The first `clean` slots see those up to themselves; a slot behind them sees them and itself. With clean = 2:
+    """A query among the first `clean` slots sees the slots up to itself; a later one sees these first slots and itself.
+    With clean = 2:
 
         1 0 0 0
         1 1 0 0

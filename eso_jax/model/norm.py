@@ -1,7 +1,7 @@
 """Layer normalization of the residual stream, and on GPUs a kernel of its own for the gradient.
 
-XLA makes that gradient in five passes over memory, since its kernels reduce along rows or along columns. Written
-in Pallas it is one: rows are read once, and what their sums need is added up on the way.
+XLA computes that gradient in five passes over memory, since its kernels reduce along rows or along columns. Written in
+Pallas it is one pass: rows are read once, and the sums over rows are accumulated on the way.
 
 Axes: N rows, D width, P programs of the kernel, T rows of a tile.
 """
@@ -36,7 +36,8 @@ def layer_norm(x: Float[Array, "N D"], norm: Norm, dtype: Any) -> Float[Array, "
 
 
 def stream_and_norm(x: Float[Array, "N D"], norm: Norm, dtype: Any) -> tuple[Float[Array, "N D"], Float[Array, "N D"]]:
-    """x, to go on with, and its `layer_norm`. What both send back is then added where the latter's is made."""
+    """(x, its `layer_norm`). Use the returned x as the residual stream: the kernel of the norm's gradient then also
+    adds the stream's gradient."""
     return _fused(x, norm, dtype, False) if sharding.runs_triton() else (x, layer_norm(x, norm, dtype))
 
 

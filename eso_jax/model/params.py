@@ -4,10 +4,10 @@
 mesh eso_jax/sharding.py), its initializer, and its tensor in the authors' checkpoints. The Flax Linen module
 `Parameters` declares what a config has of them; params themselves are a plain dict of float32 arrays by name.
 
-The model computes with `Weights`, which `fold` makes of params. AdaLN is conditioned on the embedding of sigma = 0
-always (the paper turns time conditioning off), so its shifts, scales and gates are the same for every token: they are
-folded into the layer norms and the output projections. Training folds in every step (it costs as much as a few rows of
-the batch) and the gradient flows through; inference folds once, at load.
+The model computes with `Weights`, which `fold` makes of params. AdaLN is always conditioned on the embedding of sigma 0
+(the paper turns time conditioning off), so its shifts, scales and gates are the same for every token: they are folded
+into the layer norms and the output projections. Training folds in every step (it costs as much as a few rows of the
+batch), and the gradient flows through; inference folds once, when a model is loaded.
 
 Axes: see eso_jax/model/transformer.py.
 """
@@ -39,14 +39,14 @@ GATES = (2, 5)  # of the six modulations of a block: shift, scale and gate of at
 
 
 class Parameter(NamedTuple):
-    """What is known of one parameter.
+    """The declaration of one parameter.
 
     Attributes:
       axes: logical axes, in order; "layers" comes first where there is one for every layer.
-      init: its initializer in a model of a config.
-      authors: its tensor's name in the authors' checkpoints; within the block, where there is one for every layer.
-      inputs: of a matrix, how many axes (behind "layers") it sums over; 0 for what is no matrix. Matrices are
-        multiplied with in the compute type, all else is float32; the authors' are [out, in], and ours [in, out].
+      init: gives the initializer for a config.
+      authors: its tensor's name in the authors' checkpoints; the name within a block, where every layer has one.
+      inputs: of a matrix, over how many axes (after "layers") a product with it sums; 0: it is not a matrix. Matrices
+        have the compute type, all else stays float32. The authors' matrices are [out, in], ours [in, out].
     """
 
     axes: tuple[str, ...]
@@ -66,7 +66,7 @@ def sizes(c: ModelConfig) -> dict[str, int]:
     """The size of every logical axis."""
     return {
         "layers": c.layers,
-        # D, by what it is an axis of: a block's matrices, the embedding, the head, modulations; norms and biases
+        # D, as an axis of a block's matrices, of the embedding, the head, modulations, and of norms and biases
         "width": c.width, "embedding_width": c.width, "head_width": c.width, "modulated": c.width, "vector": c.width,
         "qkv": 3, "heads": c.heads, "head_size": c.head_size, "hidden": 4 * c.width,
         # V: the head's columns; rows of the embedding and biases of the head
@@ -98,11 +98,11 @@ def _uniform(fan_in: str) -> Initializer:
 
 
 def _head(config: ModelConfig) -> nn.initializers.Initializer:
-    """Zero where there is AdaLN."""
+    """Zero in a model with AdaLN, else uniform."""
     return (_zeros if config.cond_dim else _uniform("width"))(config)
 
 
-# Initialized as the authors'. The order matters: Flax draws a parameter by its number.
+# Initialized as the authors'. The order matters: Flax keys the draw of a parameter by its number.
 _ALWAYS = {
     "norm1": Parameter(("layers", "vector"), _ones, "norm1.weight"),
     "norm2": Parameter(("layers", "vector"), _ones, "norm2.weight"),
@@ -140,7 +140,7 @@ def parameters_of(config: ModelConfig) -> dict[str, Parameter]:
 
 
 class Parameters(nn.Module):
-    """Declares the parameters with their logical axes, as Flax's partitioning reads them; returns them by name."""
+    """Declares the parameters with their logical axes, for Flax's partitioning; a call returns them by name."""
 
     config: ModelConfig
 
@@ -157,7 +157,7 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     return params
 
 
-# Not checked at run time: trees of shapes or shardings are of these types too.
+# Types are not checked at run time: trees of shapes and of shardings have these classes too.
 
 @no_type_check
 @struct.dataclass
@@ -194,7 +194,7 @@ class Block:
     Attributes:
       norm1, norm2: before attention, and before the MLP.
       qkv: [D, 3, H, K], makes queries, keys and values; of the compute type.
-      out: [H, K, D], the projection behind attention, its gate folded in; of the compute type.
+      out: [H, K, D], the projection after attention, its gate folded in; of the compute type.
       mlp_in: D -> 4D.
       mlp_out: 4D -> D, its gate folded in.
     """
@@ -210,12 +210,12 @@ class Block:
 @no_type_check
 @struct.dataclass
 class Head:
-    """What makes logits of hidden states.
+    """The weights that turn hidden states into logits.
 
     Attributes:
       norm: the last layer norm.
-      kernel: [D, V], of the compute type; for inference with more columns, to divide over the devices, whose logits
-        are dropped.
+      kernel: [D, V], of the compute type; for inference padded with columns to divide over the devices. The logits of
+        the padding are dropped.
       bias: float32 [V].
     """
 
@@ -233,10 +233,10 @@ class Weights:
       embedding: float32 [V, D].
       blocks: of all layers in one `Block` (training, which scans over them), or a tuple of N blocks (inference, which
         unrolls them, as the cached pass wants it).
-      head: behind the last block.
-      attention: the backend that is wanted for it, of eso_jax/model/attention.py. Static.
+      head: after the last block.
+      attention: the name of the backend, of eso_jax/model/attention.py, or "auto". Static.
 
-    Or a description of each of these (its shape, its sharding).
+    Instead of arrays, the fields may hold their shapes or shardings.
     """
 
     embedding: Float32[Array, "V D"]
@@ -252,8 +252,8 @@ class Weights:
 
 
 def fold(config: ModelConfig, params: Params, dtype: Any = jnp.float32, attention: str = "auto") -> Weights:
-    """The weights of `params`, stacked. Matrices take the compute type; all else, and so the residual stream, stays
-    float32."""
+    """The weights made of `params`, stacked over layers. Matrices have type `dtype`; all else, and so the residual
+    stream, stays float32."""
     p: Any = Parameters(config).apply({"params": params})
     if config.cond_dim:
         condition = _condition(p)
@@ -276,7 +276,7 @@ def fold(config: ModelConfig, params: Params, dtype: Any = jnp.float32, attentio
 
 
 def _condition(p: Params) -> Float[Array, " C"]:
-    """The conditioning vector: the embedding of sigma = 0, cosines (all 1) then sines (all 0), through an MLP."""
+    """The conditioning vector: an MLP of the embedding of sigma = 0, whose cosines are 1 and whose sines are 0."""
     sigma = jnp.concatenate([jnp.ones(FREQUENCIES // 2), jnp.zeros(FREQUENCIES // 2)])
     hidden = nn.silu(sigma @ p["sigma_in_kernel"] + p["sigma_in_bias"])
     return nn.silu(hidden @ p["sigma_out_kernel"] + p["sigma_out_bias"])
@@ -287,8 +287,8 @@ def _modulate(norm: Array, shift: Array, scale: Array) -> Norm:
 
 
 def _origin(path: tuple[Any, ...]) -> Parameter:
-    """The parameter that a weight is made of, by its path in `Weights`: blocks.mlp_in.kernel is of mlp_in_kernel, and
-    both scale and bias of head.norm are of head_norm."""
+    """The parameter that a weight is made of, by its path in `Weights`: blocks.mlp_in.kernel is made of mlp_in_kernel,
+    and both scale and bias of head.norm of head_norm."""
     names = [part.name for part in path if hasattr(part, "name") and part.name != "blocks"]
     return PARAMETERS.get("_".join(names)) or PARAMETERS["_".join(names[:-1])]
 
@@ -303,10 +303,10 @@ def unstack(weights: Weights) -> Weights:
 
 def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh, attention: str = "auto") -> Weights:
     """Weights for sampling and scoring, from float32 parameters that are laid out on the mesh by the rules of
-    eso_jax/sharding.py: folded, unstacked, and born where they are used.
+    eso_jax/sharding.py: folded, unstacked, and created on the devices that use them.
 
-    No device ever holds more than its share of parameters and weights. For that `params` is emptied, and what it held
-    is freed once it is used.
+    No device ever holds more than its share of parameters and weights. For that, `params` is emptied, and each array is
+    freed after its last use.
     """
     fold_layer, fold_kernel = inference_folds(config, dtype, mesh)
     layers = [jax.block_until_ready(fold_layer(params, layer)) for layer in range(config.layers)]
@@ -318,9 +318,9 @@ def for_inference(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh, a
 
 @functools.lru_cache(maxsize=8)  # so that models of one kind are compiled once
 def inference_folds(config: ModelConfig, dtype: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """The two compiled functions behind `for_inference`. The first makes, of parameters and the number of a layer, its
-    block, and norm and bias of the head. The second makes the kernel of the head: its columns are padded to a multiple
-    of the devices that share it (`head` drops their logits), and split. The embedding is the parameter itself."""
+    """The two compiled functions of `for_inference`: (params, layer) -> (that layer's block, the head's norm, the
+    head's bias); and the head's kernel -> the same, split by columns and padded to a multiple of the devices that share
+    them (`head` drops the logits of the padding). The embedding needs no change."""
     where = jax.tree.map(lambda x: x.sharding, abstract_weights(config, dtype, mesh))
 
     def fold_layer(params: Params, layer: Int[Array, ""]) -> tuple[Any, Norm, Array]:
@@ -332,7 +332,7 @@ def inference_folds(config: ModelConfig, dtype: Any, mesh: Mesh) -> tuple[Any, A
     def fold_kernel(kernel: Array) -> Array:
         return _pad_columns(kernel.astype(dtype), mesh)
 
-    assert isinstance(where.blocks, tuple)  # alike
+    assert isinstance(where.blocks, tuple)  # all of one layout
     return (jax.jit(fold_layer, out_shardings=(where.blocks[0], where.head.norm, where.head.bias)),
             jax.jit(fold_kernel, out_shardings=where.head.kernel))
 
@@ -356,7 +356,8 @@ def _pad_columns(kernel: Array, mesh: Mesh) -> Array:
 
 
 def param_spec(path: tuple[Any, ...], ndim: int) -> P:
-    """Where a parameter is kept, or its average or optimizer state, by its path in a tree. Scalars are everywhere.
+    """The PartitionSpec of a parameter, of its average or of its optimizer state, by its path in a tree. Scalars are on
+    every device.
 
     Raises:
       EsoError: no parameter of its name is declared, it has other axes, or their rules cannot be right.
@@ -383,13 +384,14 @@ def with_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain_params(tree: Any) -> Any:
-    """A tree such as gradients, laid out by the rules on the mesh in force; itself where there is none."""
+    """A tree of parameters or gradients, constrained to the rules' layout on the mesh in force; the same tree if there
+    is no mesh."""
     return jax.tree_util.tree_map_with_path(lambda path, x: sharding.constrain(x, *param_spec(path, x.ndim)), tree)
 
 
 def weight_shardings(weights: Weights, mesh: Mesh) -> Weights:
-    """The NamedSharding of every weight (or of its shape): its parameter's, where blocks are stacked; else by the rules
-    for sampling, for which the columns of the head must divide (`for_inference` sees to that)."""
+    """The NamedSharding of every weight (or of its shape): that of its parameter, where blocks are stacked; else by the
+    rules for sampling, for which the columns of the head must divide (`for_inference` pads them)."""
     def of(path: tuple[Any, ...], _: Any) -> NamedSharding:
         parameter = _origin(path)
         if stacked:
@@ -401,8 +403,8 @@ def weight_shardings(weights: Weights, mesh: Mesh) -> Weights:
     return shardings
 
 
-# The embedding [V, D] split by width: each device looks its part of a token's vector up.
+# The embedding [V, D] split by width: each device looks up its part of a token's vector.
 embedding_split = sharding.route(PARAMETERS["embedding"].axes, P(None, "tensor"))
-# The head's kernel [D, V] split by vocabulary (unevenly, if need be; XLA pads): no device makes or keeps all logits of
-# a row. In two steps, exchange and gather: in one, XLA would gather all of it everywhere.
+# The head's kernel [D, V] split by vocabulary (XLA pads uneven parts): no device computes or holds all logits of a row.
+# In two steps, exchange and gather: in one step, XLA would gather the whole kernel on every device.
 head_split = sharding.route(PARAMETERS["head_kernel"].axes, P("fsdp", "tensor"), P(None, "tensor"))

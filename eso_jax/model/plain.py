@@ -1,7 +1,7 @@
-"""Attention as it is written down: for every platform and every pattern, and what the other backends are compared with.
+"""The reference attention: for every platform and every pattern. The other backends are tested against it.
 
-Products and softmax in float32 tiles that keep the scores small. It alone keeps keys and values for the decoding loop,
-and owns their layout: the key-value cache (eso_jax/model/cache.py) asks it.
+Scores and softmax are float32, in tiles, so that few scores are in memory at once. `Plain` and its subclasses also keep
+keys and values for the decoding loop: the key-value cache (eso_jax/model/cache.py) has their layout.
 
 Axes: B batch, S query slots, L key slots (or the length), H heads, K head size.
 """
@@ -22,23 +22,23 @@ from eso_jax.model.backend import Backend, Task
 from eso_jax.model.masks import Pattern, TwoStreams, View
 from eso_jax.model.rotary import rotate
 
-HIDDEN = -1e30  # the score of a key that may not be seen
-# Scores at once, of more than a few queries: on CPU, tiles that stay in its cache make long sequences 7 times as fast.
+HIDDEN = -1e30  # the score of a key that the query does not see
+# Scores in one tile: on CPU, tiles that fit its cache make long sequences 7 times as fast.
 TILE = {"cpu": 2**21}
 TILE_ELSEWHERE = 2**28
-PART, PARTS = 256, 4  # queries, and their parts, at most: more save little, and each is compiled on its own
-FEW_QUERIES = 64  # are not tiled: the tiles of a batch copy its keys and values
+PART, PARTS = 256, 4  # least queries of a part, most parts: more save little, and each is compiled on its own
+FEW_QUERIES = 64  # so few are not tiled: the tiles of a batch copy its keys and values
 
 
 def arrange(x: Float[Array, "B L H K"], axes: str) -> Float[Array, "_ _ _ _"]:
-    """Keys or values, laid out as a backend keeps them."""
+    """Keys or values with their axes in the order `axes`, a permutation of "BLHK"."""
     return jnp.transpose(x, tuple("BLHK".index(axis) for axis in axes))
 
 
 @dataclass(frozen=True)
 class Plain(Backend):
-    """Products and a softmax, as they are written down. Both products read keys and values in order: 10 times as fast
-    as kept in [B, L, H, K] on CPU, batch 16.
+    """Products and a softmax. The layout lets both products read keys and values in order: on CPU, batch 16, 10 times
+    as fast as from [B, L, H, K].
 
     Attributes:
       key_axes: the axes of keys as the cache keeps them, a permutation of "BLHK".
@@ -66,7 +66,11 @@ class Plain(Backend):
     def extend(self, qkv: Float[Array, "B S 3 H K"], rotary: tuple[Array, Array], keys: Float[Array, "_ _ _ _"],
                values: Float[Array, "_ _ _ _"], view: View,
                offset: windows.Place) -> tuple[Float[Array, "B S H K"], Array, Array]:
-        """As eso_jax.model.cache.attend: what the queries get, and the keys and values with those of the window."""
+        """Attention of a window over one layer's cache, as eso_jax.model.cache.attend has it.
+
+        Returns:
+          The output, and the layer's keys and values with those of the window written in.
+        """
         qk, v = jnp.split(qkv, [2], axis=2)
         q, k, v = (part[:, :, 0] for part in (*jnp.split(rotate(qk, rotary), 2, axis=2), v))
 
@@ -94,10 +98,10 @@ def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array
     key.
 
     Args:
-      noisy: further keys and values [B, S, H, K], one for each query, who sees those of its own block as well.
+      noisy: further keys and values [B, S, H, K], one for each query; a query also sees those of its own block.
       block: queries in a block; divides S.
     """
-    mine = tuple(heads_first(x) for x in (q, *(noisy or ())))  # [B, H, S, K] each: what is split with the queries
+    mine = tuple(heads_first(x) for x in (q, *(noisy or ())))  # [B, H, S, K] each: these are split into tiles
     batch, heads, slots, _ = mine[0].shape
     length = k.shape[-1]
     most = TILE.get(sharding.platform(), TILE_ELSEWHERE) // heads  # pairs in a tile
@@ -120,7 +124,7 @@ def dense(q: Float[Array, "B S H K"], k: Float[Array, "B H K L"], v: Float[Array
 
 
 class _Part(NamedTuple):
-    """Queries start, ..., stop - 1, so many to a tile, and how many keys some of them may see."""
+    """The queries start, ..., stop - 1, in tiles of `tile`; they see only keys among the first `keys`."""
 
     start: int
     stop: int
@@ -129,17 +133,17 @@ class _Part(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """How attention is cut: so many rows at a time, their queries in parts, and these in tiles."""
+    """How attention is cut: `rows` rows at a time, their queries in parts, and these in tiles."""
 
     pattern: Pattern
-    offset: int  # the first query's slot, if it is not each row's own
+    offset: int  # the first query's slot; 0 if each row has its own
     block: int
     rows: int
     parts: tuple[_Part, ...]
 
 
 def _parts(slots: int, offset: windows.Place, length: int, pattern: Pattern) -> list[_Part]:
-    """One part, unless queries see no keys behind them: then PARTS, of at least PART queries."""
+    """One part; up to PARTS, of at least PART queries, if no query sees later blocks."""
     if not isinstance(offset, int) or not pattern.ordered:
         return [_Part(0, slots, length)]
     block = pattern.block or 1
@@ -151,12 +155,12 @@ def _parts(slots: int, offset: windows.Place, length: int, pattern: Pattern) -> 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _tiled(mine: tuple[Float[Array, "B H S K"], ...], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
            numbers: Any, tiles: _Tiles) -> Float[Array, "B S H K"]:
-    """Attention in tiles. For its gradient scores are made again, from their log-sum-exps, which are kept (as in
+    """Attention in tiles. Its gradient computes the scores again, from their log-sum-exps, which are kept (as in
     arXiv:2205.14135).
 
     Args:
       mine: queries, and the noisy keys and values if there are any.
-      numbers: the view's two, and the first query's slot; each by row, or None.
+      numbers: the view's `clean` and `length`, and the first query's slot; each by row, or None.
     """
     return _tiled_forward(mine, k, v, numbers, tiles)[0]
 
@@ -182,9 +186,9 @@ def _tiled_forward(mine: tuple[Array, ...], k: Array, v: Array, numbers: Any, ti
 
 
 def _tiled_backward(tiles: _Tiles, residuals: Any, gradient: Float[Array, "B S H K"]) -> tuple[Any, ...]:
-    """With scores less their log-sum-exps, out = p v and 1 = sum p for p = exp(scores). The gradient is that of the
-    former, and of the latter what makes p sum to 1: less gradient x out. It takes the place of queries, keys and
-    values, row by row: arrays of its own would be in memory from the beginning of the step."""
+    """With p = exp(scores - log-sum-exp), out = p v and sum p = 1. The gradient is that of out, plus that of sum p
+    times -(gradient . out), which accounts for the normalization. It overwrites queries, keys and values, some rows at
+    a time: arrays of its own would be in memory from the beginning of the step."""
     mine, k, v, numbers, out, sums = residuals
     shift = jnp.swapaxes(-(gradient.astype(jnp.float32) * out).sum(-1), 1, 2)
     given = _groups((jnp.swapaxes(gradient, 1, 2), sums, shift, numbers), tiles)
@@ -224,26 +228,28 @@ def _groups(tree: Any, tiles: _Tiles) -> Any:
 
 
 def _merge(x: Shaped[Array, "G R *s"]) -> Shaped[Array, "B *s"]:
+    """The inverse of `_groups`, of one array."""
     return x.reshape(-1, *x.shape[2:])
 
 
 def _tile(xs: tuple[Array, ...], part: _Part) -> tuple[Array, ...]:
-    """Of [R, H, S, ...] a part's queries, tile by tile: [tiles, R, H, T, ...]."""
+    """A part's queries of arrays [R, H, S, ...], tile by tile: [tiles, R, H, T, ...]."""
     return tuple(jnp.moveaxis(x[:, :, part.start:part.stop].reshape(*x.shape[:2], -1, part.tile, *x.shape[3:]), 2, 0)
                  for x in xs)
 
 
 def _untile(tree: Any) -> Any:
-    """The inverse, of one part."""
+    """The inverse of `_tile`: [R, H, queries of the part, ...]."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:]), tree)
 
 
 def _firsts(part: _Part) -> Int[Array, " _"]:
+    """The first query of each tile."""
     return jnp.arange(part.start, part.stop, part.tile)
 
 
 def _mask(numbers: Any, tiles: _Tiles, part: _Part, first: Int[Array, ""]) -> Bool[Array, "_ _ _"]:
-    """Of the tile that begins with a query."""
+    """The truth table [B or 1, T, keys] of the tile whose first query is `first`."""
     clean, length, offset = numbers
     queries = windows.numbers((tiles.offset if offset is None else offset) + first, part.tile)
     return View(tiles.pattern, clean, length).table(tiles.pattern, queries, jnp.arange(part.keys))
@@ -257,7 +263,8 @@ def _divisor(n: int, most: int) -> int:
 def _dense(mine: tuple[Float[Array, "B H S K"], ...], k: Float[Array, "B H K L"], v: Float[Array, "B H L K"],
            mask: Bool[Array, "#B S L"], block: int,
            top: Float[Array, "B H S"] | None = None) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S"], Array]:
-    """Values weighed by exp(score - top), the sum of these weights, and top: if none is given, the highest score."""
+    """(sum of values weighted by exp(score - top), sum of these weights, top). Without `top`, it is the highest score
+    of each query."""
     q, *noisy = mine
     parts = [scores(q, k, mask)]
     if noisy:
@@ -275,16 +282,17 @@ def _dense(mine: tuple[Float[Array, "B H S K"], ...], k: Float[Array, "B H K L"]
 
 
 def heads_first(x: Float[Array, "B S H K"]) -> Float[Array, "B H S K"]:
-    """Queries, and the noisy keys and values, as the products want them."""
+    """The layout in which products take queries, and the noisy keys and values."""
     return jnp.swapaxes(x, 1, 2)
 
 
 def scaled(q: Float[Array, "*s K"]) -> Float[Array, "*s K"]:
+    """q / sqrt(K)."""
     return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
 
 def multiply(dims: str, a: Array, b: Array) -> Array:
-    """A product of the compute type in float32."""
+    """einsum(dims, a, b), with a float32 result."""
     return jnp.einsum(dims, a, b, precision="highest", preferred_element_type=jnp.float32)
 
 

@@ -29,17 +29,17 @@ MOST = 2**31  # logits in all: the kernel counts in 32 bits
 
 
 def here() -> bool:
-    """Whether the program being traced can have the kernel: a device has all logits of a row."""
+    """Whether the program being traced can use the kernel: on a GPU with all logits of a row on one device."""
     return sharding.runs_triton() and sharding.tensor_shards() == 1
 
 
 def nll_and_slope(logits: Float[Array, "N V"], bias: Float[Array, " V"], targets: Int[Array, " N"], mask_id: int,
                   dtype: Any, interpret: bool = False) -> tuple[Float[Array, " N"], Float[Array, " N"],
                                                                 Float[Array, "N V"]]:
-    """-log p of the targets, the logits' log-sum-exps, and the gradient of -log p by the logits, in a type.
+    """(-log p of the targets, the logits' log-sum-exps, the gradient of -log p by the logits, of type `dtype`).
 
     Args:
-      logits: float32, to which the bias is still to be added; the mask's becomes MASK_LOGIT, and its gradient is 0.
+      logits: float32, without the bias, which is added here; the mask's becomes MASK_LOGIT, and its gradient is 0.
     """
     local = functools.partial(_by_row, mask_id=mask_id, dtype=dtype, interpret=interpret)
     if sharding.batch_shards() > 1:

@@ -1,6 +1,6 @@
 """Attention by the Pallas kernel "splash" that comes with JAX, on TPUs.
 
-It takes any pattern that is known when it is compiled, and skips blocks of keys that nobody sees.
+It takes any pattern that is known at compile time, and skips blocks of keys that no query sees.
 
 Axes: see eso_jax/model/fused.py.
 """
@@ -50,7 +50,7 @@ class Splash(Fused):
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
         keys = k.shape[1]
-        more = -q.shape[1] % LANES  # slots that were left out and come back, as queries of zeros
+        more = -q.shape[1] % LANES  # slots that were left out and are put back, as queries of zeros
         q = jnp.pad(q, ((0, 0), (more, 0), (0, 0), (0, 0)))
         batch, slots, heads, _ = q.shape
         skip = keys - slots

@@ -10,6 +10,7 @@ Everything is a function of *weights*, in which the modulation is folded; see es
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,16 +29,16 @@ from eso_jax.model.slots import Place
 from eso_jax.model.softmax import MASK_LOGIT
 from eso_jax.model.triton import Triton
 
-UNROLLED = 12  # layers in one turn of the scan, on CPU and GPU
+UNROLLED = 12  # layers in one iteration of the scan, on CPU and GPU
 
 
 class Training(NamedTuple):
-    """What a training pass does that others do not.
+    """What only a training pass does: dropout and rematerialization.
 
     Attributes:
       dropout: the rate.
       keys: one per row; None if the rate is 0.
-      remat: what the backward pass computes again, train.remat.
+      remat: what the backward pass computes again, as `train.remat` has it.
     """
 
     dropout: float
@@ -55,8 +56,8 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
       tokens: ids in [0, V).
       positions: natural positions in [0, L), for the rotary embedding.
       view: who sees whom.
-      cache: the tokens are then its slots from `offset` on, one number for all rows or one for each (needs unstacked
-        weights).
+      cache: the key-value cache (needs unstacked weights); the tokens are its slots from `offset` on.
+      offset: one number for all rows, or one for each.
       training: dropout and rematerialization of a training pass.
 
     Returns:
@@ -73,15 +74,15 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
 
     def block(carry: tuple[Array, Any], scanned: tuple[Any, Block]) -> tuple[tuple[Array, Any], None]:
         (x, cache), (layer, w) = carry, scanned  # x: [B S, D]
-        # Split, not indexed: the gradient is then one array put together, not three padded and added.
         x, normal = stream_and_norm(x, w.norm1, w.qkv.dtype)
         qkv = linear(normal, w.qkv).reshape(*tokens.shape, *w.qkv.shape[1:])
         with jax.named_scope("attention"):
             if cache is None:
+                # Split, not indexed: the gradient is then one concatenation, not a sum of three padded arrays.
                 qk, v = jnp.split(qkv, [2], axis=2)
                 q, k, v = (part[:, :, 0] for part in (*jnp.split(rotate(qk, rotary), 2, axis=2), v))
                 out = attention.attend(q, k, v, view, weights.attention)
-            else:  # with a barrier, or a GPU ends the product, if it is made in parts, once for each
+            else:  # without the barrier, XLA for GPUs would add up a product's parts once for each of q, k and v
                 out, cache = kv.attend(cache, layer, jax.lax.optimization_barrier(qkv), rotary, view, offset)
         x = x + drop(linear(out.reshape(-1, *out.shape[2:]), w.out, axes=2), layer, 0)
         x, normal = stream_and_norm(x, w.norm2, w.qkv.dtype)
@@ -91,11 +92,11 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
         return (sharding.constrain(x, sharding.BATCH), cache), None
 
     block = jax.named_scope("block")(block)
-    # One row axis, here and in the products: on CPU the gradient of a bias is 20 times as fast as with two, and that of
-    # a product 2.5 times.
+    # One axis of rows, here and in the products: on CPU the gradient of a bias is 20 times as fast as with two axes,
+    # and that of a product 2.5 times.
     carry = (sharding.constrain(embedding_split(weights.embedding)[tokens.reshape(-1)], sharding.BATCH), cache)
     if (cache is not None and isinstance(cache.backend, Triton) and isinstance(weights.blocks, tuple)
-            and few.fits(len(carry[0]), weights.blocks)):
+            and few.fits(len(carry[0]), weights.blocks)):  # few rows on one GPU
         kept = cache
 
         def attend(layer: int, qkv: Array) -> Array:
@@ -110,30 +111,35 @@ def trunk(weights: Weights, tokens: Int[Array, "B S"], positions: Int[Array, "B 
         for scanned in enumerate(weights.blocks):
             carry, _ = block(carry, scanned)
     else:
-        count, remat = weights.blocks.qkv.shape[0], "none" if training is None else training.remat
-        # Unrolled, a step is 30-60% faster on CPU, and on GPU what the backward pass needs is not copied into arrays of
-        # all layers; scanned, it compiles in half the time on TPU, and however deep the model is. Rematerialization
-        # saves memory under a scan alone.
-        unroll = 1
-        if remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        elif sharding.platform() != "tpu":
-            unroll = max(n for n in range(1, UNROLLED + 1) if count % n == 0)
-        carry, _ = jax.lax.scan(block, carry, (jnp.arange(count), weights.blocks), unroll=unroll)
+        carry = _scan(block, carry, weights.blocks, "none" if training is None else training.remat)
     x, cache = carry
     x = layer_norm(x, weights.head.norm, weights.head.kernel.dtype)
     return x.reshape(*tokens.shape, -1), cache
 
 
+def _scan(block: Callable[[Any, Any], tuple[Any, None]], carry: Any, blocks: Block, remat: str) -> Any:
+    """The carry after all layers, for stacked weights.
+
+    Unrolled, a step is 30-60% faster on CPU, and on GPU what the backward pass needs is not copied into arrays of all
+    layers. Scanned layer by layer, it compiles in half the time on TPU, and rematerialization saves memory.
+    """
+    count, unroll = blocks.qkv.shape[0], 1
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+    elif sharding.platform() != "tpu":
+        unroll = max(n for n in range(1, UNROLLED + 1) if count % n == 0)
+    return jax.lax.scan(block, carry, (jnp.arange(count), blocks), unroll=unroll)[0]
+
+
 def head(weights: Weights, hidden: Float[Array, "*s D"], mask_id: int) -> Float[Array, "*s V"]:
-    """Float32 logits of hidden states, the mask's set to MASK_LOGIT."""
+    """Float32 logits of hidden states; that of the mask is MASK_LOGIT."""
     return logits_of(head_split(weights.head.kernel), weights.head.bias, hidden, mask_id)
 
 
 def logits_of(kernel: Float[Array, "D _"], bias: Float[Array, " V"], hidden: Float[Array, "*s D"],
               mask_id: int) -> Float[Array, "*s V"]:
-    """As `head`, by a kernel that is laid out for its use (params.head_split); columns beyond V are padding."""
+    """The same by a kernel that is already split for its use (params.head_split); columns beyond V are padding."""
     with jax.named_scope("head"):
         logits = linear(hidden, kernel, dtype=jnp.float32)
         logits = sharding.constrain(logits, sharding.BATCH, *[None] * (logits.ndim - 2), "tensor")
@@ -144,8 +150,8 @@ def logits_of(kernel: Float[Array, "D _"], bias: Float[Array, " V"], hidden: Flo
 def linear(x: Float[Array, "*rows"], w: Float[Array, "*w"], axes: int = 1, dtype: Any = None) -> Float[Array, "*out"]:
     """Contracts the last `axes` axes of x with the first of w.
 
-    Float32 is multiplied as float32 on every backend; bfloat16 costs no more for it. Rows are flattened first: on CPU
-    the gradient of a product with one row axis is 2.5 times as fast as with two.
+    With precision="highest" float32 is multiplied as float32 on every backend; bfloat16 is as fast as without. Rows are
+    flattened to one axis, which makes the gradient faster on CPU.
     """
     rows = x.shape[:x.ndim - axes]
     out = jnp.tensordot(x.reshape(-1, *x.shape[x.ndim - axes:]), w, axes, precision="highest",
@@ -154,7 +160,7 @@ def linear(x: Float[Array, "*rows"], w: Float[Array, "*w"], axes: int = 1, dtype
 
 
 def training_of(config: Config, draws: noise.Draws, train: bool) -> Training | None:
-    """What is special about a training pass; None for others."""
+    """The `Training` of a pass by these draws; None unless `train`."""
     rate = config.model.dropout
     return Training(rate, draws.per_example(noise.DROPOUT) if rate else None, config.train.remat) if train else None
 
@@ -166,8 +172,9 @@ def natural_positions(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 @jax.custom_vjp
 def gelu_linear(x: Float[Array, "R F"], w: Float[Array, "F D"]) -> Float[Array, "R D"]:
-    """GELU by tanh, and a product. For its gradient x alone is kept, and what that needs is made again: by a sigmoid,
-    since XLA for CPUs finds a second tanh and keeps the first; and of the gradient too, or it makes that at once."""
+    """gelu(x) w, with GELU by tanh. Only x and w are kept for the gradient, which computes GELU again. It does so by a
+    sigmoid, since XLA for CPUs would recognize a second tanh and keep the first; and it adds 0 x gradient, since XLA
+    would otherwise compute it in the forward pass and keep that."""
     return linear(nn.gelu(x, approximate=True), w)
 
 
@@ -184,5 +191,5 @@ gelu_linear.defvjp(lambda x, w: (gelu_linear(x, w), (x, w)), _gelu_linear_gradie
 
 
 def over(w: Array, x: Array) -> Array:
-    """w with as many axes as x, to be repeated over the first ones."""
+    """w with leading axes of size 1, as many axes as x has."""
     return jnp.expand_dims(w, range(x.ndim - w.ndim))

@@ -1,7 +1,7 @@
 """Attention of a decoding step as one kernel, on NVIDIA GPUs, written in Pallas.
 
-A step's window has few slots, so that a pass waits for kernels to be launched and for memory, not for products. One
-kernel turns the window's queries and keys, attends over the window and the cache before it, and writes the window's
+A step's window has few slots, so that a pass waits for kernel launches and for memory, not for products. One kernel
+rotates the window's queries and keys, attends over the window and the cache before it, and writes the window's
 keys and values into the cache in place. Only tiles of keys that some query sees are read.
 
 The grid is rows x heads x splits. A split takes its share of the tiles; their results are put together by the
@@ -69,7 +69,7 @@ class Triton(Plain):
         if slots > MOST_SLOTS:
             return super().extend(qkv, rotary, keys, values, view, offset)
         assert isinstance(view.pattern, Pattern)
-        # As they come, and half of the tables: a kernel would have to make anything else.
+        # The arrays as they are, and half of each table: anything else would need a kernel to make it.
         clean = None if view.pattern == masks.CAUSAL else view.clean
         numbers = tuple(None if x is None else jnp.atleast_1d(x) for x in (offset, clean, view.length))
         table = rotary[0][:, :, 0, 0, :size // 2], rotary[1][:, :, 0, 0, size // 2:]
@@ -87,7 +87,7 @@ def _step(qkv: Float[Array, "B S 3 H K"], table: tuple[Float[Array, "B S _"], Fl
           keys: Float[Array, "B H C K"], values: Float[Array, "B H C K"], numbers: tuple[Int[Array, " _"] | None, ...],
           pattern: Pattern,
           interpret: bool) -> tuple[Float[Array, "B S H K"], Float[Array, "B H C K"], Float[Array, "B H C K"]]:
-    """What the window's queries get, and the cache with the window in it.
+    """The output of the window's queries, and the keys and values with the window written in.
 
     Args:
       table: cosines and sines, K / 2 of each.
@@ -109,7 +109,7 @@ def _step(qkv: Float[Array, "B S 3 H K"], table: tuple[Float[Array, "B S _"], Fl
 
 def _together(parts: Float[Array, "P B S H K"], total: Float[Array, "P B S H"], dtype: Any,
               interpret: bool) -> Float[Array, "B S H K"]:
-    """The splits' results weighed by their sums of exponentials, of which `total` has the logarithms."""
+    """The mean of the splits' results, weighted by their sums of exponentials, whose logarithms are `total`."""
     splits, batch, slots, heads, size = parts.shape
     most = pl.next_power_of_2(splits)
 
@@ -189,7 +189,7 @@ def _kernel(qkv: Any, cos: Any, sin: Any, keys: Any, values: Any, numbers: Any, 
 
 
 def _seen(pattern: Pattern, end: Array, clean: Any, length: int) -> Array:
-    """A slot from which on no query of a window that ends at `end` sees any key."""
+    """A bound on the keys: no query of a window that ends at `end` sees the slots from here on."""
     if pattern.block is None:
         return jnp.int32(length)
     last = jnp.minimum((end + pattern.block - 1) // pattern.block * pattern.block, length)

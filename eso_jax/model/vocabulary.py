@@ -1,7 +1,7 @@
-"""What is made of logits over the vocabulary, in chunks, so that they never are in memory all at once.
+"""Functions of logits over the vocabulary, computed in chunks, so that all logits are never in memory at once.
 
 Axes: B batch, L length (or slots of a step), V vocabulary, D width, R parts into which devices split the rows,
-T tokens of a part, C those of them for which there is room.
+T tokens of a part, C the tokens of a part for which logits are computed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from eso_jax.model.transformer import head, linear, logits_of, over
 # 32 x 1,024 tokens took 76 ms instead of 80 (AR of the paper's size, H200).
 LOGITS_AT_ONCE = 2**27
 LOGITS_ON_GPU = softmax.MOST
-ROOM = 128  # tokens: the step of the room for masked ones
-if_fits = jax.lax.cond  # a name of its own, for who counts what the usual branch costs
+ROOM = 128  # the room for masked tokens is a multiple of this
+if_fits = jax.lax.cond  # under a name that a test replaces, to count the operations of the usual branch
 
 
 def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"],
         mask_id: int) -> Float[Array, "B L"]:
     """-log p of the targets, in nats.
 
-    For the gradient logits are made again, chunk by chunk. That of the kernel and the bias is summed in float32 over
+    The gradient computes the logits again, chunk by chunk. The gradients of kernel and bias are summed in float32 over
     all rows, whatever the compute type, and rounded once.
     """
     return masked_nll(weights, hidden, targets, mask_id, jnp.ones(targets.shape, bool), 1.0)
@@ -41,13 +41,13 @@ def nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B 
 
 def masked_nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"], mask_id: int,
                masked: Bool[Array, "B L"], share: float) -> Float[Array, "B L"]:
-    """-log p of the masked targets, in nats; 0 for the others, of which no logits are made.
+    """-log p of the masked targets, in nats; 0 for the others, for which no logits are computed.
 
-    Every device gathers its own masked tokens into as much `room` as they nearly always need. Where one of them has
-    more, logits of all tokens are made instead.
+    Every device gathers its own masked tokens into an array of `room` tokens, nearly always enough. If one device has
+    more, the logits of all tokens are computed instead.
 
     Args:
-      share: of the tokens that are masked, on average.
+      share: the share of tokens that are masked, on average.
     """
     batch, length, _ = hidden.shape
     shards = sharding.batch_shards()
@@ -64,7 +64,7 @@ def masked_nll(weights: Weights, hidden: Float[Array, "B L D"], targets: Int[Arr
 
 
 def _padded_head(weights: Weights) -> tuple[Float[Array, "D _"], Float[Array, " _"]]:
-    """Kernel and bias, on GPUs with columns of no probability behind: products of bfloat16 are fast there only where
+    """Kernel and bias; on GPUs padded with columns of probability 0, since products of bfloat16 are fast there only if
     rows begin at multiples of 16 bytes. With 50,258 columns the three of the paper's head took 25.7 ms for 32 x 1,024
     tokens on an H200."""
     kernel, bias = head_split(weights.head.kernel), weights.head.bias
@@ -74,8 +74,8 @@ def _padded_head(weights: Weights) -> tuple[Float[Array, "D _"], Float[Array, " 
 
 
 def room(rows: int, length: int, share: float) -> int:
-    """For how many masked tokens of some rows logits are made: their mean, six standard deviations of a draw for each
-    token, and a row more, since rows may be masked to different degrees. A multiple of 128; or all of them."""
+    """For how many masked tokens of `rows` rows logits are computed: their mean number, six standard deviations, and
+    one row more, since rows may be masked to different degrees. A multiple of 128, or all tokens."""
     tokens = rows * length
     least = share * tokens + 6 * math.sqrt(share * (1 - share) * tokens) + length
     return tokens if share == 1 else min(tokens, -(-math.ceil(least) // ROOM) * ROOM)
@@ -127,7 +127,7 @@ def _some_forward(kernel: Array, bias: Array, hidden: Array, targets: Array, mas
 
 def _some_backward(mask_id: int, size: int, residuals: Any, factor: Float[Array, "R T"]) -> tuple[Any, ...]:
     kernel, bias, hidden, targets, masked, index, fits, total, slopes = residuals
-    factor, total = jnp.where(masked, factor, 0), jnp.where(masked, total, jnp.inf)  # so that no others have a part
+    factor, total = jnp.where(masked, factor, 0), jnp.where(masked, total, jnp.inf)  # so that the others add nothing
 
     def some() -> tuple[Array, Array, Array]:
         h, t, z, f = (_take(x, index) for x in (hidden, targets, total, factor))
@@ -144,12 +144,12 @@ _some_nll.defvjp(_some_forward, _some_backward)
 
 
 def _take(x: Shaped[Array, "R T *s"], index: Int[Array, "R C"]) -> Shaped[Array, "R C *s"]:
-    """The tokens of each device's own index."""
+    """x[r, index[r]] for each part r."""
     return jnp.take_along_axis(x, _over_rows(index, x), axis=1)
 
 
 def _put(x: Shaped[Array, "R C *s"], index: Int[Array, "R C"], masked: Bool[Array, "R T"]) -> Shaped[Array, "R T *s"]:
-    """The inverse for masked tokens; 0 for the others."""
+    """The inverse of `_take` for masked tokens; 0 for the others."""
     place = jnp.where(masked, jnp.cumsum(masked, axis=1) - 1, 0)
     return jnp.where(_over_rows(masked, x), _take(x, jnp.minimum(place, index.shape[1] - 1)), 0)
 
@@ -161,16 +161,17 @@ def _over_rows(rows: Array, x: Array) -> Array:
 
 def _forward(kernel: Array, bias: Array, hidden: Array, targets: Array, mask_id: int,
              keep: bool = True) -> tuple[Array, Array, tuple[Array, ...] | None]:
-    """-log p, the logits' log-sum-exps and, where that saves time, the gradient of -log p by the logits, in the compute
-    type and in chunks: on GPUs, where logits of all chunks at once are too much, but this half of them is not, and
-    elsewhere of one chunk alone.
+    """(-log p, the logits' log-sum-exps, the gradient of -log p by the logits in chunks, or None).
+
+    The gradient has the compute type. It is kept where that saves time: on GPUs, where all chunks of float32 logits
+    would be too large but these, of half the size, are not; elsewhere only if there is one chunk.
 
     Args:
-      keep: None of it otherwise.
+      keep: whether the gradient may be kept.
     """
     def chunk(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
         logits = logits_of(kernel, bias, hidden, mask_id)
-        # A sum, so that each device looks among its own share of the vocabulary.
+        # A sum, so that each device uses only its own share of the vocabulary.
         target = jnp.where(over(jnp.arange(len(bias)), logits) == targets[..., None], logits, 0).sum(-1)
         top = logits.max(-1)
         total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
@@ -208,7 +209,7 @@ def _backward(kernel: Array, bias: Array, hidden: Array, targets: Array, total: 
     shards = sharding.batch_shards()
 
     def product(rows: Array, slope: Array) -> Array:
-        """By the device that holds the rows: what each has is added to the others' once, behind the last chunk."""
+        """The product over each device's own rows; the devices' results are added up once, after the last chunk."""
         out = jnp.einsum("rnd,rnv->rdv", rows.astype(hidden.dtype).reshape(shards, -1, rows.shape[-1]),
                          slope.reshape(shards, -1, len(bias)), precision="highest", preferred_element_type=jnp.float32)
         return sharding.constrain(out, sharding.BATCH, None, "tensor")
@@ -240,13 +241,13 @@ def _backward(kernel: Array, bias: Array, hidden: Array, targets: Array, total: 
 
 
 def likeliest(weights: Weights, hidden: Float[Array, "B L D"], mask_id: int) -> Int[Array, "B L"]:
-    """The token of the largest logit."""
+    """The token with the largest logit."""
     return in_chunks(lambda part: head(weights, part, mask_id).argmax(-1), len(weights.head.bias), hidden)
 
 
 def in_chunks(function: Callable[..., Any], vocab: int, hidden: Float[Array, "B L D"], *args: Array) -> Any:
-    """function(hidden, *args) -> arrays [B, L] for args [B, L, ...], which makes logits of all its slots; chunk by
-    chunk along L."""
+    """function(hidden, *args), computed chunk by chunk along L. It takes args [B, L, ...], computes the logits of all
+    its slots, and returns arrays [B, L, ...]."""
     count = chunks(hidden, vocab)
     if count == 1:
         return function(hidden, *args)
@@ -254,7 +255,7 @@ def in_chunks(function: Callable[..., Any], vocab: int, hidden: Float[Array, "B 
 
 
 def chunks(hidden: Float[Array, "B L D"], vocab: int) -> int:
-    """The fewest equal parts of the length that have no more logits on a device than there may be, or parts of one
+    """The smallest number of equal parts of the length whose logits fit the limit of a device; at most parts of one
     slot."""
     batch, length = hidden.shape[:2]
     logits = batch * length * vocab // (sharding.batch_shards() * sharding.tensor_shards())
@@ -268,6 +269,6 @@ def _split(count: int, *args: Array) -> tuple[Array, ...]:
 
 
 def _join(x: Array) -> Array:
-    """The inverse."""
+    """The inverse of `_split`, of one array."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -4,8 +4,8 @@ A checkpoint holds named parts that can be read apart, on any mesh and by any nu
 `optimizer`, and `step` (the step, where the data stands as well; the model's length, which no parameter shows; and a
 fingerprint of each part). An imported model has `params` and `step` alone, at step 0.
 
-A checkpoint that is broken, or whose values are not those that were saved, is passed over for the one before. Where
-storage fails to answer, nothing is passed over: it is asked again, and then the run ends, to be run again.
+A checkpoint that is broken, or whose values are not those that were saved, is skipped for the one before. If storage
+does not answer, no checkpoint is skipped: the read is tried again, and then the run ends with RunAgain.
 """
 
 from __future__ import annotations
@@ -57,45 +57,64 @@ def open_checkpoints(workdir: Path, keep: int | None = None, keep_every: int | N
         (workdir / "checkpoints").absolute(), cleanup_tmp_directories=keep is not None, preservation_policy=policy,
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    with _without_closed_loops():
+        try:
+            yield checkpoints
+        except BaseException:
+            with contextlib.suppress(Exception):  # a failed save has been reported already
+                checkpoints.close()
+            raise
+        checkpoints.close()
+
+
+@contextlib.contextmanager
+def _without_closed_loops() -> Iterator[None]:
+    """No tracebacks of the files that a failed save was still writing: each of them meets its closed event loop."""
+    hook = sys.unraisablehook
+
+    def say_others(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    sys.unraisablehook = say_others
     try:
-        yield checkpoints
-    except BaseException:
-        with contextlib.suppress(Exception):  # a save that failed is said already
-            checkpoints.close()
-        raise
-    checkpoints.close()
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """A filter of log lines: what fails in Orbax is raised, and said here in one line, not in a thousand of its own."""
+    """A log filter that drops Orbax's lines: its errors are raised, and reported here in one line."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def steps(workdir: Path) -> list[int]:
     """The steps whose checkpoints were written to the end, ascending."""
     folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    # Not `is_dir`, which is false as well where storage does not answer.
+    return sorted(int(path.name) for path in found if path.name.isdigit() and not path.is_file())
 
 
 def agreed_steps(workdir: Path) -> list[int]:
-    """`steps` as the writer sees them: a shared file system may show others something older. All processes must call
-    it."""
+    """`steps` as the writer sees them: a shared file system may show other processes an older state. All processes must
+    call it."""
     return [int(step) for step in multihost.gather("steps", " ".join(map(str, steps(workdir))))[0].split()]
 
 
 def last(workdir: Path) -> str:
-    """The last checkpoint, for people."""
+    """A message about the last checkpoint."""
     saved = steps(workdir)
     return f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
 
 
 def fingerprint(tree: Any) -> int:
-    """A checksum of arrays of 32-bit numbers: any one changed bit changes it, several do but for a rare chance. It is
-    the same on every mesh.
+    """A checksum of arrays of 32-bit numbers: one changed bit always changes it, several do almost certainly. It is the
+    same on every mesh.
 
-    Each number, as an integer, times an odd number made of its place; the sum modulo 2**32.
+    The sum, modulo 2**32, of each number as an integer times an odd number made of its place.
     """
-    # On CPU arrays are at hand, and a program for them would take longer to compile than most take to add up.
+    # On CPU the arrays are in this memory, and a program would usually take longer to compile than the sum takes.
     at_hand = jax.default_backend() == "cpu" and jax.device_count() == 1
     with np.errstate(over="ignore"):
         return int(_weighted_sum(jax.device_get(tree)) if at_hand else jax.jit(_weighted_sum)(tree))
@@ -122,7 +141,7 @@ def load(checkpoints: Any, workdir: Path, config: ModelConfig, parts: dict[str, 
 
     Raises:
       EsoError: no checkpoint is whole, has the parts and is of this model.
-      RunAgain: one cannot be read now, though nothing says that it is damaged. It stays as it is.
+      RunAgain: a checkpoint cannot be read now, and may not be damaged. It is left as it is.
     """
     sharding = jax.tree.leaves(parts)[0].sharding
     sharding = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
@@ -165,8 +184,8 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
             except Exception as error:  # Orbax raises what its storage layers raise
                 damage, failure = (reason_of(error), None) if _is_damage(error) else ("", error)
             if loaded is None:
-                gc.collect()  # now, while what is left behind cannot complain
-        # A process that cannot read leaves the others at Orbax's barrier for five minutes: its word counts, not theirs.
+                gc.collect()  # here, where the warnings of Orbax's unfinished tasks are silenced
+        # A process that cannot read leaves the others waiting at Orbax's barrier: its error counts, not theirs.
         damages = list(filter(None, multihost.gather("damage", damage)))
         if damages:
             return None, damages[0]
@@ -174,9 +193,9 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
         reason = min(filter(None, reasons), key=lambda text: "arrier" in text, default="").partition("\n")[0][:200]
         if not reason:
             return loaded, None
-        if "RESOURCE_EXHAUSTED" in reason:  # the devices' memory, which has an answer of its own
+        if "RESOURCE_EXHAUSTED" in reason:  # the devices' memory, which the caller reports
             raise failure or jax.errors.JaxRuntimeError(reason)
-        if "arrier" in reason:  # the processes no longer count Orbax's barriers alike; a new start mends that
+        if "arrier" in reason:  # the processes disagree on the number of Orbax's barriers until they start again
             reason = "another process could not read it"
             break
         if attempt < files.TRIES:
@@ -187,8 +206,8 @@ def _read(checkpoints: Any, workdir: Path, step: int, parts: dict[str, Any], abs
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether an error says that something is missing from a checkpoint, or makes no sense. Every other trouble may
-    pass: of storage, a network, a device or memory."""
+    """Whether an error says that a part of a checkpoint is missing or invalid. All other errors (of storage, a network,
+    a device or memory) may be temporary."""
     number = files.errno_of(error)
     if number is not None:
         return number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
@@ -232,13 +251,13 @@ def load_params(workdir: Path, config: ModelConfig, abstract: Any, ema: bool) ->
 
 
 class Saver:
-    """Saves in the background, one checkpoint at a time, and says so when it failed.
+    """Saves in the background, one checkpoint at a time, and reports failures.
 
-    A context manager: at the end of its block it waits for the save in progress, and if something else met a full disk
-    in its block, it raises an EsoError of that.
+    A context manager: at the end of its block it waits for the save in progress; if another error in the block was a
+    full disk, it raises an EsoError that says so.
 
     Attributes:
-      is_due: storage did not answer the last save, so the step at hand should be saved.
+      is_due: the last save failed because storage did not answer, so the present step should be saved.
     """
 
     def __init__(self, checkpoints: Any, workdir: Path, config: ModelConfig) -> None:
@@ -260,7 +279,7 @@ class Saver:
                            "and repeat the command") from error
 
     def save(self, step: int, parts: dict[str, Any]) -> None:
-        """Copies the parts and returns; `check` says what became of the save.
+        """Copies the parts and returns; `check` raises if the save fails later.
 
         Raises:
           EsoError: this save could not begin, or the one before failed.
@@ -277,8 +296,8 @@ class Saver:
             except Exception:
                 if not is_retry:
                     raise
-                response = begin()  # Orbax raised the last one's error once more, and did not begin
-        except Exception as error:  # what its storage layers raise, again
+                response = begin()  # Orbax raised the error of the last save again, and did not begin this one
+        except Exception as error:  # whatever its storage layers raise
             self._error = error
         else:
             self._thread = threading.Thread(target=self._finish, args=(response,), daemon=True)
@@ -286,7 +305,7 @@ class Saver:
         self.check()
 
     def finish(self, step: int, parts: dict[str, Any]) -> None:
-        """Saves and waits for it, again where storage does not answer; raises as `save` does."""
+        """Saves and waits, and tries again if storage does not answer; raises as `save` does."""
         self.is_due = True
         while self.is_due:
             self.save(step, parts)
@@ -300,8 +319,8 @@ class Saver:
             self._error = error
 
     def check(self) -> None:
-        """Raises an EsoError if the save failed, as far as is known; a RunAgain if it did for want of a peer, or if
-        storage did not answer several saves in a row."""
+        """Raises an EsoError if the save is known to have failed; a RunAgain if it failed since another process is
+        gone, or if storage did not answer several saves in a row."""
         if self._error is None:
             return
         if is_writer():
@@ -315,7 +334,7 @@ class Saver:
         failure = f"--workdir = {str(self._workdir)!r}: the checkpoint of step {self._step} could not be written"
         if number in files.PASSING:
             self._failures += 1
-            # The processes of a run would not agree on when to save again; a new start has them do so.
+            # Several processes could not agree on when to save again; after a new start they do.
             if self._failures == files.TRIES or jax.process_count() > 1:
                 raise RunAgain(f"{failure} ({reason}); {last(self._workdir)}") from self._error
             say(f"{failure} ({reason}); trying again")
@@ -335,13 +354,13 @@ class Saver:
         self.check()
 
     def last(self) -> str:
-        """The last checkpoint, for people; a save in progress is given a minute."""
+        """A message about the last checkpoint; waits up to a minute for a save in progress."""
         if self._thread is not None:
             self._thread.join(60)
         return last(self._workdir)
 
 
 def save_params(workdir: Path, config: ModelConfig, params: Any) -> None:
-    """A checkpoint of parameters alone, at step 0."""
+    """Writes a checkpoint of parameters alone, at step 0."""
     with open_checkpoints(workdir, keep=1) as checkpoints, Saver(checkpoints, workdir, config) as saver:
         saver.finish(0, {"params": jax.tree.map(jnp.asarray, params)})

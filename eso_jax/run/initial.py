@@ -25,7 +25,7 @@ def random_params(config: Config) -> Params:
 
 
 def starting_params(config: Config, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Params | None:
-    """The (averaged) parameters of train.start_from on a mesh, fit for the config's model; None where it isn't set.
+    """The averaged parameters of train.start_from on a mesh, made to fit the config's model; None if it is not set.
 
     Args:
       tokenizer: of the new run, whose ids must mean what they did, where the source holds a tokenizer.
@@ -63,12 +63,12 @@ def starting_params(config: Config, mesh: Mesh, tokenizer: Tokenizer | None = No
 
 
 def _same(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers of one vocabulary size give each id one meaning, wherever their files are from."""
+    """Whether two tokenizers of one vocabulary size give each id the same meaning."""
     return sha256(a) == sha256(b) or all(a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
 
 
 def add_adaln(params: Params, fresh: Params) -> Params:
-    """The parameters of a model without AdaLN, and with them an AdaLN that changes nothing yet.
+    """The parameters of a model without AdaLN, with an AdaLN added that does not change the model's output yet.
 
     The modulation begins at zero, as in a fresh model, except that the biases of the gates are 1: a norm is then scaled
     by 1 + 0 and shifted by 0, and what a block adds is multiplied by 1, so that the folded weights are the same to the

@@ -1,5 +1,5 @@
-"""What a run reports: JSON lines in `W/metrics.jsonl` and wherever else `train.log` says, a trace, and a picture of the
-loss."""
+"""The metrics of a run: JSON lines in `W/metrics.jsonl` and in the place that `train.log` names, a trace, and a plot of
+the loss."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from eso_jax.console import is_writer, say
 from eso_jax.errors import EsoError
 
 FILE = "metrics.jsonl"
-Send = Callable[[int, dict[str, Any]], None]  # takes numbers and texts of a step
+Send = Callable[[int, dict[str, Any]], None]  # (step, numbers and texts by name)
 
 
 class MetricsLog:
-    """Appends JSON lines, each with its step, and sends the same to another place; the writer's alone. Resuming at a
-    step drops the lines a killed run wrote beyond it."""
+    """Appends JSON lines, each with its step, and sends the same to another place; only in the writer. On resuming at a
+    step, lines of later steps, which a killed run wrote, are dropped."""
 
     def __init__(self, workdir: Path, resume_step: int, send: Send | None = None) -> None:
         self.path, self.send = workdir / FILE, send
         if not is_writer():
             return
         kept = [line for line in read(workdir) if line["step"] <= resume_step]
-        files.write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept), "--workdir")
+        files.write_whole(self.path, "".join(files.as_json(line, None) for line in kept), "--workdir")
 
     def write(self, step: int, **values: Any) -> None:
         if is_writer():
-            files.append(self.path, json.dumps({"step": step, **values}) + "\n", "--workdir")
+            files.append(self.path, files.as_json({"step": step, **values}, None), "--workdir")
             if self.send is not None:
                 self.send(step, _flat(values))
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers and texts by name; those of a dict by a path. What is None is left out."""
+    """Numbers and texts by name; those in a dict by a path "name/part". None is left out."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         parts = {f"{name}/{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value}
@@ -50,10 +50,11 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def elsewhere(workdir: Path, config: Config) -> Iterator[Send | None]:
-    """Where the writer's metrics go beside the JSON lines, by `train.log`, for its block.
+    """The function that sends metrics to the place that `train.log` names, for its block; None if it names none, or in
+    other processes than the writer.
 
     Raises:
-      EsoError: the library of that place is not installed, or refuses.
+      EsoError: the library of that place is not installed, or fails to start.
     """
     kind = config.train.log
     if kind == "jsonl" or not is_writer():
@@ -74,7 +75,7 @@ def elsewhere(workdir: Path, config: Config) -> Iterator[Send | None]:
 
             yield show
         return
-    # One interface has both. A run that goes on is another one of them, in the group of its work directory.
+    # Both libraries have this interface. A resumed run is a new run for them, in the group of its work directory.
     try:
         library.init(project=os.environ.get(f"{kind.upper()}_PROJECT", "eso-jax"), group=str(workdir.resolve()),
                      config=dataclasses.asdict(config))
@@ -87,15 +88,15 @@ def elsewhere(workdir: Path, config: Config) -> Iterator[Send | None]:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a work directory's metrics; one cut short by a kill is left out."""
+    """The lines of a work directory's metrics, without damaged ones and one that a kill has cut short."""
     path = workdir / FILE
     lines = []
     for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else []:
         try:
             values = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if isinstance(values, dict) and "step" in values:
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
             lines.append(values)
     return lines
 
@@ -117,8 +118,8 @@ def speed(tokens_per_second: float, flops_per_second: float) -> dict[str, float]
 
 @contextmanager
 def profiled(workdir: Path, nth: int, count: int) -> Iterator[None]:
-    """Around the nth step of this process (from 1): traces `count` of them into `W/profile`, from the third on, by when
-    everything is compiled. The trace ends in the step after them, which has waited for the last."""
+    """For the nth step of this process (from 1): traces `count` steps into `W/profile`, from the third on, since the
+    first two compile. The trace ends in the step after the last traced one, which has waited for it."""
     import jax.profiler
 
     first = 3

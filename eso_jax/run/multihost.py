@@ -1,8 +1,8 @@
 """Several processes as one run: who they are, and how they wait for each other and agree.
 
-`start` joins this process to the others (`eso-jax train --multi-host`). A process that was not started so is a run of
-its own, and everything here then does nothing. Process 0 is the writer: it alone speaks, and writes to the work
-directory what is not each process's own (its share of a checkpoint, a trace).
+`start` joins this process to the others (`eso-jax train --multi-host`). Without it, a process is a run of its own, and
+the functions here do nothing. Process 0 is the writer: only it prints messages, and it writes the files of the work
+directory, except each process's own (its share of a checkpoint, a trace).
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from eso_jax.errors import EsoError, RunAgain, require
 from eso_jax.files import writing
 
 WAIT = 600  # seconds that a process waits for the others before it gives up
-PATIENCE = 15  # seconds between two words about it
+PATIENCE = 15  # seconds between two messages about it
 
 
 def start(roll: Path, wait: int = WAIT) -> None:
     """Joins the run, before anything else touches a device.
 
-    Who takes part is found by JAX (Slurm, Cloud TPU, Kubernetes, Open MPI), or said by JAX_COORDINATOR_ADDRESS
-    (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    JAX finds the other processes (Slurm, Cloud TPU, Kubernetes, Open MPI), or JAX_COORDINATOR_ADDRESS (HOST:PORT of
+    process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name them.
 
     Args:
-      roll: a directory that all hosts share, where each process leaves its name until all have come.
-      wait: seconds after which this process says who is missing, and ends.
+      roll: a directory that all hosts share, where each process writes its name until all have started.
+      wait: seconds after which this process reports which processes are missing, and ends.
 
     Raises:
-      EsoError: nothing says who takes part.
+      EsoError: the other processes are not known, or could not be joined.
     """
     index, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
     for name, value in (("JAX_PROCESS_ID", index), ("JAX_NUM_PROCESSES", count)):
@@ -57,7 +57,7 @@ def start(roll: Path, wait: int = WAIT) -> None:
         barrier("roll", wait)
     except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
         own_name.unlink(missing_ok=True)
-        if isinstance(error, RunAgain):  # Python's own end would wait for the others
+        if isinstance(error, RunAgain):  # at a normal end Python would wait for the others
             leave(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EsoError(f"--multi-host: this process could not join the others ({reason}); start it by srun or on a TPU "
@@ -71,8 +71,8 @@ def start(roll: Path, wait: int = WAIT) -> None:
 
 
 def check_alone() -> None:
-    """Raises an EsoError where a process that has not joined the others was started as one of several: each would
-    write as if it were alone, and most likely into the same work directory."""
+    """Raises an EsoError if this process was started as one of several but has not joined them: each would write as if
+    it were alone, probably into the same work directory."""
     if jax.distributed.is_initialized():
         return
     counts = {name: os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS",
@@ -86,7 +86,8 @@ def check_alone() -> None:
 
 
 def _join(roll: Path, wait: int, **arguments: Any) -> None:
-    """jax.distributed.initialize, in a thread: so that this one can say whom it waits for, and hears Ctrl-C."""
+    """jax.distributed.initialize in a thread, so that this thread can report which processes are missing, and receives
+    Ctrl-C."""
     failures: list[Exception] = []
 
     def join() -> None:
@@ -102,7 +103,7 @@ def _join(roll: Path, wait: int, **arguments: Any) -> None:
         if not thread.is_alive():
             break
         came, missing = _roll_call(roll, began)
-        if time.time() >= began + wait:  # JAX itself would end the process without a name
+        if time.time() >= began + wait:  # JAX itself would end the process without naming the missing ones
             leave(RunAgain(f"waited {wait} s for the other processes to start; {missing}"))
         if _number() in ("?", next(iter(came), "?")):
             tell(f"eso-jax: waiting for the other processes; {missing}")
@@ -111,16 +112,16 @@ def _join(roll: Path, wait: int, **arguments: Any) -> None:
 
 
 def _number() -> str:
-    """This process's number in the run, before JAX knows it; "?" where only JAX will find it."""
+    """This process's number in the run before JAX has started, as a text; "?" if only JAX can find it."""
     names = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
     return next((os.environ[name] for name in names if name in os.environ), "?")
 
 
 def _roll_call(roll: Path, began: float) -> tuple[list[str], str]:
-    """(numbers of the processes that have come, who is missing and who came, for people), by the names in `roll`.
-    Names that an earlier start left behind do not count."""
+    """(numbers of the processes that have started, a message about these and the missing ones), from the names in
+    `roll`. Names that an earlier start has left do not count."""
     came: list[str] = []
-    with suppress(OSError):  # only words depend on it
+    with suppress(OSError):  # only messages depend on it
         for path in sorted(roll.iterdir()):
             with suppress(FileNotFoundError):
                 came += [path.name] if path.stat().st_mtime > began - 60 else []
@@ -143,16 +144,16 @@ def _client() -> Any:
 
 
 def barrier(name: str, wait: int = WAIT) -> None:
-    """Waits until all processes have come to it; raises as `gather` does."""
+    """Waits until all processes have called it; raises as `gather` does."""
     gather(name, "", wait)
 
 
 _hosts: list[str] = []  # of each process; known once all have started
-_turns: Counter[str] = Counter()  # how often each name was used: JAX wants new ones
+_turns: Counter[str] = Counter()  # how often each name was used: JAX needs a new key each time
 
 
 def host(index: int) -> str:
-    """A process by its number and host, for people."""
+    """A process's number and host, for messages."""
     return f"process {index}" + (f" on {_hosts[index]}" if index < len(_hosts) else "")
 
 
@@ -160,7 +161,7 @@ def gather(name: str, text: str, wait: int = WAIT) -> list[str]:
     """Every process's text, by its number. All processes must call it, with the same name.
 
     Raises:
-      RunAgain: one did not come in time; the error names its host.
+      RunAgain: a process did not call it in time; the error names its host.
     """
     client, count = _client(), jax.process_count()
     if client is None or count == 1:
@@ -172,7 +173,7 @@ def gather(name: str, text: str, wait: int = WAIT) -> list[str]:
 
 
 def _text_of(index: int, place: str, name: str, wait: int) -> str:
-    """What process `index` has put at `place`. It is asked for again and again, so that Ctrl-C is heard."""
+    """The text that process `index` has put at `place`. Asks in short intervals, so that Ctrl-C works."""
     began = told = time.monotonic()
     while True:
         try:
@@ -191,10 +192,10 @@ def _text_of(index: int, place: str, name: str, wait: int) -> str:
 
 
 def who_is_silent(wait: int = 5) -> str:
-    """ "no sign of HOSTS; " of processes that do not answer, else "": a part of what an error says. All who meet the
-    same trouble should ask, since asking is the sign that others wait for.
+    """ "no sign of HOSTS; " for processes that do not answer, else "": a part of an error message. All processes with
+    the same error should call it, since the call is the sign that the others wait for.
 
-    Process 0 keeps the store by which they speak: without it, it is the one.
+    Process 0 has the key-value store: if the store does not answer, it is process 0 that is missing.
     """
     client, place, until = _client(), "eso_jax/still here", time.monotonic() + wait
     silent = [host(index) for index in range(1, jax.process_count())]
@@ -210,7 +211,8 @@ def who_is_silent(wait: int = 5) -> str:
 
 
 def agree(name: str, problem: str | None) -> str | None:
-    """The first process's problem, if any has one, so that all go on or stop together. All processes must call it."""
+    """The problem of the first process that has one, or None: all continue or stop together. All processes must call
+    it."""
     for index, text in enumerate(gather(name, problem or "")):
         if text:
             return text if jax.process_count() == 1 else f"{host(index)}: {text}"
@@ -218,7 +220,7 @@ def agree(name: str, problem: str | None) -> str | None:
 
 
 def by_writer(name: str, action: Callable[[], None]) -> None:
-    """Has the writer do something while the others wait; its EsoError or RunAgain is raised in all of them."""
+    """Runs an action in the writer while the others wait; its EsoError or RunAgain is raised in all processes."""
     problem = ""
     if is_writer():
         try:
@@ -231,12 +233,12 @@ def by_writer(name: str, action: Callable[[], None]) -> None:
 
 
 def leave(error: BaseException) -> NoReturn:
-    """Ends the process with the exit code of the command line; without its peers, if they do not come to the end."""
+    """Ends the process with the exit code of the command line; waits only shortly for the other processes to end."""
     code, words = ending(error)
     if code == 1:
         tell("".join(traceback.format_exception(error)))
     tell(f"eso-jax: {socket.gethostname()}: {words}")
-    if jax.distributed.is_initialized() and code != 130:  # all may be leaving: then none should find the others gone
+    if jax.distributed.is_initialized() and code != 130:  # if all end together, none should report another as lost
         parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         parting.start()
         parting.join(10)

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW behind a global-norm clip, the learning rate of every step, and averaged weights."""
+"""The optimizer: AdamW after a global-norm clip, the learning rate of every step, and averaged weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from eso_jax.model.params import Params
 
 
 def optimizer(train: TrainConfig) -> optax.GradientTransformation:
-    """The paper's optimizer. Norms and biases do not decay.
+    """The paper's optimizer. Weight decay leaves out norms and biases.
 
-    Its state is a tree of one form for all settings, but for a constant rate without a warm-up, which counts no steps.
+    Its state has the same tree for all settings, except a constant rate without a warm-up, which counts no steps.
     """
     def decay(updates: Params, params: Params | None) -> Params:
         assert params is not None
         return jax.tree_util.tree_map_with_path(
             lambda path, update, w: update + train.weight_decay * w if _decays(path) else update, updates, params)
 
-    # As optax.adamw, whose mask would change the form of the state.
+    # Like optax.adamw, whose mask would change the tree of the state.
     adamw = optax.chain(optax.scale_by_adam(train.beta1, train.beta2, train.eps),
                         optax.stateless(decay) if train.weight_decay else optax.identity(),
                         optax.scale_by_learning_rate(learning_rate(train)))
@@ -31,8 +31,8 @@ def optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
 
 def learning_rate(train: TrainConfig) -> optax.Schedule | float:
-    """The rate at step n, counted from 0: learning_rate x min(1, n / warmup), times what `train.schedule` leaves of it
-    behind the warm-up; "cosine" and "linear" reach 0 at train.steps."""
+    """The rate at step n, counted from 0: learning_rate x min(1, n / warmup), and after the warm-up times the factor of
+    `train.schedule`, which for "cosine" and "linear" falls to 0 at train.steps."""
     warm = optax.linear_schedule(0.0, train.learning_rate, train.warmup)
     if train.schedule == "constant":
         return warm if train.warmup else train.learning_rate

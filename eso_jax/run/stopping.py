@@ -1,4 +1,4 @@
-"""How a run ends before its time: asked to stop, without one of its processes, or in a step that hangs."""
+"""How a run ends early: asked to stop, after the loss of a process, or in a step that hangs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from eso_jax.run import multihost
 class Preemption:
     """Whether the run was asked to stop by SIGTERM.
 
-    All processes of a run learn of it, whichever got the signal, and stop behind the same step: JAX's preemption
-    service sees to that, and takes the signal over.
+    Whichever process got the signal, all processes of a run stop after the same step: JAX's preemption service handles
+    the signal and agrees on the step.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Preemption:
 
     @contextmanager
     def watch(self) -> Iterator[Preemption]:
-        """Takes SIGTERM over for its block, where Python allows it (in the main thread)."""
+        """Handles SIGTERM in its block, if Python allows it (in the main thread)."""
         if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -40,7 +40,7 @@ class Preemption:
             signal.signal(signal.SIGTERM, before)
 
     def is_asked(self, step: int) -> bool:
-        """Whether to stop behind this step; all processes must ask at every step."""
+        """Whether to stop after this step; all processes must ask at every step."""
         if jax.process_count() == 1:
             return self._asked
         from jax.experimental import multihost_utils
@@ -50,8 +50,8 @@ class Preemption:
 
 @contextmanager
 def together(last: Callable[[], str] = lambda: "the last checkpoint is still there") -> Iterator[None]:
-    """Of several processes, ends this one on an error in its block: the others may stand in a step that will not
-    finish, and Python would wait for them at its end. They find out by themselves."""
+    """In a run of several processes, ends this one at once on an error in its block: the others may hang in a step, and
+    Python would wait for them at its end. They notice by themselves that this one is gone."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -64,8 +64,8 @@ def together(last: Callable[[], str] = lambda: "the last checkpoint is still the
         multihost.leave(error)
 
 
-# What JAX, Gloo, NCCL and Orbax say when another process is gone. Other errors of theirs (no memory, say) would only
-# come again.
+# In messages of JAX, Gloo, NCCL and Orbax when another process is gone. Their other errors (no memory, for example)
+# would only occur again.
 _LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection closed", "Barrier")
 
 
@@ -97,11 +97,11 @@ class Watchdog:
         self._over.set()
 
     def begin(self) -> None:
-        """A step begins, and the one before is over."""
+        """A step begins: the time is counted from now."""
         self._deadline = time.monotonic() + self._seconds
 
     def rest(self) -> None:
-        """What follows is no step: compiling, evaluating, saving."""
+        """The step is over: compiling, evaluating and saving are not timed."""
         self._deadline = None
 
     def _watch(self) -> None:

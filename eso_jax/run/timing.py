@@ -41,8 +41,8 @@ class Stopwatch:
 
 
 def wait_for(turn: Path | None) -> None:
-    """Waits until there is a file, if one is named: whoever runs several measurements can then let them compile side by
-    side and be timed one by one."""
+    """Waits until the file `turn` exists; None: does not wait. So several measurements can compile side by side and be
+    timed one after another."""
     while turn is not None and not turn.exists():
         time.sleep(0.05)
 

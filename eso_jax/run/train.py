@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Int
 from eso_jax import families, files, flops, sharding
 from eso_jax.config import Config
 from eso_jax.console import bar, is_terminal, is_writer, say
-from eso_jax.data import Tokenizer, evenly_spaced, identity, tokenizer_of, windows_of
+from eso_jax.data import Tokenizer, Windows, evenly_spaced, identity, tokenizer_of, windows_of
 from eso_jax.engine import perplexity
 from eso_jax.engine.model import Model
 from eso_jax.engine.rows import Engine, catch_out_of_memory
@@ -53,13 +53,13 @@ from eso_jax.run.timing import in_words
 
 REMEDY = ("raise train.accumulate (smaller micro-batches), set train.remat=full, or split the state over more devices "
           "by mesh.fsdp; eso-jax plan says what fits")
-TIMED = 10  # steps by which a run tells how long it will take
-SKIPS_IN_A_ROW = 100  # more steps that are not finite end the run, also where train.non_finite = "skip"
+TIMED = 10  # steps from which a run estimates how long it will take
+SKIPS_IN_A_ROW = 100  # more steps in a row that are not finite end the run, even with train.non_finite = "skip"
 
 
 @struct.dataclass
 class TrainState:
-    """All that training carries from step to step.
+    """The state that training carries from step to step.
 
     Attributes:
       step: int32, updates done.
@@ -67,7 +67,7 @@ class TrainState:
       ema: their moving average, which evaluation and sampling use.
       optimizer: optax's state.
 
-    Or a description of each of these (its shape, its sharding).
+    Instead of arrays, the fields may hold their shapes or shardings.
     """
 
     step: Any
@@ -89,12 +89,12 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def shardings(config: Config, mesh: Mesh) -> TrainState:
-    """Where each part of the state lives."""
+    """The sharding of each array of the state."""
     return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
 
 
 def begin(config: Config, mesh: Mesh, start: Params | None = None) -> TrainState:
-    """The state at step 0, born where it lives: no device ever holds all of it."""
+    """The state at step 0, created with its shardings: no device ever holds all of it."""
     return jax.jit(functools.partial(init_state, config), out_shardings=shardings(config, mesh))(start)
 
 
@@ -105,10 +105,10 @@ def jit_step(config: Config, mesh: Mesh) -> Any:
 
 
 def length_of_step(config: Config, step: int) -> int:
-    """How many tokens of each row a step is on: all of them; of the share train.random_length of the steps, drawn by
-    (train.seed, step), the first 1, 2, ... or 8 eighths, each as likely (BD3-LM: whole blocks). The loss is the mean
-    over these tokens, as if the rows and the model were so short: nothing beyond is seen. Each length is a program of
-    its own, compiled when it first comes up; hence so few."""
+    """How many tokens of each row a step uses: all; or in a share train.random_length of the steps, drawn by
+    (train.seed, step), the first 1, 2, ... or 8 eighths, each equally likely (BD3-LM: whole blocks). The loss is the
+    mean over these tokens, as if the rows and the model had this length. There are only eight lengths, since each needs
+    a program of its own, compiled when the length first occurs."""
     length, part = config.model.length, families.get(config).block(config) or 1
     short, eighths = np.random.default_rng([config.train.seed, step]).random(2)
     if short >= config.train.random_length:
@@ -117,25 +117,25 @@ def length_of_step(config: Config, step: int) -> int:
 
 
 def compute_weights(config: Config, params: Params) -> Weights:
-    """What a training pass computes with."""
+    """The weights of a training pass, in the compute type."""
     return fold(config.model, params, jnp.dtype(config.train.compute_dtype), config.train.attention)
 
 
 def jit_fold(config: Config, mesh: Mesh) -> Any:
-    """The compiled function from parameters on a mesh to weights there, for validation."""
+    """The compiled function from parameters on a mesh to weights on it, for validation."""
     weights_of = functools.partial(compute_weights, config)
     weights = jax.eval_shape(weights_of, abstract_state(config, mesh).params)
     return jax.jit(weights_of, out_shardings=weight_shardings(weights, mesh))
 
 
 def attention_of(config: Config) -> str:
-    """Who computes attention in the training step, on the mesh in force."""
+    """The backends of attention in the training step, on the mesh in force, for a message."""
     return attention.describe((each.pattern for each in families.get(config).passes(config)), config.model,
                               config.train.compute_dtype, config.train.attention)
 
 
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
-    """The training step, lowered for a mesh whose devices need not be there."""
+    """The training step, lowered for a mesh whose devices need not exist here."""
     tokens = jax.ShapeDtypeStruct((config.train.batch_size, config.model.length), jnp.int32,
                                   sharding=NamedSharding(mesh, P(sharding.BATCH, None)))
     with jax.set_mesh(mesh):
@@ -143,10 +143,11 @@ def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> tuple[TrainState, dict[str, Array]]:
-    """One update on a global batch; none, but for the step, if it is not finite and train.non_finite = "skip".
+    """One update on a global batch. If it is not finite and train.non_finite = "skip", only the step is counted.
 
-    Metrics are scalars: loss, its terms, the norms of gradient (before it is clipped), update and new parameters, and
-    whether all is finite.
+    Returns:
+      The new state, and scalar metrics: the loss, its terms, the norms of the gradient (before clipping), of the update
+      and of the new parameters, and whether all of these are finite.
     """
     draws_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), 1), state.step)
 
@@ -157,8 +158,8 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
         return jnp.sum(jnp.stack(list(terms.values()))), terms
 
     def gradient(params: Params, rows: tuple[Array, Array]) -> Any:
-        """Losses and gradients. The loss may leave out what is hardly ever needed: a draw that needs it has another,
-        which is compiled as quickly and with as little memory as can be."""
+        """Losses and gradients. A loss may leave out slots that draws hardly ever need; a draw that needs them uses the
+        complete loss, compiled with remat="full" to take little memory and compile time."""
         family, (tokens, index) = families.get(config), rows
         draws = Draws(draws_key, index, config.train.batch_size)
         of = functools.partial(jax.value_and_grad(loss, has_aux=True), params)
@@ -171,7 +172,7 @@ def train_step(config: Config, state: TrainState, tokens: Int[Array, "B L"]) -> 
 
     def add_micro_batch(total: Any, rows: tuple[Array, Array]) -> tuple[Any, None]:
         values, gradients = gradient(state.params, rows)
-        # Each device needs the gradients of the parameters that it holds, and no others.
+        # Each device needs only the gradients of the parameters that it holds.
         return jax.tree.map(jnp.add, total, (values, constrain_params(gradients))), None
 
     micro_batches = jax.tree.map(functools.partial(_split, config), (tokens, jnp.arange(tokens.shape[0])))
@@ -200,17 +201,17 @@ def _split(config: Config, x: Array) -> Array:
 
 
 def train(config: Config, directory: Path, baselines: dict[str, float] | None = None) -> TrainState:
-    """Trains, or goes on training, in a work directory; returns the last state.
+    """Trains, or resumes training, in a work directory; returns the last state.
 
     Args:
-      directory: of several processes, one that all of them see.
-      baselines: validation bits per byte by name, drawn beside the model's.
+      directory: shared by all processes of the run.
+      baselines: validation bits per byte by name, plotted beside the model's.
 
     Raises:
       EsoError: the directory holds another run, the data does not fit, the loss stopped being finite, a checkpoint
         could not be written, or the devices ran out of memory.
-      RunAgain: the run was asked to stop (SIGTERM), and has saved; another process did not come; or another
-        run holds the directory.
+      RunAgain: the run was asked to stop (SIGTERM), and has saved; another process did not start; or another run holds
+        the directory.
     """
     from eso_jax.data.pipeline import batches
 
@@ -222,18 +223,16 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     require(not settings.sample_every or jax.process_count() == 1, "train.sample_every", settings.sample_every,
             "samples come from the devices of one process; leave it 0 where there are several")
     tokenizer = workdir.kept_tokenizer(directory, config) or tokenizer_of(config)
-    windows = windows_of(config, "train", tokenizer=tokenizer)
-    held_out = windows_of(config, "validation", tokenizer=tokenizer)
-    data = {"train": identity.identity(windows), "validation": identity.identity(held_out)}
-    seen = multihost.gather("data", f"{len(windows)} and {len(held_out)} windows, {data['train']['sha256'][:8]}")
-    require(len(set(seen)) == 1, "data.source", config.data.source,
-            f"the processes see different data to train on and to validate with: {'; '.join(seen)}")
+    windows, held_out, data = _read_data(config, tokenizer)
     iterator = batches(windows, settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
     validation = evenly_spaced(held_out, settings.eval_windows)
-    resumes = bool(checkpoint.agreed_steps(directory))  # and then has parameters of its own
+    saved = checkpoint.agreed_steps(directory)
+    require(saved != [0], "--workdir", str(directory), "holds an imported model, without the state of an optimizer; "
+            f"train on from it in another --workdir, by train.start_from={directory}")
+    resumes = bool(saved)  # and then has parameters of its own
     start = None if resumes else initial.starting_params(config, mesh, tokenizer)
-    # Once the data and the start are known to be there.
+    # Only once the data and the parameters to start from are known to exist.
     multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))
     multihost.by_writer("kept data", lambda: identity.claim(directory, config.data.source, data))
     workdir.check_shared(directory)
@@ -272,12 +271,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 watchdog.begin()
             else:
                 meter.flush()  # before the clock counts it
-                short = dataclasses.replace(config, model=dataclasses.replace(config.model, length=length))
-                programs[length] = jit_step(short, mesh)
-                if jax.process_count() > 1:  # it compiles before they meet in it: on CPU one waits only 30 s
-                    programs[length] = lower_step(short, mesh).compile()
-                    multihost.barrier(f"the first step on {length} tokens")
-            # Nothing goes between host and devices in a step but what is sent and asked for here.
+                programs[length] = _step_on(config, mesh, length)
+            # In a step only explicit transfers between host and devices are allowed.
             with (metrics.profiled(directory, step - first, traced), jax.transfer_guard("disallow"),
                   jax.profiler.StepTraceAnnotation("train", step_num=step)):
                 tokens = sharding.put_rows(next(iterator)[:, :length], mesh, settings.batch_size)
@@ -316,8 +311,34 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     return state
 
 
+def _read_data(config: Config, tokenizer: Tokenizer) -> tuple[Windows, Windows, dict[str, Any]]:
+    """(training windows, validation windows, the identity of both); the same in all processes.
+
+    Raises:
+      EsoError: the data cannot be read, or the processes see different data.
+    """
+    windows = windows_of(config, "train", tokenizer=tokenizer)
+    held_out = windows_of(config, "validation", tokenizer=tokenizer)
+    data = {"train": identity.identity(windows), "validation": identity.identity(held_out)}
+    seen = multihost.gather("data", f"{len(windows)} and {len(held_out)} windows, {data['train']['sha256'][:8]}")
+    require(len(set(seen)) == 1, "data.source", config.data.source,
+            f"the processes see different data to train on and to validate with: {'; '.join(seen)}")
+    return windows, held_out, data
+
+
+def _step_on(config: Config, mesh: Mesh, length: int) -> Any:
+    """The training step on the first `length` tokens of each row. All processes must call it."""
+    short = dataclasses.replace(config, model=dataclasses.replace(config.model, length=length))
+    if jax.process_count() == 1:
+        return jit_step(short, mesh)
+    # It is compiled before the processes meet in it, where on CPU one waits for the others only 30 s.
+    program = lower_step(short, mesh).compile()
+    multihost.barrier(f"the first step on {length} tokens")
+    return program
+
+
 def _sample(config: Config, params: Params, mesh: Mesh, step: int, tokenizer: Tokenizer) -> str:
-    """A text of the model, one token per pass."""
+    """A text of the model, decoded with one token per pass."""
     weights = for_inference(config.model, dict(params), jnp.float32, mesh)
     model = Model(config, weights, mesh, 1, step=step, tokenizer=tokenizer)
     samples = model.sample(1, steps=config.model.length, plan=families.get(config).policies[-1], seed=step)
@@ -337,8 +358,8 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
 
 class _Meter:
-    """Reads each step's metrics one step late, checks the loss, and logs means over `log_every` steps. From the first
-    steps it says, once, how long the rest will take."""
+    """Reads each step's metrics one step later, checks the loss, and logs means over `log_every` steps. After the first
+    steps it prints once how long the others will take."""
 
     def __init__(self, config: Config, log: metrics.MetricsLog, last: Callable[[], str], windows: int) -> None:
         self.config, self.log, self.last, self.windows = config, log, last, windows
@@ -354,7 +375,8 @@ class _Meter:
         self.clock, self.clocked = time.perf_counter(), 0.0
 
     def add(self, step: int, values: dict[str, Array], share: float, compiled: bool) -> None:
-        """`share` of the model's length is what the step was on. One that compiled first is not timed."""
+        """`share`: how much of the model's length the step used. `compiled`: it was compiled first, so it is not
+        timed."""
         self.flush()
         self.pending = step, values, share, compiled
 
@@ -391,7 +413,8 @@ class _Meter:
             self.restart_clock()
 
     def tell(self, step: int) -> None:
-        """How long the steps behind this one will take, and the evaluations, at half a step for a batch of windows."""
+        """Prints how long the remaining steps and evaluations will take; a batch of an evaluation counts as half a
+        step."""
         settings = self.config.train
         few = min(TIMED, settings.log_every, settings.eval_every, settings.save_every)
         if self.told or self.clocked < few or step == settings.steps:

@@ -23,16 +23,17 @@ from eso_jax.run import multihost
 
 CONFIG = "config.json"
 LOCK = "run.lock"
-# What may differ when a run goes on: of train, and all of mesh. None of it changes what is computed, but for rounding.
+# What may differ when a run resumes: these fields of train, and all of mesh. What a step computes changes only by
+# rounding; `steps` also changes the rates of a schedule.
 MAY_CHANGE = ("steps", "accumulate", "attention", "remat", "non_finite", "log_every", "eval_every", "eval_windows",
               "save_every", "keep", "keep_every", "hang_seconds", "profile_steps", "log", "sample_every")
 
 
 def claim(directory: Path, config: Config, tokenizer: Tokenizer | None = None) -> None:
-    """Makes a work directory with a config and a tokenizer, or checks that the one there is of the same run.
+    """Makes a work directory with a config and a tokenizer, or checks that an existing one is of the same run.
 
     Raises:
-      EsoError: the directory holds another config, or things that are not a run's.
+      EsoError: the directory holds another config, or other files than those of a run.
     """
     path = directory / CONFIG
     if path.exists():
@@ -55,7 +56,7 @@ def claim(directory: Path, config: Config, tokenizer: Tokenizer | None = None) -
 
 def check_shared(directory: Path, wait: int = 30) -> None:
     """Raises an EsoError, in all processes, unless all of them see the directory that the writer made."""
-    deadline = time.monotonic() + wait  # a network file system may take its time
+    deadline = time.monotonic() + wait  # a network file system may show the directory late
     while not (is_there := (directory / CONFIG).is_file()) and time.monotonic() < deadline:
         time.sleep(0.5)
     problem = multihost.agree("shared", None if is_there else "does not see it; give a directory that all hosts share")
@@ -65,12 +66,12 @@ def check_shared(directory: Path, wait: int = 30) -> None:
 
 @contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of a work directory for its block, where the file system knows locks (on a bucket mounted
-    by gcsfuse, only those of the same host). A killed process holds nothing.
+    """Keeps other runs out of a work directory for its block, if the file system has locks (on a bucket mounted by
+    gcsfuse, only runs of the same host). A killed process releases its lock.
 
     Raises:
-      RunAgain: in all processes, if another run holds it, or so it seems: a network file system may not know at once
-        that a host is gone.
+      RunAgain: in all processes, if another run holds the lock, or seems to: a network file system may notice late that
+        a host is gone.
     """
     import fcntl
 
@@ -98,14 +99,14 @@ def save_config(directory: Path, config: Config) -> None:
 
 
 def save_tokenizer(directory: Path, tokenizer: Tokenizer | None) -> None:
-    """Writes tokenizer.json, so that the work directory needs no other; nothing for a tokenizer that is code alone."""
+    """Writes tokenizer.json, so that the work directory is complete; nothing for a tokenizer that is only code."""
     if tokenizer is not None and tokenizer.json is not None:
         files.write_whole(directory / tokenizers.FILE, tokenizer.json, "--workdir")
 
 
 def kept_tokenizer(directory: Path, config: Config) -> Tokenizer | None:
-    """The tokenizer that a work directory keeps; None where it has none that fits the model, as after an import, or is
-    not made yet."""
+    """The tokenizer in a work directory; None if it has none that fits the model, as after an import, or does not exist
+    yet."""
     path, name = directory / tokenizers.FILE, config.data.tokenizer
     if path.is_file():
         tokenizer: Tokenizer = tokenizers.LibraryTokenizer(name.partition("=")[0], path.read_text("utf-8"))
@@ -145,8 +146,8 @@ def read(directory: str | Path, ema: bool = True, mesh: Mesh | None = None) -> t
 
 
 def create(directory: Path, config: Config, params: Params, tokenizer: Tokenizer | None = None) -> None:
-    """A new work directory with a config, parameters and a tokenizer if there is one, as an import makes it; an
-    existing one is refused."""
+    """Makes a new work directory with a config, parameters and perhaps a tokenizer, for an import. Raises an EsoError
+    if it exists."""
     from eso_jax.run import checkpoint
 
     require(not directory.exists(), "--out", str(directory), "exists already; nothing was written")

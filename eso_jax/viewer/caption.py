@@ -1,4 +1,4 @@
-"""What a page needs to know of a generation beside its tokens and its record, so that no model is needed any more.
+"""What a page needs of a generation besides its tokens and its record, so that it needs no model.
 
 Axes: N samples, S steps, M different tokens.
 """
@@ -24,14 +24,14 @@ class Caption(NamedTuple):
 
     Attributes:
       label: str, the family's.
-      window: int [S, 2] or [N, S, 2], the slots that each step's pass runs, from and to; those before come from the
-        cache. Drafts and masks of the same slot are two.
+      window: int [S, 2] or [N, S, 2], the first slot that each step's pass computes and the slot after the last;
+        earlier slots come from the cache. A draft and a mask of the same slot count as two.
       piece_ids: int [M], every token drawn and every alternative.
       piece_ends: int [M], where the text of each ends in `piece_bytes`; that of a separator is empty.
       piece_bytes: uint8, their text end to end; nothing where there is no tokenizer.
       separator: int, the token between documents; -1 where there is no tokenizer.
       mask: int, the token of a position that was not decoded.
-      decoder: str, that of a decoder which has found the passes.
+      decoder: str, the name of the decoder that chose the passes; empty: a plan.
     """
 
     label: Any

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from eso_jax.decoding.record import Record
-from eso_jax.errors import EsoError, require
+from eso_jax.errors import EsoError, reason_of, require
 from eso_jax.viewer.caption import Caption
 
 TITLE = "A generation, pass by pass"
@@ -66,7 +66,13 @@ def page(generations: Mapping[str, Generation]) -> Page:
     """The page that plays generations side by side, by their names."""
     parts = {name: resources.files(__package__).joinpath(f"page.{name}").read_text("utf-8")
              for name in ("html", "css", "js")}
-    runs = [_run(name, generation) for name, generation in generations.items()]
+    runs = []
+    for name, generation in generations.items():
+        try:
+            runs.append(_run(name, generation))
+        except (ValueError, IndexError, TypeError) as error:  # what NumPy makes of shapes that do not fit
+            raise EsoError(f"generation = {name!r}: its arrays do not fit each other ({reason_of(error)}); take it as "
+                           "eso-jax sample --record has written it") from error
     # `<` would be able to end the script, or to begin a comment in it. What is not ASCII is escaped as well.
     data = json.dumps(runs, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     policy = (f"default-src 'none'; style-src '{_hash(parts['css'])}'; script-src '{_hash(parts['js'])}'; "
@@ -94,7 +100,7 @@ def _run(name: str, arrays: Generation) -> dict[str, Any]:
     passes, (rows, length) = counts.shape[-1], order.shape
     counts = np.broadcast_to(counts, (rows, passes))
     windows = np.broadcast_to(window, (rows, passes, 2))
-    left = arrays["tokens"] == arrays["mask"]  # no pass has decoded it, or it lies behind a stop
+    left = arrays["tokens"] == arrays["mask"]  # no pass has decoded it, or it lies after a stop
     given = arrays["given"] if "given" in arrays else np.zeros(rows, int)  # those that a stop has cut count as well
     diffused = given + arrays["diffusion"]
     slot = np.argsort(order, axis=1)
@@ -118,7 +124,7 @@ def _run(name: str, arrays: Generation) -> dict[str, Any]:
 
 
 def _plain(x: np.ndarray) -> list[Any]:
-    """Numbers of a page, to four digits behind the point; null for what is none."""
+    """Numbers for the page, rounded to four decimals; null for those that are not finite."""
     if np.issubdtype(x.dtype, np.integer):
         return x.tolist()
     return [_plain(row) for row in x] if x.ndim > 1 else [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def watching(tokenizer: Tokenizer | None, show: int, wanted: bool) -> Iterator[Callable[..., None] | None]:
-    """What `model.sample` tells of the first `show` samples within the block; None if that is not wanted."""
+    """The argument `watch` of `model.sample` that shows the first `show` samples in the block; None unless `wanted`."""
     if not wanted or tokenizer is None:
         yield None
         return
@@ -58,7 +58,7 @@ def plain(text: str) -> str:
 
 
 def folded(text: str, columns: int) -> list[str]:
-    """Its lines, cut where a terminal would go on in the next one."""
+    """The lines of a text, cut where the terminal would wrap them."""
     lines = []
     for line in text.split("\n"):
         start = width = 0
@@ -73,7 +73,7 @@ def folded(text: str, columns: int) -> list[str]:
 
 
 def erased(lines: int) -> str:
-    """What takes the last lines of a terminal back."""
+    """The control characters that erase the last lines of a terminal."""
     return f"\x1b[{lines}F\x1b[J" if lines else ""
 
 
