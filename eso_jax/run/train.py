@@ -391,7 +391,9 @@ class _Meter:
             self.restart_clock()
 
     def tell(self, step: int) -> None:
-        """How long the steps behind this one will take, and the evaluations, at half a step for a batch of windows."""
+        """How long the steps behind this one will take, and the evaluations, at half a step for a batch of windows.
+        Not the programs that are first met later (the evaluation's, other lengths'): nothing says how long they take
+        to compile."""
         settings = self.config.train
         few = min(TIMED, settings.log_every, settings.eval_every, settings.save_every)
         if self.told or self.clocked < few or step == settings.steps:
@@ -401,7 +403,8 @@ class _Meter:
         mean = 1 - settings.random_length * 7 / 16  # share of the length: short steps have 1, 2, ... or 8 eighths
         work = left * mean + evaluations * self.windows / settings.batch_size / 2
         seconds = work * (time.perf_counter() - self.clock) / self.clocked
-        say(f"about {in_words(seconds)} for the {left:,} steps that are left, by the last {self.clocked:.0f}")
+        say(f"about {in_words(seconds)} for the {left:,} steps that are left and their evaluations, by the last "
+            f"{self.clocked:.0f}; what is still to be compiled comes on top")
 
     def skip(self, step: int, now: dict[str, float]) -> None:
         """Counts a step that was not finite.
