@@ -87,8 +87,8 @@ def test_commands_say_who_computes_attention_instead(tmp_path: Path, run: Run, t
         text = run(*command, "--attention", "splash", "--out", tmp_path / f"{command[0]}.npz")
         assert text.count(says) == 1
     message = "attention = 'plain': only our own models have a choice, and 'gpt2' is the transformers library's"
-    assert message in run("quality", "--judge", "gpt2", "--samples", tmp_path / "x.npz", "--attention", "plain", "--out",
-                          tmp_path / "q.json", code=2)
+    assert message in run("quality", "--judge", "gpt2", "--samples", tmp_path / "x.npz", "--attention", "plain",
+                          "--out", tmp_path / "q.json", code=2)
     for wanted in ("plain", "auto"):
         assert "computes it" not in run(*command, "--attention", wanted, "--out", tmp_path / "s.npz")
 
