@@ -75,7 +75,7 @@ def test_given_tokens_are_as_good_as_decoded_ones(name: str, data: st.DataObject
     theirs = families.plan_log_prob(WEIGHTS, CONFIGS[name], whole, tokens)
     np.testing.assert_allclose(ours, np.where(first, 0, theirs), atol=2e-5)
     for cached, uncached in logits_pair(name, part, sort(tokens, part.order)):
-        np.testing.assert_allclose(cached, uncached, atol=5e-5, rtol=1e-5)
+        np.testing.assert_allclose(cached, uncached, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", brief(NAMES, "esolm"))

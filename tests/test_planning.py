@@ -431,7 +431,9 @@ def test_a_plan_for_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stderr
     sampling = json.loads((tmp_path / "plan.json").read_text())["sampling"]
-    assert sampling["fits"] and sampling["cache"] == "triton" and 10 < sampling["launches"] < 25  # XLA's own are 60
+    assert sampling["fits"] and sampling["cache"] == "triton"
+    # 10 of the layer, 6 around it, and 13 of the draw of few rows with a nucleus; without our kernels 45.
+    assert sampling["launches"] == pytest.approx(29, abs=4)
 
 
 @pytest.mark.parametrize(("name", "billions"), [("1b", 1.04), ("8b", 7.78)])

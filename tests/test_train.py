@@ -346,6 +346,7 @@ def test_it_says_how_long_it_will_take(first: int, told: str, base: Config, tmp_
     meter.flush()
     lines = [line for line in capsys.readouterr().err.splitlines() if "about" in line]
     assert len(lines) == 1 and lines[0].startswith(told)
+    assert lines[0].endswith("and their evaluations, by the last 10; what is still to be compiled comes on top")
 
 
 def test_of_random_lengths_it_times_no_compilation_and_knows_the_mean(

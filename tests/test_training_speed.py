@@ -42,6 +42,9 @@ def test_rows(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None
 def test_steps_0_counts_only(tmp_path: Path, run: Run) -> None:
     run("bench", "training", "--families", "ar", "--steps", 0, "--out", tmp_path / "b.json", *SMALL)
     (row,) = json.loads((tmp_path / "b.json").read_text())["rows"]
+    heads, _, cells = [line.split(" | ") for line in (tmp_path / "b.md").read_text().splitlines()[-3:]]
+    assert not {"ms a step (quartiles)", "tokens/s", "MFU"} & set(heads)  # nothing was timed
+    assert float(cells[heads.index("MFLOP of the model")]) == pytest.approx(row["model_flops"] / 1e6, rel=1e-3)
     assert row["executed_flops"] > 0 and row["tokens_per_s"] is row["step_seconds"] is row["mfu"] is None
 
 

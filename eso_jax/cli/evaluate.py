@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax.engine import perplexity
 
     check_out(arguments.out)
-    model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size)
+    model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size,
+                 attention=arguments.attention)
     if model.tokenizer is None:
         raise EsoError(f"--workdir = {arguments.workdir!r}: its vocabulary of {model.config.model.vocab_size} fits no "
                        "tokenizer; use eso-jax score with --tokens")

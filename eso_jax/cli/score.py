@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax.engine import importance
 
     check_out(arguments.out)
-    model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size)
+    model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size,
+                 attention=arguments.attention)
     tokens = read_array(arguments.tokens, "--tokens", "tokens")
     if not arguments.plan:  # which may leave masks
         likelihood.check_tokens(tokens, model.config)

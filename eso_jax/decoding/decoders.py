@@ -171,44 +171,41 @@ def start(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, s
 
 def until_done(weights: Weights, config: ModelConfig, sampler: Sampler, plan: Plan, progress: Progress, source: Draw,
                decoder: Decoder) -> Iterator[Progress]:
-    """The progress after every `PACE` passes. It is gone when the next one is asked for, which updates it in place.
+    """Yields the progress after every `PACE` passes. The next iteration updates its arrays in place.
 
-    The host reads how far the rows are, and what a decoder adapts to, while the next passes are at work: a device does
-    not wait for it. So the last `PACE` passes may decode nothing.
+    The host reads how far the rows are, and what a decoder adapts to, while the next passes are at work, so that no
+    device waits for it. The last `PACE` passes may therefore decode nothing. A CPU is the host itself: there it looks
+    for the end after the last passes, and wastes none.
     """
     def copied(progress: Progress) -> Any:
         return jax.tree.map(jnp.copy, (progress.at, decoder.noted(progress.memory)))
 
     end = np.broadcast_to(np.asarray(plan.end, np.int32), len(plan.order))
-    on_device, at_work = jnp.asarray(end), 0
+    on_device, at_work, waits = jnp.asarray(end), 0, host_is_device()
     before = last = copied(progress)
     while True:
-        at, noted = sharding.fetch(before)
+        at, noted = sharding.fetch((last[0] if waits else before[0], before[1]))
         left = at + at_work < end  # a pass decodes a token at least
         if not left.any():
             return
         decoder, progress = decoder.adapt(progress, noted, left)
         progress = decode_passes(weights, progress, source, on_device, config, sampler, decoder)
-        before, last, at_work = last, copied(progress), PACE
+        before, last, at_work = last, copied(progress), 0 if waits else PACE
         yield progress
 
 
 @functools.partial(jax.jit, donate_argnames="progress", static_argnames=("config", "sampler", "decoder"))
 def decode_passes(weights: Weights, progress: Progress, source: Draw, end: Int[Array, " B"], config: ModelConfig,
                   sampler: Sampler, decoder: Decoder) -> Progress:
-    """`PACE` passes in one compiled loop; the progress is donated and updated in place. Where the loop can see that all
-    rows are done, it leaves out the rest."""
-    def body(_: Any, progress: Progress) -> Progress:
-        return decoder.one_pass(weights, progress, source, end, config, sampler)
+    """`PACE` passes in one compiled loop; the progress is donated and updated in place."""
+    def body(progress: Progress, _: None) -> tuple[Progress, None]:
+        return decoder.one_pass(weights, progress, source, end, config, sampler), None
 
-    if not sees_the_end():
-        return jax.lax.fori_loop(0, PACE, body, progress)
-    return jax.lax.while_loop(lambda at: (at[0] < PACE) & (at[1].at < end).any(),
-                              lambda at: (at[0] + 1, body(*at)), (0, progress))[1]
+    return jax.lax.scan(body, progress, length=PACE)[0]
 
 
-def sees_the_end() -> bool:
-    """Whether a loop asks before each pass if there is more to do: on CPU. A GPU would wait for the host each time."""
+def host_is_device() -> bool:
+    """Whether the host would gain nothing by reading earlier passes: on CPU."""
     return sharding.platform() == "cpu"
 
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from eso_jax import families, likelihood, sharding
 from eso_jax.config import ATTENTION, Config
+from eso_jax.console import say
 from eso_jax.data.prompts import Given, of_array
 from eso_jax.data.stops import Stops
 from eso_jax.data.tokenizers import Tokenizer, token_ids
@@ -37,6 +38,7 @@ from eso_jax.decoding.rejection import unigram_entropy
 from eso_jax.engine import choice, windows
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
 from eso_jax.errors import require
+from eso_jax.model.attention import describe
 from eso_jax.model.params import Weights, for_inference
 from eso_jax.run import workdir
 from eso_jax.run.timing import Stopwatch
@@ -363,7 +365,7 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
         bfloat16` says what it costs in accuracy on this model). Softmax, norms and logits are float32 in either.
       tensor: devices that share one copy of the model; the others hold further copies.
       batch_size: rows in a batch, over all devices, unless a method is given another.
-      attention: the backend, one of eso_jax.config.ATTENTION.
+      attention: the backend, one of eso_jax.config.ATTENTION. A line says so if it cannot be used, and why.
 
     Raises:
       EsoError: the directory is not a run's, holds no whole checkpoint, or an argument is out of range; or the model
@@ -378,5 +380,9 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
                              "devices; sample and check-cache also take --dtype bfloat16"):
         config, step, params = workdir.read(directory, ema, mesh)
         weights = jax.block_until_ready(for_inference(config.model, params, jnp.dtype(dtype), mesh, attention))
+    with jax.set_mesh(mesh):
+        used = describe((each.pattern for each in families.get(config).passes(config)), config.model, dtype, attention)
+    if attention not in ("auto", used):
+        say(f"attention = {attention!r}: {used} computes it")
     tokenizer = workdir.kept_tokenizer(Path(directory), config)
     return Model(config, weights, mesh, batch_size, step=step, tokenizer=tokenizer)

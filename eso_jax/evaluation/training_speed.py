@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,15 @@ def run(names: Sequence[str], out: Path, size: str = "small", length: int = 1024
     rows: list[Row] = []
     for config in configs:
         rows.append(measure(config, mesh, steps, turn))
-        say("  " + ", ".join(f"{name} {show(rows[-1])}" for name, show in COLUMNS.items() if show(rows[-1])))
+        say("  " + ", ".join(f"{name} {show(rows[-1])}" for name, show in columns(rows[-1:]).items()))
         write_whole(out, as_json({**header, "rows": rows}))
-    table = f"{_title(header)}\n\n{markdown(COLUMNS, rows)}"
+    table = f"{_title(header)}\n\n{markdown(columns(rows), rows)}"
     write_whole(out.with_suffix(".md"), table)
     tokens = base.train.batch_size * base.model.length
-    bars(out.with_suffix(".png"), _title(header), "GFLOP per token",
-         {COLUMNS["family"](row) + (f": {row['tokens_per_s']:,.0f} tokens/s" if steps else ""):
-          (row["executed_flops"] / tokens / 1e9, row["needed_flops"] / tokens / 1e9) for row in rows},
+    unit, scale = _unit([row["executed_flops"] / tokens for row in rows])
+    bars(out.with_suffix(".png"), _title(header), f"{unit} per token",
+         {_name(row) + (f": {row['tokens_per_s']:,.0f} tokens/s" if steps else ""):
+          (row["executed_flops"] / tokens / scale, row["needed_flops"] / tokens / scale) for row in rows},
          "executed", "needed by the loss")
     say(f"\n{table}\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
     return rows
@@ -138,20 +139,34 @@ def _step_seconds(config: Config, mesh: Mesh, step: Any, steps: int) -> np.ndarr
     return np.diff([*ends, time.perf_counter()])[WARM_UP - 1:]
 
 
-COLUMNS = {
-    "family": lambda r: r["label"] + (f", alpha_0 = {r['alpha_0']:g}" if r["label"].startswith("Eso-LM") else ""),
-    "attention": lambda r: r["attention"],
-    "ms a step (quartiles)": lambda r: "" if r["step_seconds"] is None else
-    f"{1e3 * r['step_seconds']:.4g} ({1e3 * r['quartiles'][0]:.4g} to {1e3 * r['quartiles'][1]:.4g})",
-    "tokens/s": lambda r: "" if r["tokens_per_s"] is None else f"{r['tokens_per_s']:,.0f}",
-    "MFU": lambda r: "" if r["mfu"] is None else f"{r['mfu']:.1%}",
-    "TFLOP of the model": lambda r: f"{r['model_flops'] / 1e12:.4g}",
-    "needed": lambda r: f"{r['needed_flops'] / 1e12:.4g}",
-    "executed": lambda r: f"{r['executed_flops'] / 1e12:.4g}",
-    "executed / needed": lambda r: f"{r['executed_flops'] / r['needed_flops']:.2f}",
-    "peak, GiB": lambda r: f"{r['peak_bytes'] / 2**30:.3g}",
-    "compile, s": lambda r: f"{r['compile_seconds']:.1f}",
-}
+def columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """Those of the table that say something of some row, in the largest unit of which all have a tenth."""
+    unit, scale = _unit([row["model_flops"] for row in rows])
+    found: dict[str, Callable[[Row], str]] = {
+        "family": _name,
+        "attention": lambda r: r["attention"],
+        "ms a step (quartiles)": lambda r: "" if r["step_seconds"] is None else
+        f"{1e3 * r['step_seconds']:.4g} ({1e3 * r['quartiles'][0]:.4g} to {1e3 * r['quartiles'][1]:.4g})",
+        "tokens/s": lambda r: "" if r["tokens_per_s"] is None else f"{r['tokens_per_s']:,.0f}",
+        "MFU": lambda r: "" if r["mfu"] is None else f"{r['mfu']:.1%}",
+        f"{unit} of the model": lambda r: f"{r['model_flops'] / scale:.4g}",
+        "needed": lambda r: f"{r['needed_flops'] / scale:.4g}",
+        "executed": lambda r: f"{r['executed_flops'] / scale:.4g}",
+        "executed / needed": lambda r: f"{r['executed_flops'] / r['needed_flops']:.2f}",
+        "peak, GiB": lambda r: f"{r['peak_bytes'] / 2**30:.3g}",
+        "compile, s": lambda r: f"{r['compile_seconds']:.1f}",
+    }
+    return {name: show for name, show in found.items() if any(map(show, rows))}
+
+
+def _name(row: Row) -> str:
+    return row["label"] + (f", alpha_0 = {row['alpha_0']:g}" if row["label"].startswith("Eso-LM") else "")
+
+
+def _unit(counts: Sequence[float]) -> tuple[str, float]:
+    """The largest unit of which every count has a tenth, and how many operations it is."""
+    units = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
+    return next((unit for unit in units if min(counts) >= unit[1] / 10), ("FLOP", 1.0))
 
 
 def _title(header: dict[str, Any]) -> str:

@@ -414,7 +414,7 @@ class _Meter:
 
     def tell(self, step: int) -> None:
         """Prints how long the remaining steps and evaluations will take; a batch of an evaluation counts as half a
-        step."""
+        step. Programs that are compiled later (an evaluation's, say) are not in it: nobody knows how long they take."""
         settings = self.config.train
         few = min(TIMED, settings.log_every, settings.eval_every, settings.save_every)
         if self.told or self.clocked < few or step == settings.steps:
@@ -424,7 +424,8 @@ class _Meter:
         mean = 1 - settings.random_length * 7 / 16  # share of the length: short steps have 1, 2, ... or 8 eighths
         work = left * mean + evaluations * self.windows / settings.batch_size / 2
         seconds = work * (time.perf_counter() - self.clock) / self.clocked
-        say(f"about {in_words(seconds)} for the {left:,} steps that are left, by the last {self.clocked:.0f}")
+        say(f"about {in_words(seconds)} for the {left:,} steps that are left and their evaluations, by the last "
+            f"{self.clocked:.0f}; what is still to be compiled comes on top")
 
     def skip(self, step: int, now: dict[str, float]) -> None:
         """Counts a step that was not finite.
