@@ -37,6 +37,7 @@ from eso_jax.model.masks import Pattern, View
 # A pass costs as much as its slots and so many more: it reads the weights, elsewhere for all rows of a batch at once.
 # On CPU it is multiplied by `row_cost` where the head's weights are more than those of the layers.
 FREE, FREE_ELSEWHERE = 8, 256
+COARSE = 32  # slots that a pass costs beside its own, from which on windows have half as many sizes
 WORTH = 1 / 16  # of a plan's cost: what a window of another width must save
 LEAST_GIVEN = 16  # slots of a pass over given tokens
 DIP = 16  # steps: so many that need a narrower window than those around them may have it
@@ -128,7 +129,7 @@ def switches(row: float) -> bool:
 
 def widths(most: int, row: float) -> list[int]:
     """The widths among which a loop of width `most` chooses, ascending: few, since each is compiled on its own."""
-    return sorted({-(-most // 4), -(-most // 2), most}) if switches(row) else [most]
+    return sorted({max(1, most // 4), -(-most // 2), most}) if switches(row) else [most]
 
 
 def schedule(plan: Plan, sampler: Sampler, exact: bool = False, row: float = 0.5) -> list[Run]:
@@ -196,7 +197,8 @@ def _cut_steps(steps: Step, stop: Int[np.ndarray, " S"], needed: Int[np.ndarray,
     A causal window can be cut: its later slots may pass after the earlier ones. So a step that is wider than the window
     of its run takes several passes, and the run needs no shape of its own for it.
     """
-    window = np.minimum(_cheapest_sizes(needed, free, 4, WORTH), length)
+    # Where slots are cheap, few sizes are enough: each is compiled on its own.
+    window = np.minimum(_cheapest_sizes(needed, free, 4 if free < COARSE else 2, WORTH), length)
     steps, window = _cut_windows(steps, stop, window, length)
     # A pass inside a step's window must decode all of its slots: the next one begins behind them.
     inner = np.where(np.isin(steps.first + steps.count, stop), 0, steps.count)
@@ -204,7 +206,7 @@ def _cut_steps(steps: Step, stop: Int[np.ndarray, " S"], needed: Int[np.ndarray,
 
     def width_of(passes: Any) -> Int[np.ndarray, " _"]:
         if switches(row):
-            return _sizes(int(counts[passes].max()))[-1:].clip(max=window[passes][0])
+            return window[passes]
         sizes = _cheapest_sizes(counts[passes], round((free + int(window[passes][0])) / row))
         return np.clip(sizes, inner[passes].max(), window[passes])
 
