@@ -241,7 +241,6 @@ def test_rows_of_logits_are_chosen_pass_by_pass(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(passes_of_plans, "switches", lambda _: False)
     np.testing.assert_array_equal(families.sample(weights, config, plan, key), found)
     np.testing.assert_allclose(loop.log_prob(weights, config.model, sampler, plan, found), logp, rtol=1e-5, atol=1e-5)
-    assert set(rows) <= {1, 2}
     assert (branches > len(rows) - branches) == (name != "ar")  # whose steps are of one token
 
 
@@ -354,6 +353,7 @@ def test_progress_is_reported_every_few_passes(decoder: str | None, monkeypatch:
     """Of some passes while the next ones are at work. Where nobody asks, a plan stays in few runs, and the tokens are
     the same."""
     monkeypatch.setattr(loop, "PACE", 3)
+    monkeypatch.setattr(decoders, "host_is_device", lambda: False)
     module, name = (loop, "decode_run") if decoder is None else (decoders, "decode_passes")
     events, begin, plan = list[int | str](), getattr(module, name), left_to_right(3, LENGTH)
 

@@ -37,7 +37,7 @@ from eso_jax.model.masks import Pattern, View
 # A pass costs as much as its slots and so many more: it reads the weights, elsewhere for all rows of a batch at once.
 # On CPU it is multiplied by `row_cost` where the head's weights are more than those of the layers.
 FREE, FREE_ELSEWHERE = 8, 256
-COARSE = 32  # slots that a pass costs beside its own, from which on windows have half as many sizes
+COARSE = 32  # if a pass costs so many slots more, or above, windows have half as many sizes
 WORTH = 1 / 16  # of a plan's cost: what a window of another width must save
 LEAST_GIVEN = 16  # slots of a pass over given tokens
 DIP = 16  # steps: so many that need a narrower window than those around them may have it
