@@ -180,8 +180,7 @@ def _report(arguments: argparse.Namespace, found: Samples, mask: int, stopped: b
         each = np.broadcast_to(found.tokens_per_pass, (len(found.tokens), found.tokens_per_pass.shape[-1]))
         bits = unigram_entropy(found.tokens, mask=mask).mean() / np.log(2)
         say(f"{found.passes.mean():.1f} passes a sample, {each.sum() / max((each > 0).sum(), 1):.2f} tokens a pass; "
-            f"the samples' unigrams have {bits:.2f} bits (many fewer than with --decoder entropy:0, one token a pass: "
-            "they repeat themselves)")
+            f"entropy of unigrams {bits:.2f} bits (much less than with --decoder entropy:0 means repetition)")
     most = "at most " if stopped and arguments.decoder is None else ""
     say(f"NFE {most}{found.tokens_per_pass.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
         f"{count / found.seconds:.0f} tokens/s; {count / running:.0f} without the {found.compile_seconds:.2f} s of "
