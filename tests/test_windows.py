@@ -11,6 +11,7 @@ import pytest
 
 from conftest import Run
 from eso_jax.data import prompts
+from eso_jax.data.stops import Stops
 from eso_jax.engine import model as engine_model
 from eso_jax.engine.model import Model, Samples
 from eso_jax.errors import EsoError
@@ -86,6 +87,23 @@ def test_an_interrupt_keeps_the_windows_that_are_done(monkeypatch: pytest.Monkey
             long(**how)
 
 
+def test_an_interrupt_after_a_window_keeps_whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the second text of the second window is searched for a stop."""
+    found, looked, done = MODEL.lengthen(GIVEN, 20, OVERLAP, steps=3, alpha_0=0.5), list[int](), Stops.done
+
+    def interrupted(self: Stops, tokens: np.ndarray, known: np.ndarray) -> np.ndarray:
+        looked.extend([1] if tokens.shape[1] > LENGTH + 1 else [])  # a whole text, not a window
+        if len(looked) == 3:
+            raise KeyboardInterrupt
+        return done(self, tokens, known)
+
+    monkeypatch.setattr(Stops, "done", interrupted)
+    kept = MODEL.lengthen(GIVEN, 20, OVERLAP, stop=["no such text"], steps=3, alpha_0=0.5, keep=True)
+    assert kept.windows.tolist() == [1, 1] and kept.left.tolist() == [10, 13]
+    assert [len(tokens) for tokens in kept.tokens] == [12, 19]
+    assert all((part == whole[:len(part)]).all() for part, whole in zip(kept.tokens, found.tokens, strict=True))
+
+
 @pytest.mark.slow
 def test_the_command_says_what_an_interrupt_kept(trained: Path, run: Run, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +121,8 @@ def test_the_command_says_what_an_interrupt_kept(trained: Path, run: Run, tmp_pa
     said = run(*arguments, 500, "--stop", "no such text")
     assert "interrupted: 0 of 1 texts are whole; the others end where a window did" in said
     assert json.loads(out.read_text("utf-8"))["stopped"] is False
-    for number, words in ((500, "interrupted before the first windows were done, so nothing is written"),
-                          (9, "interrupted before the first batch was done, so nothing is written; a smaller")):
+    for number, words in ((500, "interrupted: nothing is written; windows are kept once the first of each"),
+                          (9, "interrupted: nothing is written; with a smaller")):
         windows[:] = [0]
         said = run(*arguments, number, code=130)
         assert words in said and "training" not in said

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "or a folder, a file or a glob of raw text")
     parser.add_argument("--num-windows", type=int, default=512, help="windows, evenly spaced (%(default)s)")
     parser.add_argument("--samples", type=int, default=1, help="Monte Carlo samples per window (%(default)s)")
+    options.of_precision(parser)
     options.of_devices(parser)
     parser.add_argument("--out", default="eval.json", help="JSON (%(default)s)")
 
@@ -32,8 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax.engine import perplexity
 
     check_out(arguments.out)
-    model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size,
-                 attention=arguments.attention)
+    model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor,
+                 batch_size=arguments.batch_size, attention=arguments.attention)
     if model.tokenizer is None:
         raise EsoError(f"--workdir = {arguments.workdir!r}: its vocabulary of {model.config.model.vocab_size} fits no "
                        "tokenizer; use eso-jax score with --tokens")
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = perplexity.nelbo(model, evenly_spaced(windows, arguments.num_windows), model.tokenizer, alpha_0,
                              jax.random.key(arguments.seed), arguments.samples)
     write_whole(arguments.out, as_json({"alpha_0": alpha_0, "step": model.step, "source": source, "split": split,
+                                        "dtype": arguments.dtype,
                                         **result.to_json()}))
     say(f"{model.config.family.name} at step {model.step}, alpha_0 = {alpha_0}, {result.windows} windows of "
         f"{model.config.model.length} tokens ({split} of {source})")

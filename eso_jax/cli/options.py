@@ -21,15 +21,15 @@ def of_devices(parser: argparse.ArgumentParser, default: int | None = 64, *alias
                         "other devices hold further copies (%(default)s)")
     parser.add_argument("--batch-size", *aliases, type=int, default=default, help="sequences in one pass, over all "
                         "devices (" + ("%(default)s" if default else "the judge's own") + ")")
-    parser.add_argument("--attention", choices=ATTENTION, default="auto",
-                        help="what computes it (%(default)s); fused kernels take bfloat16 where there is no cache, and "
-                        "plain turns them off, with a cache as well")
 
 
 def of_precision(parser: argparse.ArgumentParser) -> None:
     """The type of numbers, and the backend of attention."""
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of the weights, of matrix products and of the cache (%(default)s)")
+    parser.add_argument("--attention", choices=ATTENTION, default="auto",
+                        help="what computes it (%(default)s); fused kernels take bfloat16 where there is no cache, and "
+                        "plain turns them off, with a cache as well")
 
 
 def text(given: str) -> str:

@@ -47,9 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
     require(arguments.features == "none" or reference is not None, "--features", arguments.features,
             "MAUVE compares with texts; give --reference as well")
     features = None if arguments.features == "none" else mauve.get(
-        arguments.features, arguments.batch_size, arguments.tensor, arguments.attention)
+        arguments.features, arguments.batch_size, arguments.tensor)
     judge = None if arguments.judge == "none" else judges.get(
-        arguments.judge, arguments.batch_size, arguments.tensor, arguments.attention)
+        arguments.judge, arguments.batch_size, arguments.tensor)
     of_samples = quality.measure(samples, judge, reference, features)
     of_reference = None if reference is None else quality.measure(reference, judge)
     write_whole(arguments.out, as_json({"source": arguments.samples, **of_samples.to_json(),

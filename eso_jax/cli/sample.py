@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
         if _is_longer(prompts, arguments.max_tokens, model):
             return _lengthen(arguments, model, prompts, steps, stop)
     with (watching(model.tokenizer, arguments.show, arguments.watch) as watch,
-          _lost("the first batch was done, so nothing is written; a smaller --batch-size keeps more")):
+          _interrupted("nothing is written; with a smaller --batch-size more batches are done, and kept")):
         found = model.sample(count, steps, arguments.alpha_0, arguments.top_p,
                              arguments.temperature, arguments.seed, min_p=arguments.min_p, plan=plan,
                              decoder=arguments.decoder, num_tries=arguments.num_tries,
@@ -205,7 +205,7 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
     if refused:
         raise EsoError(f"{limit}: texts of several windows have no --{refused[0].replace('_', '-')}; leave it out")
     rows = prompts.repeat(arguments.num_samples)
-    with _lost("the first windows were done, so nothing is written"):
+    with _interrupted("nothing is written; windows are kept once the first of each text is done"):
         found = model.lengthen(rows, arguments.max_tokens, stop=stop, steps=steps, alpha_0=arguments.alpha_0,
                                top_p=arguments.top_p, min_p=arguments.min_p, temperature=arguments.temperature,
                                seed=arguments.seed, keep=True, plan=arguments.plan, decoder=arguments.decoder,
@@ -222,12 +222,12 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
 
 
 @contextlib.contextmanager
-def _lost(before: str) -> Iterator[None]:
-    """Around the sampling: an interrupt that comes through says before what it came."""
+def _interrupted(words: str) -> Iterator[None]:
+    """A block whose interrupt (Ctrl-C), if it is raised, says these words."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted before {before}") from None
+        raise KeyboardInterrupt(f"interrupted: {words}") from None
 
 
 def _stopped(stopped: np.ndarray, stop: list[str]) -> list[dict[str, Any]]:

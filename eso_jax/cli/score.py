@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--given", help=".npy, bool [B, L], or int [B, L] with the mask where a token is not given: "
                                        "score the others, given these (Eso-LM (B), AR); writes logp [B] and "
                                        "logp_by_position [B, L]")
+    options.of_precision(parser)
     options.of_devices(parser)
     parser.add_argument("--out", required=True,
                         help=".npz with logp_per_order [K, B], iw_bound [B], iw_bound_standard_error [B], in nats")
@@ -37,8 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     from eso_jax.engine import importance
 
     check_out(arguments.out)
-    model = load(arguments.workdir, ema=not arguments.raw, tensor=arguments.tensor, batch_size=arguments.batch_size,
-                 attention=arguments.attention)
+    model = load(arguments.workdir, ema=not arguments.raw, dtype=arguments.dtype, tensor=arguments.tensor,
+                 batch_size=arguments.batch_size, attention=arguments.attention)
     tokens = read_array(arguments.tokens, "--tokens", "tokens")
     if not arguments.plan:  # which may leave masks
         likelihood.check_tokens(tokens, model.config)

@@ -39,7 +39,7 @@ def forced_logits(weights: Weights, config: ModelConfig, sampler: Sampler, plan:
     last = jnp.zeros((*x.shape, weights.head.kernel.shape[0]), weights.head.kernel.dtype)  # hidden states by slot
     # A step may take several passes, not always in the order of its slots.
     left = np.atleast_2d(plan.tokens_per_step).sum(0)
-    for run in passes.schedule(plan, sampler):
+    for run in passes.schedule(plan, sampler, row=passes.row_cost(config)):
         state = loop.grow(state, run.shape)
         for number in range(len(run.steps.count)):
             step = jax.tree.map(jnp.asarray, run.steps.at(number))

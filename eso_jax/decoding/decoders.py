@@ -90,7 +90,7 @@ class Decoder(ABC):
         """The decoder of the next `PACE` passes, and the progress for it.
 
         Args:
-          noted: as numpy arrays, after the `PACE` passes before the last ones; of the beginning, where there are none.
+          noted: numpy arrays of what `noted` gave before the last `PACE` passes; at first, of the beginning.
           left: rows that may not be done.
         """
         return self, progress

@@ -48,7 +48,7 @@ from eso_jax.decoding.record import Facts
 from eso_jax.model import attention, cache as kv, slots, vocabulary
 from eso_jax.model.params import Weights
 
-PACE = 8  # passes after which who watches or counts is told what there is, and whoever ends rows is asked
+PACE = 8  # passes between two reports of the tokens so far (to `watch`, `report` and `done`)
 
 
 @struct.dataclass

@@ -68,7 +68,7 @@ class Samples(NamedTuple):
       caption: with a record, what else a page that plays the generation needs; see viewer/caption.py.
       text: the decoded text of each sample, up to the first stop or the last decoded token; empty without a tokenizer.
       law_of_plan: whether the tokens have the law of `plan`. False for decoders that choose the order and decode
-        several tokens a pass by a look at each alone.
+        several tokens a pass, each by its own probabilities alone.
     """
 
     tokens: np.ndarray
@@ -365,7 +365,7 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
         bfloat16` says what it costs in accuracy on this model). Softmax, norms and logits are float32 in either.
       tensor: devices that share one copy of the model; the others hold further copies.
       batch_size: rows in a batch, over all devices, unless a method is given another.
-      attention: the backend, one of eso_jax.config.ATTENTION. A line says so if it cannot be used, and why.
+      attention: the backend, one of eso_jax.config.ATTENTION. A line says which one is used instead if it cannot be.
 
     Raises:
       EsoError: the directory is not a run's, holds no whole checkpoint, or an argument is out of range; or the model
@@ -383,6 +383,6 @@ def load(directory: str | Path, ema: bool = True, dtype: str = "float32", tensor
     with jax.set_mesh(mesh):
         used = describe((each.pattern for each in families.get(config).passes(config)), config.model, dtype, attention)
     if attention not in ("auto", used):
-        say(f"attention = {attention!r}: {used} computes it")
+        say(f"attention = {attention!r}: without a cache, {used} computes it")
     tokenizer = workdir.kept_tokenizer(Path(directory), config)
     return Model(config, weights, mesh, batch_size, step=step, tokenizer=tokenizer)

@@ -76,20 +76,22 @@ def lengthen(model: Model, given: Given | np.ndarray, max_tokens: int, overlap: 
         number = int(windows.max())
         # Another seed for each window: a text that repeats itself must not repeat its draws.
         fresh = int(np.random.default_rng([seed, number]).integers(2**32)) if number else seed
+        longer, fewer = list(texts), left.copy()
         try:
             samples = model.sample(1, given=Given(tokens, np.minimum(length, begin + left[rows])), done=done,
                                    seed=fresh, **how)
+            for row, own, count in zip(rows, samples.tokens, begin, strict=True):
+                new = own[count:]
+                new = new[:np.append(new, mask).tolist().index(mask)]
+                longer[row] = np.concatenate([texts[row], new])
+                known = np.arange(len(longer[row])) < prompts[row]
+                fewer[row] = 0 if done is not None and done(longer[row][None], known[None])[0] else left[row] - len(new)
         except KeyboardInterrupt:
             if keep and number:
                 break
             raise
+        texts, left = longer, fewer
         windows[rows] += 1
-        for row, own, count in zip(rows, samples.tokens, begin, strict=True):
-            new = own[count:]
-            new = new[:np.append(new, mask).tolist().index(mask)]
-            texts[row] = np.concatenate([texts[row], new])
-            known = np.arange(len(texts[row])) < prompts[row]
-            left[row] = 0 if done is not None and done(texts[row][None], known[None])[0] else left[row] - len(new)
     text = []
     for index, tokens in enumerate(texts):
         if stops is not None:

@@ -70,13 +70,12 @@ class Judge(Protocol):
     def score(self, texts: Texts) -> Scores: ...
 
 
-def get(name: str, batch_size: int | None = None, tensor: int = 1, attention: str = "auto") -> Judge:
+def get(name: str, batch_size: int | None = None, tensor: int = 1) -> Judge:
     """The judge called `name`: a work directory of ours, or a model that the transformers library can load.
 
     Args:
       batch_size: texts that it reads together; None: 64 for ours, 8 for the library's.
       tensor: devices to a copy of one of ours.
-      attention: what computes it in one of ours: one of eso_jax.config.ATTENTION.
 
     Raises:
       EsoError: it cannot be loaded, for want of the library, of a network or of the model.
@@ -85,10 +84,8 @@ def get(name: str, batch_size: int | None = None, tensor: int = 1, attention: st
     if is_workdir(name):
         from eso_jax.engine.model import load
 
-        return ModelJudge(load(name, tensor=tensor, batch_size=batch_size or BATCH_SIZE, attention=attention), name)
+        return ModelJudge(load(name, tensor=tensor, batch_size=batch_size or BATCH_SIZE), name)
     require(tensor == 1, "tensor", tensor, f"only splits our own models, and {name!r} is the transformers library's")
-    require(attention == "auto", "attention", attention,
-            f"only our own models have a choice, and {name!r} is the transformers library's")
     return TransformersJudge(name, batch_size or 8)
 
 

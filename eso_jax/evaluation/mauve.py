@@ -77,13 +77,12 @@ class Features(Protocol):
     def __hash__(self) -> int: ...
 
 
-def get(name: str, batch_size: int | None = None, tensor: int = 1, attention: str = "auto") -> Features:
+def get(name: str, batch_size: int | None = None, tensor: int = 1) -> Features:
     """The features of a work directory of ours, or of a model that the transformers library can load.
 
     Args:
       batch_size: texts that it reads together; None: 64 for ours, 16 for the library's.
       tensor: devices to a copy of one of ours.
-      attention: what computes it in one of ours: one of eso_jax.config.ATTENTION.
 
     Raises:
       EsoError: it cannot be loaded.
@@ -92,10 +91,8 @@ def get(name: str, batch_size: int | None = None, tensor: int = 1, attention: st
     if is_workdir(name):
         from eso_jax.engine.model import load
 
-        return ModelFeatures(load(name, tensor=tensor, batch_size=batch_size or BATCH_SIZE, attention=attention), name)
+        return ModelFeatures(load(name, tensor=tensor, batch_size=batch_size or BATCH_SIZE), name)
     require(tensor == 1, "tensor", tensor, f"only splits our own models, and {name!r} is the transformers library's")
-    require(attention == "auto", "attention", attention,
-            f"only our own models have a choice, and {name!r} is the transformers library's")
     return TransformersFeatures(name, batch_size or 16)
 
 

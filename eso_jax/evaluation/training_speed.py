@@ -140,7 +140,8 @@ def _step_seconds(config: Config, mesh: Mesh, step: Any, steps: int) -> np.ndarr
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
-    """Those of the table that say something of some row, in the largest unit of which all have a tenth."""
+    """The columns of the table in which some row has a value. Work is in the largest unit that gives each row 0.1 or
+    more."""
     unit, scale = _unit([row["model_flops"] for row in rows])
     found: dict[str, Callable[[Row], str]] = {
         "family": _name,

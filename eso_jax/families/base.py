@@ -80,7 +80,7 @@ class Family(ABC):
 
     @property
     def one_pass_plans(self) -> bool:
-        """`plan_log_likelihood` scores a plan in one pass. Without it, a plan takes a pass per step of the sampler."""
+        """Whether `plan_log_likelihood` scores a plan in one pass. If not, each step of the sampler takes a pass."""
         return False
 
     # Training and its bound.
