@@ -145,8 +145,9 @@ def follow(states: Iterator[tuple[State, T]], config: ModelConfig, sampler: Samp
                         (tokens != config.mask).sum(1) >= plan.end)).all():
                     break
             before = natural(state, sampler)
-    if report is not None and before is not None:
-        tell(sharding.fetch(before))
+    else:
+        if report is not None and before is not None:
+            tell(sharding.fetch(before))
 
 
 def natural(state: State, sampler: Sampler) -> Int[Array, "B L"]:
