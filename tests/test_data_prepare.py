@@ -593,6 +593,19 @@ def test_a_try_that_came_to_nothing_keeps_none_from_the_next(tmp_path: Path, man
         prepare.prepare("text", tmp_path, BYTES, 8, [str(many)], held_out=40, processes=1)
 
 
+def test_a_tokenizer_of_the_user_is_kept(tmp_path: Path, many: Path) -> None:
+    """The folder may hold the tokenizer that is asked for, and no other."""
+    path, tokenizer = tmp_path / "out" / "tokenizer.json", train_tokenizer(["ab " * 99], 300, "bpe")
+    path.parent.mkdir()
+    assert tokenizer.json is not None
+    path.write_text(tokenizer.json)
+    for other in (BYTES, train_tokenizer(["ab cd " * 99], 300, "bpe")):
+        with pytest.raises(EsoError, match="^--out = .*: exists and is no prepared folder; give another"):
+            made(many, tmp_path, tokenizer=other, out=path.parent)
+        assert path.read_text() == tokenizer.json
+    check(made(many, tmp_path, tokenizer=tokenizer, out=path.parent))
+
+
 def test_two_at_once_take_turns(tmp_path: Path, many: Path) -> None:
     """Another length, into the same data directory. What a killed one has left there is removed."""
     (tmp_path / "data" / "documents" / "corpora" / "text" / "incomplete.ABC_1.0.0").mkdir(parents=True)
