@@ -636,6 +636,22 @@ def test_the_second_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFi
     assert order == ["first", "second"] and f"at work in {tmp_path}; waiting for it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_documents_that_can_only_be_read(number: int, tmp_path: Path, many: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do for another length, in a folder elsewhere."""
+    made(many, tmp_path / "data")
+    lock, opened = tmp_path / "data" / "documents" / "turn.lock", Path.open
+
+    def refusing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == lock:
+            raise OSError(number, "refused", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    assert check(made(many, tmp_path / "data", 8, out=tmp_path / "out"))["length"] == 8
+
+
 def test_a_single_document_cannot_be_split(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("a b c " * 100)
     with pytest.raises(EsoError, match="leaves none of 1 documents to train on; a file of text is one: give several"):
