@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 import eso_jax
 from conftest import BASE
-from eso_jax import files
+from eso_jax import console, files
 from eso_jax.cli import main
 from eso_jax.config import Config, DataConfig, ModelConfig
 from eso_jax.data import (ByteTokenizer, Tokenizer, evenly_spaced, is_prepared, prepare, prepared_windows, tokenizer_of,
@@ -618,6 +618,31 @@ def test_two_at_once_take_turns(tmp_path: Path, many: Path) -> None:
         assert process.returncode == 0, said
         assert check(tmp_path / length)["length"] == int(length)
     assert [path.name for path in (tmp_path / "data" / "documents" / "corpora" / "text").iterdir()] == ["1.0.0"]
+
+
+def test_a_preparation_waits_until_the_folder_is_free(tmp_path: Path, many: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has not begun to read before."""
+    begun, waits, say = threading.Event(), threading.Event(), console.say
+    _prepare = prepare._prepare
+
+    def begin(*arguments: Any) -> Path:
+        begun.set()
+        return _prepare(*arguments)
+
+    def said(message: str) -> None:
+        say(message)
+        if "waiting for it" in message:
+            waits.set()
+
+    monkeypatch.setattr(prepare, "_prepare", begin)
+    monkeypatch.setattr(console, "say", said)
+    with files.one_at_a_time(tmp_path / "data" / "documents", "--data-dir"):
+        thread = threading.Thread(target=made, args=(many, tmp_path / "data"))
+        thread.start()
+        assert waits.wait(60) and not begun.is_set()
+    thread.join()
+    assert begun.is_set() and check(tmp_path / "data" / "text")
 
 
 def test_the_second_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
