@@ -87,7 +87,8 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
 
 def _prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files: list[str], wrapping: str,
              held_out: int, folder: Path, processes: int | None, reading: Reading | None) -> Path:
-    """The same, alone in its folder and with all that was left open."""
+    """`prepare`, while no other process prepares in data_dir, and with no argument left to its default but
+    `processes` and `reading`."""
     from eso_jax.data import builder
 
     corpus = builder.documents(name, data_dir / "documents", files, reading)
