@@ -95,15 +95,23 @@ def writing(name: str, path: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
-    """For a block that no two processes may be in for one folder, which is made: the second waits, and says so. Where
-    the file system knows no locks, nobody waits."""
+    """For a block that one process at a time may run for a folder: the second waits, and says so. The folder is made
+    if it is missing. Nobody waits where the file system knows no locks, or where nothing can be written."""
     import fcntl
 
     from eso_jax.console import say
 
+    file = None
     with writing(name, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "turn.lock").open("ab")
+        try:
+            file = (folder / "turn.lock").open("ab")
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+    if file is None:
+        yield
+        return
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

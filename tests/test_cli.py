@@ -646,6 +646,8 @@ def test_results_are_not_written_over_what_a_folder_needs(tmp_path: Path, run: R
     command = ["quality", "--samples", tmp_path / "samples.jsonl", "--judge", "none", "--out"]
     for path in (*kept, tmp_path / "link" / "config.json", tmp_path / "w" / "tokenizer.json"):
         assert f"--out = '{path}': is a file that '{path.resolve().parent}' needs" in run(*command, path, code=2)
+    assert f"--html = '{kept[0]}': is a file that '{kept[0].parent}' needs" in run(
+        "sample", "--workdir", tmp_path / "w", "--out", tmp_path / "s.npz", "--html", kept[0], code=2)
     assert {path.read_text() for path in kept} == {"kept"}
     for path in (tmp_path / "w" / "quality.json", tmp_path / "config.json", tmp_path / "tokenizer.json"):
         run(*command, path)

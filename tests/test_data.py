@@ -121,11 +121,27 @@ def test_what_we_made_is_no_text(tmp_path: Path) -> None:
     before = documents(source, "all")
     (tmp_path / "text" / "w" / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "text" / "data" / "text").mkdir(parents=True)
+    shards = tmp_path / "text" / "data" / "documents" / "corpora" / "text" / "1.0.0"
+    shards.mkdir(parents=True)
     for name in ("w/config.json", "w/metrics.jsonl", "w/checkpoints/1/x", "data/text/manifest.json",
-                 "data/text/train-00000.array_record"):
-        (tmp_path / "text" / name).write_text("no text")
+                 "data/text/train-00000.array_record", *(str(shards / name) for name in (
+                     "dataset_info.json", "features.json", "corpora-train.array_record-00000-of-00001"))):
+        (tmp_path / "text" / name).write_text('{"family": {}}' if name == "w/config.json" else "no text")
     assert documents(source, "all") == before and len(before) == 4
+    (tmp_path / "text" / "data" / "documents" / "turn.lock").touch()
+    (shards / "dataset_info.json").unlink()  # interrupted
+    assert documents(source, "all") == before
     assert [name for name, _ in documents(f"{source}/**", "all")] == [name for name, _ in before]
+
+
+def test_what_others_made_is_read(tmp_path: Path) -> None:
+    """Though some of it has names that ours has, too."""
+    source = write(tmp_path / "text", a__b=b"text", c__config_dot_json=b'{"model_type": "gpt2"}',
+                   c__checkpoints__d=b"text", e__config_dot_json=b"text", e__checkpoints__d=b"text")
+    (tmp_path / "text" / "a" / "notes.array_record.txt").write_text("text")
+    assert [name for name, _ in documents(source, "all")] == [
+        "a/b", "a/notes.array_record.txt", "c/checkpoints/d", "c/config.json", "e/checkpoints/d",
+        "e/config.json"]
 
 
 def test_all_of_a_file_is_the_file(tmp_path: Path) -> None:

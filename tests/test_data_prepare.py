@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 import eso_jax
 from conftest import BASE
-from eso_jax import files
+from eso_jax import console, files
 from eso_jax.cli import main
 from eso_jax.config import Config, DataConfig, ModelConfig
 from eso_jax.data import (ByteTokenizer, Tokenizer, evenly_spaced, is_prepared, prepare, prepared_windows, tokenizer_of,
@@ -593,6 +593,19 @@ def test_a_try_that_came_to_nothing_keeps_none_from_the_next(tmp_path: Path, man
         prepare.prepare("text", tmp_path, BYTES, 8, [str(many)], held_out=40, processes=1)
 
 
+def test_a_tokenizer_of_the_user_is_kept(tmp_path: Path, many: Path) -> None:
+    """The folder may hold the tokenizer that is asked for, and no other."""
+    path, tokenizer = tmp_path / "out" / "tokenizer.json", train_tokenizer(["ab " * 99], 300, "bpe")
+    path.parent.mkdir()
+    assert tokenizer.json is not None
+    path.write_text(tokenizer.json)
+    for other in (BYTES, train_tokenizer(["ab cd " * 99], 300, "bpe")):
+        with pytest.raises(EsoError, match="^--out = .*: exists and is no prepared folder; give another"):
+            made(many, tmp_path, tokenizer=other, out=path.parent)
+        assert path.read_text() == tokenizer.json
+    check(made(many, tmp_path, tokenizer=tokenizer, out=path.parent))
+
+
 def test_two_at_once_take_turns(tmp_path: Path, many: Path) -> None:
     """Another length, into the same data directory. What a killed one has left there is removed."""
     (tmp_path / "data" / "documents" / "corpora" / "text" / "incomplete.ABC_1.0.0").mkdir(parents=True)
@@ -605,6 +618,31 @@ def test_two_at_once_take_turns(tmp_path: Path, many: Path) -> None:
         assert process.returncode == 0, said
         assert check(tmp_path / length)["length"] == int(length)
     assert [path.name for path in (tmp_path / "data" / "documents" / "corpora" / "text").iterdir()] == ["1.0.0"]
+
+
+def test_a_preparation_waits_until_the_folder_is_free(tmp_path: Path, many: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has not begun to read before."""
+    begun, waits, say = threading.Event(), threading.Event(), console.say
+    _prepare = prepare._prepare
+
+    def begin(*arguments: Any) -> Path:
+        begun.set()
+        return _prepare(*arguments)
+
+    def said(message: str) -> None:
+        say(message)
+        if "waiting for it" in message:
+            waits.set()
+
+    monkeypatch.setattr(prepare, "_prepare", begin)
+    monkeypatch.setattr(console, "say", said)
+    with files.one_at_a_time(tmp_path / "data" / "documents", "--data-dir"):
+        thread = threading.Thread(target=made, args=(many, tmp_path / "data"))
+        thread.start()
+        assert waits.wait(60) and not begun.is_set()
+    thread.join()
+    assert begun.is_set() and check(tmp_path / "data" / "text")
 
 
 def test_the_second_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -621,6 +659,22 @@ def test_the_second_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFi
         order.append("first")
     thread.join()
     assert order == ["first", "second"] and f"at work in {tmp_path}; waiting for it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_documents_that_can_only_be_read(number: int, tmp_path: Path, many: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do for another length, in a folder elsewhere."""
+    made(many, tmp_path / "data")
+    lock, opened = tmp_path / "data" / "documents" / "turn.lock", Path.open
+
+    def refusing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == lock:
+            raise OSError(number, "refused", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    assert check(made(many, tmp_path / "data", 8, out=tmp_path / "out"))["length"] == 8
 
 
 def test_a_single_document_cannot_be_split(tmp_path: Path) -> None:

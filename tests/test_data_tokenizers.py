@@ -318,6 +318,23 @@ def test_a_separator_beside_one_of_a_known_name(tmp_path: Path) -> None:
         assert asked.encode(text).max() < usual.separator_id
 
 
+@pytest.mark.parametrize("kind", ["words", "wordpiece", "bpe"])
+def test_an_unknown_word_does_not_become_the_separator(kind: str, tmp_path: Path) -> None:
+    """Where the token of unknown words has the name that the separator gets."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    vocabulary, unknown = {"<|endoftext|>": 0, "<eos>": 1, "a": 2, "b": 3}, "<|endoftext|>"
+    model = {"words": lambda: models.WordLevel(vocabulary, unk_token=unknown),
+             "wordpiece": lambda: models.WordPiece(vocabulary, unk_token=unknown),
+             "bpe": lambda: models.BPE(vocabulary, [], unk_token=unknown)}[kind]
+    library = Library(model())
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.save(str(tmp_path / "t.json"))
+    found = get_tokenizer(str(tmp_path / "t.json"), "<eos>")
+    assert found.separator_id == 1 and found.encode("a c b").tolist() == [2, 0, 3]
+
+
 @pytest.mark.parametrize("kind", ["words", "unigram"])
 def test_texts_without_ids_are_refused(kind: str) -> None:
     """By a tokenizer that has no token for what it does not know. What it knows it reads."""

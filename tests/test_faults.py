@@ -630,6 +630,22 @@ def test_a_save_that_storage_does_not_answer_is_made_again(
     assert len(metrics.read(tmp_path / "u")) == 2
 
 
+def test_steps_are_listed_where_storage_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error here would leave the other processes waiting. What cannot be told is taken for a checkpoint."""
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "6").touch()
+    (tmp_path / "checkpoints" / "9").symlink_to("9")  # "too many levels of symbolic links"
+    stat = os.stat
+
+    def failing(path: object, **options: object) -> os.stat_result:
+        if Path(str(path)).name.isdigit():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", failing)
+    assert checkpoint.steps(tmp_path) == [3, 9]
+
+
 def test_milestones_are_kept(base: Config, tmp_path: Path) -> None:
     training.train(base.override("train.steps=12", "train.save_every=2", "train.keep=1", "train.keep_every=4"),
                    tmp_path / "w")

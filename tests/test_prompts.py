@@ -9,7 +9,9 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from conftest import tiny_config
 from eso_jax.data import ByteTokenizer, prompts
@@ -82,6 +84,22 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     for name, message in (("none.jsonl", "no such file"), ("", "Is a directory"), ("cut.gz", "cannot be read .*EOF")):
         with pytest.raises(EsoError, match=message):
             prompts.of_rows(str(tmp_path / name), BYTES, MODEL)
+
+
+def test_rows_of_a_table(tmp_path: Path) -> None:
+    """A column is taken as a field of JSON lines is."""
+    path = tmp_path / "p.csv"
+    for table in ("prompt\nab\n", "text,prompt\nc,ab\n", "prompt,text\nab,c\n"):
+        path.write_text(table)
+        assert prompts.of_rows(str(path), BYTES, MODEL).tokens.tolist() == [row(*b"ab")]
+    path.write_text("template\nd[MASK]e\n")
+    given = prompts.of_rows(str(path), BYTES, MODEL)
+    assert given.tokens.tolist() == [row(100, MASK, 101)] and given.end.tolist() == [3]
+    parquet.write_table(pyarrow.table({"text": ["c"], "prompt": ["ab"]}), tmp_path / "p.parquet")
+    assert prompts.of_rows(str(tmp_path / "p.parquet"), BYTES, MODEL).tokens.tolist() == [row(*b"ab")]
+    path.write_text("other\nab\n")
+    with pytest.raises(EsoError, match=r"has no column prompt, template, .* \(its columns: 'other'; rename one\)"):
+        prompts.of_rows(str(path), BYTES, MODEL)
 
 
 def test_rows_of_a_pipe(tmp_path: Path) -> None:

@@ -68,7 +68,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _check_out(arguments: argparse.Namespace) -> None:
-    """Raises an EsoError if --out is also the file of another option, one that is read or written."""
+    """Raises an EsoError if --out is also the file of another option, one that is read or written; or if it or --html
+    is a file that a work directory or a prepared folder needs."""
+    for option in ("out", "html"):
+        if isinstance(path := getattr(arguments, option, None), str):
+            _check_kept(f"--{option}", path)
     out = getattr(arguments, "out", None)
     if not isinstance(out, str):
         return
@@ -77,11 +81,14 @@ def _check_out(arguments: argparse.Namespace) -> None:
         if name != "out" and (name == "html" or os.path.isfile(out)) and any(
                 isinstance(path, str) and os.path.realpath(path) == os.path.realpath(out) for path in paths):
             raise EsoError(f"--out = {out!r}: is given for {name} too, and would be overwritten; give another name")
-    folder, name = os.path.split(os.path.realpath(out))
+
+
+def _check_kept(option: str, path: str) -> None:
+    folder, name = os.path.split(os.path.realpath(path))
     for sign, kept in KEPT.items():
         if name in kept and os.path.exists(os.path.join(folder, sign)):
-            raise EsoError(f"--out = {out!r}: is a file that {folder!r} needs, and would be overwritten; give another "
-                           "name")
+            raise EsoError(f"{option} = {path!r}: is a file that {folder!r} needs, and would be overwritten; give "
+                           "another name")
 
 
 def exit_code_of(action: Callable[[], None]) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def walk(root: Path, enter: Callable[[Path], bool] = lambda folder: True) -> Ite
     its texts finds the same texts when it resumes.
 
     Raises:
-      OSError: a folder cannot be listed.
+      OSError: a folder cannot be listed, or a config.json beside checkpoints cannot be read.
     """
     def refuse(error: OSError) -> None:
         raise error  # os.walk would pass over an unreadable folder in silence
@@ -61,7 +62,7 @@ def walk(root: Path, enter: Callable[[Path], bool] = lambda folder: True) -> Ite
     while starts:
         for folder, folders, names in os.walk(starts.pop(0), onerror=refuse):
             real = os.path.realpath(folder)
-            if real in seen or folder != str(root) and _is_ours({*folders, *names}):
+            if real in seen or folder != str(root) and _is_ours(Path(folder), {*folders, *names}):
                 folders.clear()
                 continue
             seen.add(real)
@@ -70,9 +71,21 @@ def walk(root: Path, enter: Callable[[Path], bool] = lambda folder: True) -> Ite
             yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _is_ours(names: set[str]) -> bool:
-    """Whether a folder, by what is in it, is a work directory, a prepared folder or the documents of one."""
-    return {"config.json", "checkpoints"} <= names or any(".array_record" in name for name in names)
+def _is_ours(folder: Path, names: set[str]) -> bool:
+    """Whether a folder, by what is in it, is a work directory, a prepared folder or the documents of one. Others may
+    have some of these files, such as a model of the transformers library or shards of another program."""
+    if {"turn.lock", "corpora"} <= names:
+        return True
+    if any(".array_record" in name for name in names):
+        return bool({"manifest.json", "manifest.json.unfinished"} & names) or {
+            "dataset_info.json", "features.json"} <= names
+    if not {"config.json", "checkpoints"} <= names:
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and "family" in config
 
 
 def _begins(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

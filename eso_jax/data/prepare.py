@@ -87,7 +87,8 @@ def prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files:
 
 def _prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files: list[str], wrapping: str,
              held_out: int, folder: Path, processes: int | None, reading: Reading | None) -> Path:
-    """The same, alone in its folder and with all that was left open."""
+    """`prepare`, while no other process prepares in data_dir, and with no argument left to its default but
+    `processes` and `reading`."""
     from eso_jax.data import builder
 
     corpus = builder.documents(name, data_dir / "documents", files, reading)
@@ -102,7 +103,7 @@ def _prepare(name: str, data_dir: Path, tokenizer: Tokenizer, length: int, files
         "dtype": np.dtype(tokenizers.dtype_of(tokenizer)).name}
     parts = _parts(corpus.info.splits, held_out)
     with writing("--out", folder):
-        splits = _claim(folder, manifest)
+        splits = _claim(folder, manifest, tokenizer.json)
         if tokenizer.json is not None:
             write_whole(folder / tokenizers.FILE, tokenizer.json)
         else:
@@ -137,8 +138,11 @@ def _parts(published: Any, held_out: int) -> dict[str, tuple[str, range]]:
             in (("train", slice(None, -held_out)), ("validation", slice(-held_out, None)))}
 
 
-def _claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _claim(folder: Path, manifest: dict[str, Any], tokenizer: str | None) -> dict[str, Any]:
     """The splits that a folder has so far: none if it is new.
+
+    Args:
+      tokenizer: contents of its tokenizer.json if it has one.
 
     Raises:
       EsoError: it holds something else than this preparation.
@@ -146,7 +150,9 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     path = next((path for path in (folder / prepared.UNFINISHED, folder / prepared.MANIFEST) if path.exists()), None)
     if path is None:
         is_free = not folder.exists() or folder.is_dir() and all(
-            file.suffix == ".partial" or file.name == tokenizers.FILE for file in folder.iterdir())
+            file.suffix == ".partial"
+            or file.name == tokenizers.FILE and file.read_text("utf-8", "replace") == tokenizer
+            for file in folder.iterdir())
         require(is_free, "--out", str(folder), "exists and is no prepared folder; give another")
         folder.mkdir(parents=True, exist_ok=True)
         return {}

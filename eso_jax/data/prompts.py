@@ -74,7 +74,7 @@ def of_template(text: str, tokenizer: Tokenizer | None, model: ModelConfig, name
 
 def of_rows(path: str, tokenizer: Tokenizer | None, model: ModelConfig, name: str = "prompts") -> Given:
     """A row for each row of a file, such as JSON lines of {"prompt": ...}, {"template": ...} or {"text": ...} (a
-    prompt).
+    prompt), or a table with a column of such a name.
 
     Raises:
       EsoError: there is no row, or one that is none of these or raises as in `of_prompt` and `of_template`.
@@ -83,7 +83,7 @@ def of_rows(path: str, tokenizer: Tokenizer | None, model: ModelConfig, name: st
     found = []
     try:
         opener = streams.decompress(streams.of_bytes(Path(path).read_bytes()))  # read once: it may be a pipe
-        for place, row in rows.each(path, opener, rows.Reading(flag=name)):
+        for place, row in rows.each(path, opener, rows.Reading(flag=name, known=FIELDS)):
             try:
                 found.append(_row(row, tokenizer, model))
             except (rows.BadRow, EsoError) as error:

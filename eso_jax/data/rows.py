@@ -16,7 +16,7 @@ FIELDS = ("text", "sentence", "article", "article_text", "content")  # the first
 JSON = (".jsonl", ".json", ".ndjson", ".jsonlines")
 COLUMNS = (".parquet", ".arrow", ".feather", ".npz")
 TABLES = (".csv", ".tsv")  # their first line names the columns
-Fields = Sequence[str | None]  # None: the first of FIELDS that there is
+Fields = Sequence[str | tuple[str, ...]]  # of several in one's place, the first that there is
 SHOWN = 3  # names in a line
 
 
@@ -25,15 +25,16 @@ class Reading:
 
     Attributes:
       flag: the option that named the files, for errors.
-      field: the field of rows that is the text; None: the first of FIELDS that a file has.
+      field: the field of rows that is the text; None: the first of `known` that a file has.
+      known: names of fields with a text.
       include: patterns of the files of folders, globs and archives; none: all.
       skip_rows, skip_files: leave out what cannot be read, and count it; else that is an error.
       rows, files: what was left out, and why: a line each.
     """
 
     def __init__(self, field: str | None = None, include: Iterable[str] = (), skip_rows: bool = False,
-                 skip_files: bool = False, flag: str = "--from"):
-        self.flag, self.field, self.include = flag, field, tuple(include)
+                 skip_files: bool = False, flag: str = "--from", known: tuple[str, ...] = FIELDS):
+        self.flag, self.field, self.known, self.include = flag, field, known, tuple(include)
         self.skip_rows, self.skip_files = skip_rows, skip_files
         self.rows: list[str] = []
         self.files: list[str] = []
@@ -144,15 +145,14 @@ def _kind(value: Any) -> str:
 def each(name: str, opener: Opener, reading: Reading, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     """(where it is, the row) of each row of one file; a BadRow in place of one that cannot be parsed. Raises NotText as
     `texts` does. Of columns, those of `fields` alone are read, or that of `reading`."""
-    plain = streams.inner_name(name)
+    plain, asked = streams.inner_name(name), fields or (reading.field or reading.known,)
     if plain.endswith(COLUMNS) or streams.head(opener).startswith(b"PAR1"):
         reader = _npz if plain.endswith(".npz") else _arrow if plain.endswith((".arrow", ".feather")) else _parquet
-        yield from ((f"row {number}", row) for number, row in enumerate(reader(opener, fields or (reading.field,)), 1))
+        yield from ((f"row {number}", row) for number, row in enumerate(reader(opener, asked), 1))
         return
     if plain.endswith(TABLES):
         delimiter = "\t" if plain.endswith(".tsv") else ","
-        yield from ((f"row {number}", row) for number, row in enumerate(
-            _table(opener, fields or (reading.field,), delimiter), 1))
+        yield from ((f"row {number}", row) for number, row in enumerate(_table(opener, asked, delimiter), 1))
         return
     first = next((line for line in streams.lines(opener) if line.strip()), b"").strip()
     if first.startswith(b"[") or plain.endswith(".json") and first == b"{":
@@ -186,13 +186,14 @@ def _reason(error: Exception) -> str:
     return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def _column(field: str | None, columns: list[str]) -> str:
+def _column(field: str | tuple[str, ...], columns: list[str]) -> str:
     """The column that is read, of those that there are."""
-    names = FIELDS if field is None else (field, field.partition(".")[0])
+    names = (field, field.partition(".")[0]) if isinstance(field, str) else field
     column = next((name for name in names if name in columns), None)
     if column is None:
-        raise NotText(f"has no column {field or ', '.join(FIELDS)} (its columns: {', '.join(map(repr, columns[:8]))}; "
-                      "--field names one)")
+        missing = field if isinstance(field, str) else ", ".join(field)
+        remedy = "--field names one" if isinstance(field, str) or field == FIELDS else "rename one"
+        raise NotText(f"has no column {missing} (its columns: {', '.join(map(repr, columns[:8]))}; {remedy})")
     return column
 
 

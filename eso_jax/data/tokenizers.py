@@ -356,6 +356,8 @@ def _with_separator(contents: str, separator: str) -> str:
         model["vocab"] = {renamed.get(entry, entry): i for entry, i in entries.items()}
     else:
         model["vocab"] = [[renamed.get(entry, entry), score] for entry, score in entries]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
     if not any(token["content"] == name for token in added):
         number = entries[separator] if isinstance(entries, dict) else [entry for entry, _ in entries].index(separator)
         added.append({"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False,

@@ -117,8 +117,8 @@ def is_workdir(name: str) -> bool:
 
 def read(name: str, flag: str, limit: int | None = None, reading: Reading | None = None) -> Texts:
     """Texts from a .npz with tokens [N, L], text [N] or both (of eso-jax sample, say), a .npy of tokens, rows with a
-    text (JSON lines or an array of JSON, Parquet, Arrow, compressed or not), or a work directory: validation windows of
-    its data.source, at most `limit`, evenly spaced.
+    text (JSON lines or an array of JSON, .csv, .tsv, Parquet, Arrow, compressed or not), or a work directory:
+    validation windows of its data.source, at most `limit`, evenly spaced.
 
     Args:
       reading: which field of rows is read, and whether rows without a text are left out.

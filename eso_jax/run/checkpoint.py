@@ -91,9 +91,15 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 def steps(workdir: Path) -> list[int]:
     """The steps whose checkpoints were written to the end, ascending."""
     folder = workdir / "checkpoints"
-    found = list(folder.iterdir()) if folder.is_dir() else []
-    # Not `is_dir`, which is false as well where storage does not answer.
-    return sorted(int(path.name) for path in found if path.name.isdigit() and not path.is_file())
+    found = list(os.scandir(folder)) if folder.is_dir() else []
+    return sorted(int(entry.name) for entry in found if entry.name.isdigit() and not _is_file(entry))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # storage does not answer about it: `_read` asks again, in all processes
+        return False
 
 
 def agreed_steps(workdir: Path) -> list[int]:
