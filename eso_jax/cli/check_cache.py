@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     say(f"{model.config.family.name} at step {model.step}, {arguments.dtype}, {rows} rows on "
         f"{sharding.describe(model.mesh)}, {jax.devices()[0].device_kind}; worst difference between logits (limit: "
-        f"{tolerance:g} of the largest)")
+        f"{tolerance:g} of the largest; 0 is equal to the last bit)")
     # Four tokens per diffusion step (in each block, for BD3-LM), and one: few programs to compile.
     block = family.block(model.config) or config.length
     steps = config.length // block * max(1, round(alpha_0 * block) // 4)

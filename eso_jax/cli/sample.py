@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
     parser.add_argument("--plan", help=f"{', '.join(POLICIES)}; or the .npz of an earlier sample, to decode along its "
                                       "plan (the family's own: binomial, or left-to-right for AR)")
-    parser.add_argument("--decoder", metavar="NAME[:NUMBER]", help="chooses how many tokens each pass decodes: "
+    parser.add_argument("--decoder", metavar="NAME[:NUMBER]", help="chooses how many tokens each pass decodes, "
+                        "in the order of --plan (one-by-one): "
                         "speculative:4 (4 drafts, which the next pass verifies; same distribution as one token a pass; "
                         "without a number, each sample adapts its own), "
                         "entropy:0.5 (limit in nats on the sum of the entropies of a pass, without the largest), "
@@ -179,12 +180,14 @@ def _report(arguments: argparse.Namespace, found: Samples, mask: int, stopped: b
     if arguments.decoder is not None:
         each = np.broadcast_to(found.tokens_per_pass, (len(found.tokens), found.tokens_per_pass.shape[-1]))
         bits = unigram_entropy(found.tokens, mask=mask).mean() / np.log(2)
+        # The samples of speculation are those of one token a pass.
+        hint = "" if arguments.decoder.startswith("speculative") else (
+            " (if --decoder entropy:0 gives many more, these samples repeat themselves)")
         say(f"{found.passes.mean():.1f} passes a sample, {each.sum() / max((each > 0).sum(), 1):.2f} tokens a pass; "
-            f"entropy of unigrams {bits:.2f} bits (much less than with --decoder entropy:0 means repetition)")
+            f"entropy of unigrams {bits:.2f} bits{hint}")
     most = "at most " if stopped and arguments.decoder is None else ""
-    say(f"NFE {most}{found.tokens_per_pass.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s: "
-        f"{count / found.seconds:.0f} tokens/s; {count / running:.0f} without the {found.compile_seconds:.2f} s of "
-        "compilation")
+    say(f"NFE {most}{found.tokens_per_pass.shape[-1]} per batch; {count} tokens in {found.seconds:.2f} s, "
+        f"{found.compile_seconds:.2f} s of it compilation; {count / running:.0f} tokens/s without that")
 
 
 def _is_longer(prompts: Given, max_tokens: int, model: Model) -> bool:

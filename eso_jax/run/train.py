@@ -256,6 +256,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         count = sum(x.size for x in jax.tree.leaves(state.params))
         say(f"{config.family.name}: {count:,} parameters on {sharding.describe(mesh)}, step {first} of "
             f"{settings.steps}, in {directory}; attention: {attention_of(config)}")
+        if first >= settings.steps:
+            say("no step is left; with a larger train.steps the run continues")
         if not resumes and (lines := metrics.read(directory)):
             say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step 0 again")
         log = metrics.MetricsLog(directory, first, send)
