@@ -149,7 +149,8 @@ def _forced_pass(weights: Weights, state: State, last: Float[Array, "B L D"], st
     hidden, cache = loop.hidden_of(weights, state, step, sampler, shape)
     tokens = loop.replace(state.tokens, step, shape, slots.take(x, loop.taken_from(step, shape), shape.width),
                           sampler.shift)
-    return dataclasses.replace(state, tokens=tokens, cache=cache), loop.replace(last, step, shape, hidden)
+    return dataclasses.replace(state, tokens=tokens, cache=cache), loop.replace(
+        last, step, shape, loop.rows_of(hidden, step, shape))
 
 
 @functools.partial(jax.jit, static_argnames="sampler")

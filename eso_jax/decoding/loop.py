@@ -214,9 +214,7 @@ def decode_run(weights: Weights, state: State, steps: Step, source: Draw | Score
         hidden, cache = hidden_of(weights, state, step, sampler, shape)
 
         def write_rows(width: int, state: State) -> State:
-            own = shape._replace(width=width)
-            rows = slots.take(hidden, taken_from(step, own) - taken_from(step, shape), width)
-            return write(weights, state, step, rows, source, config, sampler, own)
+            return write(weights, state, step, hidden, source, config, sampler, shape._replace(width=width))
 
         widths = passes.widths(shape.width, passes.row_cost(config))
         least = (np.array(widths[:-1]) < step.count.max()).sum()
@@ -231,16 +229,22 @@ def decode_run(weights: Weights, state: State, steps: Step, source: Draw | Score
 
 def hidden_of(weights: Weights, state: State, step: Step, sampler: Sampler,
               shape: Shape) -> tuple[Float[Array, "B W D"], kv.KVCache | None]:
-    """One pass over the window: the hidden states of `shape.width` slots, and the cache with the window written."""
+    """One pass over the window: its hidden states, and the cache with the window written."""
     tokens, positions = (slots.take(x, step.start, shape.window) for x in (state.tokens, state.positions))
     hidden, cache = sampler.denoiser.trunk(weights, tokens, positions, sampler.view(step), state.cache, step.start)
-    return slots.take(hidden, taken_from(step, shape) - step.start, shape.width), cache
+    return hidden, cache
+
+
+def rows_of(hidden: Float[Array, "B W D"], step: Step, shape: Shape) -> Float[Array, "B _ D"]:
+    """Of the window's hidden states those of the `shape.width` slots from `taken_from` on."""
+    return slots.take(hidden, taken_from(step, shape) - step.start, shape.width)
 
 
 def write(weights: Weights, state: State, step: Step, hidden: Float[Array, "B W D"],
           source: Draw | Score, config: ModelConfig, sampler: Sampler, shape: Shape) -> State:
-    """Draws this step's tokens from their logits, or scores the given ones, and writes them into the state."""
-    begin = taken_from(step, shape)
+    """Draws this step's tokens from their logits, or scores the given ones, and writes them into the state. `hidden`:
+    the window's."""
+    begin, hidden = taken_from(step, shape), rows_of(hidden, step, shape)
 
     def draw(hidden: Array, uniforms: Array) -> tuple[Array, Facts | None]:
         assert isinstance(source, Draw)
