@@ -15,6 +15,8 @@ from conftest import Run, engine, random_params, random_weights, tiny_config
 from eso_jax import families
 from eso_jax.data import ByteTokenizer, prompts
 from eso_jax.decoding import loop
+from eso_jax.decoding.decoders import Decoded
+from eso_jax.decoding.rejection import draw_again
 from eso_jax.engine.model import Model
 from eso_jax.errors import EsoError
 from eso_jax.run import workdir
@@ -175,6 +177,15 @@ def test_an_interrupt_of_a_later_try_keeps_what_there_is(monkeypatch: pytest.Mon
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         model.sample(2, 3, num_tries=3, min_entropy=9.0)
+
+
+def test_an_interrupt_amid_a_draw_keeps_its_rows_and_ends_the_work() -> None:
+    def draw(attempt: int, rows: np.ndarray) -> Decoded:
+        return Decoded(np.full((len(rows) - (attempt == last), 2), attempt, np.int32), None)
+
+    for last, drawn, times in ((1, [0, 1, 0], [1, 2, 1]), (0, [0, 0], [1, 1])):
+        found, tries = draw_again(draw, lambda tokens: np.array([1, 2]), 3, 5, keep=True)
+        assert found.tokens[:, 0].tolist() == drawn and tries.tolist() == times
 
 
 def test_tries_end_where_nothing_is_to_be_drawn_again() -> None:
