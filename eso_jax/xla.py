@@ -32,14 +32,26 @@ def without_ynn_fusions() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if _FLAG in flags:
         return
-    file = flags.strip() and not flags.strip().startswith("-")
+    file = _names_a_file(flags)
     if file or backends_are_initialized():
         reason, remedy = ((f"XLA_FLAGS names a file, {flags}", "Add there") if file else
                           ("JAX started before eso_jax was imported", "Import eso_jax first, or set in XLA_FLAGS"))
         warnings.warn(f"{reason}: on CPU, jaxlib {version.__version__} may compute wrong numbers. {remedy} {_FLAG}=",
                       RuntimeWarning, stacklevel=3)
         return
-    os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=".strip()
+    add_flag(f"{_FLAG}=")
+
+
+def add_flag(flag: str) -> None:
+    """Adds a flag, --NAME=VALUE, to XLA_FLAGS. Does nothing if its name is there already, or XLA_FLAGS is the name of a
+    file: XLA would take both together for a name."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag.partition("=")[0] not in flags and not _names_a_file(flags):
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+
+
+def _names_a_file(flags: str) -> bool:
+    return bool(flags.strip()) and not flags.strip().startswith("-")
 
 
 def without_absent_tpu() -> None:

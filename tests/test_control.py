@@ -15,6 +15,8 @@ from conftest import Run, engine, random_params, random_weights, tiny_config
 from eso_jax import families
 from eso_jax.data import ByteTokenizer, prompts
 from eso_jax.decoding import loop
+from eso_jax.decoding.decoders import Decoded
+from eso_jax.decoding.rejection import draw_again
 from eso_jax.engine.model import Model
 from eso_jax.errors import EsoError
 from eso_jax.run import workdir
@@ -177,6 +179,15 @@ def test_an_interrupt_of_a_later_try_keeps_what_there_is(monkeypatch: pytest.Mon
         model.sample(2, 3, num_tries=3, min_entropy=9.0)
 
 
+def test_an_interrupt_amid_a_draw_keeps_its_rows_and_ends_the_work() -> None:
+    def draw(attempt: int, rows: np.ndarray) -> Decoded:
+        return Decoded(np.full((len(rows) - (attempt == last), 2), attempt, np.int32), None)
+
+    for last, drawn, times in ((1, [0, 1, 0], [1, 2, 1]), (0, [0, 0], [1, 1])):
+        found, tries = draw_again(draw, lambda tokens: np.array([1, 2]), 3, 5, keep=True)
+        assert found.tokens[:, 0].tolist() == drawn and tries.tolist() == times
+
+
 def test_tries_end_where_nothing_is_to_be_drawn_again() -> None:
     assert model_of("esolm").sample(2, 3, num_tries=10**12, min_entropy=0.0).tries.tolist() == [1, 1]
 
@@ -226,7 +237,28 @@ def test_the_command_says_which_samples_came_to_a_stop(bytes_run: Path, tmp_path
     assert [row["stopped"] for row in found] == [True, False] and found[1]["text"][-1] == "z"
     assert "1 of 2 samples came to a stop" in said and "NFE at most " in said and "; 4 tokens in" in said
     said = run(*sample, tmp_path / "s.jsonl")
-    assert "stop" not in said and "at most" not in said and "stopped" not in (tmp_path / "s.jsonl").read_text("utf-8")
+    assert "stop" not in said and "at most" not in said
+    assert all(list(json.loads(line)) == ["text"] for line in (tmp_path / "s.jsonl").read_text("utf-8").splitlines())
+
+
+def test_the_command_says_which_long_texts_are_whole(bytes_run: Path, tmp_path: Path, run: Run,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt in the third window: two are enough for the first text, not for the second."""
+    windows, sample, out = iter(range(9)), Model.sample, tmp_path / "s.jsonl"
+
+    def interrupted(*arguments: Any, **how: Any) -> Any:
+        if next(windows) == 2:
+            raise KeyboardInterrupt
+        return sample(*arguments, **how)
+
+    monkeypatch.setattr(Model, "sample", interrupted)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "0123456789abcdef"}\n')
+    for stop, said in (([], [{"whole": True}, {"whole": False}]),
+                       (["--stop", "no such text"], [{"whole": True, "stopped": False}] * 2)):
+        run("sample", "--workdir", bytes_run, "--prompts", tmp_path / "p.jsonl", "--steps", 2, "--max-tokens", 20,
+            "--out", out, *stop)
+        found = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        assert [{name: row[name] for name in row if name != "text"} for row in found] == said
 
 
 def test_a_file_that_is_read_is_not_written(bytes_run: Path, tmp_path: Path, run: Run,

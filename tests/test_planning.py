@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -413,6 +414,21 @@ def test_a_plan_for_a_tpu(tmp_path: Path) -> None:
     assert work["compiled"] == pytest.approx(work["model"] + work["remat"] + rotation, rel=0.005)
     assert {one["group"] for one in training["collectives"]} <= {2, 4} and training["bytes_sent"] > 0
     assert found["sampling"]["fits"] and found["sampling"]["flops"]["compiled"] > 0
+
+
+@pytest.mark.parametrize(("topology", "given", "flags"), [
+    ("h100:8", "", "--xla_gpu_autotune_level=0"),
+    ("h100:8", "--a=1", "--a=1 --xla_gpu_autotune_level=0"),
+    ("h100:8", "--xla_gpu_autotune_level=4 --a=1", "--xla_gpu_autotune_level=4 --a=1"),
+    ("h100:8", "/etc/xla.flags", "/etc/xla.flags"),
+    ("v5e:2x2", "--a=1", "--a=1"),
+])
+def test_no_kernel_is_timed_whatever_else_xla_flags_says(topology: str, given: str, flags: str,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"XLA_FLAGS": given})
+    monkeypatch.setattr(target, "jax", SimpleNamespace(config=SimpleNamespace(update=lambda *_: None)))
+    target.prepare(chips.topology(topology))
+    assert os.environ["XLA_FLAGS"] == flags
 
 
 def test_gpus_are_described_here_or_by_a_file(tmp_path: Path) -> None:

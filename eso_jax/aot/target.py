@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from eso_jax import xla
 from eso_jax.chips import Topology
 from eso_jax.errors import EsoError, require
 
@@ -21,8 +22,7 @@ from eso_jax.errors import EsoError, require
 # process at a time.
 _FOR_LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-# No driver is looked for, and no kernel is timed on a GPU that is not there.
-_FOR_CUDA = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+_FOR_CUDA = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # no driver is looked for
 
 
 def prepare(topology: Topology) -> None:
@@ -31,8 +31,11 @@ def prepare(topology: Topology) -> None:
     What runs here (drawing a decoding plan) runs on the CPU. The cache of compiled programs is off: what was compiled
     for devices that are not there cannot be read back from it.
     """
-    for variable, value in (_FOR_LIBTPU if topology.chip.platform == "tpu" else _FOR_CUDA).items():
+    tpu = topology.chip.platform == "tpu"
+    for variable, value in (_FOR_LIBTPU if tpu else _FOR_CUDA).items():
         os.environ.setdefault(variable, value)
+    if not tpu:
+        xla.add_flag("--xla_gpu_autotune_level=0")  # no kernel is timed on a GPU that is not there
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
 

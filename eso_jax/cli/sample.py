@@ -218,7 +218,8 @@ def _lengthen(arguments: argparse.Namespace, model: Model, prompts: Given, steps
         say(f"interrupted: {whole.sum()} of {len(whole)} texts are whole; the others end where a window did")
     stopped = whole & (np.array([len(tokens) for tokens in found.tokens]) < arguments.max_tokens + (
         rows.tokens != model.config.model.mask).sum(1))
-    write_whole(arguments.out, _lines(found.text, _stopped(stopped, stop)))
+    more = [{"whole": bool(each), **fields} for each, fields in zip(whole, _stopped(stopped, stop), strict=True)]
+    write_whole(arguments.out, _lines(found.text, more))
     say(f"wrote {arguments.out}")
     _show(found.text[:arguments.show], stopped, stop)
     say(f"{sum(map(len, found.tokens))} tokens, prompts included, in {found.windows.sum()} windows of {length}")

@@ -200,18 +200,17 @@ def _cut_steps(steps: Step, stop: Int[np.ndarray, " S"], needed: Int[np.ndarray,
     # Where slots are cheap, few sizes are enough: each is compiled on its own.
     window = np.minimum(_cheapest_sizes(needed, free, 4 if free < COARSE else 2, WORTH), length)
     steps, window = _cut_windows(steps, stop, window, length)
+    if switches(row):
+        return steps, window, window  # of which the loop chooses the rows whose logits it computes
     # A pass inside a step's window must decode all of its slots: the next one begins behind them.
     inner = np.where(np.isin(steps.first + steps.count, stop), 0, steps.count)
     counts = np.maximum(steps.count, 1)
 
     def width_of(passes: Any) -> Int[np.ndarray, " _"]:
-        if switches(row):
-            return window[passes]
         sizes = _cheapest_sizes(counts[passes], round((free + int(window[passes][0])) / row))
         return np.clip(sizes, inner[passes].max(), window[passes])
 
-    width = _per_window(window, width_of)
-    return _cut_counts(steps, window, width)
+    return _cut_counts(steps, window, _per_window(window, width_of))
 
 
 def _cut_windows(steps: Step, stop: Int[np.ndarray, " S"], window: Int[np.ndarray, " S"],

@@ -4,13 +4,18 @@ Some published numbers are of samples that were drawn again, up to ten times, wh
 below 4 nats (BD3-LM's code does so for every model). That flatters a sampler. So by default nothing is drawn again
 here, and every new draw is counted.
 
-Axes: N samples, L length.
+Axes: N samples, L length, R rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 import numpy as np
 from jaxtyping import Float, Int
+
+from eso_jax.decoding.decoders import Decoded
 
 
 def unigram_entropy(tokens: Int[np.ndarray, "N L"], last: int = 256,
@@ -22,3 +27,38 @@ def unigram_entropy(tokens: Int[np.ndarray, "N L"], last: int = 256,
         return float(-(p * np.log(p)).sum())
 
     return np.array([entropy(row) for row in tokens])
+
+
+def draw_again(draw: Callable[[int, Int[np.ndarray, " R"]], Decoded],
+               low: Callable[[Int[np.ndarray, "N L"]], Int[np.ndarray, " R"]], num_samples: int, num_tries: int,
+               keep: bool) -> tuple[Decoded, Int[np.ndarray, " N"]]:
+    """Draws all samples, then again those of low entropy, up to `num_tries` draws in all.
+
+    Args:
+      draw: draws these rows, int [R]; the number of the draw, from 0, chooses the random numbers. An interrupt may end
+        it after some of the rows, the first.
+      low: which rows of these tokens, int [N, L], are to be drawn again.
+      keep: an interrupt while samples are drawn again ends the work, and is not raised.
+
+    Returns:
+      (the samples, fewer if an interrupt ended the first draw; how often each was drawn, int32).
+    """
+    found = draw(0, np.arange(num_samples))
+    tries = np.ones(len(found.tokens), np.int32)
+    for attempt in range(1, num_tries if len(tries) == num_samples else 1):
+        try:
+            rows = low(found.tokens)
+            if not len(rows):
+                break
+            again = draw(attempt, rows)
+        except KeyboardInterrupt:
+            if keep:
+                break
+            raise
+        ready = rows[:len(again.tokens)]
+        for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
+            whole[ready] = part
+        tries[ready] += 1
+        if len(ready) < len(rows):
+            break
+    return found, tries

@@ -33,8 +33,8 @@ from eso_jax.decoding import decoders, loop
 from eso_jax.decoding.categorical import Rule
 from eso_jax.decoding.decoders import Decoded, Decoder
 from eso_jax.decoding.plan import Plan, join, leave
-from eso_jax.decoding.record import Record, empty, steps as steps_of
-from eso_jax.decoding.rejection import unigram_entropy
+from eso_jax.decoding.record import Facts, Record, steps as steps_of
+from eso_jax.decoding.rejection import draw_again, unigram_entropy
 from eso_jax.engine import choice, windows
 from eso_jax.engine.rows import BATCH_SIZE, Engine, catch_out_of_memory
 from eso_jax.errors import require
@@ -181,82 +181,52 @@ class Model(Engine):
         require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "must be at least 1")
         require(steps >= 1, "steps", steps, "T must be at least 1")
         require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
-        require(num_tries >= 1, "num_tries", num_tries, "must be at least 1")
-        require(num_tries == 1 or min_entropy is not None, "num_tries", num_tries,
-                "needs min_entropy, the nats below which a sample is drawn again")
-        require(num_tries > 1 or min_entropy is None, "min_entropy", min_entropy, "goes with num_tries > 1")
-        require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
-        alpha_0 = families.alpha_0_of(self.config, alpha_0)
+        _check_tries(num_tries, min_entropy)
+        config, model, family = self.config, self.config.model, families.get(self.config)
+        alpha_0 = families.alpha_0_of(config, alpha_0)
         rule = Rule(temperature, top_p, min_p, token_ids(banned, self.tokenizer, "banned"))
-        rule.check_vocabulary(self.config.model.vocab_size, self.config.model.mask)
+        rule.check_vocabulary(model.vocab_size, model.mask)
         require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "must be at least 1")
-        plan_key, draw_key = jax.random.split(jax.random.key(seed))
-        model = self.config.model
-        given, known, asked = _rows_of(self.config, given, num_samples, max_tokens)
-        num_samples = len(given)
+        given, known, asked = _rows_of(config, given, num_samples, max_tokens)
         stops = Stops.of(stop, self.tokenizer)
         require(done is None or not stop, "stop", list(stop), "give this or done, not both")
         if isinstance(decoder, str):
             decoder = decoders.named(decoder)
         if decoder is not None:
-            families.get(self.config).check_decoder(decoder)
+            family.check_decoder(decoder)
             plan = "one-by-one" if plan is None else plan
+
+        plan_key, draw_key = jax.random.split(jax.random.key(seed))
         if not isinstance(plan, Plan):
             policy: Any = {} if plan is None else {"policy": plan}
-            plan = _plan(self.config, _keys_of(plan_key, given, known), plan_key, ~asked, steps, alpha_0, **policy)
+            plan = _plan(config, _keys_of(plan_key, given, known), plan_key, ~asked, steps, alpha_0, **policy)
             plan = plan if (known | asked).all() else leave(plan, known, asked)
         else:
             require(max_tokens is None, "max_tokens", max_tokens, "a plan that is given says what is decoded")
         require(plan.order.shape == given.shape, "plan", plan.order.shape,
-                f"its order must have shape [{num_samples}, {model.length}]")
+                f"its order must have shape [{len(given)}, {model.length}]")
         plan.check_given(known)
 
-        size = self.size(num_samples, batch_size)  # also for the few that are drawn again, to compile only once
-        whole = Decoded(np.zeros(plan.order.shape, np.int32), jax.tree.map(np.array, empty(
-            num_samples, plan.length, self.config.model.vocab_size)) if record else None)
-        if decoder is not None:
-            whole = whole._replace(order=np.zeros_like(whole.tokens), step=np.zeros_like(whole.tokens))
-        tries = np.zeros(num_samples, np.int32)
+        size = self.size(len(given), batch_size)  # also for the few that are drawn again, to compile only once
+
+        def draw(attempt: int, rows: np.ndarray) -> Decoded:
+            keys = _keys_of(jax.random.fold_in(draw_key, attempt), given, known)
+            return decode(self, plan, keys, rule, rows, size, keep, given if known.any() else None,
+                          stops.done if stops and stop else done, record, watch, decoder)
+
+        low = functools.partial(_of_low_entropy, known=known, stops=stops, mask=model.mask, least=min_entropy or 0.0)
         with Stopwatch() as clock:
-            for attempt in range(num_tries):
-                again = np.arange(num_samples)
-                try:
-                    if min_entropy is not None and attempt:
-                        # Tokens after a row's stop, decoded while other rows went on, do not count.
-                        ended = whole.tokens.copy()
-                        for row, own in zip(ended, known, strict=True):
-                            if stops:
-                                stops.cut(row, own)
-                        again = np.flatnonzero(unigram_entropy(ended, mask=model.mask) < min_entropy)
-                    if not len(again):
-                        break
-                    keys = _keys_of(jax.random.fold_in(draw_key, attempt), given, known)
-                    found = decode(self, plan, keys, rule, again, size, keep, given if known.any() else None,
-                                   stops.done if stops and stop else done, record, watch, decoder)
-                except KeyboardInterrupt:
-                    if keep and attempt:  # all have been drawn before
-                        break
-                    raise
-                ready = again[:len(found.tokens)]
-                for all_rows, part in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
-                    all_rows[ready] = part
-                tries[ready] += 1
-                if len(ready) < len(again):
-                    break
-        ready = np.flatnonzero(tries)
-        plan, whole = plan.rows(ready), jax.tree.map(lambda x: x[ready], whole)
-        passes = plan if decoder is None else decoders.plan_of_passes(plan, whole.order, whole.step)
-        plan = plan if decoder is None else decoder.plan(plan, passes)
-        tokens, facts = whole.tokens, whole.facts
-        text = [stops.cut(*row) for row in zip(tokens, known[ready], strict=True)] if stops else []
-        kept = None if facts is None else Record(steps_of(passes), *facts)
-        if kept is not None:  # of what a stop has cut: how far a row was decoded depends on the others
-            for fact, none in zip(kept, (-1, 0, 0, 0, 0, 0), strict=True):
-                fact[tokens == model.mask] = none
-        told = None if kept is None else caption(self.config, passes, tokens, kept, self.tokenizer, decoder)
-        return Samples(tokens, np.asarray(plan.order), plan.tokens_per_step, plan.diffused - plan.given, known[ready],
-                       tries[ready], passes.tokens_per_step, clock.seconds, clock.compile_seconds, kept, told, text,
-                       decoder is None or decoder.follows_a_plan(families.get(self.config).sampler(self.config)))
+            found, tries = draw_again(draw, low, len(given), num_tries, keep)
+
+        tokens, known, planned = found.tokens, known[:len(tries)], plan.rows(np.arange(len(tries)))
+        passes = planned if decoder is None else decoders.plan_of_passes(planned, found.order, found.step)
+        followed = planned if decoder is None else decoder.plan(planned, passes)
+        text = [stops.cut(*row) for row in zip(tokens, known, strict=True)] if stops else []
+        kept = None if found.facts is None else _record(found.facts, passes, tokens, model.mask)
+        told = None if kept is None else caption(config, passes, tokens, kept, self.tokenizer, decoder)
+        return Samples(tokens, np.asarray(followed.order), followed.tokens_per_step, followed.diffused - followed.given,
+                       known, tries, passes.tokens_per_step, clock.seconds, clock.compile_seconds, kept, told, text,
+                       decoder is None or decoder.follows_a_plan(family.sampler(config)))
 
     def lengthen(self, given: Given | np.ndarray, max_tokens: int, overlap: int | None = None,
                  **how: Any) -> windows.Long:
@@ -275,6 +245,14 @@ class Model(Engine):
     def choose(self, context: str | np.ndarray, options: Sequence[str | np.ndarray]) -> choice.Choice:
         """How likely each of several continuations or infillings of a context is; see eso_jax/engine/choice.py."""
         return choice.choose(self, context, options)
+
+
+def _check_tries(num_tries: int, min_entropy: float | None) -> None:
+    require(num_tries >= 1, "num_tries", num_tries, "must be at least 1")
+    require(num_tries == 1 or min_entropy is not None, "num_tries", num_tries,
+            "needs min_entropy, the nats below which a sample is drawn again")
+    require(num_tries > 1 or min_entropy is None, "min_entropy", min_entropy, "goes with num_tries > 1")
+    require(min_entropy is None or math.isfinite(min_entropy), "min_entropy", min_entropy, "must be finite")
 
 
 def _rows_of(config: Config, given: np.ndarray | Given | None, num_samples: int,
@@ -318,6 +296,25 @@ def _keys_of(key: Key[Array, ""], given: Int[np.ndarray, "N L"], known: Bool[np.
     prompts = loop.row_keys(key, np.array([zlib.crc32(name) for name in names], np.uint32).view(np.int32))
     own = jax.vmap(jax.random.fold_in)(prompts, numbers)
     return jnp.where(known.any(axis=1), own, plain)
+
+
+def _of_low_entropy(tokens: Int[np.ndarray, "N L"], known: Bool[np.ndarray, "N L"], stops: Stops | None, mask: int,
+                    least: float) -> Int[np.ndarray, " R"]:
+    """The rows whose unigrams have an entropy below `least` nats. Tokens after a row's stop, decoded while other rows
+    went on, do not count."""
+    ended = tokens.copy()
+    if stops is not None:
+        for row, own in zip(ended, known, strict=True):
+            stops.cut(row, own)
+    return np.flatnonzero(unigram_entropy(ended, mask=mask) < least)
+
+
+def _record(facts: Facts, passes: Plan, tokens: Int[np.ndarray, "N L"], mask: int) -> Record:
+    """The record, without what a stop has cut: how far a row was decoded depends on the other rows."""
+    found = Record(steps_of(passes), *facts)
+    for fact, none in zip(found, (-1, 0, 0, 0, 0, 0), strict=True):
+        fact[tokens == mask] = none
+    return found
 
 
 def decode(engine: Engine, plan: Plan, keys: Key[Array, " N"], rule: Rule, rows: Int[np.ndarray, " R"], size: int,

@@ -21,7 +21,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -229,15 +230,9 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     iterator = batches(windows, settings.batch_size, config.data.seed,
                        sharding.rows_of_process(mesh, settings.batch_size))
     validation = evenly_spaced(held_out, settings.eval_windows)
-    saved = checkpoint.agreed_steps(directory)
-    require(saved != [0], "--workdir", str(directory), "holds an imported model, without the state of an optimizer; "
-            f"train on from it in another --workdir, by train.start_from={directory}")
-    resumes = bool(saved)  # and then has parameters of its own
+    resumes = _resumes(directory)  # and then has parameters of its own
     start = None if resumes else initial.starting_params(config, mesh, tokenizer)
-    # Only once the data and the parameters to start from are known to exist.
-    multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))
-    multihost.by_writer("kept data", lambda: identity.claim(directory, config.data.source, data))
-    workdir.check_shared(directory)
+    _claim(directory, config, tokenizer, data)  # only once the data and the parameters to start from are known to exist
 
     preemption = stopping.Preemption()
     with (workdir.lock(directory),
@@ -255,13 +250,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
         iterator.set_state({"next_index": first})  # every step draws a batch
         if is_writer():
             workdir.save_config(directory, config)
-        count = sum(x.size for x in jax.tree.leaves(state.params))
-        say(f"{config.family.name}: {count:,} parameters on {sharding.describe(mesh)}, step {first} of "
-            f"{settings.steps}, in {directory}; attention: {attention_of(config)}")
-        if first >= settings.steps:
-            say("no step is left; with a larger train.steps the run continues")
-        if not resumes and (lines := metrics.read(directory)):
-            say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step 0 again")
+        _say_start(config, mesh, directory, state, resumes)
         log = metrics.MetricsLog(directory, first, send)
         meter = _Meter(config, log, saver.last, len(validation))
         programs = dict[int, Any]()
@@ -271,11 +260,11 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                         unit="step"):
             length = length_of_step(config, step)
             compiles = length not in programs
-            if not compiles:
-                watchdog.begin()
-            else:
+            if compiles:
                 meter.flush()  # before the clock counts it
                 programs[length] = _step_on(config, mesh, length)
+            else:
+                watchdog.begin()
             # In a step only explicit transfers between host and devices are allowed.
             with (metrics.profiled(directory, step - first, traced), jax.transfer_guard("disallow"),
                   jax.profiler.StepTraceAnnotation("train", step_num=step)):
@@ -292,23 +281,18 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
                 raise RunAgain(f"asked to stop (SIGTERM), saved step {step} of {settings.steps}; the same command goes "
                                "on from there")
             if step % settings.eval_every == 0 or ends:
-                meter.flush()
-                engine = Engine(config, fold(state.ema), mesh, settings.batch_size // settings.accumulate)
-                found = perplexity.nelbo(engine, validation, tokenizer, families.alpha_0_of(config, None),
-                                         jax.random.key(0))
-                log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
-                say(f"step {step}: validation {found.nats_per_token:.4f} nats per token, {found.bits}")
-                meter.restart_clock()
+                with meter.paused():
+                    found = _evaluate(config, fold(state.ema), mesh, validation, tokenizer)
+                    log.write(step, **{f"validation_{name}": value for name, value in found.to_json().items()})
+                    say(f"step {step}: validation {found.nats_per_token:.4f} nats per token, {found.bits}")
             if settings.sample_every and step % settings.sample_every == 0:
-                meter.flush()
-                text = _sample(config, state.ema, mesh, step, tokenizer)
-                log.write(step, sample=text)
-                say(f"step {step}: a sample\n{text}")
-                meter.restart_clock()
+                with meter.paused():
+                    text = _sample(config, state.ema, mesh, step, tokenizer)
+                    log.write(step, sample=text)
+                    say(f"step {step}: a sample\n{text}")
             if step % settings.save_every == 0 or ends or saver.is_due:
-                meter.flush()  # a state is saved only once it is known to be finite
-                (saver.finish if ends else saver.save)(step, _parts(state))
-                meter.restart_clock()
+                with meter.paused():  # a state is saved only once it is known to be finite
+                    (saver.finish if ends else saver.save)(step, _parts(state))
         if is_writer():
             metrics.plot_loss(directory, baselines)
     multihost.barrier("end")
@@ -330,6 +314,31 @@ def _read_data(config: Config, tokenizer: Tokenizer) -> tuple[Windows, Windows, 
     return windows, held_out, data
 
 
+def _resumes(directory: Path) -> bool:
+    """Whether the directory has a checkpoint to go on from."""
+    saved = checkpoint.agreed_steps(directory)
+    require(saved != [0], "--workdir", str(directory), "holds an imported model, without the state of an optimizer; "
+            f"train on from it in another --workdir, by train.start_from={directory}")
+    return bool(saved)
+
+
+def _claim(directory: Path, config: Config, tokenizer: Tokenizer, data: dict[str, Any]) -> None:
+    """Makes the directory that of this run, with this tokenizer and this data, unless it is that of another."""
+    multihost.by_writer("work directory", lambda: workdir.claim(directory, config, tokenizer))
+    multihost.by_writer("kept data", lambda: identity.claim(directory, config.data.source, data))
+    workdir.check_shared(directory)
+
+
+def _say_start(config: Config, mesh: Mesh, directory: Path, state: TrainState, resumes: bool) -> None:
+    count, first = sum(x.size for x in jax.tree.leaves(state.params)), int(state.step)
+    say(f"{config.family.name}: {count:,} parameters on {sharding.describe(mesh)}, step {first} of "
+        f"{config.train.steps}, in {directory}; attention: {attention_of(config)}")
+    if first >= config.train.steps:
+        say("no step is left; with a larger train.steps the run continues")
+    if not resumes and (lines := metrics.read(directory)):
+        say(f"{directory} has no checkpoint, though its metrics go to step {lines[-1]['step']}: from step 0 again")
+
+
 def _step_on(config: Config, mesh: Mesh, length: int) -> Any:
     """The training step on the first `length` tokens of each row. All processes must call it."""
     short = dataclasses.replace(config, model=dataclasses.replace(config.model, length=length))
@@ -339,6 +348,13 @@ def _step_on(config: Config, mesh: Mesh, length: int) -> Any:
     program = lower_step(short, mesh).compile()
     multihost.barrier(f"the first step on {length} tokens")
     return program
+
+
+def _evaluate(config: Config, weights: Weights, mesh: Mesh, validation: Windows,
+              tokenizer: Tokenizer) -> perplexity.Perplexity:
+    """The NELBO on the validation windows, with the same random numbers every time."""
+    engine = Engine(config, weights, mesh, config.train.batch_size // config.train.accumulate)
+    return perplexity.nelbo(engine, validation, tokenizer, families.alpha_0_of(config, None), jax.random.key(0))
 
 
 def _sample(config: Config, params: Params, mesh: Mesh, step: int, tokenizer: Tokenizer) -> str:
@@ -377,6 +393,13 @@ class _Meter:
     def restart_clock(self) -> None:
         """Leaves what happened since the last step (an evaluation, a save) out of tokens/s."""
         self.clock, self.clocked = time.perf_counter(), 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Reads the last step; what happens in the block does not count in tokens/s."""
+        self.flush()
+        yield
+        self.restart_clock()
 
     def add(self, step: int, values: dict[str, Array], share: float, compiled: bool) -> None:
         """`share`: how much of the model's length the step used. `compiled`: it was compiled first, so it is not
