@@ -55,7 +55,7 @@ def pattern(axes: Axes, title: str, mask: np.ndarray) -> None:
 
 def draw_plan(path: Path) -> None:
     """The plan of a .npz of eso-jax sample, its first row."""
-    plan = join([read_plan(str(path))[0].rows(np.arange(1))])
+    plan = join([read_plan(str(path), "NPZ")[0].rows(np.arange(1))])
     with picture(path.with_suffix(".png"), 7.0, 6.0, "picture") as figure:
         decoding(figure.add_subplot(), plan)
     say(f"wrote {path.with_suffix('.png')}")

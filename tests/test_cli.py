@@ -41,6 +41,14 @@ def test_help(command: list[str], run: Run) -> None:
     assert "eso-jax" in text and (not command or "example: eso-jax" in text)
 
 
+@pytest.mark.parametrize("words, hint", [
+    (["sampel"], "); did you mean sample?"), (["data", "prepar"], "did you mean prepare?"),
+    (["sample", "--dtype", "float23"], "did you mean float32?"), (["xyzzy"], ") (see eso-jax --help)")])
+def test_a_mistyped_choice_gets_the_nearest_one(words: list[str], hint: str, run: Run) -> None:
+    text = run(*words, code=2)
+    assert f"'{words[-1]}'" in text and hint in text
+
+
 def test_the_two_names_of_the_command_are_one() -> None:
     script = Path(sys.executable).parent / "eso-jax"
     assert script.exists(), "install the project: pip install -e .[test]"
@@ -235,17 +243,17 @@ def test_unigram_entropy() -> None:
 @pytest.mark.slow
 def test_check_cache(tmp_path: Path, run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch,
                      capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["check-cache", "--workdir", trained, "--rows", 2]
+    command = ["check-cache", "--workdir", trained, "--batch-size", 2]
     text = run(*command)
     assert text.count("cached against uncached") == 3 and "the cache is exact" in text and "TOO MUCH" not in text
     assert "balanced plan, 10 passes" in text  # 8 tokens in two steps
     assert text.count("the same tokens drawn") == 3 and "behind tokens that are given" in text
     assert "bfloat16 against float32" in run(*command, "--dtype", "bfloat16")
-    assert "--batch-size = 1" in run(*command[:3], "--rows", 1, code=2)
+    assert "--batch-size = 1" in run(*command[:3], "--batch-size", 1, code=2)
     for family, file, code in (("bd3lm", "bd3lm", 0), ("mdlm", "eso", 2)):
         run("import", GOLDENS / f"{file}_tiny.safetensors", "--config", GOLDENS / "config.json", "--family", family,
             "--out", tmp_path / family)
-        text = run("check-cache", "--workdir", tmp_path / family, "--rows", 2, code=code)
+        text = run("check-cache", "--workdir", tmp_path / family, "--batch-size", 2, code=code)
         assert ("the cache is exact" if code == 0 else "has no cache") in text
     monkeypatch.setattr(check, "cache_error", lambda *arguments: check.Difference(1e-2, 5.0))
     capsys.readouterr()

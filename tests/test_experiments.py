@@ -29,6 +29,7 @@ import fewer_passes
 import lab as labs
 import many_alpha_0
 import paper
+import picture
 import samples
 import step_shares
 from conftest import random_params
@@ -300,6 +301,14 @@ def test_the_picture_of_fewer_passes_names_each_line_once(monkeypatch: pytest.Mo
     assert {text.get_text() for text in legend.get_texts()} == {*fewer_passes.NUMBERS, "held-out text"}
     said = [text.get_text() for each in own if each for text in each.get_texts()]
     assert fewer_passes.OWN in said and "speculative:4" in said and not {"entropy", "held-out text"} & set(said)
+
+
+def test_the_picture_of_a_plan_names_the_file_as_it_was_given(monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no option."""
+    monkeypatch.setattr(sys, "argv", ["picture.py", "nope.npz"])
+    assert cli.exit_code_of(picture.main) == 2
+    assert "error: NPZ = 'nope.npz': no such file" in capsys.readouterr().err
 
 
 def test_ways_to_take_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

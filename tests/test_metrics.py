@@ -107,3 +107,17 @@ def test_samples_now_and_then(short: Config, tmp_path: Path, run: Run) -> None:
     run("train", tmp_path / "run.json", "--workdir", tmp_path / "plain", "train.steps=4")
     plain = metrics.read(tmp_path / "plain")
     assert [line["loss"] for line in lines if "loss" in line] == [line["loss"] for line in plain if "loss" in line]
+
+
+def test_a_picture_leaves_pyplot_as_it_is(tmp_path: Path) -> None:
+    """Its backend is the notebook's, which shows figures by it after a training."""
+    from matplotlib import pyplot
+
+    usual = pyplot.get_backend()
+    pyplot.switch_backend("svg")
+    try:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+        assert metrics.plot_loss(tmp_path).stat().st_size > 5000
+        assert pyplot.get_backend() == "svg" and not pyplot.get_fignums()
+    finally:
+        pyplot.switch_backend(usual)

@@ -9,8 +9,10 @@ People read stderr; machines read the file named by --out. A mistake in the inpu
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -135,7 +137,10 @@ class _Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        wrong, _, choices = message.partition("' (choose from ")  # argparse's words for a value that is no choice
+        close = difflib.get_close_matches(wrong.rpartition("'")[2], re.findall(r"[\w-]+", choices), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:

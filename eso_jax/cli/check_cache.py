@@ -17,7 +17,7 @@ EXAMPLE = "eso-jax check-cache --workdir /tmp/w"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.of_model(parser)
-    options.of_devices(parser, 8, "--rows")
+    options.of_devices(parser, 8)
     options.of_precision(parser)
 
 

@@ -40,23 +40,23 @@ def read_array(path: str, flag: str, key: str) -> Any:
     return arrays[key]
 
 
-def read_plan(path: str) -> tuple[Plan, dict[str, Any]]:
+def read_plan(path: str, flag: str = "--plan") -> tuple[Plan, dict[str, Any]]:
     """The plan in the .npz of eso-jax sample, or one with the same `order` and `tokens_per_step`; and of `tokens` and
-    `law_of_plan` what the file has."""
+    `law_of_plan` what the file has. `flag` is what errors call it."""
     import jax.numpy as jnp
     import numpy as np
 
     from eso_jax.decoding.plan import Plan, join
 
-    arrays = read_arrays(path, "--plan", ["order", "tokens_per_step", "diffusion", "given", "tokens", "law_of_plan"])
+    arrays = read_arrays(path, flag, ["order", "tokens_per_step", "diffusion", "given", "tokens", "law_of_plan"])
     order, counts = (arrays.pop(name, np.array("")) for name in ("order", "tokens_per_step"))
     integers = all(np.issubdtype(array.dtype, np.integer) for array in (order, counts))
-    require(order.ndim == 2 and counts.ndim in (1, 2) and integers, "--plan", path, "must be a .npz that holds order, "
+    require(order.ndim == 2 and counts.ndim in (1, 2) and integers, flag, path, "must be a .npz that holds order, "
             "int [N, L], and tokens_per_step, int [steps] or [N, steps], as that of eso-jax sample")
     numbers = {}
     for name in {"diffusion", "given"} & set(arrays):
         value = arrays.pop(name)
-        require(value.ndim <= 1 and np.issubdtype(value.dtype, np.integer), "--plan", path,
+        require(value.ndim <= 1 and np.issubdtype(value.dtype, np.integer), flag, path,
                 f"its {name} must be one integer, or [N]")
         numbers[name] = value if value.ndim else int(value)
     return join([Plan(jnp.asarray(order, jnp.int32), counts, **numbers)]), arrays

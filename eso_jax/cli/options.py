@@ -15,11 +15,11 @@ def of_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha-0", type=float, help="share of tokens left to diffusion (the training value)")
 
 
-def of_devices(parser: argparse.ArgumentParser, default: int | None = 64, *aliases: str) -> None:
+def of_devices(parser: argparse.ArgumentParser, default: int | None = 64) -> None:
     """How a model and its rows are split over the devices; results do not depend on it."""
     parser.add_argument("--tensor", type=int, default=1, help="how many devices share one copy of the model; the "
                         "other devices hold further copies (%(default)s)")
-    parser.add_argument("--batch-size", *aliases, type=int, default=default, help="sequences in one pass, over all "
+    parser.add_argument("--batch-size", type=int, default=default, help="sequences in one pass, over all "
                         "devices (" + ("%(default)s" if default else "the judge's own") + ")")
 
 

@@ -27,13 +27,12 @@ def picture(path: Path, width: float = 9.0, height: float = 4.5, option: str = "
     Raises:
       EsoError: it cannot be written; `option` is what named the place.
     """
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with plt.rc_context({**STYLE, "axes.prop_cycle": plt.cycler(color=COLOURS)}):
-        figure = plt.figure(figsize=(width, height), layout="constrained")
+    # Not by pyplot, whose backend is the caller's: a notebook shows its figures by it.
+    with rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
+        figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"), option)
-        plt.close(figure)
