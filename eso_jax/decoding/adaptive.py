@@ -162,8 +162,8 @@ class Anywhere(Decoder):
 
         certainty = vocabulary.in_chunks(lambda hidden: self.certainty(logits_of(weights, hidden, config, sampler)),
                                          config.vocab_size, hidden)
-        # To the grid: where tokens are as certain (in the first pass of MDLM all are), rounding errors would choose one,
-        # on each machine and mesh another.
+        # To the grid: of tokens that are as certain (all are in the first pass of MDLM), rounding errors would choose
+        # one, on each machine and mesh another.
         certainty = jnp.round(certainty * GRID)
         rank = jnp.where(slot < at[:, None], -jnp.inf, jnp.where(slot < end[:, None], -certainty, jnp.inf))
         order = jnp.argsort(rank, axis=1, stable=True)  # decoded slots stay in place, and so do those never decoded
