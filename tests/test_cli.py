@@ -23,6 +23,7 @@ from eso_jax.cli import COMMANDS, main
 from eso_jax.decoding import check
 from eso_jax.decoding.plan import Plan
 from eso_jax.decoding.rejection import unigram_entropy
+from eso_jax.engine.rows import Engine
 from eso_jax.evaluation import throughput
 from eso_jax.run import workdir
 
@@ -255,6 +256,10 @@ def test_check_cache(tmp_path: Path, run: Run, trained: Path, monkeypatch: pytes
             "--out", tmp_path / family)
         text = run("check-cache", "--workdir", tmp_path / family, "--batch-size", 2, code=code)
         assert ("the cache is exact" if code == 0 else "has no cache") in text
+    with monkeypatch.context() as eight:  # devices, which fill up every batch to eight rows
+        eight.setattr(Engine, "size", lambda self, rows, batch_size=None: 8)
+        text = run(*command)
+    assert "batch of" not in text and "give a --batch-size of 9 or more" in text and "do not depend" not in text
     monkeypatch.setattr(check, "cache_error", lambda *arguments: check.Difference(1e-2, 5.0))
     capsys.readouterr()
     assert main([str(argument) for argument in command]) == 2

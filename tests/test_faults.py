@@ -405,6 +405,23 @@ def test_one_of_several_processes_is_no_run_of_its_own(base: Config, tmp_path: P
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("other, message", [
+    ({"train.learning_rate": 0.5}, "train.learning_rate = 0.5: in process 1, but 0.01 in process 0; all processes of"),
+    ({"family.name": "ar", "train.seed": 2}, "family.name = 'ar': in process 1, but 'mdlm' in process 0"),
+    ({"number of devices": 3}, "number of devices = 3: in process 1, but 1 in process 0; all processes of a run need")])
+def test_processes_that_differ_do_not_begin(other: dict[str, Any], message: str, base: Config, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another config, each would train another model without a word; their data may be at other places."""
+    def gather(name: str, text: str) -> list[str]:
+        assert other.keys() <= json.loads(text).keys() and "data.source" not in text
+        return [text, json.dumps(json.loads(text) | other)]
+
+    monkeypatch.setattr(multihost, "gather", gather)
+    with pytest.raises(EsoError, match=message):
+        training.train(base, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
 def test_two_runs_do_not_share_a_work_directory(base: Config, tmp_path: Path) -> None:
     run, workdir = tmp_path / "run.json", tmp_path / "w"
     run.write_text(base.override("train.steps=1000000", "train.eval_every=1000000").to_json())

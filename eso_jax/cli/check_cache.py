@@ -43,6 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise EsoError(f"family.name = {model.config.family.name!r}: its sampler has no cache")
     tolerance = {"float32": 1e-4, "bfloat16": 2e-2}[arguments.dtype]
     alpha_0 = families.alpha_0_of(model.config, arguments.alpha_0)
+    # On many devices a few rows may be filled up to as many as all: nothing to compare.
+    full = model.size(rows, rows)
+    sizes = sorted(size for size in {1, rows // 2} if model.size(size, size) < full)
     failures = 0
 
     def report(comparison: str, difference: check.Difference, limit: float | None = tolerance) -> None:
@@ -76,8 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"{policy} plan, {plan.nfe} passes, on samples of its own"
             + (", each row behind tokens that are given" if np.any(plan.given) else ""))
         report("cached against uncached", check.cache_error(model, sampler, plan, x))
-        # On many devices a few rows may be filled up to as many as all: nothing to compare.
-        for size in sorted(size for size in {1, rows // 2} if model.size(size, size) < model.size(rows, rows)):
+        for size in sizes:
             report(f"batch of {size} against batch of {rows}", check.batch_error(model, sampler, plan, x, size))
             say(f"  {'  the same tokens drawn':<44} {100 * (draw(size) == tokens[:size]).mean():.2f}%")
         if exact is not model:
@@ -98,4 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
     if failures:
         raise EsoError(f"{failures} of the differences are more than rounding: the cache is not exact on this machine; "
                        "please report it with this output")
-    say("to rounding, the cache is exact and logits do not depend on the batch size")
+    if sizes:
+        say("to rounding, the cache is exact and logits do not depend on the batch size")
+    else:
+        say(f"to rounding, the cache is exact; no batch sizes were compared, since these devices fill up any batch to "
+            f"{full} rows: give a --batch-size of {full + 1} or more for that")

@@ -7,6 +7,7 @@ directory, except each process's own (its share of a checkpoint, a trace).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -217,6 +218,16 @@ def agree(name: str, problem: str | None) -> str | None:
         if text:
             return text if jax.process_count() == 1 else f"{host(index)}: {text}"
     return None
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Raises an EsoError, in all processes, that names the first of these values by name, if any, which is another one
+    in some process than in process 0. All processes must call it."""
+    of_all = [json.loads(text) for text in gather("values", json.dumps(values))]
+    for index, own in enumerate(of_all):
+        for name, value in own.items():
+            require(value == of_all[0].get(name), name, value, f"in {host(index)}, but {of_all[0].get(name)!r} in "
+                    f"{host(0)}; all processes of a run need the same")
 
 
 def by_writer(name: str, action: Callable[[], None]) -> None:

@@ -211,8 +211,8 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
       baselines: validation bits per byte by name, plotted beside the model's.
 
     Raises:
-      EsoError: the directory holds another run, the data does not fit, the loss stopped being finite, a checkpoint
-        could not be written, or the devices ran out of memory.
+      EsoError: the directory holds another run, the data does not fit, the processes have different configs or numbers
+        of devices, the loss stopped being finite, a checkpoint could not be written, or the devices ran out of memory.
       RunAgain: the run was asked to stop (SIGTERM), and has saved; another process did not start; or another run holds
         the directory.
     """
@@ -221,6 +221,7 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
     settings = config.train
     files.local(str(directory), "--workdir")
     multihost.check_alone()
+    _check_same(config)
     mesh = sharding.mesh(config.mesh)
     sharding.check(config, mesh)
     require(not settings.sample_every or jax.process_count() == 1, "train.sample_every", settings.sample_every,
@@ -297,6 +298,15 @@ def train(config: Config, directory: Path, baselines: dict[str, float] | None = 
             metrics.plot_loss(directory, baselines)
     multihost.barrier("end")
     return state
+
+
+def _check_same(config: Config) -> None:
+    """Raises an EsoError unless all processes have the same config and number of devices. With another learning rate,
+    say, a process would train another model without a word."""
+    fields = {f"{section}.{name}": value for section, values in dataclasses.asdict(config).items()
+              for name, value in values.items()}
+    del fields["data.source"]  # a host may have its data elsewhere; what is in it is compared
+    multihost.check_same({"number of devices": jax.local_device_count(), **fields})
 
 
 def _read_data(config: Config, tokenizer: Tokenizer) -> tuple[Windows, Windows, dict[str, Any]]:
