@@ -101,7 +101,7 @@ def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
     require(train.batch_size % least == 0, "train.batch_size", train.batch_size,
             f"must be a multiple of {least}: mesh.data x mesh.fsdp = {rows} devices split the rows, in "
             f"train.accumulate = {train.accumulate} parts, with {config.family.group_reason}; change one of "
-            "these, or use fewer devices (CUDA_VISIBLE_DEVICES): a run that resumes keeps its batch size")
+            "these (a run that resumes keeps its batch size), or use fewer devices")
     require(model.heads % size["tensor"] == 0, "mesh.tensor", size["tensor"], f"must divide the {model.heads} heads")
     require(model.width % shards == 0, "mesh.fsdp x mesh.tensor", shards,
             f"must divide model.width = {model.width}; use more of mesh.data")

@@ -174,6 +174,7 @@ def test_an_interrupt_of_a_later_try_keeps_what_there_is(monkeypatch: pytest.Mon
     monkeypatch.setattr(families, "sample", second)
     found = model.sample(2, 3, num_tries=3, min_entropy=9.0, keep=True)
     assert found.tries.tolist() == [1, 1] and (found.tokens == once.tokens).all()
+    assert found.interrupted and not once.interrupted
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         model.sample(2, 3, num_tries=3, min_entropy=9.0)
@@ -184,8 +185,8 @@ def test_an_interrupt_amid_a_draw_keeps_its_rows_and_ends_the_work() -> None:
         return Decoded(np.full((len(rows) - (attempt == last), 2), attempt, np.int32), None)
 
     for last, drawn, times in ((1, [0, 1, 0], [1, 2, 1]), (0, [0, 0], [1, 1])):
-        found, tries = draw_again(draw, lambda tokens: np.array([1, 2]), 3, 5, keep=True)
-        assert found.tokens[:, 0].tolist() == drawn and tries.tolist() == times
+        found, tries, cut = draw_again(draw, lambda tokens: np.array([1, 2]), 3, 5, keep=True)
+        assert cut and found.tokens[:, 0].tolist() == drawn and tries.tolist() == times
 
 
 def test_tries_end_where_nothing_is_to_be_drawn_again() -> None:

@@ -113,7 +113,7 @@ def test_slices_are_joined_along_data_alone(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("overrides, shape, message", [
     (["train.batch_size=12"], (8, 1, 1),
      "train.batch_size = 12: must be a multiple of 8: mesh.data x mesh.fsdp = 8 .*; "
-     "change one of these, or use fewer devices .*: a run that resumes keeps its batch size"),
+     r"change one of these \(a run that resumes keeps its batch size\), or use fewer devices"),
     (["train.accumulate=4"], (2, 4, 1), "train.batch_size = 16: must be a multiple of 32: .* in train.accumulate = 4"),
     (["family.name=esolm", "family.alpha_0=0.5", "train.batch_size=8"], (8, 1, 1),
      "train.batch_size = 8: must be a multiple of 16: .* by kappa = 1/2"),

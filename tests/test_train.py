@@ -347,7 +347,7 @@ def test_it_says_how_long_it_will_take(first: int, told: str, base: Config, tmp_
     meter.flush()
     lines = [line for line in capsys.readouterr().err.splitlines() if "about" in line]
     assert len(lines) == 1 and lines[0].startswith(told)
-    assert lines[0].endswith("and their evaluations, by the last 10")
+    assert lines[0].endswith("and their evaluations, by the first few")
 
 
 @pytest.mark.parametrize("compiled, told", [(8, "about 80 minutes for the 981"), (4, "about 1.6 hours for the 989")])

@@ -103,5 +103,5 @@ def run(arguments: argparse.Namespace) -> None:
     if sizes:
         say("to rounding, the cache is exact and logits do not depend on the batch size")
     else:
-        say(f"to rounding, the cache is exact; no batch sizes were compared, since these devices fill up any batch to "
-            f"{full} rows: give a --batch-size of {full + 1} or more for that")
+        say(f"to rounding, the cache is exact; no batch sizes were compared, since these devices fill up 1 to "
+            f"{full} rows to {full}: give a --batch-size of {full + 1} or more for that")

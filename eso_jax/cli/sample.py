@@ -148,8 +148,9 @@ def run(arguments: argparse.Namespace) -> None:
                              record=arguments.record or bool(arguments.html), watch=watch)
     text, wanted = found.text, count * (1 if given is None else len(given.tokens))
     stopped = (found.tokens != model.config.model.mask).sum(1) < found.plan.end
-    if len(found.tokens) < wanted:
-        say(f"interrupted: the first {len(found.tokens)} of {wanted} samples are kept")
+    if found.interrupted:
+        say(f"interrupted: the first {len(found.tokens)} of {wanted} samples are kept"
+            + "; those of low entropy were not all drawn again" * (arguments.num_tries > 1))
     if lines:
         more: list[dict[str, Any]] = _stopped(stopped, stop)
         if found.record is not None and arguments.record:

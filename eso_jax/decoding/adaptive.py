@@ -18,9 +18,9 @@ as they go, and log p of a sample is that of this plan (`families.plan_log_prob`
 `likeliest` and `margin` choose the order too, so they look at all tokens that are left. A pass computes the whole
 sequence and all its logits. In an Eso-LM (B) each position is scored as if it came next (`masks.LONE`), so that its law
 is that of one token a pass in any order; among the tokens of a pass, the most certain one comes first in the order. Of
-tokens that are as certain (to 1/4096), the one that comes first in the order of the plan is taken. With N = 1, log p of
-a sample is that of one token a pass along the order that was chosen. With more it is only in the record, since in a
-plan the masks of a step see those before them.
+tokens that are as certain (to 1/4096), the one is taken that was more certain in the passes before; at first, the first
+of the plan. With N = 1, log p of a sample is that of one token a pass along the order that was chosen. With more it is
+only in the record, since in a plan the masks of a step see those before them.
 
 Axes: B batch, L length, W slots that a pass considers, V vocabulary.
 """
@@ -49,7 +49,7 @@ from eso_jax.model.masks import View
 from eso_jax.model.params import Weights
 
 MOST = 8  # tokens of a pass, by default: along the order, the time of a pass on a CPU grows with it
-GRID = 2**12  # tokens count as equally certain if they are so to one part in this many
+GRID = 2**12  # certainties are compared as multiples of 1 / GRID
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class Anywhere(Decoder):
 
         certainty = vocabulary.in_chunks(lambda hidden: self.certainty(logits_of(weights, hidden, config, sampler)),
                                          config.vocab_size, hidden)
-        # To the grid: of tokens that are as certain (all are in the first pass of MDLM), rounding errors would choose
-        # one, on each machine and mesh another.
+        # To the grid: of tokens that are as certain (all are in the first pass), rounding errors would choose one, on
+        # each machine and mesh another. Beside the edge of a cell they still do.
         certainty = jnp.round(certainty * GRID)
         rank = jnp.where(slot < at[:, None], -jnp.inf, jnp.where(slot < end[:, None], -certainty, jnp.inf))
         order = jnp.argsort(rank, axis=1, stable=True)  # decoded slots stay in place, and so do those never decoded

@@ -31,7 +31,7 @@ def unigram_entropy(tokens: Int[np.ndarray, "N L"], last: int = 256,
 
 def draw_again(draw: Callable[[int, Int[np.ndarray, " R"]], Decoded],
                low: Callable[[Int[np.ndarray, "N L"]], Int[np.ndarray, " R"]], num_samples: int, num_tries: int,
-               keep: bool) -> tuple[Decoded, Int[np.ndarray, " N"]]:
+               keep: bool) -> tuple[Decoded, Int[np.ndarray, " N"], bool]:
     """Draws all samples, then again those of low entropy, up to `num_tries` draws in all.
 
     Args:
@@ -41,24 +41,27 @@ def draw_again(draw: Callable[[int, Int[np.ndarray, " R"]], Decoded],
       keep: an interrupt while samples are drawn again ends the work, and is not raised.
 
     Returns:
-      (the samples, fewer if an interrupt ended the first draw; how often each was drawn, int32).
+      (the samples, fewer if an interrupt ended the first draw; how often each was drawn, int32; whether an interrupt
+      ended the work).
     """
     found = draw(0, np.arange(num_samples))
-    tries = np.ones(len(found.tokens), np.int32)
-    for attempt in range(1, num_tries if len(tries) == num_samples else 1):
+    tries, cut = np.ones(len(found.tokens), np.int32), len(found.tokens) < num_samples
+    for attempt in range(1, 1 if cut else num_tries):
         try:
             rows = low(found.tokens)
             if not len(rows):
                 break
             again = draw(attempt, rows)
         except KeyboardInterrupt:
-            if keep:
-                break
-            raise
+            if not keep:
+                raise
+            cut = True
+            break
         ready = rows[:len(again.tokens)]
         for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
             whole[ready] = part
         tries[ready] += 1
-        if len(ready) < len(rows):
+        cut = len(ready) < len(rows)
+        if cut:
             break
-    return found, tries
+    return found, tries, cut

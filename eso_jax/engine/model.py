@@ -69,6 +69,7 @@ class Samples(NamedTuple):
       text: the decoded text of each sample, up to the first stop or the last decoded token; empty without a tokenizer.
       law_of_plan: whether the tokens have the law of `plan`. False for decoders that choose the order and decode
         several tokens a pass, each by its own probabilities alone.
+      interrupted: whether an interrupt ended the work: samples, or draws of low entropy to be replaced, are missing.
     """
 
     tokens: np.ndarray
@@ -84,6 +85,7 @@ class Samples(NamedTuple):
     caption: Caption | None = None
     text: Sequence[str] = ()
     law_of_plan: bool = True
+    interrupted: bool = False
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays in the .npz of `eso-jax sample`, except the text."""
@@ -216,7 +218,7 @@ class Model(Engine):
 
         low = functools.partial(_of_low_entropy, known=known, stops=stops, mask=model.mask, least=min_entropy or 0.0)
         with Stopwatch() as clock:
-            found, tries = draw_again(draw, low, len(given), num_tries, keep)
+            found, tries, cut = draw_again(draw, low, len(given), num_tries, keep)
 
         tokens, known, planned = found.tokens, known[:len(tries)], plan.rows(np.arange(len(tries)))
         passes = planned if decoder is None else decoders.plan_of_passes(planned, found.order, found.step)
@@ -226,7 +228,7 @@ class Model(Engine):
         told = None if kept is None else caption(config, passes, tokens, kept, self.tokenizer, decoder)
         return Samples(tokens, np.asarray(followed.order), followed.tokens_per_step, followed.diffused - followed.given,
                        known, tries, passes.tokens_per_step, clock.seconds, clock.compile_seconds, kept, told, text,
-                       decoder is None or decoder.follows_a_plan(family.sampler(config)))
+                       decoder is None or decoder.follows_a_plan(family.sampler(config)), cut)
 
     def lengthen(self, given: Given | np.ndarray, max_tokens: int, overlap: int | None = None,
                  **how: Any) -> windows.Long:

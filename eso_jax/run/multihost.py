@@ -221,9 +221,9 @@ def agree(name: str, problem: str | None) -> str | None:
 
 
 def check_same(values: dict[str, Any]) -> None:
-    """Raises an EsoError, in all processes, that names the first of these values by name, if any, which is another one
-    in some process than in process 0. All processes must call it."""
-    of_all = [json.loads(text) for text in gather("values", json.dumps(values))]
+    """Raises, in all processes, an EsoError about the first value that differs from that of process 0. All processes
+    must call it."""
+    of_all = [json.loads(text) for text in gather("config", json.dumps(values))]
     for index, own in enumerate(of_all):
         for name, value in own.items():
             require(value == of_all[0].get(name), name, value, f"in {host(index)}, but {of_all[0].get(name)!r} in "

@@ -55,7 +55,6 @@ from eso_jax.run.timing import in_words
 REMEDY = ("raise train.accumulate (smaller micro-batches), set train.remat=full, or split the state over more devices "
           "by mesh.fsdp; eso-jax plan says what fits")
 TIMED = 10  # steps from which a run estimates how long it will take
-EIGHTHS = 8  # lengths of rows where they are random
 EVALUATION = 1 / 3  # of a step's compilation: that of an evaluation (measured, all families: 0.27 to 0.35)
 SKIPS_IN_A_ROW = 100  # more steps in a row that are not finite end the run, even with train.non_finite = "skip"
 
@@ -112,11 +111,14 @@ def length_of_step(config: Config, step: int) -> int:
     (train.seed, step), the first 1, 2, ... or 8 eighths, each equally likely (BD3-LM: whole blocks). The loss is the
     mean over these tokens, as if the rows and the model had this length. There are only eight lengths, since each needs
     a program of its own, compiled when the length first occurs."""
-    length, part = config.model.length, families.get(config).block(config) or 1
     short, eighths = np.random.default_rng([config.train.seed, step]).random(2)
-    if short >= config.train.random_length:
-        return length
-    return min(length, -(-length * (1 + int(EIGHTHS * eighths)) // (EIGHTHS * part)) * part)
+    return config.model.length if short >= config.train.random_length else _eighths(config)[int(8 * eighths)]
+
+
+def _eighths(config: Config) -> list[int]:
+    """1, 2, ... and 8 eighths of the length, rounded up."""
+    length, part = config.model.length, families.get(config).block(config) or 1
+    return [min(length, -(-length * count // (8 * part)) * part) for count in range(1, 9)]
 
 
 def compute_weights(config: Config, params: Params) -> Weights:
@@ -305,7 +307,7 @@ def _check_same(config: Config) -> None:
     say, a process would train another model without a word."""
     fields = {f"{section}.{name}": value for section, values in dataclasses.asdict(config).items()
               for name, value in values.items()}
-    del fields["data.source"]  # a host may have its data elsewhere; what is in it is compared
+    del fields["data.source"], fields["data.tokenizer"]  # a host may have them elsewhere; their tokens are compared
     multihost.check_same({"number of devices": jax.local_device_count(), **fields})
 
 
@@ -318,7 +320,8 @@ def _read_data(config: Config, tokenizer: Tokenizer) -> tuple[Windows, Windows, 
     windows = windows_of(config, "train", tokenizer=tokenizer)
     held_out = windows_of(config, "validation", tokenizer=tokenizer)
     data = {"train": identity.identity(windows), "validation": identity.identity(held_out)}
-    seen = multihost.gather("data", f"{len(windows)} and {len(held_out)} windows, {data['train']['sha256'][:8]}")
+    seen = multihost.gather("data", f"{len(windows)} and {len(held_out)} windows, {data['train']['sha256'][:8]} and "
+                            f"{data['validation']['sha256'][:8]}")
     require(len(set(seen)) == 1, "data.source", config.data.source,
             f"the processes see different data to train on and to validate with: {'; '.join(seen)}")
     return windows, held_out, data
@@ -393,7 +396,8 @@ class _Meter:
 
     def __init__(self, config: Config, log: metrics.MetricsLog, last: Callable[[], str], windows: int) -> None:
         self.config, self.log, self.last, self.windows = config, log, last, windows
-        self.told, self.programs, self.first = False, 0, 0.0  # seconds of the first step, its compilation included
+        self.told, self.programs = False, 0
+        self.begin, self.first = 0, 0.0  # the step before the first, and the first's seconds, its compilation included
         self.flops = sum(flops.training_step(config).values())
         self.pending: tuple[int, dict[str, Array], float, bool] | None = None
         self.seen: list[dict[str, float]] = []
@@ -428,8 +432,9 @@ class _Meter:
         else:
             self.skip(step, now)
         if compiled:
+            if not self.programs:
+                self.begin, self.first = step - 1, time.perf_counter() - self.clock
             self.programs += 1
-            self.first = self.first or time.perf_counter() - self.clock
             self.restart_clock()
         else:
             self.clocked += share
@@ -454,19 +459,20 @@ class _Meter:
     def tell(self, step: int) -> None:
         """Prints how long the remaining steps and evaluations will take; a batch of an evaluation counts as half a
         step. What is still to be compiled is guessed from the first step: an evaluation, and steps of other lengths."""
-        settings = self.config.train
-        mean = 1 - settings.random_length * (EIGHTHS - 1) / (2 * EIGHTHS)  # share of the length
+        settings, lengths = self.config.train, _eighths(self.config)
+        shorter = 1 - float(np.mean(lengths)) / self.config.model.length
+        mean = 1 - settings.random_length * shorter  # share of the length
         few = mean * min(TIMED, settings.log_every, settings.eval_every, settings.save_every)
         if self.told or self.clocked < few or step == settings.steps:
             return
-        self.told, left = True, settings.steps - step
-        evaluations = -(-settings.steps // settings.eval_every) - step // settings.eval_every
-        seconds = (time.perf_counter() - self.clock) / self.clocked
-        work = left * mean + evaluations * self.windows / settings.batch_size / 2
-        others = min(EIGHTHS - self.programs, left * settings.random_length)
-        seconds = work * seconds + (EVALUATION + others) * max(0, self.first - seconds)
-        say(f"about {in_words(seconds)} for the {left:,} steps that are left and their evaluations, by the last "
-            f"{self.clocked:.0f}")
+        self.told, left, every = True, settings.steps - step, settings.eval_every
+        each = (time.perf_counter() - self.clock) / self.clocked
+        evaluations = -(-settings.steps // every) - step // every
+        programs = min(len(set(lengths)) - self.programs, left * settings.random_length)
+        programs += 0 if step // every > self.begin // every else EVALUATION  # it has been compiled
+        seconds = (left * mean + evaluations * self.windows / settings.batch_size / 2) * each
+        seconds += programs * max(0, self.first - each)
+        say(f"about {in_words(seconds)} for the {left:,} steps that are left and their evaluations, by the first few")
 
     def skip(self, step: int, now: dict[str, float]) -> None:
         """Counts a step that was not finite.
