@@ -459,17 +459,21 @@ class _Meter:
     def tell(self, step: int) -> None:
         """Prints how long the remaining steps and evaluations will take; a batch of an evaluation counts as half a
         step. What is still to be compiled is guessed from the first step: an evaluation, and steps of other lengths."""
-        settings, lengths = self.config.train, _eighths(self.config)
+        settings = self.config.train
+        if self.told or step == settings.steps:
+            return
+        lengths = _eighths(self.config)
         shorter = 1 - float(np.mean(lengths)) / self.config.model.length
         mean = 1 - settings.random_length * shorter  # share of the length
         few = mean * min(TIMED, settings.log_every, settings.eval_every, settings.save_every)
-        if self.told or self.clocked < few or step == settings.steps:
+        if self.clocked < few:
             return
         self.told, left, every = True, settings.steps - step, settings.eval_every
         each = (time.perf_counter() - self.clock) / self.clocked
         evaluations = -(-settings.steps // every) - step // every
         programs = min(len(set(lengths)) - self.programs, left * settings.random_length)
-        programs += 0 if step // every > self.begin // every else EVALUATION  # it has been compiled
+        if step // every == self.begin // every:  # no evaluation has been compiled yet
+            programs += EVALUATION
         seconds = (left * mean + evaluations * self.windows / settings.batch_size / 2) * each
         seconds += programs * max(0, self.first - each)
         say(f"about {in_words(seconds)} for the {left:,} steps that are left and their evaluations, by the first few")
